@@ -1,0 +1,85 @@
+# Every target installs what it needs on first use. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+WORKERS ?= 2
+ARGS ?=
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Workers share the cores: torch threads on top of them only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=10
+
+# $(call install,venv,constraints file or nothing,torch requirement,extra,pip flags)
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+  echo "sklearn_maml needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+  echo "Name another interpreter, for example: make PYTHON=python3.12 $(or $(MAKECMDGOALS),test)" >&2; \
+  exit 1; }
+@echo "[1/3] $(1): creating the environment"
+@$(PYTHON) -m venv $(1)
+@echo "[2/3] $(1): installing $(3) (a large download the first time)"
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(5) $(if $(2),-c $(2)) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(3)'
+@echo "[3/3] $(1): installing sklearn_maml with its $(4) dependencies"
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(5) $(if $(2),-c $(2)) -e '.[$(4)]'
+endef
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(STAMP) ## install everything into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,$(TORCH),dev,)
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## run the demo
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## run the fast tests and doctests, with coverage
+	$(PYTEST) --cov --cov-report=term $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## run the tests marked slow
+	$(PYTEST) -m slow $(ARGS)
+
+.PHONY: test-min
+test-min: ## run the fast tests on the oldest promised dependencies
+	$(MAKE) --no-print-directory $(VENV)-min/.installed
+	OMP_NUM_THREADS=1 $(VENV)-min/bin/python -m pytest -n $(WORKERS) --durations=10 $(ARGS)
+
+$(VENV)-min/.installed: pyproject.toml constraints-min.txt
+	$(call install,$(VENV)-min,constraints-min.txt,$(TORCH),test,)
+	@touch $@
+
+.PHONY: test-latest
+test-latest: ## run the fast tests on the newest dependencies
+	$(call install,$(VENV)-latest,,torch,test,--upgrade --upgrade-strategy eager)
+	OMP_NUM_THREADS=1 $(VENV)-latest/bin/python -m pytest -n $(WORKERS) --durations=10 $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## check style, types, the import order and docstrings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tools/check_imports.py
+	$(BIN)/python tools/check_docstrings.py
+
+.PHONY: bench
+bench: $(STAMP) ## run the benchmarks
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove caches, builds and environments
+	rm -rf $(VENV) $(VENV)-min $(VENV)-latest build dist *.egg-info .coverage .coverage.* htmlcov \
+	  .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,17 @@
+"""Meta-learning for scikit-learn: MAML estimators that adapt to new tasks from a few rows."""
+
+from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, adapt
+from sklearn_maml.metrics import task_scorer, task_scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FewShotClassifier",
+    "FewShotRegressor",
+    "MAMLClassifier",
+    "MAMLRegressor",
+    "adapt",
+    "task_scorer",
+    "task_scores",
+]

@@ -1,0 +1,129 @@
+"""Parameter plumbing shared by the estimators: prefixed parameters, misspelt names, atomic fits."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+__all__ = ["PrefixedParamsMixin", "did_you_mean", "keeps_state_on_error"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggestion for a misspelt name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def keeps_state_on_error(method: F) -> F:
+    """Make a method leave its object as it was when it raises."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return wrapper  # type: ignore[return-value]
+
+
+class PrefixedParamsMixin:
+    """Parameters such as ``module__x`` and ``optimizer__x`` beside those of the signature.
+
+    They are stored as attributes, appear in `get_params` and can be searched. Unknown names given
+    to the constructor are kept and reported by `check_parameter_names` (called by `fit`), because
+    a constructor must not raise.
+    """
+
+    _prefixes: tuple[str, ...] = ()
+
+    @classmethod
+    def _signature_names(cls) -> list[str]:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+
+    def _extra_params(self) -> dict[str, Any]:
+        known = set(self._signature_names())
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in known and not name.startswith("_") and not name.endswith("_")
+        }
+
+    def _prefixed(self, prefix: str) -> dict[str, Any]:
+        """The parameters ``prefix__*`` without their prefix."""
+        head = f"{prefix}__"
+        return {
+            name[len(head) :]: value
+            for name, value in self._extra_params().items()
+            if name.startswith(head)
+        }
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Get the parameters of this estimator.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to include the parameters of contained objects.
+
+        Returns
+        -------
+        params : dict
+            Parameter names and values, prefixed ones included.
+        """
+        params: dict[str, Any] = super().get_params(deep=deep)  # type: ignore[misc]
+        return {**params, **self._extra_params()}
+
+    def set_params(self, **params: Any) -> Any:
+        """Set parameters of this estimator.
+
+        Parameters
+        ----------
+        **params : dict
+            Parameter names and values, prefixed ones such as ``module__x`` included.
+
+        Returns
+        -------
+        self : object
+        """
+        own = {}
+        for name in list(params):
+            head, separator, _ = name.partition("__")
+            if not separator or head not in self._prefixes:
+                continue
+            holder = params.get(head, getattr(self, head, None))
+            if isinstance(holder, type) or not hasattr(holder, "set_params"):
+                own[name] = params.pop(name)
+        known = self.get_params(deep=True)
+        for name in params:
+            if name.partition("__")[0] not in known:
+                raise ValueError(
+                    f"Invalid parameter {name!r} for estimator {type(self).__name__}."
+                    f"{did_you_mean(name, known)} Valid parameters are: {sorted(known)}."
+                )
+        super().set_params(**params)  # type: ignore[misc]
+        vars(self).update(own)
+        return self
+
+    def _check_parameter_names(self) -> None:
+        """Report names that no parameter has; the constructor accepts them."""
+        known = self._signature_names()
+        for name in self._extra_params():
+            head, separator, tail = name.partition("__")
+            if separator and head in self._prefixes and tail:
+                continue
+            candidates = [*known, *(f"{prefix}__{tail}" for prefix in self._prefixes if tail)]
+            prefixes = ", ".join(f"{prefix}__*" for prefix in self._prefixes)
+            raise ValueError(
+                f"{type(self).__name__} has no parameter {name!r}.{did_you_mean(name, candidates)}"
+                f" Expected one of {sorted(known)} or a prefixed parameter ({prefixes})."
+            )

@@ -1,0 +1,678 @@
+"""The engine: runs the inner loop over a batch of tasks.
+
+Three rungs give the same numbers, in float64 to rounding:
+
+``stacked``
+    Sequences of linear, elementwise and layer-norm layers: every task's parameters are stacked
+    and a layer is one batched matrix product. Plain autograd, no `vmap`.
+``vmap``
+    Any module `torch.func` can transform: ``vmap(grad(...))`` over tasks.
+``loop``
+    One task after another with plain autograd; runs every module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from threadpoolctl import ThreadpoolController
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.exceptions import EngineFallbackWarning
+from sklearn_maml.inner_loop import Autograd, Differentiator, Functorch, adapt, mean_loss
+from sklearn_maml.meta_gradients import MetaGradient
+from sklearn_maml.update_rules import UpdateRule
+
+__all__ = ["Adapted", "Engine", "MetaStep", "cross_entropy_rows", "squared_error_rows"]
+
+Params = dict[str, Tensor]
+Buffers = dict[str, Tensor]
+
+# multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
+# great deal more on a busy machine)
+SMALL_WORK = 3e8
+
+# tasks adapted or predicted at a time: bounds memory and suits the caches
+CHUNK = 128
+
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.LogSigmoid, nn.Identity, nn.Dropout,
+)  # fmt: skip
+# layers whose output for a row depends on that row alone, so that padding rows are harmless
+ROW_WISE = (
+    *ELEMENTWISE, nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool1d,
+    nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.Embedding,
+    nn.InstanceNorm1d, nn.InstanceNorm2d,
+)  # fmt: skip
+
+
+def squared_error_rows(output: Tensor, y: Tensor) -> Tensor:
+    """Squared error of each row, averaged over the outputs."""
+    return (output - y).square().mean(-1)
+
+
+def cross_entropy_rows(output: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each row; `output` are logits."""
+    # not F.cross_entropy: this form takes any number of leading axes
+    return -output.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclasses.dataclass
+class MetaStep:
+    """Outcome of a meta-step: query loss of each task, mean gradient, outputs on query rows."""
+
+    losses: Tensor
+    grads: Params
+    outputs: Tensor
+
+
+@dataclasses.dataclass
+class Adapted:
+    """Parameters adapted to each of n tasks.
+
+    Attributes
+    ----------
+    params : dict of str to Tensor of shape (n_tasks, ...)
+        The adapted parameters.
+    shared : dict of str to Tensor
+        Parameters that do not adapt.
+    statistics : dict of str to Tensor of shape (n_tasks, n_channels)
+        Batch-norm statistics of each support set.
+    """
+
+    params: Params
+    shared: Params
+    statistics: Buffers
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return len(next(iter(self.params.values())))
+
+    def take(self, tasks: np.ndarray) -> Adapted:
+        """Parameters of some of the tasks, in this order."""
+        index = torch.as_tensor(tasks)
+        params, statistics = (
+            {name: t[index.to(t.device)] for name, t in part.items()}
+            for part in (self.params, self.statistics)
+        )
+        return Adapted(params, self.shared, statistics)
+
+    def task(self, j: int) -> tuple[Params, Buffers]:
+        """All parameters, and the statistics, of one task."""
+        own = {name: p[j] for name, p in self.params.items()}
+        return {**self.shared, **own}, {name: s[j] for name, s in self.statistics.items()}
+
+
+def _leaf_modules(module: nn.Module) -> Iterable[nn.Module]:
+    return (m for m in module.modules() if next(m.children(), None) is None)
+
+
+def is_row_wise(module: nn.Module) -> bool:
+    """Whether each row's output is known to depend on that row alone."""
+    # exact container types: a subclass may do anything in its forward
+    containers = (m for m in module.modules() if next(m.children(), None) is not None)
+    return all(type(m) is nn.Sequential for m in containers) and all(
+        type(m) in ROW_WISE for m in _leaf_modules(module)
+    )
+
+
+def _is_stackable(module: nn.Module) -> bool:
+    if type(module) is not nn.Sequential and type(module) is not nn.Linear:
+        return False
+    seen: set[int] = set()
+    for m in module.modules():
+        if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"):
+            return False
+        if id(m) in seen:
+            return False
+        seen.add(id(m))
+    if len({id(p) for p in module.parameters()}) < len(
+        list(module.named_parameters(remove_duplicate=False))
+    ):
+        return False  # tied weights
+    return all(
+        type(m) in (nn.Linear, nn.Sequential, *ELEMENTWISE)
+        or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
+        for m in module.modules()
+    )
+
+
+def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
+    """Forward pass of a stackable module for parameters with a leading task axis."""
+    layers: list[Callable[[Params, Tensor], Tensor]] = []
+
+    def linear(name: str, has_bias: bool) -> Callable[[Params, Tensor], Tensor]:
+        def forward(params: Params, x: Tensor) -> Tensor:
+            weight = params[f"{name}weight"].transpose(-1, -2)
+            if not has_bias:
+                return torch.bmm(x, weight)
+            return torch.baddbmm(params[f"{name}bias"].unsqueeze(-2), x, weight)
+
+        return forward
+
+    def layer_norm(name: str, layer: nn.LayerNorm) -> Callable[[Params, Tensor], Tensor]:
+        def forward(params: Params, x: Tensor) -> Tensor:
+            x = F.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
+            if layer.elementwise_affine:
+                x = x * params[f"{name}weight"].unsqueeze(-2)
+                if layer.bias is not None:
+                    x = x + params[f"{name}bias"].unsqueeze(-2)
+            return x
+
+        return forward
+
+    for name, m in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if type(m) is nn.Linear:
+            layers.append(linear(prefix, m.bias is not None))
+        elif type(m) is nn.LayerNorm:
+            layers.append(layer_norm(prefix, m))
+        elif type(m) is not nn.Sequential:
+            layers.append(lambda params, x, m=m: m(x))
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(params, x)
+        return x
+
+    return forward
+
+
+def private_copy(module: nn.Module) -> nn.Module:
+    """Copy for the engine's own use, with batch norm on batch statistics.
+
+    Batch-norm layers normalise with the statistics of the set at hand while parameters adapt;
+    predictions use those of the support set (see `Engine.predict`), so that they do not depend on
+    which rows are predicted together. Running averages over tasks are not used.
+    """
+    module = copy.deepcopy(module)
+    for m in module.modules():
+        if isinstance(m, _BatchNorm):
+            m.track_running_stats = False
+            m.running_mean = m.running_var = m.num_batches_tracked = None
+    return module
+
+
+def _fit_outputs(output: Tensor, y: Tensor) -> Tensor:
+    """Accept modules that return (n_rows,) for one output."""
+    return output.unsqueeze(-1) if output.ndim == y.ndim - 1 and y.is_floating_point() else output
+
+
+class Engine:
+    """Meta-gradients, adaptation and prediction for batches of tasks.
+
+    Parameters
+    ----------
+    module : Module
+        Its structure is copied; parameters are always passed as dicts.
+    row_loss : callable (output, y) -> losses of the rows
+    rule : UpdateRule
+    meta_gradient : MetaGradient
+    adapted : sequence of str
+        Names of the parameters that adapt.
+    rung : {"auto", "loop", "vmap", "stacked"}
+        How tasks are batched; "auto" takes the fastest that works.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        row_loss: Callable[[Tensor, Tensor], Tensor],
+        rule: UpdateRule,
+        meta_gradient: MetaGradient,
+        adapted: Sequence[str],
+        rung: str = "auto",
+    ) -> None:
+        self.module = private_copy(module)
+        self.row_loss = row_loss
+        self.rule = rule
+        self.meta_gradient = meta_gradient
+        self.adapted = frozenset(adapted)
+        self.pads = is_row_wise(module)
+        self.fallback_reason: str | None = None
+        if rung == "auto":
+            rung = "stacked" if _is_stackable(module) else "vmap"
+        self.rung = rung
+        if rung == "stacked":
+            self._forward = _stacked_forward(self.module)
+        self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_forward", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.rung == "stacked":
+            self._forward = _stacked_forward(self.module)
+
+    def threads(self, n_rows: int) -> Any:
+        """Context that limits torch to one thread if passes over `n_rows` rows are small.
+
+        The limit holds for the calling thread alone.
+        """
+        spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
+        work = n_rows * sum(p.numel() for p in self.module.parameters())
+        if spatial or work > SMALL_WORK or next(self.module.parameters()).device.type != "cpu":
+            return contextlib.nullcontext()
+        return _thread_pools().limit(limits=1, user_api="openmp")
+
+    # -- the three entry points ----------------------------------------------------------------
+
+    def meta_step(
+        self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
+    ) -> MetaStep:
+        """Query losses after adaptation and the gradient of their mean.
+
+        Parameters
+        ----------
+        meta_params : dict of str to Tensor
+            ``module.*`` and ``rule.*`` meta-parameters.
+        batch : EpisodeBatch
+        alpha : float
+        steps : int
+        """
+        self.module.train()
+
+        def run(part: EpisodeBatch, rung: str) -> MetaStep:
+            if rung == "loop":
+                return self._meta_step_loop(meta_params, part, alpha, steps)
+            if rung == "vmap":
+                return self._meta_step_vmap(meta_params, part, alpha, steps)
+            return self._meta_step_stacked(meta_params, part, alpha, steps)
+
+        def join(parts: list[MetaStep], index: list[np.ndarray]) -> MetaStep:
+            weights = [len(part.losses) / len(batch) for part in parts]
+            grads = {
+                name: torch.stack(
+                    [w * part.grads[name] for w, part in zip(weights, parts, strict=True)]
+                ).sum(0)
+                for name in parts[0].grads
+            }
+            losses = parts[0].losses.new_empty(len(batch))
+            width = batch.query.X.shape[1]
+            shape = (len(batch), width, *parts[0].outputs.shape[2:])
+            outputs = parts[0].outputs.new_zeros(shape)
+            for part, which in zip(parts, index, strict=True):
+                where = torch.as_tensor(which, device=losses.device)
+                losses[where] = part.losses
+                outputs[where, : part.outputs.shape[1]] = part.outputs
+            return MetaStep(losses, grads, outputs)
+
+        return self._by_shape(batch, run, join)
+
+    def evaluate(
+        self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Query losses (n_tasks,) and query outputs after `steps` inner steps, as `predict`."""
+        adapted = self.adapt(meta_params, batch.support, alpha=alpha, steps=steps)
+        outputs = self.predict(adapted, batch.query)
+        output = _fit_outputs(outputs, batch.query.y)
+        return mean_loss(self.row_loss(output, batch.query.y), batch.query.weight), output
+
+    def adapt(self, meta_params: Params, support: Rows, *, alpha: float, steps: int) -> Adapted:
+        """Adapt to the support set of each task.
+
+        Parameters
+        ----------
+        meta_params : dict of str to Tensor
+            ``module.*`` and ``rule.*`` meta-parameters.
+        support : Rows
+        alpha : float
+        steps : int
+        """
+        self.module.eval()
+        for m in self.module.modules():
+            if isinstance(m, _BatchNorm):
+                m.train()
+        module_params, rates = self._split(meta_params)
+        fast, shared = self._partition(module_params)
+
+        def run(rows: Rows, rung: str) -> Params:
+            return self._adapt_rows(fast, shared, rates, rows, rung, alpha, steps)
+
+        def join(parts: list[Params], index: list[np.ndarray]) -> Params:
+            where = torch.as_tensor(np.argsort(np.concatenate(index)))
+            return {
+                name: torch.cat([part[name] for part in parts])[where.to(parts[0][name].device)]
+                for name in parts[0]
+            }
+
+        params = self._by_shape(support, run, join)
+        adapted = Adapted(params, shared, {})
+        if self._norms:
+            adapted.statistics = self._support_statistics(adapted, support)
+        return adapted
+
+    def predict(self, adapted: Adapted, query: Rows) -> Tensor:
+        """Outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its own rows."""
+        with torch.no_grad():
+            if self._norms:
+                module = self._with_statistics()
+            else:
+                module = self.module.eval()
+            if self.rung == "stacked":
+                stacked = {
+                    **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
+                    **adapted.params,
+                }
+                return self._forward(stacked, query.X)
+            if self.rung == "vmap" and len(query) > 1 and (self.pads or query.lengths is None):
+                try:
+                    return torch.func.vmap(
+                        lambda p, b, x: functional_call(module, {**adapted.shared, **p, **b}, (x,)),
+                        randomness="different",
+                    )(adapted.params, adapted.statistics, query.X)
+                except RuntimeError as error:
+                    self._fall_back(error)
+            width = query.X.shape[1]
+            outputs = []
+            for j in range(len(query)):
+                params, statistics = adapted.task(j)
+                out = functional_call(module, {**params, **statistics}, (query.task(j).X,))
+                outputs.append(F.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0))
+            return torch.stack(outputs)
+
+    # -- rungs -----------------------------------------------------------------------------------
+
+    def _by_shape(self, batch: Any, run: Callable[..., Any], join: Callable[..., Any]) -> Any:
+        """Run a batch on the current rung, in pieces of equal shape where padding is unsafe."""
+        rung = self.rung
+        if rung == "vmap" and len(batch) == 1:
+            rung = "loop"  # vmap costs more than it saves for one task
+        pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
+        try:
+            if pieces is None:
+                return run(batch, rung)
+            parts = [
+                run(_take(batch, which), "loop" if len(which) == 1 else rung) for which in pieces
+            ]
+            return join(parts, pieces)
+        except (RuntimeError, NotImplementedError) as error:
+            if rung != "vmap" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            result = run(batch, "loop")  # an error of the module itself is raised here
+            self._fall_back(error)
+            return result
+
+    def _fall_back(self, error: Exception) -> None:
+        self.rung = "loop"
+        first_line = str(error).strip().split("\n")[0]
+        self.fallback_reason = first_line
+        warnings.warn(
+            f"{type(self.module).__name__} cannot be run over a batch of tasks with torch.vmap, "
+            f"so tasks are run one after another, with the same results. Reason: {first_line}",
+            EngineFallbackWarning,
+            stacklevel=2,
+        )
+
+    def _split(self, meta_params: Params) -> tuple[Params, Params]:
+        module = {n[7:]: p for n, p in meta_params.items() if n.startswith("module.")}
+        rates = {n[5:]: p for n, p in meta_params.items() if n.startswith("rule.")}
+        # rates are stored by underscored names: ParameterDict refuses dots
+        return module, {name: rates[key] for name in module if (key := rate_key(name)) in rates}
+
+    def _partition(self, params: Params) -> tuple[Params, Params]:
+        fast = {name: p for name, p in params.items() if name in self.adapted}
+        return fast, {name: p for name, p in params.items() if name not in self.adapted}
+
+    def _objective(
+        self,
+        forward: Callable[[Params, Tensor], Tensor],
+        support: Rows,
+        query: Rows,
+        alpha: float,
+        steps: int,
+        differentiator: Differentiator,
+        expand: Callable[[Params], Params],
+        batched: bool,
+    ) -> tuple[Callable[..., Params], Callable[[Params], tuple[Tensor, Any]]]:
+        """Inner loop and query loss as functions of meta-parameters, for a meta-gradient."""
+
+        def loss_rows(params: Params, rows: Rows) -> tuple[Tensor, Tensor]:
+            output = _fit_outputs(forward(params, rows.X), rows.y)
+            return mean_loss(self.row_loss(output, rows.y), rows.weight), output
+
+        def inner(meta_params: Params, order: int) -> Params:
+            module_params, rates = self._split(meta_params)
+            fast, shared = self._partition(expand(module_params))
+            fast = adapt(
+                fast,
+                lambda p: loss_rows({**shared, **p}, support)[0].sum(),
+                rule=self.rule,
+                alpha=alpha,
+                rates=rates,
+                steps=steps,
+                order=order,
+                differentiator=differentiator,
+                batched=batched,
+            )
+            return {**shared, **fast}
+
+        def query_loss(params: Params) -> tuple[Tensor, Any]:
+            losses, output = loss_rows(params, query)
+            return losses.sum(), (losses.detach(), output.detach())
+
+        return inner, query_loss
+
+    def _meta_step_stacked(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep:
+        n_tasks = len(batch)
+        diff = Autograd()
+        inner, query_loss = self._objective(
+            self._forward,
+            batch.support,
+            batch.query,
+            alpha,
+            steps,
+            diff,
+            lambda params: {n: p.expand(n_tasks, *p.shape) for n, p in params.items()},
+            batched=True,
+        )
+        grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(
+            meta_params, inner, query_loss, diff.value_and_grad
+        )
+        return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
+
+    def _meta_step_loop(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep:
+        diff = Autograd()
+        total: Params = {}
+        losses, outputs = [], []
+        width = batch.query.X.shape[1]
+        for j in range(len(batch)):
+            inner, query_loss = self._objective(
+                self._call_module,
+                batch.support.task(j),
+                batch.query.task(j),
+                alpha,
+                steps,
+                diff,
+                lambda params: params,
+                batched=False,
+            )
+            grads, (_, (loss, output)) = self.meta_gradient.loss_and_grad(
+                meta_params, inner, query_loss, diff.value_and_grad
+            )
+            total = {n: g + total[n] for n, g in grads.items()} if total else grads
+            losses.append(loss)
+            outputs.append(F.pad(output, (0, 0, 0, width - output.shape[0])))
+        mean = {n: g / len(batch) for n, g in total.items()}
+        return MetaStep(torch.stack(losses), mean, torch.stack(outputs))
+
+    def _meta_step_vmap(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep:
+        diff = Functorch()
+
+        def one_task(support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
+            inner, query_loss = self._objective(
+                self._call_module,
+                Rows(*support),
+                Rows(*query),
+                alpha,
+                steps,
+                diff,
+                lambda params: params,
+                batched=False,
+            )
+            grads, (_, aux) = self.meta_gradient.loss_and_grad(
+                meta_params, inner, query_loss, diff.value_and_grad
+            )
+            return grads, aux
+
+        sets = [(rows.X, rows.y, rows.weight) for rows in (batch.support, batch.query)]
+        in_dims = tuple((0, 0, None if part[2] is None else 0) for part in sets)
+        grads, (losses, outputs) = torch.func.vmap(
+            one_task, in_dims=in_dims, randomness="different"
+        )(*sets)
+        return MetaStep(losses, {n: g.mean(0) for n, g in grads.items()}, outputs)
+
+    def _call_module(self, params: Params, x: Tensor) -> Tensor:
+        return functional_call(self.module, params, (x,))
+
+    def _adapt_rows(
+        self,
+        fast: Params,
+        shared: Params,
+        rates: Params,
+        support: Rows,
+        rung: str,
+        alpha: float,
+        steps: int,
+    ) -> Params:
+        options = {
+            "rule": self.rule, "alpha": alpha, "rates": rates, "steps": steps, "order": 0,
+        }  # fmt: skip
+
+        def loss(forward: Callable[..., Tensor], rows: Rows, params: Params) -> Tensor:
+            output = _fit_outputs(forward(params, rows.X), rows.y)
+            return mean_loss(self.row_loss(output, rows.y), rows.weight).sum()
+
+        if rung == "stacked":
+            n_tasks = len(support)
+            wide = {n: p.expand(n_tasks, *p.shape) for n, p in shared.items()}
+            start = {n: p.expand(n_tasks, *p.shape) for n, p in fast.items()}
+            return adapt(
+                start,
+                lambda p: loss(self._forward, support, {**wide, **p}),
+                differentiator=Autograd(),
+                batched=True,
+                **options,
+            )
+
+        def one_task(rows: Rows, differentiator: Differentiator) -> Params:
+            return adapt(
+                fast,
+                lambda p: loss(self._call_module, rows, {**shared, **p}),
+                differentiator=differentiator,
+                batched=False,
+                **options,
+            )
+
+        if rung == "vmap":
+            sets = (support.X, support.y, support.weight)
+            in_dims = (0, 0, None if support.weight is None else 0)
+            return torch.func.vmap(
+                lambda *rows: one_task(Rows(*rows), Functorch()),
+                in_dims=in_dims,
+                randomness="different",
+            )(*sets)
+        tasks = [one_task(support.task(j), Autograd()) for j in range(len(support))]
+        return {name: torch.stack([task[name] for task in tasks]) for name in fast}
+
+    # -- batch norm ------------------------------------------------------------------------------
+
+    def _with_statistics(self) -> nn.Module:
+        """Copy of the module whose batch-norm layers take their statistics as buffers."""
+        module = copy.deepcopy(self.module)
+        for m in module.modules():
+            if isinstance(m, _BatchNorm):
+                m.track_running_stats = True
+                like = next(iter(m.parameters()), torch.empty(0))
+                m.running_mean = torch.zeros(m.num_features).to(like)
+                m.running_var = torch.ones(m.num_features).to(like)
+        return module.eval()
+
+    def _support_statistics(self, adapted: Adapted, support: Rows) -> Buffers:
+        """Mean and variance that each batch-norm layer sees on each support set."""
+        module = self.module
+        seen: Buffers = {}
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+                # biased, as batch norm itself normalises
+                variance, mean = torch.var_mean(inputs[0], dim=axes, correction=0)
+                seen[f"{name}.running_mean"], seen[f"{name}.running_var"] = mean, variance
+
+            return hook
+
+        handles = [
+            m.register_forward_pre_hook(record(name))
+            for name, m in module.named_modules()
+            if name in self._norms
+        ]
+        collected: list[Buffers] = []
+        try:
+            with torch.no_grad():
+                for j in range(len(support)):
+                    functional_call(module, adapted.task(j)[0], (support.task(j).X,))
+                    collected.append(dict(seen))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: torch.stack([c[name] for c in collected]) for name in collected[0]}
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def rate_key(name: str) -> str:
+    """Name under which the learned rate of a parameter is stored."""
+    return name.replace(".", "__")
+
+
+def _take(batch: Any, which: np.ndarray) -> Any:
+    if isinstance(batch, EpisodeBatch):
+        return EpisodeBatch(batch.support.take(which), batch.query.take(which))
+    return batch.take(which)
+
+
+def _equal_shapes(batch: Any) -> list[np.ndarray] | None:
+    """Positions of the tasks that share their row counts; None when all do."""
+    sets = (batch.support, batch.query) if isinstance(batch, EpisodeBatch) else (batch,)
+    if all(rows.lengths is None for rows in sets):
+        return None
+    sizes = np.stack(
+        [
+            np.full(len(batch), rows.X.shape[1]) if rows.lengths is None else rows.lengths
+            for rows in sets
+        ],
+        axis=1,
+    )
+    _, inverse = np.unique(sizes, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    return [np.flatnonzero(inverse == k) for k in range(inverse.max() + 1)]

@@ -1,0 +1,316 @@
+"""Episodes: the support and query sets that meta-training and scoring draw from tasks.
+
+All draws are vectorised over the episodes of a batch. The rows of a task are divided into *cells*
+from which rows are drawn without replacement: one cell per task for regression, one per class of a
+task for classification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_maml.tasks import TaskCollection
+
+__all__ = ["EpisodeBatch", "EpisodeSampler", "Rows", "Split", "pad_rows"]
+
+# With n_shots=None the support size varies from episode to episode, so that one model serves
+# small and large support sets; see docs/defaults.md for the measurement behind the range.
+SUPPORT_RANGE = (2, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a batch of tasks, padded to the longest.
+
+    Attributes
+    ----------
+    X : Tensor of shape (n_tasks, n_rows, *feature_shape)
+    y : Tensor of shape (n_tasks, n_rows, n_outputs) or int64 (n_tasks, n_rows)
+    weight : Tensor of shape (n_tasks, n_rows) or None
+        Weights that sum to one in each task, 0 for padding; None for equal weights.
+    lengths : int ndarray of shape (n_tasks,) or None
+        Number of real rows of each task; None where no task is padded.
+    """
+
+    X: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+    lengths: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.X.shape[0]
+
+    def task(self, j: int) -> Rows:
+        """Rows of one task without padding and without the task axis."""
+        stop = None if self.lengths is None else int(self.lengths[j])
+        weight = None if self.weight is None else self.weight[j, :stop]
+        return Rows(self.X[j, :stop], self.y[j, :stop], weight)
+
+    def take(self, tasks: np.ndarray) -> Rows:
+        """Rows of some of the tasks, padded to the longest of them."""
+        index = torch.as_tensor(tasks, device=self.X.device)
+        if self.lengths is None:
+            weight = None if self.weight is None else self.weight[index]
+            return Rows(self.X[index], self.y[index], weight)
+        lengths = self.lengths[tasks]
+        stop = int(lengths.max())
+        assert self.weight is not None
+        ragged = bool((lengths < stop).any())
+        return Rows(
+            self.X[index, :stop],
+            self.y[index, :stop],
+            self.weight[index, :stop],
+            lengths if ragged else None,
+        )
+
+    def real(self, values: Tensor) -> Tensor:
+        """Drop the padding of `values` (n_tasks, n_rows, ...) and pool the rows of the tasks."""
+        if self.lengths is None:
+            return values.flatten(0, 1)
+        length = torch.as_tensor(self.lengths, device=values.device)
+        mask = torch.arange(values.shape[1], device=values.device) < length[:, None]
+        return values[mask]
+
+    def to(self, device: torch.device) -> Rows:
+        """Move to a device."""
+        weight = None if self.weight is None else self.weight.to(device)
+        return Rows(self.X.to(device), self.y.to(device), weight, self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeBatch:
+    """A meta-batch: the support and query sets of its tasks. Its length is the number of tasks."""
+
+    support: Rows
+    query: Rows
+
+    def __len__(self) -> int:
+        return len(self.support)
+
+    def to(self, device: torch.device) -> EpisodeBatch:
+        """Move to a device."""
+        return EpisodeBatch(self.support.to(device), self.query.to(device))
+
+
+def pad_rows(
+    X: np.ndarray,
+    y: np.ndarray,
+    rows: np.ndarray,
+    counts: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+) -> Rows:
+    """Gather rows of several tasks into one padded tensor.
+
+    Parameters
+    ----------
+    X, y : ndarrays of rows
+    rows : int ndarray
+        Row positions, those of the first task first.
+    counts : int ndarray of shape (n_tasks,)
+        Number of rows of each task.
+    sample_weight : ndarray of shape (n_rows,), default=None
+        Weight of each row of X; normalised to sum to one in each task.
+    """
+    n_tasks, width = len(counts), int(counts.max())
+    ragged = bool((counts < width).any())
+    if ragged:
+        filled = np.arange(width) < counts[:, None]
+        index = np.zeros((n_tasks, width), dtype=np.intp)
+        index[filled] = rows  # padding repeats row 0 with weight 0
+    else:
+        index = rows.reshape(n_tasks, width)
+    weight = None
+    if sample_weight is not None:
+        weight = sample_weight[index].astype(X.dtype, copy=False)
+        if ragged:
+            weight = np.where(filled, weight, 0)
+        weight = weight / weight.sum(1, keepdims=True)
+    elif ragged:
+        weight = (filled / counts[:, None]).astype(X.dtype)
+    return Rows(
+        torch.from_numpy(X[index]),
+        torch.from_numpy(y[index]),
+        None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
+        counts if ragged else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Row positions of the support and query sets of several episodes, episode after episode."""
+
+    support: np.ndarray
+    n_support: np.ndarray  # (n_episodes,)
+    query: np.ndarray
+    n_query: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """Sets of rows to draw from; those of task j are `starts[j]:starts[j + 1]`."""
+
+    rows: np.ndarray  # row positions, cell after cell
+    first: np.ndarray  # (n_cells,) where each cell begins in rows
+    size: np.ndarray  # (n_cells,)
+    label: np.ndarray  # (n_cells,) class of the cell, 0 for regression
+    starts: np.ndarray  # (n_tasks + 1,)
+
+
+def _make_cells(tasks: TaskCollection, labels: np.ndarray | None) -> _Cells:
+    if labels is None:
+        zeros = np.zeros(tasks.n_tasks, dtype=np.intp)
+        starts = np.arange(tasks.n_tasks + 1)
+        return _Cells(tasks.order, tasks.indptr[:-1], tasks.sizes, zeros, starts)
+    n_labels = int(labels.max()) + 1
+    key = tasks.codes.astype(np.int64) * n_labels + labels
+    rows = np.argsort(key, kind="stable")
+    cell, first, size = np.unique(key[rows], return_index=True, return_counts=True)
+    starts = np.searchsorted(cell, np.arange(tasks.n_tasks + 1) * n_labels)
+    return _Cells(rows, first, size, cell % n_labels, starts)
+
+
+class EpisodeSampler:
+    """Draws episodes from a task collection.
+
+    Parameters
+    ----------
+    tasks : TaskCollection
+        With numeric targets: floats of shape (n_rows, n_outputs), or class positions (int64).
+    classification : bool
+    n_ways : int or None
+        Classes of an episode; the class-to-output assignment is then permuted in every episode.
+        None: labels are shared by the tasks and used as they are.
+    n_shots : int or None
+        Support rows of an episode (of each class, in classification). None: regression draws a
+        size for each batch, log-uniformly; classification takes half of the rows.
+    n_queries : int or None
+        Query rows of an episode (of each class, in classification); None: all that are left.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskCollection,
+        *,
+        classification: bool,
+        n_ways: int | None = None,
+        n_shots: int | None = None,
+        n_queries: int | None = None,
+    ) -> None:
+        self.tasks = tasks
+        self.classification = classification
+        self.n_ways = n_ways
+        self.n_shots = n_shots
+        self.n_queries = n_queries
+        self.n_labels = int(tasks.y.max()) + 1 if classification else 0
+        if tasks.in_query is None:
+            self.cells = _make_cells(tasks, tasks.y if classification else None)
+
+    def sample(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
+        """Draw one episode from each of the tasks at positions `which` (repeats are allowed)."""
+        draw = self.split(which, rng)
+        labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
+        return EpisodeBatch(
+            self._gather(draw.support, draw.n_support, labels[0]),
+            self._gather(draw.query, draw.n_query, labels[1]),
+        )
+
+    def split(self, which: np.ndarray, rng: np.random.Generator) -> Split:
+        """Draw the rows of one episode from each of the tasks at positions `which`."""
+        which = np.asarray(which)
+        if self.tasks.in_query is not None:
+            rows = [self.tasks.rows(j) for j in which]
+            support = [r[~self.tasks.in_query[r]] for r in rows]
+            query = [r[self.tasks.in_query[r]] for r in rows]
+            return Split(
+                np.concatenate(support),
+                np.array([len(r) for r in support]),
+                np.concatenate(query),
+                np.array([len(r) for r in query]),
+            )
+        cells, episode = self._choose_cells(which, rng)
+        size = self.cells.size[cells]
+        n_support, n_query = self._sizes(size, episode, rng)
+        column = np.arange(int(size.max()))
+        keys = rng.random((len(cells), len(column)))
+        keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
+        draw = keys.argsort(1)
+        rows = self.cells.rows[
+            self.cells.first[cells][:, None] + np.minimum(draw, size[:, None] - 1)
+        ]
+        in_support = column < n_support[:, None]
+        in_query = (column >= n_support[:, None]) & (column < (n_support + n_query)[:, None])
+        total_support, total_query = (
+            np.bincount(episode, weights=count, minlength=len(which)).astype(np.intp)
+            for count in (n_support, n_query)
+        )
+        return Split(rows[in_support], total_support, rows[in_query], total_query)
+
+    def _choose_cells(
+        self, which: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cells that each episode draws from, and the episode of each of these cells."""
+        starts = self.cells.starts
+        if self.n_ways is None:
+            counts = starts[which + 1] - starts[which]
+            episode = np.repeat(np.arange(len(which)), counts)
+            offset = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+            return starts[which][episode] + offset, episode
+        chosen = [
+            starts[j]
+            + rng.choice(
+                starts[j + 1] - starts[j],
+                min(self.n_ways, starts[j + 1] - starts[j]),
+                replace=False,
+                shuffle=False,
+            )
+            for j in which
+        ]
+        episode = np.repeat(np.arange(len(which)), [len(cells) for cells in chosen])
+        return np.concatenate(chosen), episode
+
+    def _sizes(
+        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.n_shots is not None:
+            n_support = np.full(len(size), self.n_shots)
+        elif self.classification:
+            # a single row of a class goes to either set, so that neither set lacks rows
+            n_support = np.where(size > 1, size // 2, rng.integers(0, 2, len(size)))
+            total = np.bincount(episode, weights=n_support)
+            rows = np.bincount(episode, weights=size)
+            first = np.flatnonzero(np.diff(episode, prepend=-1))
+            n_support[first[total == 0]] = 1
+            n_support[first[total == rows]] -= 1
+        else:
+            low, high = SUPPORT_RANGE
+            drawn = int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+            n_support = np.clip(drawn, 1, np.maximum(size // 2, 1))
+        left = size - n_support
+        return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
+
+    def _permuted_labels(self, draw: Split, rng: np.random.Generator) -> list[np.ndarray]:
+        """Outputs that stand for the classes, assigned at random in every episode.
+
+        A fixed assignment (sorted labels, say) would leak which class a row belongs to.
+        """
+        n_episodes, n_labels = len(draw.n_support), self.n_labels
+        keys = [
+            np.repeat(np.arange(n_episodes), counts) * n_labels + self.tasks.y[rows]
+            for rows, counts in ((draw.support, draw.n_support), (draw.query, draw.n_query))
+        ]
+        present, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+        episode = present // n_labels
+        rank = np.arange(len(present)) - np.searchsorted(episode, np.arange(n_episodes))[episode]
+        assert self.n_ways is not None
+        slots = rng.random((n_episodes, self.n_ways)).argsort(1)[episode, rank]
+        labels = slots.astype(np.int64)[inverse.reshape(-1)]
+        return [labels[: len(draw.support)], labels[len(draw.support) :]]
+
+    def _gather(self, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray | None) -> Rows:
+        if labels is None:
+            return pad_rows(self.tasks.X, self.tasks.y, rows, counts)
+        return pad_rows(self.tasks.X[rows], labels, np.arange(len(rows)), counts)

@@ -1,0 +1,1644 @@
+"""The estimators: `MAMLClassifier` and `MAMLRegressor`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import numbers
+import sys
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.metrics import accuracy_score, r2_score
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from torch import Tensor, nn
+
+from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, CallbackSupportMixin, with_callbacks
+from sklearn_maml._validation import PrefixedParamsMixin, did_you_mean, keeps_state_on_error
+from sklearn_maml.engine import (
+    CHUNK,
+    Adapted,
+    Engine,
+    cross_entropy_rows,
+    squared_error_rows,
+)
+from sklearn_maml.episodes import EpisodeBatch, EpisodeSampler, pad_rows
+from sklearn_maml.exceptions import (
+    NonFiniteStepWarning,
+    NotAdaptedError,
+    SeenTaskWarning,
+    SingleTaskWarning,
+)
+from sklearn_maml.meta_gradients import resolve_meta_gradient
+from sklearn_maml.tasks import (
+    TaskCollection,
+    collect_tasks,
+    encode_ids,
+    is_task_distribution,
+    split_task_column,
+    validate_rows,
+)
+from sklearn_maml.update_rules import resolve_update_rule
+
+__all__ = ["MAMLClassifier", "MAMLRegressor"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "logistic": nn.Sigmoid,
+    "identity": nn.Identity,
+}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+# rows of one task predicted at a time
+ROWS_AT_A_TIME = 4096
+# tasks drawn from a task distribution for validation and for `score`
+VALIDATION_TASKS = 100
+SCORED_TASKS = 600
+# episodes of a score where tasks are drawn from a pool of classes
+SCORED_EPISODES = 100
+# support rows of each task in `score` with n_shots=None (regression): half of the rows, at most
+SCORED_SHOTS = 10
+
+
+@dataclasses.dataclass
+class _State:
+    """What `adapt` sets: parameters adapted to each task, and how to predict with them."""
+
+    engine: Engine
+    adapted: Adapted
+    ids: np.ndarray | None  # None: one task without an id
+    labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
+    slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
+
+
+@dataclasses.dataclass
+class _Scored:
+    """Episodes of a score: the query rows, and the parameters adapted to each episode.
+
+    `task` is the task position of each episode, `rows` the position in `tasks` of each query row,
+    `codes` its episode; `states` has one adapted state for each number of inner steps asked for.
+    """
+
+    tasks: TaskCollection
+    task: np.ndarray
+    n_support: np.ndarray
+    rows: np.ndarray
+    codes: np.ndarray
+    states: list[_State]
+
+
+class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
+    """What the classifier and the regressor share."""
+
+    _classification: bool
+    _prefixes = (
+        "module",
+        "optimizer",
+        "iterator_train",
+        "iterator_valid",
+        "callbacks",
+        "update_rule",
+        "meta_gradient",
+    )
+
+    # `groups` is requested by default, so that metadata routing works without set_*_request
+    __metadata_request__fit = {"groups": True}
+    __metadata_request__score = {"groups": True}
+    __metadata_request__predict = {"groups": True}
+
+    _parameter_constraints: dict[str, list[Any]] = {
+        "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "alpha": [Interval(numbers.Real, 0, None, closed="left")],
+        "beta": [Interval(numbers.Real, 0, None, closed="neither")],
+        "steps": [Interval(numbers.Integral, 0, None, closed="left")],
+        "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
+        "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
+        "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "n_queries": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "meta_batch_size": [Interval(numbers.Integral, 1, None, closed="left")],
+        "max_iter": [Interval(numbers.Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean", StrOptions({"auto"})],
+        "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
+        "normalize_y": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "device": [str, torch.device],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    # -- fit -------------------------------------------------------------------------------------
+
+    @keeps_state_on_error
+    @with_callbacks
+    def fit(self, X: Any, y: Any = None, groups: Any = None) -> Any:
+        """Meta-train on a collection of tasks.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features), list of tasks, 3-D array, or distribution
+            Rows of all tasks, with their task ids in `groups` or in `task_column`; or a list of
+            ``(X, y)`` or ``(X_support, y_support, X_query, y_query)`` tasks (then y is None); or
+            an array of shape (n_tasks, n_rows, n_features) with y (n_tasks, n_rows); or an object
+            with ``sample(n_tasks, random_state)`` that returns such a list.
+        y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
+            Targets.
+        groups : array-like of shape (n_rows,), default=None
+            Task id of each row.
+
+        Returns
+        -------
+        self : object
+            The meta-fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not valid; the estimator is left as it was.
+        MetaTrainingError
+            If most meta-steps were not finite.
+
+        Warns
+        -----
+        SingleTaskWarning
+            If there is no task information: all rows are then one task.
+        """
+        self._validate_params()
+        self._check_parameter_names()
+        random_state = check_random_state(self.random_state)
+        seed = int(random_state.randint(2**31 - 1))
+        continued = bool(self.warm_start) and hasattr(self, "net_")
+        if is_task_distribution(X):
+            source = _Distribution(self, X, seed, continued)
+        else:
+            source = self._collect(X, y, groups, seed, continued)
+        self._score_seed = seed
+        self.device_ = self._resolve_device()
+        self.__dict__.pop("_state", None)
+        metadata = {} if groups is None else {"groups": groups}
+        with _forked_rng(self.device_):
+            torch.manual_seed(seed)
+            self._meta_train(source, seed, continued, (X, y, metadata))
+        if source.single:
+            # without tasks the estimator is an ordinary one: it has learned from all the rows
+            self._adapt_to(source.tasks, None)
+        return self
+
+    def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> _Collection:
+        tasks = collect_tasks(
+            self,
+            X,
+            y,
+            groups,
+            task_column=self.task_column,
+            reset=not continued,
+            classification=self._classification,
+        )
+        if tasks.spelling == "single" and getattr(self, "n_ways", None) is None:
+            warnings.warn(
+                f"{type(self).__name__}.fit got no task information and treats all "
+                f"{len(tasks.X)} rows as one task. If the rows belong to several tasks, pass "
+                "groups=task_ids (inside scikit-learn's tools enable it with "
+                "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
+                SingleTaskWarning,
+                stacklevel=4,
+            )
+        return _Collection(self, tasks, seed, continued)
+
+    def _meta_train(self, source: Any, seed: int, continued: bool, data: tuple[Any, ...]) -> None:
+        # imported when needed: adapting and predicting do without skorch
+        from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, MetaLearner, TaskStream
+
+        if continued:
+            net = copy.deepcopy(self.net_)
+            learner = net.module_
+        else:
+            self.feature_shape_ = source.feature_shape
+            self._dtype = source.dtype
+            module = self._make_module()
+            self._check_module(module)
+            rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+            learner = MetaLearner(module, rule, _adapted_names(module, self.adapted))
+            learner.to(device=self.device_, dtype=self._dtype)
+            net = self._make_net(learner)
+        engine = self._make_engine(learner.module)
+        net.engine = engine
+        net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
+        net.max_iter = self.max_iter
+        net.rows_per_task = source.rows_per_task
+        net.verbose = int(self.verbose)
+        net.patience = self.n_iter_no_change if source.validation is not None else None
+        net.train_split = _ValidateOn(source.validation)
+        self.n_tasks_ = source.n_tasks
+        self.tasks_ = source.ids
+        self._fingerprints = source.fingerprints
+        if HAS_SKLEARN_CALLBACKS:
+            n_epochs = -(-self.max_iter // UPDATES_PER_EPOCH)
+            net.epoch_hooks = _SklearnCallbacks(self, learner, n_epochs, data)
+        net.partial_fit(TaskStream(source.draw, source.n_train, self.meta_batch_size, seed))
+        if HAS_SKLEARN_CALLBACKS:
+            net.epoch_hooks.end_fit()
+        _copy_buffers(engine.module, learner.module)
+        # what held the data of this fit is not part of the fitted estimator
+        net.engine = net.train_split = net.epoch_hooks = None
+        self.net_ = net
+        self.module_ = learner.module
+        self._learner = learner
+        self.history_ = net.history
+        self.n_iter_ = net.update_
+
+    def _make_net(self, learner: Any) -> Any:
+        from skorch.callbacks import ProgressBar
+
+        from sklearn_maml.outer_loop import MetaNet, use_batch
+
+        callbacks = list(self.callbacks or [])
+        if self.verbose and sys.stderr.isatty():
+            callbacks.append(("progress_bar", ProgressBar()))
+        forwarded = ("optimizer", "iterator_train", "iterator_valid", "callbacks")
+        extra = {
+            name: value
+            for name, value in self._extra_params().items()
+            if name.split("__")[0] in forwarded
+        }
+        settings = {
+            "iterator_train__collate_fn": use_batch,
+            "iterator_valid__collate_fn": use_batch,
+            "iterator_valid__batch_size": 1,
+            **extra,
+        }
+        return MetaNet(
+            learner,
+            optimizer=self._resolve_optimizer(),
+            lr=self.beta,
+            batch_size=self.meta_batch_size,
+            to_label=_argmax if self._classification else None,
+            callbacks=callbacks,
+            verbose=int(self.verbose),
+            device=str(self.device_),
+            **settings,
+        )
+
+    def _resolve_device(self) -> torch.device:
+        if str(self.device) == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={self.device!r} is not a torch device. Expected 'auto', 'cpu', 'cuda' or "
+                "'cuda:0', ..."
+            ) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={self.device!r} was asked for, but torch sees no CUDA device here. Use "
+                "device='auto' to take CUDA only where there is one."
+            )
+        return device
+
+    def _resolve_optimizer(self) -> Any:
+        if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:
+            return OPTIMIZERS[self.optimizer]
+        if isinstance(self.optimizer, type):
+            return self.optimizer
+        raise ValueError(
+            f"optimizer={self.optimizer!r} is not known. Expected one of {sorted(OPTIMIZERS)} or a "
+            "torch.optim.Optimizer class; pass its settings as optimizer__*."
+        )
+
+    def _n_adapt_steps(self) -> int:
+        return int(self.steps if self.adapt_steps is None else self.adapt_steps)
+
+    def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
+        """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
+        from sklearn_maml.outer_loop import MetaLearner
+
+        self._validate_params()
+        tasks = collect_tasks(self, X, y, reset=True, classification=self._classification)
+        sample_weight = self._support_weights(sample_weight, tasks)
+        self._learn_targets(tasks, sample_weight)
+        self.feature_shape_ = tasks.X.shape[1:]
+        self._dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
+        self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.device_ = self._resolve_device()
+        self._fingerprints: dict[Hashable, int] = {}
+        with _forked_rng(self.device_):
+            torch.manual_seed(seed)
+            module = self._make_module()
+        rule = resolve_update_rule(self.update_rule, {})
+        self._learner = MetaLearner(module, rule, _adapted_names(module, self.adapted))
+        self.module_ = module
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    # -- module ----------------------------------------------------------------------------------
+
+    def _make_module(self) -> nn.Module:
+        options = self._prefixed("module")
+        n_outputs = self._n_module_outputs()
+        if self.module is None:
+            if options:
+                raise ValueError(
+                    f"module__{next(iter(options))} was given, but module is None and the default "
+                    "network takes hidden_layer_sizes and activation only. Pass a module class."
+                )
+            module = _mlp(
+                int(np.prod(self.feature_shape_)),
+                n_outputs,
+                self.hidden_layer_sizes,
+                self.activation,
+            )
+        elif isinstance(self.module, nn.Module):
+            if options:
+                raise ValueError(
+                    f"module__{next(iter(options))} was given, but module is an instance, already "
+                    "built. Pass the class instead, to build it with module__* arguments."
+                )
+            module = copy.deepcopy(self.module)
+        elif isinstance(self.module, type) and issubclass(self.module, nn.Module):
+            sizes = {"in_features": int(np.prod(self.feature_shape_)), "out_features": n_outputs}
+            module = _build(self.module, options, sizes)
+        else:
+            raise ValueError(
+                f"module must be None, a torch.nn.Module class or an instance; got "
+                f"{self.module!r}. A function that builds a network is not accepted: wrap it in a "
+                "torch.nn.Module class."
+            )
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
+        return module.to(device=self.device_, dtype=self._dtype)
+
+    def _check_module(self, module: nn.Module) -> None:
+        """Run the module once, so that a wrong one is refused before training starts."""
+        n_outputs = self._n_module_outputs()
+        rows = torch.zeros((2, *self.feature_shape_), dtype=self._dtype, device=self.device_)
+        probe = copy.deepcopy(module).eval()
+        try:
+            with torch.no_grad():
+                output = probe(self._reshape(rows))
+        except Exception as error:
+            raise ValueError(
+                f"module {type(module).__name__} failed on two rows of shape "
+                f"{tuple(self._reshape(rows).shape)}: {error}"
+            ) from error
+        expected = [(2, n_outputs)]
+        if n_outputs == 1 and not self._classification:
+            expected.append((2,))
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if got not in expected:
+            raise ValueError(
+                f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
+                f"shape {expected[0]}: one column for each {self._output_word}."
+            )
+
+    def _reshape(self, X: Any) -> Any:
+        """Rows as the module takes them: the default network takes flat rows."""
+        return X.reshape(len(X), -1) if self.module is None and X.ndim > 2 else X
+
+    # -- adapt -----------------------------------------------------------------------------------
+
+    def adapt(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> Any:
+        """Adapt to the support sets of one or many new tasks.
+
+        Always starts from the meta-learned initialisation, which it does not change, and replaces
+        what an earlier `adapt` left.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_support, n_features)
+            Support rows; lists of tasks and 3-D arrays are accepted as in `fit`.
+        y : array-like of shape (n_support,) or (n_support, n_outputs)
+            Their targets.
+        groups : array-like of shape (n_support,), default=None
+            Task id of each row, to adapt to many tasks in one call; None: one task.
+        sample_weight : array-like of shape (n_support,), default=None
+            Weights of the rows in the support loss; only their ratios within a task matter.
+
+        Returns
+        -------
+        self : object
+            Ready to predict for these tasks.
+
+        Raises
+        ------
+        NotFittedError
+            If the estimator is not meta-fitted.
+        ValueError
+            If the data does not fit; what was adapted before is kept.
+        """
+        check_is_fitted(self)
+        self._validate_params()
+        if hasattr(X, "__len__") and y is not None and _n_rows(X) == 0:
+            raise ValueError(
+                "adapt got an empty support set: Found array with 0 sample(s) while a minimum of 1 "
+                "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
+                "row for predictions of the initialisation."
+            )
+        tasks = collect_tasks(
+            self,
+            X,
+            y,
+            groups,
+            task_column=self.task_column,
+            classification=self._classification,
+        )
+        if tasks.in_query is not None:
+            raise ValueError(
+                "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
+                "y_support), ...] and give the query rows to predict."
+            )
+        sample_weight = self._support_weights(sample_weight, tasks)
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
+        if sample_weight is None:
+            return None
+        weights = _check_sample_weight(
+            sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
+        )
+        totals = np.bincount(tasks.codes, weights=weights)
+        if (totals == 0).any():
+            raise ValueError(
+                f"Sample weights are all zero in {int((totals == 0).sum())} of {len(totals)} "
+                "support set(s). Give at least one row of each task a positive weight."
+            )
+        return weights
+
+    def _adapt_to(self, tasks: TaskCollection, sample_weight: np.ndarray | None) -> None:
+        self._state = self._adapted_state(tasks, sample_weight, self._n_adapt_steps())
+        self._after_adapt()
+
+    def _after_adapt(self) -> None:
+        """Update what depends on the adapted tasks."""
+
+    def _make_engine(self, module: nn.Module) -> Engine:
+        return Engine(
+            module,
+            row_loss=cross_entropy_rows if self._classification else squared_error_rows,
+            rule=resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            meta_gradient=resolve_meta_gradient(
+                self.meta_gradient, self._prefixed("meta_gradient")
+            ),
+            adapted=_adapted_names(module, self.adapted),
+        )
+
+    def _adapted_state(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int
+    ) -> _State:
+        """Adapt to every task of a collection, a chunk of tasks at a time."""
+        self._check_features(tasks.X)
+        targets, extra = self._encode_support(tasks)
+        # short tasks with short ones, so that little is padding
+        by_size = np.argsort(tasks.sizes, kind="stable")
+        engine = self._make_engine(self.module_)
+        parts = []
+        for start in range(0, len(by_size), CHUNK):
+            chosen = by_size[start : start + CHUNK]
+            support = pad_rows(
+                self._reshape(tasks.X),
+                targets,
+                np.concatenate([tasks.rows(j) for j in chosen]),
+                tasks.sizes[chosen],
+                sample_weight,
+            )
+            with engine.threads(support.X.shape[0] * support.X.shape[1]):
+                parts.append(
+                    engine.adapt(
+                        self._learner.meta_params(),
+                        support.to(self.device_),
+                        alpha=float(self.alpha),
+                        steps=steps,
+                    )
+                )
+        adapted = _join(parts, np.argsort(by_size))
+        _restore_diverged(adapted, self.module_, float(self.alpha))
+        ids = None if tasks.spelling == "single" else tasks.ids
+        return _State(engine, adapted, ids, **extra)
+
+    def _check_features(self, X: np.ndarray) -> None:
+        if X.shape[1:] != self.feature_shape_:
+            raise ValueError(
+                f"X has rows of shape {X.shape[1:]}, but {type(self).__name__} was meta-fitted on "
+                f"rows of shape {self.feature_shape_}. Give the same features."
+            )
+
+    # -- predict ---------------------------------------------------------------------------------
+
+    def _rows_to_predict(
+        self, X: Any, groups: Any
+    ) -> tuple[_State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
+        """Validated rows, the adapted task of each, and how to shape the answer like X."""
+        check_is_fitted(self)
+        shape_like: Callable[[np.ndarray], Any] = _as_is
+        if isinstance(X, (list, tuple)) and len(X) and getattr(X[0], "ndim", 0) >= 2:
+            lengths = [len(part) for part in X]
+            groups = np.repeat(np.arange(len(X)), lengths)
+            cuts = np.cumsum(lengths)[:-1]
+            X = np.concatenate([np.asarray(part) for part in X])
+            shape_like = _Split(cuts)
+        elif (
+            groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
+        ):
+            n_tasks, n_rows = X.shape[:2]
+            groups = np.repeat(np.arange(n_tasks), n_rows)
+            X = np.asarray(X).reshape(-1, *X.shape[2:])
+            shape_like = _Stack(n_tasks, n_rows)
+        X_seen = X
+        name = "groups"
+        if self.task_column is not None:
+            if groups is not None and shape_like is _as_is:
+                raise ValueError(
+                    f"Got task_column={self.task_column!r} and groups: the tasks are given twice. "
+                    "Leave one of the two out."
+                )
+            X, groups = split_task_column(X, self.task_column)
+            name = f"the task column {self.task_column!r}"
+        rows = validate_rows(self, X, X_seen, reset=False, with_column=self.task_column is not None)
+        self._check_features(rows)
+        state = self.__dict__.get("_state")
+        if state is None:
+            raise NotAdaptedError(
+                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
+                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
+                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
+                "a support split of each task; scorers such as 'r2' do not adapt."
+            )
+        codes = self._find_tasks(state, groups, len(rows), name)
+        return state, self._reshape(rows), codes, shape_like
+
+    def _find_tasks(self, state: _State, groups: Any, n_rows: int, name: str) -> np.ndarray:
+        if groups is None:
+            if state.adapted.n_tasks > 1:
+                raise ValueError(
+                    f"{type(self).__name__} is adapted to {state.adapted.n_tasks} tasks: pass "
+                    "groups (the task id of each row) to predict."
+                )
+            return np.zeros(n_rows, dtype=np.intp)
+        ids, codes = encode_ids(groups, n_rows, name)
+        if state.ids is None:
+            raise ValueError(
+                "predict got groups, but the estimator was adapted to one task without an id. "
+                "Leave groups out, or call adapt(X_support, y_support, groups=...). To score new "
+                "tasks, use score(X, y, groups=...) or sklearn_maml.task_scorer."
+            )
+        position = {task: j for j, task in enumerate(state.ids.tolist())}
+        unknown = [task for task in ids.tolist() if task not in position]
+        if unknown:
+            raise ValueError(
+                f"predict got {len(unknown)} task id(s) that were not adapted to, such as "
+                f"{unknown[:3]}. Call adapt with support rows of these tasks first. To score new "
+                "tasks inside scikit-learn's tools, leave scoring=None or use "
+                "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+            )
+        return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
+
+    def _outputs(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Outputs of each row under the parameters of its task, a chunk of rows at a time."""
+        order = np.argsort(codes, kind="stable")
+        tasks, counts = np.unique(codes, return_counts=True)
+        # a task with very many rows is predicted in several pieces
+        n_pieces = -(-counts // ROWS_AT_A_TIME)
+        piece_task = np.repeat(tasks, n_pieces)
+        first = np.repeat(np.cumsum(counts) - counts, n_pieces)
+        number = np.arange(len(piece_task)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        first = first + number * ROWS_AT_A_TIME
+        size = np.minimum(np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME, ROWS_AT_A_TIME)
+        by_size = np.argsort(size, kind="stable")
+        result: np.ndarray | None = None
+        start = 0
+        while start < len(by_size):
+            stop = start + 1
+            while (
+                stop < len(by_size)
+                and stop - start < CHUNK
+                and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
+            ):
+                stop += 1
+            chosen = by_size[start:stop]
+            place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
+            query = pad_rows(rows, np.zeros(len(rows), dtype=rows.dtype), place, size[chosen])
+            query = query.to(self.device_)
+            with state.engine.threads(len(place)):
+                output = state.engine.predict(state.adapted.take(piece_task[chosen]), query)
+            if output.ndim == 2:
+                output = output.unsqueeze(-1)
+            values = query.real(output).cpu().numpy()
+            if result is None:
+                result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
+            result[place] = values
+            start = stop
+        assert result is not None
+        return result
+
+    # -- score -----------------------------------------------------------------------------------
+
+    def _has_task_information(self, X: Any, groups: Any) -> bool:
+        """Whether a call of `score` names tasks, rather than rows of the adapted task."""
+        state = self.__dict__.get("_state")
+        adapted_to_one = state is not None and state.ids is None
+        return not adapted_to_one or (
+            groups is not None
+            or self.task_column is not None
+            or isinstance(X, (list, tuple))
+            or is_task_distribution(X)
+            or (getattr(X, "ndim", 0) == len(self.feature_shape_) + 2)
+        )
+
+    def _split_and_adapt(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        *,
+        n_shots: int | None = None,
+        n_repeats: int = 1,
+        random_state: Any = None,
+        steps: tuple[int | None, ...] = (None,),
+    ) -> _Scored:
+        """Split each task into support and query rows and adapt to the support rows."""
+        check_is_fitted(self)
+        self._validate_params()
+        seed = self._score_seed if random_state is None else random_state
+        rng = np.random.default_rng(check_random_state(seed).randint(2**31 - 1))
+        if is_task_distribution(X):
+            X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
+        tasks = collect_tasks(
+            self, X, y, groups, task_column=self.task_column, classification=self._classification
+        )
+        self._check_features(tasks.X)
+        self._warn_if_seen(tasks)
+        n_shots = self.n_shots if n_shots is None else n_shots
+        if n_shots is None and not self._classification:
+            n_shots = max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
+        n_ways = self._n_ways()
+        encoded = self._encode(tasks)
+        _check_splittable(encoded, n_shots, n_ways, self._classification)
+        sampler = EpisodeSampler(
+            encoded, classification=self._classification, n_ways=n_ways, n_shots=n_shots
+        )
+        if n_ways is not None and tasks.in_query is None:
+            n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
+        which = np.repeat(np.arange(tasks.n_tasks), n_repeats)
+        split = sampler.split(which, rng)
+        support = TaskCollection(
+            tasks.X[split.support],
+            tasks.y[split.support],
+            np.repeat(np.arange(len(which)), split.n_support),
+            np.arange(len(which)),
+            None,
+            "list",
+        )
+        default = self._n_adapt_steps()
+        states = [self._adapted_state(support, None, default if s is None else s) for s in steps]
+        codes = np.repeat(np.arange(len(which)), split.n_query)
+        return _Scored(tasks, which, split.n_support, split.query, codes, states)
+
+    def _warn_if_seen(self, tasks: TaskCollection) -> None:
+        if not tasks.named or not self._fingerprints:
+            return
+        marks = tasks.fingerprints()
+        new_rows = [
+            task for task, mark in marks.items() if self._fingerprints.get(task, mark) != mark
+        ]
+        if new_rows:
+            warnings.warn(
+                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
+                "were also meta-trained on, with other rows. The score measures new rows of known "
+                "tasks, not new tasks: split by task (GroupKFold, LeaveOneGroupOut, "
+                "GroupShuffleSplit) to measure those.",
+                SeenTaskWarning,
+                stacklevel=4,
+            )
+
+    def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
+        check_is_fitted(self)
+        if not self._has_task_information(X, groups):
+            return float(metric(y, self.predict(X), sample_weight=sample_weight))
+        scored = self._split_and_adapt(X, y, groups)
+        rows = scored.rows
+        predicted = self._decide(
+            scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
+        )
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, scored.tasks.X)[rows]
+        return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
+
+    # -- what the subclasses define --------------------------------------------------------------
+
+    _output_word: str
+
+    def _n_ways(self) -> int | None:
+        return None
+
+    def _n_module_outputs(self) -> int:
+        raise NotImplementedError
+
+    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
+        """Set the fitted attributes that describe the targets."""
+        raise NotImplementedError
+
+    def _encode(self, tasks: TaskCollection) -> TaskCollection:
+        """Targets as the losses take them, for episodes."""
+        raise NotImplementedError
+
+    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+        """Targets of support sets as the losses take them, and what `_State` keeps of them."""
+        raise NotImplementedError
+
+    def _decide(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Predictions of rows under the parameters of the task of each."""
+        raise NotImplementedError
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "module_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+class MAMLRegressor(RegressorMixin, _BaseMAML):
+    """DOCSTRING_REGRESSOR"""
+
+    _classification = False
+    _output_word = "target"
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        hidden_layer_sizes: Any = (64, 64),
+        activation: str = "relu",
+        alpha: float = 0.01,
+        beta: float = 1e-3,
+        steps: int = 5,
+        adapt_steps: int | None = None,
+        meta_gradient: Any = "second-order",
+        update_rule: Any = "sgd",
+        adapted: Any = "all",
+        n_shots: int | None = None,
+        n_queries: int | None = None,
+        meta_batch_size: int = 25,
+        max_iter: int = 2000,
+        early_stopping: Any = "auto",
+        validation_fraction: float = 0.15,
+        n_iter_no_change: int = 10,
+        normalize_y: bool = True,
+        optimizer: Any = "adam",
+        callbacks: Any = None,
+        device: Any = "auto",
+        task_column: Hashable | None = None,
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+        **net_params: Any,
+    ) -> None:
+        self.module = module
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.alpha = alpha
+        self.beta = beta
+        self.steps = steps
+        self.adapt_steps = adapt_steps
+        self.meta_gradient = meta_gradient
+        self.update_rule = update_rule
+        self.adapted = adapted
+        self.n_shots = n_shots
+        self.n_queries = n_queries
+        self.meta_batch_size = meta_batch_size
+        self.max_iter = max_iter
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.normalize_y = normalize_y
+        self.optimizer = optimizer
+        self.callbacks = callbacks
+        self.device = device
+        self.task_column = task_column
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+        vars(self).update(net_params)
+
+    def predict(self, X: Any, groups: Any = None) -> Any:
+        """Predict with the parameters adapted to the task of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
+            Predicted values.
+
+        Raises
+        ------
+        NotAdaptedError
+            If `adapt` was not called.
+        ValueError
+            If a task id was not adapted to.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._decide(state, rows, codes))
+
+    def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
+        """Return the coefficient of determination after adaptation, query rows pooled.
+
+        Each task is split into a support set of `n_shots` rows (10 or half of the smallest task
+        if None) and the query rows it is scored on. After ``adapt(X_support, y_support)`` for one
+        task, a call without task information scores the predictions of that task.
+
+        Parameters
+        ----------
+        X, y, groups : see `fit`
+        sample_weight : array-like of shape (n_rows,), default=None
+            Weights of the rows in the metric.
+
+        Returns
+        -------
+        score : float
+            R^2 of the pooled query rows.
+        """
+        return self._score(X, y, groups, sample_weight, r2_score)
+
+    def _n_module_outputs(self) -> int:
+        return len(self.y_mean_)
+
+    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
+        y = tasks.y.reshape(len(tasks.y), -1)
+        self._y_is_1d = tasks.y.ndim == 1
+        self.n_outputs_ = y.shape[1]
+        self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
+        self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
+        if self.normalize_y:
+            self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
+            spread = np.sqrt(np.average((y - self.y_mean_) ** 2, axis=0, weights=sample_weight))
+            constant = spread <= 10 * np.finfo(y.dtype).eps * np.abs(self.y_mean_)
+            self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)
+
+    def _encode(self, tasks: TaskCollection) -> TaskCollection:
+        y = tasks.y.reshape(len(tasks.y), -1)
+        if y.shape[1] != self.n_outputs_:
+            raise ValueError(
+                f"y has {y.shape[1]} output(s), but {type(self).__name__} was meta-fitted on "
+                f"{self.n_outputs_}. Give as many."
+            )
+        return tasks.with_y(((y - self.y_mean_) / self.y_scale_).astype(tasks.X.dtype))
+
+    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+        return self._encode(tasks).y, {}
+
+    def _decide(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        values = self._outputs(state, rows, codes) * self.y_scale_ + self.y_mean_
+        return values[:, 0] if self._y_is_1d else values
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class MAMLClassifier(ClassifierMixin, _BaseMAML):
+    """DOCSTRING_CLASSIFIER"""
+
+    _classification = True
+    _output_word = "class"
+
+    __metadata_request__predict_proba = {"groups": True}
+    __metadata_request__predict_log_proba = {"groups": True}
+    __metadata_request__decision_function = {"groups": True}
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        hidden_layer_sizes: Any = (64, 64),
+        activation: str = "relu",
+        alpha: float = 0.1,
+        beta: float = 1e-3,
+        steps: int = 5,
+        adapt_steps: int | None = None,
+        meta_gradient: Any = "second-order",
+        update_rule: Any = "sgd",
+        adapted: Any = "all",
+        n_ways: int | None = None,
+        n_shots: int | None = None,
+        n_queries: int | None = None,
+        meta_batch_size: int = 25,
+        max_iter: int = 2000,
+        early_stopping: Any = "auto",
+        validation_fraction: float = 0.15,
+        n_iter_no_change: int = 10,
+        optimizer: Any = "adam",
+        callbacks: Any = None,
+        device: Any = "auto",
+        task_column: Hashable | None = None,
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+        **net_params: Any,
+    ) -> None:
+        self.module = module
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.alpha = alpha
+        self.beta = beta
+        self.steps = steps
+        self.adapt_steps = adapt_steps
+        self.meta_gradient = meta_gradient
+        self.update_rule = update_rule
+        self.adapted = adapted
+        self.n_ways = n_ways
+        self.n_shots = n_shots
+        self.n_queries = n_queries
+        self.meta_batch_size = meta_batch_size
+        self.max_iter = max_iter
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.optimizer = optimizer
+        self.callbacks = callbacks
+        self.device = device
+        self.task_column = task_column
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+        vars(self).update(net_params)
+
+    def predict(self, X: Any, groups: Any = None) -> Any:
+        """Predict class labels with the parameters adapted to the task of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        y : ndarray of shape (n_queries,)
+            Predicted labels.
+
+        Raises
+        ------
+        NotAdaptedError
+            If `adapt` was not called.
+        ValueError
+            If a task id was not adapted to.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._decide(state, rows, codes))
+
+    def predict_proba(self, X: Any, groups: Any = None) -> Any:
+        """Predict class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        p : ndarray of shape (n_queries, n_classes)
+            Probabilities in the order of `classes_`; 0 for classes that a row's task lacks.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._probabilities(state, rows, codes))
+
+    def predict_log_proba(self, X: Any, groups: Any = None) -> Any:
+        """Predict the logarithm of class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        log_p : ndarray of shape (n_queries, n_classes)
+            In the order of `classes_`.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        with np.errstate(divide="ignore"):
+            return shape_like(np.log(self._probabilities(state, rows, codes)))
+
+    def decision_function(self, X: Any, groups: Any = None) -> Any:
+        """Return the outputs of the network for each class (logits).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
+            In the order of `classes_`; for two classes, the logit of the second less the first.
+            The lowest finite number stands for classes that a row's task lacks.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._decision(state, rows, codes))
+
+    def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
+        """Return the accuracy after adaptation, query rows pooled.
+
+        Each task is split into a support set of `n_shots` rows of each class (half of them if
+        None) and the query rows it is scored on. With `n_ways`, episodes of that many classes are
+        drawn, at least 100 in all. After ``adapt(X_support, y_support)`` for one task, a call
+        without task information scores the predictions of that task.
+
+        Parameters
+        ----------
+        X, y, groups : see `fit`
+        sample_weight : array-like of shape (n_rows,), default=None
+            Weights of the rows in the metric.
+
+        Returns
+        -------
+        score : float
+            Accuracy over the pooled query rows.
+        """
+        return self._score(X, y, groups, sample_weight, accuracy_score)
+
+    def _n_ways(self) -> int | None:
+        return self.n_ways
+
+    def _n_module_outputs(self) -> int:
+        return len(self.classes_) if self.n_ways is None else int(self.n_ways)
+
+    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
+        self.classes_ = np.unique(tasks.y)
+
+    def _encode(self, tasks: TaskCollection) -> TaskCollection:
+        if self.n_ways is not None:  # labels mean something inside their task only
+            return tasks.with_y(np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
+        return tasks.with_y(self._positions(tasks.y))
+
+    def _positions(self, y: np.ndarray) -> np.ndarray:
+        unseen = np.setdiff1d(y, self.classes_)
+        if len(unseen):
+            raise ValueError(
+                f"y contains labels that were not seen in fit: {unseen[:5].tolist()}. Labels are "
+                f"shared by the tasks (n_ways=None), and fit saw {self.classes_[:10].tolist()}. "
+                "Meta-fit with n_ways if every task has labels of its own."
+            )
+        return np.searchsorted(self.classes_, y)
+
+    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+        if self.n_ways is None:
+            return self._positions(tasks.y), {}
+        labels, codes = np.unique(tasks.y, return_inverse=True)
+        key, inverse = np.unique(tasks.codes * len(labels) + codes.reshape(-1), return_inverse=True)
+        task = key // len(labels)
+        rank = np.arange(len(key)) - np.searchsorted(task, np.arange(tasks.n_tasks))[task]
+        n_classes = np.bincount(task, minlength=tasks.n_tasks)
+        if n_classes.max() > self.n_ways:
+            j = int(n_classes.argmax())
+            raise ValueError(
+                f"The support set{_named(tasks, j)} has {n_classes[j]} classes, but the head has "
+                f"n_ways={self.n_ways} outputs. Give at most {self.n_ways} classes, or meta-fit "
+                "with a larger n_ways."
+            )
+        slots = np.full((tasks.n_tasks, self.n_ways), -1)
+        slots[task, rank] = key % len(labels)
+        return rank[inverse.reshape(-1)], {"slots": slots, "labels": labels}
+
+    def _after_adapt(self) -> None:
+        if self._state.labels is not None:
+            self.classes_ = self._state.labels
+
+    def _logits(
+        self, state: _State, rows: np.ndarray, codes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits of the head, lowest where a task lacks the class; class of each output."""
+        logits = self._outputs(state, rows, codes)
+        if state.slots is None:
+            return logits, None
+        slots = state.slots[codes]
+        return np.where(slots >= 0, logits, np.finfo(logits.dtype).min), slots
+
+    def _spread(self, values: np.ndarray, slots: np.ndarray | None, fill: float, n: int) -> Any:
+        """Move columns from the outputs of each task to the classes of all adapted tasks."""
+        if slots is None:
+            return values
+        wide = np.full((len(values), n), fill, dtype=values.dtype)
+        row, output = np.nonzero(slots >= 0)
+        wide[row, slots[row, output]] = values[row, output]
+        return wide
+
+    def _decide(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        logits, slots = self._logits(state, rows, codes)
+        best = logits.argmax(1)
+        if slots is None:
+            return self.classes_[best]
+        assert state.labels is not None
+        return state.labels[slots[np.arange(len(best)), best]]
+
+    def _probabilities(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        logits, slots = self._logits(state, rows, codes)
+        p = softmax(logits, axis=1)
+        return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
+
+    def _decision(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        logits, slots = self._logits(state, rows, codes)
+        lowest = float(np.finfo(logits.dtype).min)
+        n_labels = 0 if state.labels is None else len(state.labels)
+        logits = self._spread(logits, slots, lowest, n_labels)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = False
+        return tags
+
+
+# -- sources of meta-training episodes -----------------------------------------------------------
+
+
+class _Collection:
+    """Episodes from a finite task collection, with some tasks held out for validation."""
+
+    def __init__(self, estimator: Any, tasks: TaskCollection, seed: int, continued: bool) -> None:
+        if not continued:
+            estimator._learn_targets(tasks)
+        else:
+            estimator._check_features(tasks.X)
+        n_ways = estimator._n_ways()
+        encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
+        _check_splittable(encoded, estimator.n_shots, n_ways, estimator._classification)
+        self.tasks = tasks
+        self.n_tasks = tasks.n_tasks
+        self.ids = tasks.ids
+        self.fingerprints = tasks.fingerprints() if tasks.named else {}
+        self.single = tasks.spelling == "single" and n_ways is None
+        self.feature_shape = tasks.X.shape[1:]
+        self.dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
+        pool = tasks.spelling == "single" and n_ways is not None
+        train, valid = _hold_out(encoded, estimator, seed, pool)
+        options = {
+            "classification": estimator._classification,
+            "n_ways": n_ways,
+            "n_shots": estimator.n_shots,
+        }
+        self.draw = EpisodeSampler(train, n_queries=estimator.n_queries, **options).sample
+        self.n_train = train.n_tasks
+        self.rows_per_task = _episode_rows(estimator, tasks)
+        self.validation: Any = None
+        if valid is not None:
+            sampler = EpisodeSampler(valid, **options)
+            self.validation = _draw_fixed(sampler.sample, valid.n_tasks, seed)
+
+
+class _Distribution:
+    """Episodes from an object with ``sample(n_tasks, random_state)``: fresh tasks every time."""
+
+    single = False
+    ids = None
+    n_tasks = None
+    n_train = 1
+    fingerprints: dict[Hashable, int] = {}
+
+    def __init__(self, estimator: Any, distribution: Any, seed: int, continued: bool) -> None:
+        self.estimator = estimator
+        self.distribution = distribution
+        drawn = distribution.sample(VALIDATION_TASKS, random_state=seed)
+        if not isinstance(drawn, (list, tuple)) or len(drawn) == 0:
+            raise ValueError(
+                f"{type(distribution).__name__}.sample returned {type(drawn).__name__}; expected "
+                "a list of (X, y) or (X_support, y_support, X_query, y_query) tasks."
+            )
+        tasks = collect_tasks(
+            estimator, drawn, reset=not continued, classification=estimator._classification
+        )
+        if not continued:
+            estimator._learn_targets(tasks)
+        self.tasks = tasks
+        self.rows_per_task = _episode_rows(estimator, tasks)
+        self.feature_shape = tasks.X.shape[1:]
+        self.dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
+        self.validation: Any = None
+        sampler = self._sampler(tasks, None)
+        if estimator.early_stopping:
+            self.validation = _draw_fixed(sampler.sample, tasks.n_tasks, seed)
+
+    def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
+        estimator = self.estimator
+        encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
+        n_ways, n_shots = estimator._n_ways(), estimator.n_shots
+        _check_splittable(encoded, n_shots, n_ways, estimator._classification)
+        return EpisodeSampler(
+            encoded,
+            classification=estimator._classification,
+            n_ways=n_ways,
+            n_shots=n_shots,
+            n_queries=n_queries,
+        )
+
+    def draw(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
+        """Episodes of as many fresh tasks as there are positions."""
+        drawn = self.distribution.sample(len(which), random_state=int(rng.integers(2**31 - 1)))
+        tasks = _collect_quickly(drawn, self.tasks)
+        if tasks is None:
+            tasks = collect_tasks(
+                self.estimator, drawn, classification=self.estimator._classification
+            )
+        sampler = self._sampler(tasks, self.estimator.n_queries)
+        return sampler.sample(np.arange(tasks.n_tasks), rng)
+
+
+def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
+    """Collect (X, y) tasks of equal shapes without full validation; None if that is not safe."""
+    if len(drawn[0]) != 2 or like.y.dtype.kind not in "fiu":
+        return None
+    X, y = (np.array([task[part] for task in drawn]) for part in (0, 1))
+    if X.dtype != like.X.dtype or X.shape[2:] != like.X.shape[1:] or y.dtype != like.y.dtype:
+        return None
+    if y.shape[:2] != X.shape[:2] or y.ndim != like.y.ndim + 1:
+        return None
+    if not (np.isfinite(X).all() and np.isfinite(y).all()):
+        return None
+    n_tasks, n_rows = X.shape[:2]
+    return TaskCollection(
+        X.reshape(-1, *X.shape[2:]),
+        y.reshape(-1, *y.shape[2:]),
+        np.repeat(np.arange(n_tasks), n_rows),
+        np.arange(n_tasks),
+        None,
+        "list",
+    )
+
+
+def _episode_rows(estimator: Any, tasks: TaskCollection) -> int:
+    """Rough number of rows of an episode."""
+    rows = int(np.median(tasks.sizes))
+    if estimator.n_shots is not None and estimator.n_queries is not None:
+        per_class = len(np.unique(tasks.y)) if estimator._classification else 1
+        rows = min(rows, (estimator.n_shots + estimator.n_queries) * per_class)
+    n_ways = estimator._n_ways()
+    if n_ways is not None:
+        rows = n_ways * ((estimator.n_shots or 1) + (estimator.n_queries or 15))
+    return rows
+
+
+def _hold_out(
+    tasks: TaskCollection, estimator: Any, seed: int, pool: bool
+) -> tuple[TaskCollection, TaskCollection | None]:
+    """Split off validation tasks (classes, where tasks are drawn from a pool of them)."""
+    asked = estimator.early_stopping
+    units = int(tasks.y.max()) + 1 if pool else tasks.n_tasks
+    least = 2 * estimator.n_ways if pool else (2 if asked is True else 10)
+    if asked is False or units < least:
+        if asked is True:
+            what = "classes" if pool else "tasks"
+            raise ValueError(
+                f"early_stopping=True holds out {what} for validation, but there are only {units} "
+                f"(at least {least} are needed). Set early_stopping=False."
+            )
+        return tasks, None
+    n_valid = max(int(round(estimator.validation_fraction * units)), 1)
+    if pool:
+        n_valid = min(max(n_valid, estimator.n_ways), units - estimator.n_ways)
+    order = np.random.default_rng((seed, 2)).permutation(units)
+    held, kept = np.sort(order[:n_valid]), np.sort(order[n_valid:])
+    if not pool:
+        return tasks.select(kept), tasks.select(held)
+    parts = []
+    for classes in (kept, held):
+        rows = np.isin(tasks.y, classes)
+        parts.append(
+            dataclasses.replace(tasks, X=tasks.X[rows], y=tasks.y[rows], codes=tasks.codes[rows])
+        )
+    return parts[0], parts[1]
+
+
+def _draw_fixed(draw: Any, n_tasks: int, seed: int) -> list[EpisodeBatch]:
+    """Draw validation episodes, every task as often as any, about `VALIDATION_TASKS` in all."""
+    rng = np.random.default_rng((seed, 3))
+    which = np.tile(np.arange(n_tasks), max(VALIDATION_TASKS // n_tasks, 1))
+    n_batches = -(-len(which) // VALIDATION_TASKS)
+    return [draw(part, rng) for part in np.array_split(which, n_batches)]
+
+
+class _ValidateOn:
+    """skorch's train split: the stream of tasks, and the validation episodes if there are any."""
+
+    def __init__(self, batches: list[EpisodeBatch] | None) -> None:
+        self.batches = batches
+
+    def __call__(self, stream: Any, y: Any = None, **fit_params: Any) -> tuple[Any, Any]:
+        from sklearn_maml.outer_loop import FixedEpisodes
+
+        return stream, None if self.batches is None else FixedEpisodes(self.batches)
+
+
+def _named(tasks: TaskCollection, j: int) -> str:
+    return "" if tasks.spelling == "single" else f" of task {tasks.ids[j : j + 1].tolist()[0]!r}"
+
+
+def _check_splittable(
+    tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
+) -> None:
+    """Refuse tasks that cannot give a support set of the asked size and a query row."""
+    if n_ways is not None:
+        labels = int(tasks.y.max()) + 1
+        cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
+        n_classes = np.bincount(cells // labels, minlength=tasks.n_tasks)
+        if tasks.in_query is not None:
+            if n_classes.max() > n_ways:
+                j = int(n_classes.argmax())
+                raise ValueError(
+                    f"The episode{_named(tasks, j)} has {n_classes[j]} classes, but n_ways="
+                    f"{n_ways}. Raise n_ways or leave classes out."
+                )
+            return
+        if n_classes.min() < 2:
+            j = int(n_classes.argmin())
+            raise ValueError(
+                f"There are too few classes{_named(tasks, j)}: got 1 class, and episodes need at "
+                "least 2. Leave the task out."
+            )
+    elif tasks.in_query is not None:
+        return
+    if tasks.sizes.min() < 2:
+        few = np.flatnonzero(tasks.sizes < 2)
+        where = (
+            ""
+            if tasks.spelling == "single"
+            else f" in {len(few)} task(s), such as {tasks.ids[few][:3].tolist()}"
+        )
+        raise ValueError(
+            f"Got n_samples=1 (one row){where}; a task needs at least 2 rows, one for its support "
+            "set and one for its query set. Leave such tasks out or give them more rows."
+        )
+    if n_shots is None and n_ways is None:
+        return
+    need = (1 if n_shots is None else n_shots) + 1
+    if not classification:
+        few = np.flatnonzero(tasks.sizes < need)
+        if len(few):
+            raise ValueError(
+                f"n_shots={n_shots} is more than {len(few)} of the {tasks.n_tasks} tasks can give: "
+                f"the smallest{_named(tasks, int(few[tasks.sizes[few].argmin()]))} has "
+                f"{tasks.sizes.min()} rows, and a support set of {n_shots} and one query row need "
+                f"{need}. Lower n_shots or leave such tasks out."
+            )
+        return
+    labels = int(tasks.y.max()) + 1
+    cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
+    few = np.flatnonzero(counts < need)
+    if len(few):
+        j = int(cells[few[0]] // labels)
+        raise ValueError(
+            f"{len(few)} class(es) have fewer than {need} rows in a task, such as class number "
+            f"{int(cells[few[0]] % labels)}{_named(tasks, j)} with {int(counts[few[0]])}; "
+            f"{need - 1} support row(s) of each class (n_shots={n_shots}) and one query row need "
+            f"{need}. Lower n_shots or leave such classes out."
+        )
+
+
+# -- models that hold a MAML estimator -----------------------------------------------------------
+
+
+def find_prior(estimator: Any) -> Any:
+    """Return the MAML estimator, or the Pipeline that ends in one, inside a model."""
+    model = estimator
+    while not isinstance(model, _BaseMAML):
+        if isinstance(model, Pipeline):
+            find_prior(model.steps[-1][1])
+            return model
+        for name in ("best_estimator_", "model_", "estimator", "prior"):
+            if getattr(model, name, None) is not None:
+                model = getattr(model, name)
+                break
+        else:
+            raise TypeError(
+                f"There is no meta-learned model in {type(estimator).__name__}: expected a "
+                "meta-fitted MAMLRegressor or MAMLClassifier, or a fitted Pipeline, search or "
+                "FewShot estimator made of one."
+            )
+    return model
+
+
+def transform_rows(pipeline: Pipeline, X: Any) -> Any:
+    """Rows as the last step of a fitted pipeline sees them; lists of tasks stay lists."""
+    check_is_fitted(pipeline)
+    for _, step in pipeline.steps[:-1]:
+        if step is not None and step != "passthrough":
+            X = step.transform(X)
+    return X
+
+
+# -- small helpers -------------------------------------------------------------------------------
+
+
+def _as_is(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+class _Split:
+    """Answer a list of query sets with a list."""
+
+    def __init__(self, cuts: np.ndarray) -> None:
+        self.cuts = cuts
+
+    def __call__(self, values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, self.cuts)
+
+
+class _Stack:
+    """Answer a 3-D array of query sets with one more leading axis."""
+
+    def __init__(self, n_tasks: int, n_rows: int) -> None:
+        self.shape = (n_tasks, n_rows)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(*self.shape, *values.shape[1:])
+
+
+def _argmax(output: np.ndarray) -> np.ndarray:
+    return output.argmax(1)
+
+
+def _n_rows(X: Any) -> int:
+    return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)
+
+
+class _forked_rng:
+    """Leave the caller's global torch random state as it was."""
+
+    def __init__(self, device: torch.device) -> None:
+        devices = [device.index or 0] if device.type == "cuda" else []
+        self._context = torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def _mlp(n_in: int, n_out: int, hidden: Any, activation: str) -> nn.Sequential:
+    sizes = [int(size) for size in np.atleast_1d(hidden)]
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"hidden_layer_sizes must be positive; got {hidden!r}.")
+    layers: list[nn.Module] = []
+    for a, b in zip([n_in, *sizes], sizes, strict=False):
+        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1] if sizes else n_in, n_out))
+
+
+def _build(module: Any, options: dict[str, Any], sizes: dict[str, int]) -> nn.Module:
+    """Build a module class; in_features and out_features are filled in where it takes them."""
+    import inspect
+
+    names = [name for name in inspect.signature(module.__init__).parameters if name != "self"]
+    filled = {name: size for name, size in sizes.items() if name in names}
+    try:
+        return module(**{**filled, **options})
+    except TypeError as error:
+        hints = "".join(did_you_mean(name, names) for name in options if name not in names)
+        raise ValueError(
+            f"{module.__name__} could not be built with module__ arguments {sorted(options)}: "
+            f"{error}. It takes {names}.{hints}"
+        ) from error
+
+
+def _adapted_names(module: nn.Module, adapted: Any) -> list[str]:
+    """Names of the parameters that adapt."""
+    import fnmatch
+
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if isinstance(adapted, str) and adapted == "all":
+        return names
+    head = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
+    if isinstance(adapted, str) and adapted == "head":
+        return head
+    if isinstance(adapted, str) and adapted == "body":
+        chosen = [name for name in names if name not in head]
+        if not chosen:
+            raise ValueError("adapted='body' leaves nothing to adapt: the module is a head only.")
+        return chosen
+    patterns = [adapted] if isinstance(adapted, str) else list(adapted)
+    chosen = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    unmatched = [p for p in patterns if not fnmatch.filter(names, p)]
+    if unmatched or not chosen:
+        raise ValueError(
+            f"adapted={adapted!r}: {unmatched} match no parameter. Expected 'all', 'head', 'body' "
+            f"or patterns of these names: {names}."
+        )
+    return chosen
+
+
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy what forward passes wrote to buffers of the engine's copy of the module."""
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+
+
+def _join(parts: list[Adapted], order: np.ndarray) -> Adapted:
+    """Concatenate chunks of adapted tasks and put the tasks in order."""
+    if len(parts) == 1 and (np.diff(order) == 1).all():
+        return parts[0]
+    index = torch.as_tensor(order)
+
+    def cat(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat([d[name] for d in dicts])[index.to(tensor.device)]
+            for name, tensor in dicts[0].items()
+        }
+
+    return Adapted(
+        cat([part.params for part in parts]),
+        parts[0].shared,
+        cat([part.statistics for part in parts]),
+    )
+
+
+def _restore_diverged(adapted: Adapted, module: nn.Module, alpha: float) -> None:
+    """Give tasks whose adaptation is not finite the initialisation back, and say so."""
+    finite = torch.stack(
+        [torch.isfinite(p).flatten(1).all(1) for p in adapted.params.values()]
+    ).all(0)
+    diverged = torch.nonzero(~finite).flatten()
+    if not len(diverged):
+        return
+    initial = dict(module.named_parameters())
+    for name, p in adapted.params.items():
+        p[diverged] = initial[name].detach()
+    warnings.warn(
+        f"The inner steps diverged on {len(diverged)} of {len(finite)} tasks; their predictions "
+        f"are those of the initialisation. Lower alpha (now {alpha:g}) or adapt_steps.",
+        NonFiniteStepWarning,
+        stacklevel=5,
+    )
+
+
+class _SklearnCallbacks:
+    """Tells scikit-learn's callbacks of the epochs of a meta-training."""
+
+    def __init__(self, estimator: Any, learner: Any, n_epochs: int, data: tuple[Any, ...]) -> None:
+        self.estimator = estimator
+        self.learner = learner
+        X, y, metadata = data
+        self.data = {"X": X, "y": y, "metadata": metadata}
+        self.root = estimator._init_callback_context(max_subtasks=n_epochs)
+        self.root.call_on_fit_task_begin(estimator=estimator, **self.data)
+        self.epoch: Any = None
+
+    def _so_far(self) -> dict[str, Any]:
+        """Attributes of the estimator as if the fit had stopped here."""
+        learner = copy.deepcopy(self.learner)
+        return {"module_": learner.module, "_learner": learner}
+
+    def begin_epoch(self) -> None:
+        """An epoch begins."""
+        self.epoch = self.root.subcontext(task_name="epoch")
+        self.epoch.call_on_fit_task_begin(
+            estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+        )
+
+    def end_epoch(self) -> bool:
+        """An epoch ends; returns whether a callback asks to stop."""
+        return bool(
+            self.epoch.call_on_fit_task_end(
+                estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+            )
+        )
+
+    def end_fit(self) -> None:
+        """Meta-training ends."""
+        self.root.call_on_fit_task_end(
+            estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+        )

@@ -1,0 +1,47 @@
+"""Exceptions and warnings of sklearn_maml.
+
+Every exception also inherits from the scikit-learn or built-in class a caller would already catch.
+"""
+
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+
+__all__ = [
+    "EngineFallbackWarning",
+    "InterruptedFitWarning",
+    "MetaTrainingError",
+    "NonFiniteStepWarning",
+    "NotAdaptedError",
+    "SeenTaskWarning",
+    "SingleTaskWarning",
+]
+
+
+class NotAdaptedError(NotFittedError):
+    """Raised when predictions are asked of a model that was not adapted to the task."""
+
+
+class MetaTrainingError(ArithmeticError, ValueError):
+    """Raised when most meta-steps were not finite, so that nothing was learned."""
+
+
+class SingleTaskWarning(UserWarning):
+    """Issued when `fit` saw no task information and treated all rows as one task."""
+
+
+class SeenTaskWarning(UserWarning):
+    """Issued when a score was computed on new rows of tasks seen in meta-training.
+
+    Such a score measures new rows of known tasks, not performance on new tasks.
+    """
+
+
+class NonFiniteStepWarning(ConvergenceWarning):
+    """Issued once when a meta-step was skipped because its loss or gradient was not finite."""
+
+
+class InterruptedFitWarning(ConvergenceWarning):
+    """Issued when `fit` was interrupted and kept the best parameters found so far."""
+
+
+class EngineFallbackWarning(UserWarning):
+    """Issued when a module cannot be run over a batch of tasks and the plain loop is used."""

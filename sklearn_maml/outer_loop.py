@@ -1,0 +1,395 @@
+"""The outer loop: a skorch net whose dataset item is a task and whose batch is a meta-batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from skorch import NeuralNet
+from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
+from skorch.utils import to_numpy
+from torch import Tensor, nn
+
+from sklearn_maml.engine import Engine, MetaStep, rate_key
+from sklearn_maml.episodes import EpisodeBatch
+from sklearn_maml.exceptions import (
+    InterruptedFitWarning,
+    MetaTrainingError,
+    NonFiniteStepWarning,
+)
+from sklearn_maml.update_rules import UpdateRule
+
+__all__ = ["FixedEpisodes", "MetaLearner", "MetaNet", "TaskStream", "use_batch"]
+
+# meta-updates between two lines of the history, validations and early-stopping decisions
+UPDATES_PER_EPOCH = 50
+# meta-steps seen before a majority of non-finite ones stops the fit
+PATIENCE_NON_FINITE = 20
+
+
+class MetaLearner(nn.Module):
+    """The meta-parameters: the user's module as initialisation, and what the rule learns."""
+
+    def __init__(self, module: nn.Module, rule: UpdateRule, adapted: list[str]) -> None:
+        super().__init__()
+        self.module = module
+        fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
+        rates = rule.initial_rates(fast)
+        self.rule = nn.ParameterDict({rate_key(n): nn.Parameter(r) for n, r in rates.items()})
+
+    def meta_params(self) -> dict[str, Tensor]:
+        """Trainable meta-parameters by name: ``module.*`` and ``rule.*``."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+class TaskStream(torch.utils.data.Dataset):
+    """Endless shuffled passes over the tasks; its item is a task, its batch an episode batch.
+
+    Batches are a function of the seed and the number of the update, so a run that is continued
+    draws what an uninterrupted one would have drawn.
+
+    Parameters
+    ----------
+    draw : callable (task_positions, rng) -> EpisodeBatch
+    n_tasks : int
+    batch_size : int
+    seed : int
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[np.ndarray, np.random.Generator], EpisodeBatch],
+        n_tasks: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.draw = draw
+        self.n_tasks = n_tasks
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_update = 0
+        self.n_updates = UPDATES_PER_EPOCH
+        self._passes: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.n_updates * self.batch_size
+
+    def _pass(self, number: int) -> np.ndarray:
+        if number not in self._passes:
+            rng = np.random.default_rng((self.seed, 0, number))
+            self._passes = {
+                **{k: v for k, v in self._passes.items() if k >= number - 1},
+                number: rng.permutation(self.n_tasks),
+            }
+        return self._passes[number]
+
+    def __getitems__(self, items: list[int]) -> EpisodeBatch:
+        start = self.first_update * self.batch_size
+        positions = start + np.asarray(items)
+        number, place = np.divmod(positions, self.n_tasks)
+        which = np.empty(len(positions), dtype=np.intp)
+        for k in range(int(number[0]), int(number[-1]) + 1):
+            which[number == k] = self._pass(k)[place[number == k]]
+        rng = np.random.default_rng((self.seed, 1, int(positions[0])))
+        return self.draw(which, rng)
+
+    def __getitem__(self, item: int) -> EpisodeBatch:
+        return self.__getitems__([item])
+
+
+class FixedEpisodes(torch.utils.data.Dataset):
+    """Episodes drawn once, the same at every validation."""
+
+    def __init__(self, batches: list[EpisodeBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, items: list[int]) -> EpisodeBatch:
+        return self.batches[items[0]]
+
+    def __getitem__(self, item: int) -> EpisodeBatch:
+        return self.batches[item]
+
+
+def use_batch(batch: EpisodeBatch) -> tuple[EpisodeBatch, Tensor]:
+    """Collate: a skorch batch is (inputs, targets); the targets are the pooled query targets."""
+    return batch, batch.query.real(batch.query.y)
+
+
+class FiniteMean(PassthroughScoring):
+    """Epoch mean of the finite batch losses."""
+
+    def get_avg_score(self, history: Any) -> float:
+        """Mean over the batches of the last epoch, weighted by their number of tasks."""
+        key = "train_batch_size" if self.on_train else "valid_batch_size"
+        weights, losses = map(
+            np.asarray, zip(*history[-1, "batches", :, [key, self.name]], strict=True)
+        )
+        finite = np.isfinite(losses)
+        if not finite.any():
+            return float("nan")
+        return float(np.average(losses[finite], weights=weights[finite]))
+
+
+class StopTraining(KeyboardInterrupt):
+    """Ends the fit loop from inside; skorch's loop stops on KeyboardInterrupt."""
+
+
+class MetaNet(NeuralNet):
+    """Meta-training as a skorch net.
+
+    Parameters
+    ----------
+    module : MetaLearner
+    engine : Engine
+    alpha : float
+    steps : int
+        Inner steps in meta-training.
+    eval_steps : int
+        Inner steps in validation.
+    max_iter : int
+        Meta-updates of one call of `fit`.
+    patience : int or None
+        Epochs without a better validation loss before the fit stops; None never stops.
+    to_label : callable
+        Turns query outputs into what `predict` returns, for scoring callbacks.
+    rows_per_task : int
+        Typical number of rows of an episode, to judge how much work a step is.
+    epoch_hooks : object with begin_epoch() and end_epoch(), default=None
+        Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
+    **kwargs : dict
+        Parameters of `skorch.NeuralNet`.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        engine: Engine | None = None,
+        alpha: float = 0.01,
+        steps: int = 1,
+        eval_steps: int = 1,
+        max_iter: int = 1,
+        patience: int | None = None,
+        to_label: Callable[[np.ndarray], np.ndarray] | None = None,
+        rows_per_task: int = 1,
+        epoch_hooks: Any = None,
+        criterion: Any = nn.Identity,
+        **kwargs: Any,
+    ) -> None:
+        self.engine = engine
+        self.alpha = alpha
+        self.steps = steps
+        self.eval_steps = eval_steps
+        self.max_iter = max_iter
+        self.patience = patience
+        self.to_label = to_label
+        self.rows_per_task = rows_per_task
+        self.epoch_hooks = epoch_hooks
+        super().__init__(module, criterion=criterion, **kwargs)
+
+    @property
+    def _default_callbacks(self) -> list[tuple[str, Any]]:
+        return [
+            ("epoch_timer", EpochTimer()),
+            ("train_loss", FiniteMean(name="train_loss", on_train=True)),
+            ("valid_loss_before", FiniteMean(name="valid_loss_before", lower_is_better=None)),
+            ("valid_loss", FiniteMean(name="valid_loss")),
+            ("print_log", PrintLog()),
+        ]
+
+    def initialize(self) -> MetaNet:
+        """Initialise module, optimiser, callbacks and the counters of the run."""
+        super().initialize()
+        self.update_ = 0
+        self.non_finite_ = 0
+        return self
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Compute the meta-gradient of one meta-batch and store it for the optimiser."""
+        episodes = batch[0].to(torch.device(self.device))
+        assert self.engine is not None
+        step = self.engine.meta_step(
+            self.module_.meta_params(), episodes, alpha=self.alpha, steps=self.steps
+        )
+        loss = step.losses.mean()
+        finite = _is_finite(loss, step)
+        for name, p in self.module_.named_parameters():
+            # the optimiser leaves parameters without a gradient, and their state, as they are
+            p.grad = step.grads[name] if finite and name in step.grads else None
+        self.history.record_batch("non_finite", int(not finite))
+        self.update_ += 1
+        if not finite:
+            self._note_non_finite(episodes)
+            loss = loss.new_tensor(math.nan)
+        return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+
+    def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Query loss of held-out tasks, before and after adaptation."""
+        episodes = batch[0].to(torch.device(self.device))
+        assert self.engine is not None
+        params = self.module_.meta_params()
+        before, _ = self.engine.evaluate(params, episodes, alpha=self.alpha, steps=0)
+        losses, output = self.engine.evaluate(
+            params, episodes, alpha=self.alpha, steps=self.eval_steps
+        )
+        self.history.record_batch("valid_loss_before", before.mean().item())
+        return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
+
+    def _note_non_finite(self, episodes: EpisodeBatch) -> None:
+        self.non_finite_ += 1
+        if self.non_finite_ == 1:
+            warnings.warn(
+                f"The loss or meta-gradient of update {self.update_} was not finite; the update "
+                "was skipped. Skipped updates are counted in history_ ('non_finite').",
+                NonFiniteStepWarning,
+                stacklevel=2,
+            )
+        seen = self.update_ - self.first_update_
+        if seen >= PATIENCE_NON_FINITE and 2 * self.non_finite_ > seen:
+            raise self._non_finite_error(episodes, seen)
+
+    def _non_finite_error(self, episodes: EpisodeBatch, seen: int) -> MetaTrainingError:
+        assert self.engine is not None
+        before, _ = self.engine.evaluate(
+            self.module_.meta_params(), episodes, alpha=self.alpha, steps=0
+        )
+        if torch.isfinite(before).all():
+            advice = (
+                "The loss is finite before adaptation, so the inner steps diverge: lower "
+                f"alpha (now {self.alpha:g}) or scale the features."
+            )
+        else:
+            advice = (
+                "The loss is not finite before adaptation either, so the initialisation has "
+                f"diverged: lower beta (now {self.lr:g})."
+            )
+        return MetaTrainingError(
+            f"{self.non_finite_} of {seen} meta-steps were not finite. {advice}"
+        )
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def partial_fit(self, X: Any, y: Any = None, classes: Any = None, **fit_params: Any) -> Any:
+        """Run `max_iter` meta-updates and keep the best parameters."""
+        if not self.initialized_:
+            self.initialize()
+        self.first_update_ = self.update_
+        self.non_finite_ = 0
+        self.best_loss_ = math.inf
+        self.best_state_: dict[str, Tensor] | None = None
+        self.epochs_without_gain_ = 0
+        self.interrupted_ = False
+        self.notify("on_train_begin", X=X, y=y)
+        try:
+            with self.engine.threads(X.batch_size * self.rows_per_task):
+                self.fit_loop(X, y, epochs=-(-self.max_iter // UPDATES_PER_EPOCH))
+        except StopTraining:
+            pass
+        except KeyboardInterrupt as error:
+            if not _raised_by_callback(error):
+                self._interrupted()
+        done = self.update_ - self.first_update_
+        if 2 * self.non_finite_ > done:
+            episodes = next(iter(self.get_iterator(X, training=True)))[0]
+            raise self._non_finite_error(episodes.to(torch.device(self.device)), done)
+        if self.best_state_ is not None and (self.patience is not None or self.interrupted_):
+            self.module_.load_state_dict(self.best_state_)
+        self.best_state_ = None
+        self.notify("on_train_end", X=X, y=y)
+        return self
+
+    def _interrupted(self) -> None:
+        self.interrupted_ = True
+        kept = "the best so far" if self.best_state_ is not None else "the current ones"
+        warnings.warn(
+            f"Meta-training was interrupted after {self.update_ - self.first_update_} of "
+            f"{self.max_iter} updates; the parameters kept are {kept}.",
+            InterruptedFitWarning,
+            stacklevel=2,
+        )
+
+    def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
+        """Point the task stream at the next updates."""
+        super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
+        dataset_train.first_update = self.update_
+        left = self.max_iter - (self.update_ - self.first_update_)
+        dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
+
+    def run_single_epoch(
+        self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any
+    ) -> None:
+        """Run one epoch, then count its skipped updates."""
+        super().run_single_epoch(iterator, training, prefix, step_fn, **fit_params)
+        if training:
+            self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))
+
+    def track_best(self) -> None:
+        """Remember the best parameters by validation loss; stop when they no longer improve.
+
+        Called when the epoch's scores are in the history.
+        """
+        loss = self.history[-1].get("valid_loss", math.nan)
+        if not math.isfinite(loss):
+            return
+        if loss < self.best_loss_:
+            self.best_loss_ = loss
+            self.best_state_ = copy.deepcopy(self.module_.state_dict())
+            self.epochs_without_gain_ = 0
+        else:
+            self.epochs_without_gain_ += 1
+
+    def notify(self, method_name: str, **cb_kwargs: Any) -> None:
+        """Tell the callbacks; afterwards keep the best parameters and stop early."""
+        super().notify(method_name, **cb_kwargs)
+        if method_name == "on_epoch_begin" and self.epoch_hooks is not None:
+            self.epoch_hooks.begin_epoch()
+        if method_name == "on_epoch_end":
+            self.track_best()
+            asked = self.epoch_hooks is not None and self.epoch_hooks.end_epoch()
+            if asked or (self.patience is not None and self.epochs_without_gain_ >= self.patience):
+                raise StopTraining
+
+    # -- for scoring callbacks -------------------------------------------------------------------
+
+    def forward_iter(self, X: Any, training: bool = False, device: str = "cpu") -> Iterator[Tensor]:
+        """Query outputs of adapted tasks, batch by batch."""
+        for batch in self.get_iterator(X, training=training):
+            yield self.validation_step(batch)["y_pred"].to(device)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Query outputs of the episodes of a dataset, pooled."""
+        return np.concatenate([to_numpy(out) for out in self.forward_iter(X)])
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Query predictions of the episodes of a dataset, pooled."""
+        output = self.predict_proba(X)
+        return output if self.to_label is None else self.to_label(output)
+
+
+def _is_finite(loss: Tensor, step: MetaStep) -> bool:
+    if not math.isfinite(loss.item()):
+        return False
+    # the sum of squares is finite just when every entry is (and none overflows when squared)
+    norms = torch._foreach_norm(list(step.grads.values()))
+    return bool(torch.isfinite(torch.stack(norms)).all())
+
+
+def _raised_by_callback(error: KeyboardInterrupt) -> bool:
+    """Whether a callback asked to stop (skorch's way), as opposed to a Ctrl-C."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code = trace.tb_frame.f_code
+    return code.co_name.startswith("on_") and "net" in code.co_varnames

@@ -1,0 +1,421 @@
+"""Task collections: the spellings callers use, and the one form the library works on.
+
+A *task* is a small data set of its own (a patient, a shop, an alphabet); a *task collection* is
+validated rows plus the task each row belongs to. This module knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_y, validate_data
+
+__all__ = ["TaskCollection", "collect_tasks", "is_task_distribution", "split_task_column"]
+
+FLOATS = (np.float64, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskCollection:
+    """Validated rows and the task of each.
+
+    Attributes
+    ----------
+    X : ndarray of shape (n_rows, *feature_shape), float32 or float64
+    y : ndarray of shape (n_rows,) or (n_rows, n_outputs)
+    codes : int ndarray of shape (n_rows,)
+        Position in `ids` of each row's task.
+    ids : ndarray of shape (n_tasks,)
+        The task ids in sorted order, or positions for tasks that were not named.
+    in_query : bool ndarray of shape (n_rows,) or None
+        For tasks given as `(X_support, y_support, X_query, y_query)`: which rows are query rows.
+    spelling : {"groups", "column", "list", "stack", "single"}
+        How the caller gave the tasks.
+    """
+
+    X: np.ndarray
+    y: np.ndarray
+    codes: np.ndarray
+    ids: np.ndarray
+    in_query: np.ndarray | None
+    spelling: str
+
+    def __post_init__(self) -> None:
+        counts = np.bincount(self.codes, minlength=len(self.ids))
+        object.__setattr__(self, "sizes", counts)
+        object.__setattr__(self, "order", np.argsort(self.codes, kind="stable"))
+        object.__setattr__(self, "indptr", np.concatenate([[0], np.cumsum(counts)]))
+
+    # set in __post_init__; rows of task j are order[indptr[j]:indptr[j + 1]]
+    sizes: np.ndarray = dataclasses.field(init=False)
+    order: np.ndarray = dataclasses.field(init=False)
+    indptr: np.ndarray = dataclasses.field(init=False)
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.ids)
+
+    @property
+    def named(self) -> bool:
+        """Whether the ids identify tasks across calls (they do not for lists and 3-D arrays)."""
+        return self.spelling in ("groups", "column")
+
+    def rows(self, task: int) -> np.ndarray:
+        """Row positions of one task, in the order the caller gave them."""
+        return self.order[self.indptr[task] : self.indptr[task + 1]]
+
+    def with_y(self, y: np.ndarray) -> TaskCollection:
+        """Copy with other targets (encoded labels, standardised values)."""
+        return dataclasses.replace(self, y=y)
+
+    def select(self, tasks: np.ndarray) -> TaskCollection:
+        """Sub-collection of the tasks at these positions."""
+        position = np.full(self.n_tasks, -1)
+        position[tasks] = np.arange(len(tasks))
+        keep = np.flatnonzero(position[self.codes] >= 0)
+        return dataclasses.replace(
+            self,
+            X=self.X[keep],
+            y=self.y[keep],
+            codes=position[self.codes[keep]],
+            ids=self.ids[tasks],
+            in_query=None if self.in_query is None else self.in_query[keep],
+        )
+
+    def fingerprints(self) -> dict[Hashable, int]:
+        """Hash of the rows of each named task, to tell its own rows from new rows of it."""
+        return {
+            task_id: hash(np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes())
+            for j, task_id in enumerate(self.ids.tolist())
+        }
+
+
+def is_task_distribution(X: Any) -> bool:
+    """Whether X is an endless source of tasks: an object with `sample(n_tasks, random_state)`."""
+    # data frames have a `sample` too
+    return callable(getattr(X, "sample", None)) and not hasattr(X, "shape")
+
+
+def _is_task(item: Any) -> bool:
+    return (
+        isinstance(item, (tuple, list))
+        and len(item) in (2, 4)
+        and all(hasattr(part, "__len__") and not isinstance(part, str) for part in item)
+        and len(np.shape(item[0][:1] if isinstance(item[0], list) else item[0])) >= 2
+    )
+
+
+def is_task_list(X: Any, y: Any) -> bool:
+    """Whether X is a list of `(X, y)` or `(X_support, y_support, X_query, y_query)` tasks."""
+    if y is not None:
+        return False
+    if isinstance(X, np.ndarray):
+        return X.dtype == object and X.ndim == 1 and len(X) > 0 and _is_task(X[0])
+    return isinstance(X, (list, tuple)) and len(X) > 0 and any(_is_task(item) for item in X)
+
+
+def is_task_stack(X: Any, y: Any) -> bool:
+    """Whether X is `(n_tasks, n_rows, *features)` with y `(n_tasks, n_rows[, n_outputs])`."""
+    shape_X, shape_y = getattr(X, "shape", ()), getattr(y, "shape", None)
+    if len(shape_X) < 3:
+        return False
+    if shape_y is None:
+        shape_y = np.shape(y) if y is not None else ()
+    return y is None or (len(shape_y) >= 2 and tuple(shape_y[:2]) == tuple(shape_X[:2]))
+
+
+def is_frame(X: Any) -> bool:
+    """Whether X is a pandas or polars data frame."""
+    return hasattr(X, "columns") and hasattr(X, "shape")
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    """Concatenate rows; data frames with equal columns stay data frames (feature names)."""
+    first = parts[0]
+    if is_frame(first):
+        columns = list(first.columns)
+        for position, part in enumerate(parts):
+            if not is_frame(part) or list(part.columns) != columns:
+                got = list(part.columns) if is_frame(part) else type(part).__name__
+                raise ValueError(
+                    f"The tasks of a list must have the same columns: task 0 has {columns}, "
+                    f"task {position} has {got}."
+                )
+        library = sys.modules[type(first).__module__.split(".")[0]]
+        return library.concat(list(parts))
+    arrays = [np.asarray(part) for part in parts]
+    shapes = {array.shape[1:] for array in arrays}
+    if len(shapes) > 1:
+        raise ValueError(
+            "The tasks of a list must have the same features: got rows of shapes "
+            f"{sorted(shapes, key=str)}. Give every task the same number of features."
+        )
+    return np.concatenate(arrays)
+
+
+def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
+    """Concatenate a list of tasks to rows; returns X, y, task codes and the query mask."""
+    lengths = set()
+    for position, item in enumerate(X):
+        if not _is_task(item):
+            got = (
+                f"a tuple of {len(item)}"
+                if isinstance(item, (tuple, list))
+                else type(item).__name__
+            )
+            raise ValueError(
+                f"Item {position} of the list of tasks is {got}; expected (X, y) or "
+                "(X_support, y_support, X_query, y_query) with 2-D X."
+            )
+        lengths.add(len(item))
+        for what, rows, targets in zip(("support", "query"), item[::2], item[1::2], strict=False):
+            if len(rows) != len(targets):
+                name = "task" if len(item) == 2 else f"{what} set of task"
+                raise ValueError(
+                    f"The {name} {position} has {len(rows)} rows of X but {len(targets)} of y."
+                )
+            if len(rows) == 0:
+                name = "task" if len(item) == 2 else f"{what} set of task"
+                raise ValueError(f"The {name} {position} is empty: drop it from the list.")
+    if len(lengths) > 1:
+        raise ValueError(
+            "The list mixes (X, y) tasks and (X_support, y_support, X_query, y_query) tasks. "
+            "Give all tasks in the same form."
+        )
+    fixed = lengths == {4}
+    parts_X = [part for item in X for part in item[::2]]
+    parts_y = [np.asarray(part) for item in X for part in item[1::2]]
+    sizes = np.array([len(part) for part in parts_y])
+    per_task = 2 if fixed else 1
+    codes = np.repeat(np.arange(len(parts_y)) // per_task, sizes)
+    in_query = np.repeat(np.arange(len(parts_y)) % 2 == 1, sizes) if fixed else None
+    ndims = {part.ndim for part in parts_y}
+    if len(ndims) > 1:
+        raise ValueError(f"The targets of the tasks differ in dimension: got {sorted(ndims)}-D y.")
+    return _concatenate(parts_X), np.concatenate(parts_y), codes, in_query
+
+
+def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, np.ndarray]:
+    """Take the task ids out of X.
+
+    Parameters
+    ----------
+    X : data frame or array-like of shape (n_rows, n_columns)
+    task_column : hashable
+        Column name, name of an index level (pandas), or a position.
+
+    Returns
+    -------
+    X : same type, without the column
+    ids : ndarray of shape (n_rows,)
+    """
+    if is_frame(X):
+        columns = list(X.columns)
+        if task_column in columns:
+            ids = np.asarray(X[task_column])
+            rest = [name for name in columns if name != task_column]
+            return X[rest], ids
+        if task_column in list(getattr(getattr(X, "index", None), "names", [])):
+            return X, np.asarray(X.index.get_level_values(task_column))
+        if isinstance(task_column, (int, np.integer)) and -len(columns) <= task_column < len(
+            columns
+        ):
+            name = columns[task_column]
+            return split_task_column(X, name)
+        raise ValueError(
+            f"task_column={task_column!r} is neither a column nor an index level of X. "
+            f"Got columns {columns}. Set task_column to the column that holds the task id."
+        )
+    array = X if hasattr(X, "shape") else np.asarray(X)
+    if not isinstance(task_column, (int, np.integer)):
+        raise ValueError(
+            f"task_column={task_column!r} names a column, but X is a {type(X).__name__} without "
+            "column names. Pass a data frame, or give the position of the column."
+        )
+    if array.ndim != 2:
+        raise ValueError(
+            f"Expected 2D array with the task id in column {task_column}, got {array.ndim}D array "
+            "instead. Reshape your data."
+        )
+    if not -array.shape[1] <= task_column < array.shape[1]:
+        raise ValueError(
+            f"task_column={task_column} is out of range: X has {array.shape[1]} columns."
+        )
+    ids = np.asarray(array[:, task_column])
+    return np.delete(array, task_column, axis=1), ids
+
+
+def _is_missing(ids: np.ndarray) -> bool:
+    if ids.dtype.kind in "fc":
+        return bool(np.isnan(ids).any())
+    if ids.dtype.kind in "mM":
+        return bool(np.isnat(ids).any())
+    if ids.dtype.kind == "O":
+        # NaN, NaT and pandas.NA are the values that are not equal to themselves
+        return any(
+            value is None or type(value).__name__ == "NAType" or value != value
+            for value in ids.tolist()
+        )
+    return False
+
+
+def encode_ids(ids: Any, n_rows: int, name: str = "groups") -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted distinct task ids and each row's position among them."""
+    ids = np.asarray(ids)
+    if ids.ndim == 2 and ids.shape[1] == 1:
+        ids = ids[:, 0]
+    if ids.ndim != 1:
+        raise ValueError(
+            f"{name} must be one task id per row, a 1-D array; got an array of shape {ids.shape}."
+        )
+    if len(ids) != n_rows:
+        raise ValueError(
+            f"{name} must have one task id per row: got {len(ids)} ids for {n_rows} rows of X."
+        )
+    if _is_missing(ids):
+        raise ValueError(
+            f"{name} contains missing values (NaN or None). Every row needs a task id: drop the "
+            "rows or fill the ids in."
+        )
+    try:
+        distinct, codes = np.unique(ids, return_inverse=True)
+    except TypeError:  # ids of several types cannot be sorted: keep the order of appearance
+        position: dict[Hashable, int] = {}
+        codes = np.array([position.setdefault(value, len(position)) for value in ids.tolist()])
+        distinct = np.empty(len(position), dtype=object)
+        distinct[:] = list(position)
+    return distinct, codes.reshape(-1)
+
+
+def validate_rows(
+    estimator: Any, X: Any, X_seen: Any, *, reset: bool, with_column: bool
+) -> np.ndarray:
+    """Validate feature rows; `X_seen` is X as the caller gave it (names, feature count)."""
+    if is_frame(X) and X.shape[1] == 0 and with_column:
+        raise ValueError(
+            "X holds the task column only: 0 feature(s) are left while a minimum of 1 is required."
+        )
+    options: dict[str, Any] = {
+        "dtype": FLOATS,
+        "allow_nd": True,
+        "ensure_min_features": 1,
+    }
+    if not with_column:
+        array = validate_data(estimator, X, reset=reset, **options)
+    else:
+        array = check_array(X, estimator=estimator, input_name="X", **options)
+        validate_data(estimator, X_seen, reset=reset, skip_check_array=True)
+    return array
+
+
+def collect_tasks(
+    estimator: Any,
+    X: Any,
+    y: Any = None,
+    groups: Any = None,
+    *,
+    task_column: Hashable | None = None,
+    reset: bool = False,
+    classification: bool = False,
+) -> TaskCollection:
+    """Validate any spelling of a task collection.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Whose feature names and counts are set (`reset=True`) or checked.
+    X, y, groups : see the `fit` method of the estimators
+    task_column : hashable, default=None
+        Column of X that holds the task id.
+    reset : bool, default=False
+        Whether this is a `fit`.
+    classification : bool, default=False
+        Whether y holds class labels rather than numbers.
+
+    Returns
+    -------
+    tasks : TaskCollection
+    """
+    in_query = None
+    ids: np.ndarray | None = None
+    codes: np.ndarray | None = None
+    spelling = "single"
+    if isinstance(X, (list, tuple)) and y is None and len(X) == 0:
+        raise ValueError("Got no tasks: the list of tasks is empty. Give at least one task.")
+    X_seen = X
+    if is_task_list(X, y):
+        _refuse_two_spellings("a list of tasks", groups)
+        X, y, codes, in_query = _rows_of_list(X)
+        X_seen, spelling = X, "list"
+    elif groups is None and task_column is None and is_task_stack(X, y):
+        if y is None:
+            raise ValueError(
+                f"{type(estimator).__name__} requires y to be passed, but the target y is None."
+            )
+        X, y = np.asarray(X), np.asarray(y)
+        codes = np.repeat(np.arange(X.shape[0]), X.shape[1])
+        X = X.reshape(-1, *X.shape[2:])
+        y = y.reshape(-1, *y.shape[2:])
+        X_seen, spelling = X, "stack"
+    if y is None:
+        raise ValueError(
+            f"{type(estimator).__name__} requires y to be passed, but the target y is None."
+        )
+    if task_column is not None:
+        _refuse_two_spellings(f"task_column={task_column!r}", groups)
+        if codes is None:
+            X, groups = split_task_column(X, task_column)
+            spelling = "column"
+        else:  # tasks of a list may carry the column too; their place in the list decides
+            X, _ = split_task_column(X, task_column)
+    elif groups is not None:
+        spelling = "groups"
+    features = validate_rows(estimator, X, X_seen, reset=reset, with_column=task_column is not None)
+    if groups is not None:
+        name = "groups" if spelling == "groups" else f"the task column {task_column!r}"
+        ids, codes = encode_ids(groups, len(features), name)
+    elif codes is None:
+        ids, codes = np.zeros(1, dtype=int), np.zeros(len(features), dtype=int)
+    else:
+        ids = np.arange(codes[-1] + 1)
+    target = _validate_target(estimator, y, features, classification)
+    assert ids is not None
+    return TaskCollection(features, target, codes, ids, in_query, spelling)
+
+
+def _refuse_two_spellings(first: str, groups: Any) -> None:
+    if groups is not None:
+        raise ValueError(
+            f"Got {first} and groups: the tasks are given twice. Leave one of the two out."
+        )
+
+
+def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool) -> np.ndarray:
+    if classification:
+        y = _labels(y, estimator)
+        check_consistent_length(X, y)
+        return y
+    y = _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)
+    check_consistent_length(X, y)
+    if y.ndim > 2:
+        raise ValueError(f"y must be (n_rows,) or (n_rows, n_outputs); got shape {y.shape}.")
+    return y.astype(X.dtype, copy=False)
+
+
+def _labels(y: Any, estimator: Any) -> np.ndarray:
+    """Class labels as a 1-D array of ints, bools, strings or sortable objects."""
+    y = np.asarray(y)
+    if y.ndim == 2 and y.shape[1] == 1:
+        from sklearn.utils import column_or_1d
+
+        y = column_or_1d(y, warn=True)
+    y = _check_y(y, multi_output=False, estimator=estimator)
+    check_classification_targets(y)
+    return y

@@ -1,0 +1,215 @@
+"""Update rules: how one inner step moves the adapted parameters.
+
+A rule is a small object with parameters of its own (searchable as ``update_rule__*``); what it
+*learns* (rates, say) are meta-parameters that the outer loop optimises beside the initialisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+__all__ = ["SGD", "MetaSGD", "UpdateRule", "resolve_update_rule"]
+
+Params = dict[str, Tensor]
+
+
+class UpdateRule(BaseEstimator):
+    """Base class of update rules.
+
+    Subclasses implement `step`; those with learned rates also `initial_rates`. All tensors of
+    `params` and `grads` carry a leading task axis when `batched` is true.
+    """
+
+    def initial_rates(self, params: Params) -> Params:
+        """Learned quantities of the rule, as tensors the outer loop optimises (none here).
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            The adapted parameters, without a task axis.
+
+        Returns
+        -------
+        rates : dict of str to Tensor
+        """
+        return {}
+
+    def start(self, params: Params) -> Any:
+        """State carried from step to step (none here).
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            The initialisation.
+
+        Returns
+        -------
+        state : object
+        """
+        return None
+
+    def step(
+        self,
+        k: int,
+        params: Params,
+        grads: Params,
+        *,
+        alpha: float,
+        rates: Params,
+        state: Any,
+        batched: bool,
+    ) -> tuple[Params, Any]:
+        """Move the parameters by one inner step.
+
+        Parameters
+        ----------
+        k : int
+            Number of the step, from 0.
+        params, grads : dict of str to Tensor
+            Parameters and the gradient of the support loss at them.
+        alpha : float
+            Inner rate.
+        rates : dict of str to Tensor
+            Current values of what `initial_rates` returned.
+        state : object
+            What the previous step (or `start`) returned.
+        batched : bool
+            Whether the tensors have a leading task axis.
+
+        Returns
+        -------
+        params : dict of str to Tensor
+        state : object
+        """
+        raise NotImplementedError
+
+
+def clip_gradient(grads: Params, max_norm: float, batched: bool) -> Params:
+    """Scale the gradient of each task to at most `max_norm` (2-norm over all parameters)."""
+    squares = [
+        g.square().flatten(1).sum(1) if batched else g.square().sum() for g in grads.values()
+    ]
+    norm = torch.stack(squares).sum(0)
+    # eps inside the root: the derivative of sqrt is infinite at 0
+    scale = (max_norm / (norm + 1e-12).sqrt()).clamp(max=1.0)
+    return {
+        name: g * (scale.reshape(-1, *[1] * (g.ndim - 1)) if batched else scale)
+        for name, g in grads.items()
+    }
+
+
+class SGD(UpdateRule):
+    """Plain gradient steps, ``theta <- theta - alpha * gradient`` (Finn et al. 2017, eq. 1).
+
+    Parameters
+    ----------
+    max_grad_norm : float, default=None
+        Clip the gradient of each task to this 2-norm before the step; None does not clip.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLRegressor
+    >>> from sklearn_maml.update_rules import SGD
+    >>> reg = MAMLRegressor(update_rule=SGD(max_grad_norm=10.0))
+    >>> reg.set_params(update_rule__max_grad_norm=1.0).update_rule
+    SGD(max_grad_norm=1.0)
+    """
+
+    def __init__(self, max_grad_norm: float | None = None) -> None:
+        self.max_grad_norm = max_grad_norm
+
+    def step(
+        self,
+        k: int,
+        params: Params,
+        grads: Params,
+        *,
+        alpha: float,
+        rates: Params,
+        state: Any,
+        batched: bool,
+    ) -> tuple[Params, Any]:
+        """Move the parameters by ``-alpha * grads``; see `UpdateRule.step`."""
+        if self.max_grad_norm is not None:
+            grads = clip_gradient(grads, self.max_grad_norm, batched)
+        return {name: p - alpha * grads[name] for name, p in params.items()}, state
+
+
+class MetaSGD(SGD):
+    """Gradient steps with a learned rate for each parameter (Li et al. 2017, eq. 2).
+
+    The rate of a parameter is ``alpha * exp(s)`` with ``s`` meta-learned from 0, so it stays
+    positive and still scales with `alpha`.
+
+    Parameters
+    ----------
+    per : {"weight", "tensor"}, default="weight"
+        One rate for each single weight, as published, or one for each parameter tensor.
+    max_grad_norm : float, default=None
+        Clip the gradient of each task to this 2-norm before the step; None does not clip.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLRegressor
+    >>> from sklearn_maml.update_rules import MetaSGD
+    >>> MAMLRegressor(update_rule=MetaSGD(per="tensor")).update_rule
+    MetaSGD(per='tensor')
+    """
+
+    def __init__(self, per: str = "weight", max_grad_norm: float | None = None) -> None:
+        super().__init__(max_grad_norm=max_grad_norm)
+        self.per = per
+
+    def initial_rates(self, params: Params) -> Params:
+        """Log-factors of the rates, all 0; see `UpdateRule.initial_rates`."""
+        if self.per not in ("weight", "tensor"):
+            raise ValueError(
+                f"MetaSGD got per={self.per!r}; expected 'weight' (a rate for each weight) or "
+                "'tensor' (a rate for each parameter tensor)."
+            )
+        return {
+            name: torch.zeros_like(p) if self.per == "weight" else p.new_zeros(())
+            for name, p in params.items()
+        }
+
+    def step(
+        self,
+        k: int,
+        params: Params,
+        grads: Params,
+        *,
+        alpha: float,
+        rates: Params,
+        state: Any,
+        batched: bool,
+    ) -> tuple[Params, Any]:
+        """Move each parameter by its own rate; see `UpdateRule.step`."""
+        scaled = {name: g * rates[name].exp() for name, g in grads.items()}
+        return super().step(
+            k, params, scaled, alpha=alpha, rates=rates, state=state, batched=batched
+        )
+
+
+UPDATE_RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "meta-sgd": MetaSGD}
+
+
+def resolve_update_rule(value: Any, options: dict[str, Any]) -> UpdateRule:
+    """Return the rule that `update_rule` names, built with ``update_rule__*`` options."""
+    if isinstance(value, UpdateRule):
+        return value
+    if isinstance(value, str) and value in UPDATE_RULES:
+        try:
+            return UPDATE_RULES[value](**options)
+        except TypeError as error:
+            known = sorted(UPDATE_RULES[value]().get_params())
+            raise ValueError(
+                f"update_rule={value!r} got the options {sorted(options)}; it takes {known}."
+            ) from error
+    raise ValueError(
+        f"update_rule={value!r} is not known. Expected one of {sorted(UPDATE_RULES)} or an "
+        "UpdateRule object such as sklearn_maml.update_rules.SGD()."
+    )

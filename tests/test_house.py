@@ -1,0 +1,274 @@
+"""The rules of the house hold, and the tools that check them notice when they don't."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "tools").is_dir(), reason="the tools are only in the repository"
+)
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def imports():
+    return load_tool("check_imports")
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Write files of a made-up package, and return its folder."""
+
+    def write(**sources):
+        folder = tmp_path / "sklearn_maml"
+        for name, source in {"__init__": "", **sources}.items():
+            path = folder / f"{name.replace('__in__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source)
+        return folder
+
+    return write
+
+
+# --- the order of imports
+
+
+def test_the_package_keeps_the_order_of_imports(imports, capsys):
+    status = imports.main([])
+    assert capsys.readouterr().err == ""
+    assert status == 0
+
+
+def test_an_orderly_package_passes(imports, package):
+    folder = package(
+        __init__="from .estimators import MAMLRegressor\nfrom . import few_shot",
+        exceptions="import numpy",
+        _compat="import torch",
+        _validation="from ._compat import x",
+        tasks="from .exceptions import E\nimport numpy as np",
+        episodes="import torch\nfrom sklearn_maml.tasks import T",
+        update_rules="import torch",
+        engine="import sklearn_maml.inner_loop",
+        inner_loop="from . import update_rules, meta_gradients",
+        meta_gradients="",
+        _progress="",
+        outer_loop="from ._progress import p\nfrom .engine import e",
+        estimators="def f():\n    from .outer_loop import Net",
+        few_shot="from .estimators import MAMLRegressor",
+        datasets__in____init__="from ._loaders import load",
+        datasets__in___loaders="from ..exceptions import E",
+    )
+    assert imports.check(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("tasks", "from .estimators import MAMLRegressor", "'tasks' may not import from"),
+        ("tasks", "from sklearn_maml.episodes import split", "'tasks' may not import from"),
+        ("tasks", "import sklearn_maml.engine", "'tasks' may not import from 'engine'"),
+        ("tasks", "from . import exceptions, engine", "'tasks' may not import from 'engine'"),
+        ("tasks", "def f():\n    from .engine import e", "tasks.py:2: 'tasks' may not"),
+        ("tasks", "if TYPE_CHECKING:\n    from .engine import e", "tasks.py:2: 'tasks' may"),
+        ("update_rules", "from .meta_gradients import X", "'update_rules' may not import from"),
+        ("few_shot", "from .metrics import task_scorer", "'few_shot' may not import from"),
+        ("exceptions", "from ._compat import x", "'exceptions' may not import from"),
+        ("_progress", "from .outer_loop import Net", "'_progress' may not import from"),
+        ("tasks", "import torch", "tasks.py:1: imports torch or skorch"),
+        ("tasks", "def f():\n    from torch import nn", "tasks.py:2: imports torch or skorch"),
+        ("datasets__in___loaders", "from ..tasks import T", "'datasets' may import from _compat"),
+        ("estimators", "from sklearn_maml import adapt", "Import from the module that defines"),
+        ("estimators", "from . import adapt", "'adapt', which is no module"),
+        ("estimators", "from .helpers import h", "'helpers', which is no module"),
+        ("helpers", "", "Add it to LAYERS in tools/check_imports.py"),
+    ],
+)
+def test_a_violation_is_reported_once(imports, package, capsys, module, source, message):
+    folder = package(**{module: source})
+    assert imports.main([str(folder)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_torch_must_not_reach_the_tasks_through_another_module(imports, package):
+    folder = package(
+        tasks="from ._validation import check",
+        _validation="from ._compat import x",
+        _compat="import torch",
+    )
+    (problem,) = imports.check(folder)
+    assert "_compat.py:1" in problem
+    assert "'tasks' has to do without and imports '_compat'" in problem
+
+
+def test_a_missing_folder_is_an_error(imports, tmp_path, capsys):
+    assert imports.main([str(tmp_path / "nothing")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+# --- docstrings
+
+GOOD = '''
+"""A module."""
+
+__all__ = ["Thing", "Oops", "add"]
+
+
+class Thing:
+    """Hold a number.
+
+    Parameters
+    ----------
+    number : int
+        The number.
+    """
+
+    def __init__(self, number):
+        self.number = number
+
+    def double(self):
+        """Double the number.
+
+        Returns
+        -------
+        int
+            Twice the number.
+        """
+        return 2 * self.number
+
+    def set_params(self, **params):
+        return self
+
+    def _private(self):
+        return None
+
+
+class Oops(ValueError):
+    """Something went wrong."""
+
+
+def add(a, b):
+    """Add two numbers.
+
+    Parameters
+    ----------
+    a, b : int
+        The numbers.
+
+    Returns
+    -------
+    int
+        Their sum.
+    """
+    return a + b
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", None),
+        ("    number : int\n        The number.", "    n : int\n        The number.", "Thing: PR0"),
+        ("number : int\n", "number\n", "Thing: PR04"),
+        ('"""Add two numbers.', '"""Add two numbers', "add: SS03"),
+        ("a, b : int", "b, a : int", "add: PR03"),
+        ('"""Something went wrong."""', "pass", "Oops: GL08"),
+        (
+            "\n\n    Returns\n    -------\n    int\n        Their sum.\n",
+            "\n",
+            "add: RT01",
+        ),
+    ],
+)
+def test_docstring_check(tmp_path, monkeypatch, capsys, old, new, message):
+    pytest.importorskip("numpydoc")
+    # A name of its own per case: imported modules are cached.
+    name = f"made_up_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(GOOD.replace(old, new) if old else GOOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    status = load_tool("check_docstrings").main([name])
+    errors = capsys.readouterr().err
+    if message is None:
+        assert (status, errors) == (0, "")
+    else:
+        assert status == 1
+        assert f"{name}.{message}" in errors
+
+
+def test_undocumented_methods_are_reported(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("numpydoc")
+    source = GOOD.replace("def set_params(self", "def set_number(self")
+    (tmp_path / "made_up_methods.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_tool("check_docstrings").main(["made_up_methods"]) == 1
+    assert "made_up_methods.Thing.set_number: GL08" in capsys.readouterr().err
+
+
+# --- metadata
+
+
+def test_oldest_versions_match_the_promised_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints-min.txt").read_text().splitlines()
+    pins = [line.partition("#")[0].strip() for line in lines]
+    oldest = dict(pin.split("==") for pin in pins if pin)
+    required = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in required:
+        if requirement.startswith(("sklearn-maml", "torch")):
+            continue
+        name, floor = requirement.split(">=")
+        # 1.11 is held by 1.11.1, where 1.11.0 was withdrawn.
+        assert oldest[name].startswith(floor), requirement
+
+
+def test_every_dependency_has_a_development_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    required = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        required += [r for r in extra if not r.startswith("sklearn-maml")]
+    assert {requirement.split(">=")[0] for requirement in required} <= pinned
+
+
+@pytest.mark.slow
+def test_the_wheel_contains_the_data_and_the_notices(tmp_path):
+    # Built from a copy: what an earlier build left in build/ would end up in the wheel.
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT / "sklearn_maml", source / "sklearn_maml", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.startswith("sklearn_maml/datasets/d")} == {
+        "sklearn_maml/datasets/data/omniglot28.npz",
+        "sklearn_maml/datasets/data/x264_videos.csv.gz",
+        "sklearn_maml/datasets/data/LICENSE-omniglot.txt",
+        "sklearn_maml/datasets/data/LICENSE-x264.txt",
+        "sklearn_maml/datasets/descr/omniglot.rst",
+        "sklearn_maml/datasets/descr/x264.rst",
+    }
+    assert "sklearn_maml/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]

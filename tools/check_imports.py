@@ -1,0 +1,143 @@
+"""Fail when a module of the package imports against the one-way order.
+
+Data flows one way through the package, so its imports do too. Each module may import from
+the layers before its own and from nothing else of the package, whether at the top of the
+file, inside a function or under TYPE_CHECKING.
+
+Usage: python tools/check_imports.py [package folder]
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+# Modules of one layer do not import each other.
+LAYERS: list[set[str]] = [
+    {"exceptions"},
+    {"_compat"},
+    {"_validation"},
+    {"tasks"},
+    {"episodes"},
+    {"update_rules", "meta_gradients"},
+    {"inner_loop"},
+    {"engine"},
+    {"_progress"},
+    {"outer_loop"},
+    {"estimators"},
+    {"few_shot", "metrics", "datasets", "inspection"},
+]
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+# Stricter than their place in the order.
+ONLY = {"datasets": {"exceptions", "_compat", "_validation"}}
+# Task handling stays usable and testable without the deep learning stack, so neither it
+# nor what it imports may bring that in.
+TORCH_FREE = ("tasks",)
+TORCH = {"torch", "skorch"}
+
+
+def unit_of(path: Path, package: Path) -> str:
+    """Name the top-level module or subpackage that a file belongs to."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imported_names(path: Path, package: Path) -> list[tuple[int, str]]:
+    """List (line, absolute dotted name) of everything a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    here = [package.name, *path.relative_to(package).parent.parts]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            found += [(node.lineno, ".".join([*base, alias.name])) for alias in node.names]
+    return found
+
+
+def check(package: Path) -> list[str]:
+    """Return one message per violation in the package folder."""
+    problems: list[str] = []
+    inside: dict[str, set[str]] = {}
+    torch_at: dict[str, str] = {}
+    for path in sorted(package.rglob("*.py")):
+        if path == package / "__init__.py":
+            continue
+        unit = unit_of(path, package)
+        shown = path.relative_to(package.parent)
+        if unit not in RANK:
+            problems.append(
+                f"{shown}: '{unit}' has no place in the import order. "
+                "Add it to LAYERS in tools/check_imports.py."
+            )
+            continue
+        for line, name in imported_names(path, package):
+            where = f"{shown}:{line}"
+            top, *rest = name.split(".")
+            if top in TORCH:
+                torch_at.setdefault(unit, where)
+            if top != package.name:
+                continue
+            target = rest[0] if rest else ""
+            if target == unit:
+                continue
+            if target not in RANK:
+                what = f"'{target}', which is no module of the import order" if target else "it"
+                problems.append(
+                    f"{where}: imports {what}. Import from the module that defines the name, "
+                    "and list a new module in LAYERS in tools/check_imports.py."
+                )
+                continue
+            inside.setdefault(unit, set()).add(target)
+            if RANK[target] >= RANK[unit]:
+                problems.append(f"{where}: '{unit}' may not import from '{target}': {order()}")
+            elif unit in ONLY and target not in ONLY[unit]:
+                allowed = ", ".join(sorted(ONLY[unit]))
+                problems.append(f"{where}: '{unit}' may import from {allowed} only.")
+    for unit in TORCH_FREE:
+        problems += [
+            f"{torch_at[reached]}: imports torch or skorch, but '{unit}' has to do without"
+            + ("." if reached == unit else f" and imports '{reached}'.")
+            for reached in sorted(closure(unit, inside))
+            if reached in torch_at
+        ]
+    return problems
+
+
+def closure(unit: str, inside: dict[str, set[str]]) -> set[str]:
+    """Every module that `unit` imports, directly or not, and itself."""
+    seen: set[str] = set()
+    todo = [unit]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += inside.get(current, ())
+    return seen
+
+
+def order() -> str:
+    """Spell the order out for a message."""
+    layers = (sorted(layer) for layer in LAYERS)
+    return " -> ".join(
+        layer[0] if len(layer) == 1 else "{" + ", ".join(layer) + "}" for layer in layers
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Check the folder named on the command line, by default this repository's package."""
+    default = Path(__file__).resolve().parent.parent / "sklearn_maml"
+    package = Path(arguments[0]).resolve() if arguments else default
+    if not package.is_dir():
+        print(f"{package} is not a folder. Pass the folder of the package.", file=sys.stderr)
+        return 2
+    problems = check(package)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
