@@ -59,7 +59,7 @@ class PrefixedParamsMixin:
         }
 
     def _prefixed(self, prefix: str) -> dict[str, Any]:
-        """The parameters ``prefix__*`` without their prefix."""
+        """Return the parameters ``prefix__*`` without their prefix."""
         head = f"{prefix}__"
         return {
             name[len(head) :]: value

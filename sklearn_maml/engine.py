@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
@@ -168,7 +168,7 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
 
     def layer_norm(name: str, layer: nn.LayerNorm) -> Callable[[Params, Tensor], Tensor]:
         def forward(params: Params, x: Tensor) -> Tensor:
-            x = F.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
+            x = functional.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
             if layer.elementwise_affine:
                 x = x * params[f"{name}weight"].unsqueeze(-2)
                 if layer.bias is not None:
@@ -363,12 +363,9 @@ class Engine:
         return adapted
 
     def predict(self, adapted: Adapted, query: Rows) -> Tensor:
-        """Outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its own rows."""
+        """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows."""
         with torch.no_grad():
-            if self._norms:
-                module = self._with_statistics()
-            else:
-                module = self.module.eval()
+            module = self._with_statistics() if self._norms else self.module.eval()
             if self.rung == "stacked":
                 stacked = {
                     **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
@@ -388,7 +385,9 @@ class Engine:
             for j in range(len(query)):
                 params, statistics = adapted.task(j)
                 out = functional_call(module, {**params, **statistics}, (query.task(j).X,))
-                outputs.append(F.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0))
+                outputs.append(
+                    functional.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0)
+                )
             return torch.stack(outputs)
 
     # -- rungs -----------------------------------------------------------------------------------
@@ -516,7 +515,7 @@ class Engine:
             )
             total = {n: g + total[n] for n, g in grads.items()} if total else grads
             losses.append(loss)
-            outputs.append(F.pad(output, (0, 0, 0, width - output.shape[0])))
+            outputs.append(functional.pad(output, (0, 0, 0, width - output.shape[0])))
         mean = {n: g / len(batch) for n, g in total.items()}
         return MetaStep(torch.stack(losses), mean, torch.stack(outputs))
 

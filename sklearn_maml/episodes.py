@@ -15,11 +15,23 @@ from torch import Tensor
 
 from sklearn_maml.tasks import TaskCollection
 
-__all__ = ["EpisodeBatch", "EpisodeSampler", "Rows", "Split", "pad_rows"]
+__all__ = [
+    "EpisodeBatch",
+    "EpisodeSampler",
+    "Rows",
+    "Split",
+    "check_splittable",
+    "draw_fixed",
+    "hold_out",
+    "name_of",
+    "pad_rows",
+]
 
 # With n_shots=None the support size varies from episode to episode, so that one model serves
 # small and large support sets; see docs/defaults.md for the measurement behind the range.
 SUPPORT_RANGE = (2, 20)
+# episodes of a validation, as far as the number of held-out tasks allows
+VALIDATION_EPISODES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +305,7 @@ class EpisodeSampler:
         return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
 
     def _permuted_labels(self, draw: Split, rng: np.random.Generator) -> list[np.ndarray]:
-        """Outputs that stand for the classes, assigned at random in every episode.
+        """Assign outputs to the classes at random in every episode.
 
         A fixed assignment (sorted labels, say) would leak which class a row belongs to.
         """
@@ -314,3 +326,131 @@ class EpisodeSampler:
         if labels is None:
             return pad_rows(self.tasks.X, self.tasks.y, rows, counts)
         return pad_rows(self.tasks.X[rows], labels, np.arange(len(rows)), counts)
+
+
+def hold_out(
+    tasks: TaskCollection,
+    asked: bool | str,
+    fraction: float,
+    seed: int,
+    n_ways_of_pool: int | None = None,
+) -> tuple[TaskCollection, TaskCollection | None]:
+    """Split off tasks for validation.
+
+    Parameters
+    ----------
+    tasks : TaskCollection
+        With encoded targets.
+    asked : bool or "auto"
+        Whether to; "auto" does where there are at least 10 tasks.
+    fraction : float
+        Of the tasks.
+    seed : int
+    n_ways_of_pool : int or None
+        Where the classes of an episode are drawn from a pool (one task that stands for all):
+        their number. Classes are then held out.
+
+    Returns
+    -------
+    training, validation : TaskCollection, TaskCollection or None
+    """
+    pool = n_ways_of_pool is not None
+    units = int(tasks.y.max()) + 1 if pool else tasks.n_tasks
+    least = 2 * (n_ways_of_pool or 0) if pool else (2 if asked is True else 10)
+    if asked is False or units < least:
+        if asked is True:
+            what = "classes" if pool else "tasks"
+            raise ValueError(
+                f"early_stopping=True holds out {what} for validation, but there are only {units} "
+                f"(at least {least} are needed). Set early_stopping=False."
+            )
+        return tasks, None
+    n_valid = max(round(fraction * units), 1)
+    if n_ways_of_pool is not None:
+        n_valid = min(max(n_valid, n_ways_of_pool), units - n_ways_of_pool)
+    order = np.random.default_rng((seed, 2)).permutation(units)
+    held, kept = np.sort(order[:n_valid]), np.sort(order[n_valid:])
+    if not pool:
+        return tasks.select(kept), tasks.select(held)
+    parts = []
+    for classes in (kept, held):
+        rows = np.isin(tasks.y, classes)
+        parts.append(
+            dataclasses.replace(tasks, X=tasks.X[rows], y=tasks.y[rows], codes=tasks.codes[rows])
+        )
+    return parts[0], parts[1]
+
+
+def draw_fixed(sampler: EpisodeSampler, seed: int) -> list[EpisodeBatch]:
+    """Draw validation episodes: every task as often as any, about `VALIDATION_EPISODES` in all."""
+    n_tasks = sampler.tasks.n_tasks
+    rng = np.random.default_rng((seed, 3))
+    which = np.tile(np.arange(n_tasks), max(VALIDATION_EPISODES // n_tasks, 1))
+    n_batches = -(-len(which) // VALIDATION_EPISODES)
+    return [sampler.sample(part, rng) for part in np.array_split(which, n_batches)]
+
+
+def name_of(tasks: TaskCollection, j: int) -> str:
+    """Return words that name a task in a message; none where there is only one."""
+    return "" if tasks.spelling == "single" else f" of task {tasks.ids[j : j + 1].tolist()[0]!r}"
+
+
+def check_splittable(
+    tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
+) -> None:
+    """Refuse tasks that cannot give a support set of the asked size and a query row."""
+    if n_ways is not None:
+        labels = int(tasks.y.max()) + 1
+        cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
+        n_classes = np.bincount(cells // labels, minlength=tasks.n_tasks)
+        if tasks.in_query is not None:
+            if n_classes.max() > n_ways:
+                j = int(n_classes.argmax())
+                raise ValueError(
+                    f"The episode{name_of(tasks, j)} has {n_classes[j]} classes, but n_ways="
+                    f"{n_ways}. Raise n_ways or leave classes out."
+                )
+            return
+        if n_classes.min() < 2:
+            j = int(n_classes.argmin())
+            raise ValueError(
+                f"There are too few classes{name_of(tasks, j)}: got 1 class, and episodes need at "
+                "least 2. Leave the task out."
+            )
+    elif tasks.in_query is not None:
+        return
+    if tasks.sizes.min() < 2:
+        few = np.flatnonzero(tasks.sizes < 2)
+        where = (
+            ""
+            if tasks.spelling == "single"
+            else f" in {len(few)} task(s), such as {tasks.ids[few][:3].tolist()}"
+        )
+        raise ValueError(
+            f"Got n_samples=1 (one row){where}; a task needs at least 2 rows, one for its support "
+            "set and one for its query set. Leave such tasks out or give them more rows."
+        )
+    if n_shots is None and n_ways is None:
+        return
+    need = (1 if n_shots is None else n_shots) + 1
+    if not classification:
+        few = np.flatnonzero(tasks.sizes < need)
+        if len(few):
+            raise ValueError(
+                f"n_shots={n_shots} is more than {len(few)} of the {tasks.n_tasks} tasks can give: "
+                f"the smallest{name_of(tasks, int(few[tasks.sizes[few].argmin()]))} has "
+                f"{tasks.sizes.min()} rows, and a support set of {n_shots} and one query row need "
+                f"{need}. Lower n_shots or leave such tasks out."
+            )
+        return
+    labels = int(tasks.y.max()) + 1
+    cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
+    few = np.flatnonzero(counts < need)
+    if len(few):
+        j = int(cells[few[0]] // labels)
+        raise ValueError(
+            f"{len(few)} class(es) have fewer than {need} rows in a task, such as class number "
+            f"{int(cells[few[0]] % labels)}{name_of(tasks, j)} with {int(counts[few[0]])}; "
+            f"{need - 1} support row(s) of each class (n_shots={n_shots}) and one query row need "
+            f"{need}. Lower n_shots or leave such classes out."
+        )

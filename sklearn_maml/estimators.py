@@ -8,7 +8,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor, nn
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, CallbackSupportMixin, with_callbacks
-from sklearn_maml._validation import PrefixedParamsMixin, did_you_mean, keeps_state_on_error
+from sklearn_maml._validation import PrefixedParamsMixin, keeps_state_on_error
 from sklearn_maml.engine import (
     CHUNK,
     Adapted,
@@ -30,7 +30,15 @@ from sklearn_maml.engine import (
     cross_entropy_rows,
     squared_error_rows,
 )
-from sklearn_maml.episodes import EpisodeBatch, EpisodeSampler, pad_rows
+from sklearn_maml.episodes import (
+    EpisodeBatch,
+    EpisodeSampler,
+    check_splittable,
+    draw_fixed,
+    hold_out,
+    name_of,
+    pad_rows,
+)
 from sklearn_maml.exceptions import (
     NonFiniteStepWarning,
     NotAdaptedError,
@@ -38,7 +46,9 @@ from sklearn_maml.exceptions import (
     SingleTaskWarning,
 )
 from sklearn_maml.meta_gradients import resolve_meta_gradient
+from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
 from sklearn_maml.tasks import (
+    FLOATS,
     TaskCollection,
     collect_tasks,
     encode_ids,
@@ -50,20 +60,12 @@ from sklearn_maml.update_rules import resolve_update_rule
 
 __all__ = ["MAMLClassifier", "MAMLRegressor"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "logistic": nn.Sigmoid,
-    "identity": nn.Identity,
-}
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 # rows of one task predicted at a time
 ROWS_AT_A_TIME = 4096
 # tasks drawn from a task distribution for validation and for `score`
@@ -117,15 +119,17 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     )
 
     # `groups` is requested by default, so that metadata routing works without set_*_request
-    __metadata_request__fit = {"groups": True}
-    __metadata_request__score = {"groups": True}
-    __metadata_request__predict = {"groups": True}
+    __metadata_request__fit: ClassVar = {"groups": True}
+    __metadata_request__score: ClassVar = {"groups": True}
+    __metadata_request__predict: ClassVar = {"groups": True}
 
-    _parameter_constraints: dict[str, list[Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "alpha": [Interval(numbers.Real, 0, None, closed="left")],
         "beta": [Interval(numbers.Real, 0, None, closed="neither")],
+        "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
+        "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
         "steps": [Interval(numbers.Integral, 0, None, closed="left")],
         "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
         "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
@@ -193,7 +197,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        with _forked_rng(self.device_):
+        with _ForkedRandomState(self.device_):
             torch.manual_seed(seed)
             self._meta_train(source, seed, continued, (X, y, metadata))
         if source.single:
@@ -201,16 +205,29 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             self._adapt_to(source.tasks, None)
         return self
 
-    def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> _Collection:
+    def _read_tasks(
+        self, X: Any, y: Any, groups: Any = None, *, reset: bool = False
+    ) -> TaskCollection:
+        """Validate tasks; in a first fit (`reset`) also learn what later calls must match."""
         tasks = collect_tasks(
             self,
             X,
             y,
             groups,
             task_column=self.task_column,
-            reset=not continued,
+            reset=reset,
             classification=self._classification,
+            dtype=FLOATS if reset else self._dtype,
         )
+        if reset:
+            self.feature_shape_ = tasks.X.shape[1:]
+            self._dtype = tasks.X.dtype
+        else:
+            self._check_features(tasks.X)
+        return tasks
+
+    def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> _Collection:
+        tasks = self._read_tasks(X, y, groups, reset=not continued)
         if tasks.spelling == "single" and getattr(self, "n_ways", None) is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
@@ -224,25 +241,29 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _meta_train(self, source: Any, seed: int, continued: bool, data: tuple[Any, ...]) -> None:
         # imported when needed: adapting and predicting do without skorch
+        from skorch.callbacks import LRScheduler
+
         from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, MetaLearner, TaskStream
 
         if continued:
             net = copy.deepcopy(self.net_)
             learner = net.module_
         else:
-            self.feature_shape_ = source.feature_shape
-            self._dtype = source.dtype
             module = self._make_module()
             self._check_module(module)
             rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
-            learner = MetaLearner(module, rule, _adapted_names(module, self.adapted))
-            learner.to(device=self.device_, dtype=self._dtype)
+            learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+            learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
         net.engine = engine
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
         net.rows_per_task = source.rows_per_task
+        net.lr, net.max_grad_norm = self.beta, self.max_grad_norm
+        # a scheduler that the user passed decides alone
+        scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
+        net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         net.patience = self.n_iter_no_change if source.validation is not None else None
         net.train_split = _ValidateOn(source.validation)
@@ -255,7 +276,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.partial_fit(TaskStream(source.draw, source.n_train, self.meta_batch_size, seed))
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
-        _copy_buffers(engine.module, learner.module)
+        copy_buffers(engine.module, learner.module)
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = None
         self.net_ = net
@@ -331,19 +352,17 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         from sklearn_maml.outer_loop import MetaLearner
 
         self._validate_params()
-        tasks = collect_tasks(self, X, y, reset=True, classification=self._classification)
+        tasks = self._read_tasks(X, y, reset=True)
         sample_weight = self._support_weights(sample_weight, tasks)
         self._learn_targets(tasks, sample_weight)
-        self.feature_shape_ = tasks.X.shape[1:]
-        self._dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
         self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.device_ = self._resolve_device()
         self._fingerprints: dict[Hashable, int] = {}
-        with _forked_rng(self.device_):
+        with _ForkedRandomState(self.device_):
             torch.manual_seed(seed)
             module = self._make_module()
         rule = resolve_update_rule(self.update_rule, {})
-        self._learner = MetaLearner(module, rule, _adapted_names(module, self.adapted))
+        self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
         self.module_ = module
         self._adapt_to(tasks, sample_weight)
         return self
@@ -359,7 +378,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                     f"module__{next(iter(options))} was given, but module is None and the default "
                     "network takes hidden_layer_sizes and activation only. Pass a module class."
                 )
-            module = _mlp(
+            module = make_mlp(
                 int(np.prod(self.feature_shape_)),
                 n_outputs,
                 self.hidden_layer_sizes,
@@ -374,7 +393,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             module = copy.deepcopy(self.module)
         elif isinstance(self.module, type) and issubclass(self.module, nn.Module):
             sizes = {"in_features": int(np.prod(self.feature_shape_)), "out_features": n_outputs}
-            module = _build(self.module, options, sizes)
+            module = build_module(self.module, options, sizes)
         else:
             raise ValueError(
                 f"module must be None, a torch.nn.Module class or an instance; got "
@@ -383,12 +402,14 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             )
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
-        return module.to(device=self.device_, dtype=self._dtype)
+        return module.to(device=self.device_, dtype=TORCH_DTYPES[self._dtype])
 
     def _check_module(self, module: nn.Module) -> None:
         """Run the module once, so that a wrong one is refused before training starts."""
         n_outputs = self._n_module_outputs()
-        rows = torch.zeros((2, *self.feature_shape_), dtype=self._dtype, device=self.device_)
+        rows = torch.zeros(
+            (2, *self.feature_shape_), dtype=TORCH_DTYPES[self._dtype], device=self.device_
+        )
         probe = copy.deepcopy(module).eval()
         try:
             with torch.no_grad():
@@ -451,14 +472,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
                 "row for predictions of the initialisation."
             )
-        tasks = collect_tasks(
-            self,
-            X,
-            y,
-            groups,
-            task_column=self.task_column,
-            classification=self._classification,
-        )
+        tasks = self._read_tasks(X, y, groups)
         if tasks.in_query is not None:
             raise ValueError(
                 "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
@@ -497,7 +511,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             meta_gradient=resolve_meta_gradient(
                 self.meta_gradient, self._prefixed("meta_gradient")
             ),
-            adapted=_adapted_names(module, self.adapted),
+            adapted=adapted_names(module, self.adapted),
         )
 
     def _adapted_state(
@@ -545,7 +559,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _rows_to_predict(
         self, X: Any, groups: Any
     ) -> tuple[_State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
-        """Validated rows, the adapted task of each, and how to shape the answer like X."""
+        """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         if isinstance(X, (list, tuple)) and len(X) and getattr(X[0], "ndim", 0) >= 2:
@@ -571,7 +585,14 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 )
             X, groups = split_task_column(X, self.task_column)
             name = f"the task column {self.task_column!r}"
-        rows = validate_rows(self, X, X_seen, reset=False, with_column=self.task_column is not None)
+        rows = validate_rows(
+            self,
+            X,
+            X_seen,
+            reset=False,
+            with_column=self.task_column is not None,
+            dtype=self._dtype,
+        )
         self._check_features(rows)
         state = self.__dict__.get("_state")
         if state is None:
@@ -611,7 +632,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
 
     def _outputs(self, state: _State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Outputs of each row under the parameters of its task, a chunk of rows at a time."""
+        """Run each row under the parameters of its task, a chunk of rows at a time."""
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
         # a task with very many rows is predicted in several pieces
@@ -680,17 +701,14 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         rng = np.random.default_rng(check_random_state(seed).randint(2**31 - 1))
         if is_task_distribution(X):
             X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
-        tasks = collect_tasks(
-            self, X, y, groups, task_column=self.task_column, classification=self._classification
-        )
-        self._check_features(tasks.X)
+        tasks = self._read_tasks(X, y, groups)
         self._warn_if_seen(tasks)
         n_shots = self.n_shots if n_shots is None else n_shots
         if n_shots is None and not self._classification:
             n_shots = max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
         n_ways = self._n_ways()
         encoded = self._encode(tasks)
-        _check_splittable(encoded, n_shots, n_ways, self._classification)
+        check_splittable(encoded, n_shots, n_ways, self._classification)
         sampler = EpisodeSampler(
             encoded, classification=self._classification, n_ways=n_ways, n_shots=n_shots
         )
@@ -789,7 +807,9 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         alpha: float = 0.01,
-        beta: float = 1e-3,
+        beta: float = 3e-3,
+        beta_decay: float = 0.3,
+        max_grad_norm: float | None = 10.0,
         steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
@@ -817,6 +837,8 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
         self.activation = activation
         self.alpha = alpha
         self.beta = beta
+        self.beta_decay = beta_decay
+        self.max_grad_norm = max_grad_norm
         self.steps = steps
         self.adapt_steps = adapt_steps
         self.meta_gradient = meta_gradient
@@ -927,9 +949,9 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
     _classification = True
     _output_word = "class"
 
-    __metadata_request__predict_proba = {"groups": True}
-    __metadata_request__predict_log_proba = {"groups": True}
-    __metadata_request__decision_function = {"groups": True}
+    __metadata_request__predict_proba: ClassVar = {"groups": True}
+    __metadata_request__predict_log_proba: ClassVar = {"groups": True}
+    __metadata_request__decision_function: ClassVar = {"groups": True}
 
     def __init__(
         self,
@@ -938,7 +960,9 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         alpha: float = 0.1,
-        beta: float = 1e-3,
+        beta: float = 3e-3,
+        beta_decay: float = 0.3,
+        max_grad_norm: float | None = 10.0,
         steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
@@ -966,6 +990,8 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         self.activation = activation
         self.alpha = alpha
         self.beta = beta
+        self.beta_decay = beta_decay
+        self.max_grad_norm = max_grad_norm
         self.steps = steps
         self.adapt_steps = adapt_steps
         self.meta_gradient = meta_gradient
@@ -1125,7 +1151,7 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         if n_classes.max() > self.n_ways:
             j = int(n_classes.argmax())
             raise ValueError(
-                f"The support set{_named(tasks, j)} has {n_classes[j]} classes, but the head has "
+                f"The support set{name_of(tasks, j)} has {n_classes[j]} classes, but the head has "
                 f"n_ways={self.n_ways} outputs. Give at most {self.n_ways} classes, or meta-fit "
                 "with a larger n_ways."
             )
@@ -1191,20 +1217,18 @@ class _Collection:
     def __init__(self, estimator: Any, tasks: TaskCollection, seed: int, continued: bool) -> None:
         if not continued:
             estimator._learn_targets(tasks)
-        else:
-            estimator._check_features(tasks.X)
         n_ways = estimator._n_ways()
         encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
-        _check_splittable(encoded, estimator.n_shots, n_ways, estimator._classification)
+        check_splittable(encoded, estimator.n_shots, n_ways, estimator._classification)
         self.tasks = tasks
         self.n_tasks = tasks.n_tasks
         self.ids = tasks.ids
         self.fingerprints = tasks.fingerprints() if tasks.named else {}
         self.single = tasks.spelling == "single" and n_ways is None
-        self.feature_shape = tasks.X.shape[1:]
-        self.dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
-        pool = tasks.spelling == "single" and n_ways is not None
-        train, valid = _hold_out(encoded, estimator, seed, pool)
+        pool = n_ways if tasks.spelling == "single" else None
+        train, valid = hold_out(
+            encoded, estimator.early_stopping, estimator.validation_fraction, seed, pool
+        )
         options = {
             "classification": estimator._classification,
             "n_ways": n_ways,
@@ -1215,8 +1239,7 @@ class _Collection:
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
         if valid is not None:
-            sampler = EpisodeSampler(valid, **options)
-            self.validation = _draw_fixed(sampler.sample, valid.n_tasks, seed)
+            self.validation = draw_fixed(EpisodeSampler(valid, **options), seed)
 
 
 class _Distribution:
@@ -1226,7 +1249,7 @@ class _Distribution:
     ids = None
     n_tasks = None
     n_train = 1
-    fingerprints: dict[Hashable, int] = {}
+    fingerprints: ClassVar[dict[Hashable, int]] = {}
 
     def __init__(self, estimator: Any, distribution: Any, seed: int, continued: bool) -> None:
         self.estimator = estimator
@@ -1237,25 +1260,20 @@ class _Distribution:
                 f"{type(distribution).__name__}.sample returned {type(drawn).__name__}; expected "
                 "a list of (X, y) or (X_support, y_support, X_query, y_query) tasks."
             )
-        tasks = collect_tasks(
-            estimator, drawn, reset=not continued, classification=estimator._classification
-        )
+        tasks = estimator._read_tasks(drawn, None, reset=not continued)
         if not continued:
             estimator._learn_targets(tasks)
         self.tasks = tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
-        self.feature_shape = tasks.X.shape[1:]
-        self.dtype = torch.float32 if tasks.X.dtype == np.float32 else torch.float64
         self.validation: Any = None
-        sampler = self._sampler(tasks, None)
         if estimator.early_stopping:
-            self.validation = _draw_fixed(sampler.sample, tasks.n_tasks, seed)
+            self.validation = draw_fixed(self._sampler(tasks, None), seed)
 
     def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
         estimator = self.estimator
         encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
         n_ways, n_shots = estimator._n_ways(), estimator.n_shots
-        _check_splittable(encoded, n_shots, n_ways, estimator._classification)
+        check_splittable(encoded, n_shots, n_ways, estimator._classification)
         return EpisodeSampler(
             encoded,
             classification=estimator._classification,
@@ -1269,9 +1287,7 @@ class _Distribution:
         drawn = self.distribution.sample(len(which), random_state=int(rng.integers(2**31 - 1)))
         tasks = _collect_quickly(drawn, self.tasks)
         if tasks is None:
-            tasks = collect_tasks(
-                self.estimator, drawn, classification=self.estimator._classification
-            )
+            tasks = self.estimator._read_tasks(drawn, None)
         sampler = self._sampler(tasks, self.estimator.n_queries)
         return sampler.sample(np.arange(tasks.n_tasks), rng)
 
@@ -1310,45 +1326,6 @@ def _episode_rows(estimator: Any, tasks: TaskCollection) -> int:
     return rows
 
 
-def _hold_out(
-    tasks: TaskCollection, estimator: Any, seed: int, pool: bool
-) -> tuple[TaskCollection, TaskCollection | None]:
-    """Split off validation tasks (classes, where tasks are drawn from a pool of them)."""
-    asked = estimator.early_stopping
-    units = int(tasks.y.max()) + 1 if pool else tasks.n_tasks
-    least = 2 * estimator.n_ways if pool else (2 if asked is True else 10)
-    if asked is False or units < least:
-        if asked is True:
-            what = "classes" if pool else "tasks"
-            raise ValueError(
-                f"early_stopping=True holds out {what} for validation, but there are only {units} "
-                f"(at least {least} are needed). Set early_stopping=False."
-            )
-        return tasks, None
-    n_valid = max(int(round(estimator.validation_fraction * units)), 1)
-    if pool:
-        n_valid = min(max(n_valid, estimator.n_ways), units - estimator.n_ways)
-    order = np.random.default_rng((seed, 2)).permutation(units)
-    held, kept = np.sort(order[:n_valid]), np.sort(order[n_valid:])
-    if not pool:
-        return tasks.select(kept), tasks.select(held)
-    parts = []
-    for classes in (kept, held):
-        rows = np.isin(tasks.y, classes)
-        parts.append(
-            dataclasses.replace(tasks, X=tasks.X[rows], y=tasks.y[rows], codes=tasks.codes[rows])
-        )
-    return parts[0], parts[1]
-
-
-def _draw_fixed(draw: Any, n_tasks: int, seed: int) -> list[EpisodeBatch]:
-    """Draw validation episodes, every task as often as any, about `VALIDATION_TASKS` in all."""
-    rng = np.random.default_rng((seed, 3))
-    which = np.tile(np.arange(n_tasks), max(VALIDATION_TASKS // n_tasks, 1))
-    n_batches = -(-len(which) // VALIDATION_TASKS)
-    return [draw(part, rng) for part in np.array_split(which, n_batches)]
-
-
 class _ValidateOn:
     """skorch's train split: the stream of tasks, and the validation episodes if there are any."""
 
@@ -1359,71 +1336,6 @@ class _ValidateOn:
         from sklearn_maml.outer_loop import FixedEpisodes
 
         return stream, None if self.batches is None else FixedEpisodes(self.batches)
-
-
-def _named(tasks: TaskCollection, j: int) -> str:
-    return "" if tasks.spelling == "single" else f" of task {tasks.ids[j : j + 1].tolist()[0]!r}"
-
-
-def _check_splittable(
-    tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
-) -> None:
-    """Refuse tasks that cannot give a support set of the asked size and a query row."""
-    if n_ways is not None:
-        labels = int(tasks.y.max()) + 1
-        cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
-        n_classes = np.bincount(cells // labels, minlength=tasks.n_tasks)
-        if tasks.in_query is not None:
-            if n_classes.max() > n_ways:
-                j = int(n_classes.argmax())
-                raise ValueError(
-                    f"The episode{_named(tasks, j)} has {n_classes[j]} classes, but n_ways="
-                    f"{n_ways}. Raise n_ways or leave classes out."
-                )
-            return
-        if n_classes.min() < 2:
-            j = int(n_classes.argmin())
-            raise ValueError(
-                f"There are too few classes{_named(tasks, j)}: got 1 class, and episodes need at "
-                "least 2. Leave the task out."
-            )
-    elif tasks.in_query is not None:
-        return
-    if tasks.sizes.min() < 2:
-        few = np.flatnonzero(tasks.sizes < 2)
-        where = (
-            ""
-            if tasks.spelling == "single"
-            else f" in {len(few)} task(s), such as {tasks.ids[few][:3].tolist()}"
-        )
-        raise ValueError(
-            f"Got n_samples=1 (one row){where}; a task needs at least 2 rows, one for its support "
-            "set and one for its query set. Leave such tasks out or give them more rows."
-        )
-    if n_shots is None and n_ways is None:
-        return
-    need = (1 if n_shots is None else n_shots) + 1
-    if not classification:
-        few = np.flatnonzero(tasks.sizes < need)
-        if len(few):
-            raise ValueError(
-                f"n_shots={n_shots} is more than {len(few)} of the {tasks.n_tasks} tasks can give: "
-                f"the smallest{_named(tasks, int(few[tasks.sizes[few].argmin()]))} has "
-                f"{tasks.sizes.min()} rows, and a support set of {n_shots} and one query row need "
-                f"{need}. Lower n_shots or leave such tasks out."
-            )
-        return
-    labels = int(tasks.y.max()) + 1
-    cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
-    few = np.flatnonzero(counts < need)
-    if len(few):
-        j = int(cells[few[0]] // labels)
-        raise ValueError(
-            f"{len(few)} class(es) have fewer than {need} rows in a task, such as class number "
-            f"{int(cells[few[0]] % labels)}{_named(tasks, j)} with {int(counts[few[0]])}; "
-            f"{need - 1} support row(s) of each class (n_shots={n_shots}) and one query row need "
-            f"{need}. Lower n_shots or leave such classes out."
-        )
 
 
 # -- models that hold a MAML estimator -----------------------------------------------------------
@@ -1493,7 +1405,7 @@ def _n_rows(X: Any) -> int:
     return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)
 
 
-class _forked_rng:
+class _ForkedRandomState:
     """Leave the caller's global torch random state as it was."""
 
     def __init__(self, device: torch.device) -> None:
@@ -1505,66 +1417,6 @@ class _forked_rng:
 
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
-
-
-def _mlp(n_in: int, n_out: int, hidden: Any, activation: str) -> nn.Sequential:
-    sizes = [int(size) for size in np.atleast_1d(hidden)]
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"hidden_layer_sizes must be positive; got {hidden!r}.")
-    layers: list[nn.Module] = []
-    for a, b in zip([n_in, *sizes], sizes, strict=False):
-        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1] if sizes else n_in, n_out))
-
-
-def _build(module: Any, options: dict[str, Any], sizes: dict[str, int]) -> nn.Module:
-    """Build a module class; in_features and out_features are filled in where it takes them."""
-    import inspect
-
-    names = [name for name in inspect.signature(module.__init__).parameters if name != "self"]
-    filled = {name: size for name, size in sizes.items() if name in names}
-    try:
-        return module(**{**filled, **options})
-    except TypeError as error:
-        hints = "".join(did_you_mean(name, names) for name in options if name not in names)
-        raise ValueError(
-            f"{module.__name__} could not be built with module__ arguments {sorted(options)}: "
-            f"{error}. It takes {names}.{hints}"
-        ) from error
-
-
-def _adapted_names(module: nn.Module, adapted: Any) -> list[str]:
-    """Names of the parameters that adapt."""
-    import fnmatch
-
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
-    if isinstance(adapted, str) and adapted == "all":
-        return names
-    head = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
-    if isinstance(adapted, str) and adapted == "head":
-        return head
-    if isinstance(adapted, str) and adapted == "body":
-        chosen = [name for name in names if name not in head]
-        if not chosen:
-            raise ValueError("adapted='body' leaves nothing to adapt: the module is a head only.")
-        return chosen
-    patterns = [adapted] if isinstance(adapted, str) else list(adapted)
-    chosen = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    unmatched = [p for p in patterns if not fnmatch.filter(names, p)]
-    if unmatched or not chosen:
-        raise ValueError(
-            f"adapted={adapted!r}: {unmatched} match no parameter. Expected 'all', 'head', 'body' "
-            f"or patterns of these names: {names}."
-        )
-    return chosen
-
-
-def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copy what forward passes wrote to buffers of the engine's copy of the module."""
-    buffers = dict(source.named_buffers())
-    for name, buffer in target.named_buffers():
-        if name in buffers and buffers[name].shape == buffer.shape:
-            buffer.copy_(buffers[name])
 
 
 def _join(parts: list[Adapted], order: np.ndarray) -> Adapted:
@@ -1623,14 +1475,14 @@ class _SklearnCallbacks:
         return {"module_": learner.module, "_learner": learner}
 
     def begin_epoch(self) -> None:
-        """An epoch begins."""
+        """Announce an epoch."""
         self.epoch = self.root.subcontext(task_name="epoch")
         self.epoch.call_on_fit_task_begin(
             estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
         )
 
     def end_epoch(self) -> bool:
-        """An epoch ends; returns whether a callback asks to stop."""
+        """Report an epoch; return whether a callback asks to stop."""
         return bool(
             self.epoch.call_on_fit_task_end(
                 estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
@@ -1638,7 +1490,7 @@ class _SklearnCallbacks:
         )
 
     def end_fit(self) -> None:
-        """Meta-training ends."""
+        """Report the end of meta-training."""
         self.root.call_on_fit_task_end(
             estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from typing import Any
+from typing import Any, ClassVar
 
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.pipeline import Pipeline
@@ -88,7 +88,7 @@ class _FewShot(BaseEstimator):
 
     _prior_class: type[_BaseMAML]
 
-    _parameter_constraints: dict[str, list[Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
         "steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
         "random_state": ["random_state"],

@@ -15,7 +15,7 @@ from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
 from skorch.utils import to_numpy
 from torch import Tensor, nn
 
-from sklearn_maml.engine import Engine, MetaStep, rate_key
+from sklearn_maml.engine import Engine, rate_key
 from sklearn_maml.episodes import EpisodeBatch
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
@@ -160,6 +160,10 @@ class MetaNet(NeuralNet):
         Epochs without a better validation loss before the fit stops; None never stops.
     to_label : callable
         Turns query outputs into what `predict` returns, for scoring callbacks.
+    beta_decay : float
+        Fraction of the updates, the last ones, over which the rate falls linearly to 0.
+    max_grad_norm : float or None
+        Largest norm of a meta-gradient; a larger one is scaled down.
     rows_per_task : int
         Typical number of rows of an episode, to judge how much work a step is.
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
@@ -179,6 +183,8 @@ class MetaNet(NeuralNet):
         max_iter: int = 1,
         patience: int | None = None,
         to_label: Callable[[np.ndarray], np.ndarray] | None = None,
+        beta_decay: float = 0.0,
+        max_grad_norm: float | None = None,
         rows_per_task: int = 1,
         epoch_hooks: Any = None,
         criterion: Any = nn.Identity,
@@ -191,6 +197,8 @@ class MetaNet(NeuralNet):
         self.max_iter = max_iter
         self.patience = patience
         self.to_label = to_label
+        self.beta_decay = beta_decay
+        self.max_grad_norm = max_grad_norm
         self.rows_per_task = rows_per_task
         self.epoch_hooks = epoch_hooks
         super().__init__(module, criterion=criterion, **kwargs)
@@ -222,7 +230,11 @@ class MetaNet(NeuralNet):
             self.module_.meta_params(), episodes, alpha=self.alpha, steps=self.steps
         )
         loss = step.losses.mean()
-        finite = _is_finite(loss, step)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(step.grads.values()))))
+        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+        if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
+            torch._foreach_mul_(list(step.grads.values()), self.max_grad_norm / norm)
+        self._decay_rate()
         for name, p in self.module_.named_parameters():
             # the optimiser leaves parameters without a gradient, and their state, as they are
             p.grad = step.grads[name] if finite and name in step.grads else None
@@ -232,6 +244,15 @@ class MetaNet(NeuralNet):
             self._note_non_finite(episodes)
             loss = loss.new_tensor(math.nan)
         return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+
+    def _decay_rate(self) -> None:
+        """Lower the rate of the optimiser towards the end of the fit."""
+        if not self.beta_decay:
+            return
+        left = 1.0 - (self.update_ - self.first_update_) / self.max_iter
+        factor = min(left / self.beta_decay, 1.0)
+        for group in self.optimizer_.param_groups:
+            group["lr"] = factor * self.lr
 
     def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Query loss of held-out tasks, before and after adaptation."""
@@ -374,14 +395,6 @@ class MetaNet(NeuralNet):
         """Query predictions of the episodes of a dataset, pooled."""
         output = self.predict_proba(X)
         return output if self.to_label is None else self.to_label(output)
-
-
-def _is_finite(loss: Tensor, step: MetaStep) -> bool:
-    if not math.isfinite(loss.item()):
-        return False
-    # the sum of squares is finite just when every entry is (and none overflows when squared)
-    norms = torch._foreach_norm(list(step.grads.values()))
-    return bool(torch.isfinite(torch.stack(norms)).all())
 
 
 def _raised_by_callback(error: KeyboardInterrupt) -> bool:

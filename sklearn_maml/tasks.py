@@ -295,7 +295,7 @@ def encode_ids(ids: Any, n_rows: int, name: str = "groups") -> tuple[np.ndarray,
 
 
 def validate_rows(
-    estimator: Any, X: Any, X_seen: Any, *, reset: bool, with_column: bool
+    estimator: Any, X: Any, X_seen: Any, *, reset: bool, with_column: bool, dtype: Any = FLOATS
 ) -> np.ndarray:
     """Validate feature rows; `X_seen` is X as the caller gave it (names, feature count)."""
     if is_frame(X) and X.shape[1] == 0 and with_column:
@@ -303,7 +303,7 @@ def validate_rows(
             "X holds the task column only: 0 feature(s) are left while a minimum of 1 is required."
         )
     options: dict[str, Any] = {
-        "dtype": FLOATS,
+        "dtype": dtype,
         "allow_nd": True,
         "ensure_min_features": 1,
     }
@@ -324,6 +324,7 @@ def collect_tasks(
     task_column: Hashable | None = None,
     reset: bool = False,
     classification: bool = False,
+    dtype: Any = FLOATS,
 ) -> TaskCollection:
     """Validate any spelling of a task collection.
 
@@ -338,6 +339,8 @@ def collect_tasks(
         Whether this is a `fit`.
     classification : bool, default=False
         Whether y holds class labels rather than numbers.
+    dtype : dtype or tuple of dtypes
+        Accepted dtypes of X; other ones are converted to the first.
 
     Returns
     -------
@@ -377,7 +380,9 @@ def collect_tasks(
             X, _ = split_task_column(X, task_column)
     elif groups is not None:
         spelling = "groups"
-    features = validate_rows(estimator, X, X_seen, reset=reset, with_column=task_column is not None)
+    features = validate_rows(
+        estimator, X, X_seen, reset=reset, with_column=task_column is not None, dtype=dtype
+    )
     if groups is not None:
         name = "groups" if spelling == "groups" else f"the task column {task_column!r}"
         ids, codes = encode_ids(groups, len(features), name)

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"episodes"},
     {"update_rules", "meta_gradients"},
     {"inner_loop"},
+    {"modules"},
     {"engine"},
     {"_progress"},
     {"outer_loop"},
