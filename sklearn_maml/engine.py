@@ -177,6 +177,9 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
 
         return forward
 
+    def elementwise(layer: nn.Module) -> Callable[[Params, Tensor], Tensor]:
+        return lambda params, x: layer(x)
+
     for name, m in module.named_modules():
         prefix = f"{name}." if name else ""
         if type(m) is nn.Linear:
@@ -184,7 +187,7 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
         elif type(m) is nn.LayerNorm:
             layers.append(layer_norm(prefix, m))
         elif type(m) is not nn.Sequential:
-            layers.append(lambda params, x, m=m: m(x))
+            layers.append(elementwise(m))
 
     def forward(params: Params, x: Tensor) -> Tensor:
         for layer in layers:
@@ -560,9 +563,9 @@ class Engine:
         alpha: float,
         steps: int,
     ) -> Params:
-        options = {
-            "rule": self.rule, "alpha": alpha, "rates": rates, "steps": steps, "order": 0,
-        }  # fmt: skip
+        inner = functools.partial(
+            adapt, rule=self.rule, alpha=alpha, rates=rates, steps=steps, order=0
+        )
 
         def loss(forward: Callable[..., Tensor], rows: Rows, params: Params) -> Tensor:
             output = _fit_outputs(forward(params, rows.X), rows.y)
@@ -572,21 +575,19 @@ class Engine:
             n_tasks = len(support)
             wide = {n: p.expand(n_tasks, *p.shape) for n, p in shared.items()}
             start = {n: p.expand(n_tasks, *p.shape) for n, p in fast.items()}
-            return adapt(
+            return inner(
                 start,
                 lambda p: loss(self._forward, support, {**wide, **p}),
                 differentiator=Autograd(),
                 batched=True,
-                **options,
             )
 
         def one_task(rows: Rows, differentiator: Differentiator) -> Params:
-            return adapt(
+            return inner(
                 fast,
                 lambda p: loss(self._call_module, rows, {**shared, **p}),
                 differentiator=differentiator,
                 batched=False,
-                **options,
             )
 
         if rung == "vmap":

@@ -29,7 +29,7 @@ __all__ = [
 
 # With n_shots=None the support size varies from episode to episode, so that one model serves
 # small and large support sets; see docs/defaults.md for the measurement behind the range.
-SUPPORT_RANGE = (2, 20)
+SUPPORT_RANGE = (5, 20)
 # episodes of a validation, as far as the number of held-out tasks allows
 VALIDATION_EPISODES = 100
 

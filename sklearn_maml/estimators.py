@@ -108,6 +108,9 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     """What the classifier and the regressor share."""
 
     _classification: bool
+    _dtype: Any
+    net_: Any
+    _fingerprints: dict[Hashable, int]
     _prefixes = (
         "module",
         "optimizer",
@@ -189,6 +192,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         random_state = check_random_state(self.random_state)
         seed = int(random_state.randint(2**31 - 1))
         continued = bool(self.warm_start) and hasattr(self, "net_")
+        source: _Distribution | _Collection
         if is_task_distribution(X):
             source = _Distribution(self, X, seed, continued)
         else:
@@ -247,6 +251,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
         if continued:
             net = copy.deepcopy(self.net_)
+            net.set_params(lr=self.beta)
             learner = net.module_
         else:
             module = self._make_module()
@@ -259,13 +264,15 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.engine = engine
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
+        # splits of the same rows differ less than tasks do: fewer make a meta-batch
+        net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
         net.rows_per_task = source.rows_per_task
-        net.lr, net.max_grad_norm = self.beta, self.max_grad_norm
+        net.max_grad_norm = self.max_grad_norm
         # a scheduler that the user passed decides alone
         scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
-        net.patience = self.n_iter_no_change if source.validation is not None else None
+        net.patience = self.n_iter_no_change if source.single or source.validation else None
         net.train_split = _ValidateOn(source.validation)
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
@@ -273,7 +280,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if HAS_SKLEARN_CALLBACKS:
             n_epochs = -(-self.max_iter // UPDATES_PER_EPOCH)
             net.epoch_hooks = _SklearnCallbacks(self, learner, n_epochs, data)
-        net.partial_fit(TaskStream(source.draw, source.n_train, self.meta_batch_size, seed))
+        net.partial_fit(TaskStream(source.draw, source.n_train, net.batch_size, seed))
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
         copy_buffers(engine.module, learner.module)
@@ -309,7 +316,6 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             learner,
             optimizer=self._resolve_optimizer(),
             lr=self.beta,
-            batch_size=self.meta_batch_size,
             to_label=_argmax if self._classification else None,
             callbacks=callbacks,
             verbose=int(self.verbose),
@@ -357,7 +363,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._learn_targets(tasks, sample_weight)
         self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.device_ = self._resolve_device()
-        self._fingerprints: dict[Hashable, int] = {}
+        self._fingerprints = {}
         with _ForkedRandomState(self.device_):
             torch.manual_seed(seed)
             module = self._make_module()
@@ -378,7 +384,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                     f"module__{next(iter(options))} was given, but module is None and the default "
                     "network takes hidden_layer_sizes and activation only. Pass a module class."
                 )
-            module = make_mlp(
+            module: nn.Module = make_mlp(
                 int(np.prod(self.feature_shape_)),
                 n_outputs,
                 self.hidden_layer_sizes,
@@ -419,7 +425,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 f"module {type(module).__name__} failed on two rows of shape "
                 f"{tuple(self._reshape(rows).shape)}: {error}"
             ) from error
-        expected = [(2, n_outputs)]
+        expected: list[tuple[int, ...]] = [(2, n_outputs)]
         if n_outputs == 1 and not self._classification:
             expected.append((2,))
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -806,17 +812,17 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float = 0.01,
+        alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
-        max_grad_norm: float | None = 10.0,
+        max_grad_norm: float | None = None,
         steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
         update_rule: Any = "sgd",
         adapted: Any = "all",
         n_shots: int | None = None,
-        n_queries: int | None = None,
+        n_queries: int | None = 10,
         meta_batch_size: int = 25,
         max_iter: int = 2000,
         early_stopping: Any = "auto",
@@ -859,7 +865,7 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
-        vars(self).update(net_params)
+        self.__dict__.update(net_params)
 
     def predict(self, X: Any, groups: Any = None) -> Any:
         """Predict with the parameters adapted to the task of each row.
@@ -959,10 +965,10 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float = 0.1,
+        alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
-        max_grad_norm: float | None = 10.0,
+        max_grad_norm: float | None = None,
         steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
@@ -970,9 +976,9 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         adapted: Any = "all",
         n_ways: int | None = None,
         n_shots: int | None = None,
-        n_queries: int | None = None,
+        n_queries: int | None = 10,
         meta_batch_size: int = 25,
-        max_iter: int = 2000,
+        max_iter: int = 1000,
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
         n_iter_no_change: int = 10,
@@ -1012,7 +1018,7 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
-        vars(self).update(net_params)
+        self.__dict__.update(net_params)
 
     def predict(self, X: Any, groups: Any = None) -> Any:
         """Predict class labels with the parameters adapted to the task of each row.

@@ -15,7 +15,7 @@ from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
 from skorch.utils import to_numpy
 from torch import Tensor, nn
 
-from sklearn_maml.engine import Engine, rate_key
+from sklearn_maml.engine import rate_key
 from sklearn_maml.episodes import EpisodeBatch
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
@@ -28,6 +28,8 @@ __all__ = ["FixedEpisodes", "MetaLearner", "MetaNet", "TaskStream", "use_batch"]
 
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
+# relative decrease of the training loss that counts where there are no held-out tasks
+TOLERANCE = 0.01
 # meta-steps seen before a majority of non-finite ones stops the fit
 PATIENCE_NON_FINITE = 20
 
@@ -176,7 +178,7 @@ class MetaNet(NeuralNet):
         self,
         module: Any,
         *,
-        engine: Engine | None = None,
+        engine: Any = None,
         alpha: float = 0.01,
         steps: int = 1,
         eval_steps: int = 1,
@@ -225,7 +227,6 @@ class MetaNet(NeuralNet):
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Compute the meta-gradient of one meta-batch and store it for the optimiser."""
         episodes = batch[0].to(torch.device(self.device))
-        assert self.engine is not None
         step = self.engine.meta_step(
             self.module_.meta_params(), episodes, alpha=self.alpha, steps=self.steps
         )
@@ -257,7 +258,6 @@ class MetaNet(NeuralNet):
     def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Query loss of held-out tasks, before and after adaptation."""
         episodes = batch[0].to(torch.device(self.device))
-        assert self.engine is not None
         params = self.module_.meta_params()
         before, _ = self.engine.evaluate(params, episodes, alpha=self.alpha, steps=0)
         losses, output = self.engine.evaluate(
@@ -280,7 +280,6 @@ class MetaNet(NeuralNet):
             raise self._non_finite_error(episodes, seen)
 
     def _non_finite_error(self, episodes: EpisodeBatch, seen: int) -> MetaTrainingError:
-        assert self.engine is not None
         before, _ = self.engine.evaluate(
             self.module_.meta_params(), episodes, alpha=self.alpha, steps=0
         )
@@ -355,17 +354,19 @@ class MetaNet(NeuralNet):
             self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))
 
     def track_best(self) -> None:
-        """Remember the best parameters by validation loss; stop when they no longer improve.
+        """Remember the best parameters by validation loss, and for how long there were no better.
 
-        Called when the epoch's scores are in the history.
+        Without held-out tasks the training loss decides, as in scikit-learn's networks, and the
+        last parameters are kept.
         """
-        loss = self.history[-1].get("valid_loss", math.nan)
-        if not math.isfinite(loss):
-            return
-        if loss < self.best_loss_:
+        validated = "valid_loss" in self.history[-1]
+        loss = self.history[-1, "valid_loss" if validated else "train_loss"]
+        margin = 0.0 if validated else TOLERANCE * abs(loss)
+        if loss < self.best_loss_ - margin:
             self.best_loss_ = loss
-            self.best_state_ = copy.deepcopy(self.module_.state_dict())
             self.epochs_without_gain_ = 0
+            if validated:
+                self.best_state_ = copy.deepcopy(self.module_.state_dict())
         else:
             self.epochs_without_gain_ += 1
 

@@ -1,0 +1,553 @@
+"""Meta-gradients are the ones the papers write down, in float64 and on every rung of the engine."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
+from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
+from sklearn_maml.modules import adapted_names
+from sklearn_maml.update_rules import SGD, MetaSGD
+
+RUNGS = ["loop", "vmap", "stacked"]
+SIZES = {"equal": ([5, 5, 5], [4, 4, 4]), "ragged": ([5, 3, 7], [4, 6, 2])}
+
+
+# --- helpers
+
+
+def make_rows(rng, sizes, n_features, n_outputs, classification):
+    counts = np.array(sizes)
+    total = int(counts.sum())
+    X = rng.normal(size=(total, n_features))
+    y = rng.integers(0, n_outputs, total) if classification else rng.normal(size=(total, n_outputs))
+    return pad_rows(X, y, np.arange(total), counts)
+
+
+def make_batch(sizes="equal", n_features=2, n_outputs=2, classification=False, seed=0):
+    rng = np.random.default_rng(seed)
+    support, query = (
+        make_rows(rng, part, n_features, n_outputs, classification) for part in SIZES[sizes]
+    )
+    return EpisodeBatch(support, query)
+
+
+def make_mlp(seed=0, n_features=2, n_outputs=2):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(n_features, 4), nn.Tanh(), nn.Linear(4, n_outputs))
+    return module.double()
+
+
+def make_engine(
+    module, *, rung="loop", rule=None, order=2, adapted=None, row_loss=squared_error_rows
+):
+    return Engine(
+        module,
+        row_loss=row_loss,
+        rule=rule or SGD(),
+        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
+        adapted=adapted_names(module, "all") if adapted is None else adapted,
+        rung=rung,
+    )
+
+
+def make_meta_params(module, rule=None, adapted=None, seed=1):
+    """Meta-parameters with rates away from their start, where every factor is 1."""
+    params = {n: p.detach() for n, p in module.named_parameters()}
+    fast = {n: p for n, p in params.items() if adapted is None or n in adapted}
+    rates = (rule or SGD()).initial_rates(fast)
+    g = torch.Generator().manual_seed(seed)
+    return {
+        **{f"module.{n}": p for n, p in params.items()},
+        **{
+            f"rule.{rate_key(n)}": r + 0.3 * torch.randn(r.shape, generator=g, dtype=r.dtype)
+            for n, r in rates.items()
+        },
+    }
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+
+def relative_error(got, expected):
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+# --- hand-derived cases
+
+
+class Number(nn.Module):
+    """One parameter, which is the prediction for every row."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([[value]], dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.value
+
+
+def number_batch(support_target, query_target):
+    def rows(target):
+        return Rows(
+            torch.ones(1, 1, 1, dtype=torch.float64),
+            torch.full((1, 1, 1), target, dtype=torch.float64),
+        )
+
+    return EpisodeBatch(rows(support_target), rows(query_target))
+
+
+# theta = 1, support loss theta^2, query loss (theta - 1/2)^2 and alpha = 0.1, so that a step
+# multiplies theta by 0.8: theta_s = 0.8^s; the query gradient there is 2 (0.8^s - 0.5), and
+# d theta_s / d theta = 0.8^s.
+@pytest.mark.parametrize(
+    ("steps", "first_order", "second_order"),
+    [
+        (1, 0.6, 0.48),
+        (3, 0.024, 0.012288),
+        (10, -0.7852516352, -0.08431575230786306048),
+    ],
+)
+@pytest.mark.parametrize("rung", ["loop", "vmap"])
+def test_one_parameter_by_hand(rung, steps, first_order, second_order):
+    module = Number(1.0)
+    batch = number_batch(0.0, 0.5)
+    meta_params = {"module.value": module.value.detach()}
+    for order, expected in ((1, first_order), (2, second_order)):
+        # two equal tasks: vmap leaves a single task to the loop
+        twice = EpisodeBatch(*(s.take(np.array([0, 0])) for s in (batch.support, batch.query)))
+        step = make_engine(module, rung=rung, order=order).meta_step(
+            meta_params, twice, alpha=0.1, steps=steps
+        )
+        assert step.grads["module.value"].item() == pytest.approx(expected, rel=1e-12)
+        assert step.losses.tolist() == pytest.approx([(0.8**steps - 0.5) ** 2] * 2, rel=1e-12)
+        assert step.outputs.flatten().tolist() == pytest.approx([0.8**steps] * 2, rel=1e-12)
+
+
+def test_clipped_step_by_hand():
+    # The gradient 2 is clipped to 1: theta_1 = 0.9, whatever theta is nearby, so that
+    # d theta_1 / d theta = 1 and the meta-gradient is 2 (0.9 - 0.5).
+    module = Number(1.0)
+    engine = make_engine(module, rule=SGD(max_grad_norm=1.0))
+    step = engine.meta_step(
+        {"module.value": module.value.detach()}, number_batch(0.0, 0.5), alpha=0.1, steps=1
+    )
+    assert step.grads["module.value"].item() == pytest.approx(0.8, rel=1e-10)
+    assert step.outputs.item() == pytest.approx(0.9, rel=1e-10)
+
+
+@pytest.mark.parametrize(("order", "initialisation"), [(1, 0.6), (2, 0.48)])
+def test_learned_rate_by_hand(order, initialisation):
+    # theta_1 = theta - 0.1 exp(r) 2 theta. At r = 0: d loss / d r = 0.6 * (-0.1 * 2) = -0.12 for
+    # both orders, because the rate itself is no part of the inner gradient.
+    module = Number(1.0)
+    engine = make_engine(module, rule=MetaSGD(), order=order)
+    meta_params = {
+        "module.value": module.value.detach(),
+        "rule.value": torch.zeros(1, 1, dtype=torch.float64),
+    }
+    step = engine.meta_step(meta_params, number_batch(0.0, 0.5), alpha=0.1, steps=1)
+    assert step.grads["rule.value"].item() == pytest.approx(-0.12, rel=1e-12)
+    assert step.grads["module.value"].item() == pytest.approx(initialisation, rel=1e-12)
+
+
+def linear_by_hand(batch, theta, alpha, steps):
+    """Closed form for linear regression without intercept.
+
+    The support gradient is A theta - b with A = 2/n X'X and b = 2/n X'y, so that
+    theta_s = M^s theta + alpha (M^0 + ... + M^(s-1)) b with M = I - alpha A, and the gradient of
+    the query loss at theta_s is pulled back by (M^s)' = M^s.
+    """
+    first, second, losses = [], [], []
+    for j in range(len(batch)):
+        (Xs, ys), (Xq, yq) = (
+            (part.task(j).X.numpy(), part.task(j).y.numpy()[:, 0])
+            for part in (batch.support, batch.query)
+        )
+        M = np.eye(len(theta)) - alpha * 2 / len(Xs) * Xs.T @ Xs
+        b = 2 / len(Xs) * Xs.T @ ys
+        powers = [np.linalg.matrix_power(M, k) for k in range(steps + 1)]
+        adapted = powers[-1] @ theta + alpha * sum(powers[:-1], np.zeros_like(M)) @ b
+        residual = Xq @ adapted - yq
+        gradient = 2 / len(Xq) * Xq.T @ residual
+        first.append(gradient)
+        second.append(powers[-1] @ gradient)
+        losses.append(np.mean(residual**2))
+    return np.mean(first, axis=0), np.mean(second, axis=0), np.array(losses)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_linear_regression_matches_its_closed_form(rung, steps, sizes):
+    batch = make_batch(sizes, n_features=3, n_outputs=1)
+    theta = np.array([0.7, -1.3, 0.4])
+    module = nn.Linear(3, 1, bias=False).double()
+    meta_params = {"module.weight": torch.tensor(theta[None])}
+    first, second, losses = linear_by_hand(batch, theta, 0.1, steps)
+    for order, expected in ((1, first), (2, second)):
+        engine = make_engine(module, rung=rung, order=order)
+        step = engine.meta_step(meta_params, batch, alpha=0.1, steps=steps)
+        assert engine.rung == rung
+        np.testing.assert_allclose(step.grads["module.weight"][0], expected, rtol=1e-11)
+        np.testing.assert_allclose(step.losses, losses, rtol=1e-11)
+    # negative control: the data tells the orders apart
+    assert np.abs(first - second).max() > 0.01 * np.abs(second).max()
+
+
+# --- finite differences
+
+RULES = [
+    SGD(),
+    SGD(max_grad_norm=0.5),
+    MetaSGD(),
+    MetaSGD(per="tensor"),
+    MetaSGD(max_grad_norm=0.5),
+]
+
+
+def finite_differences(engine, meta_params, batch, *, alpha, steps, h=1e-5):
+    """Central differences of the mean query loss in every single meta-parameter."""
+
+    def loss(params):
+        return engine.meta_step(params, batch, alpha=alpha, steps=steps).losses.mean().item()
+
+    grads = {}
+    for name, p in meta_params.items():
+        grad = torch.zeros_like(p).reshape(-1)
+        for i in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = p.clone().reshape(-1)
+                moved[i] += sign * h
+                ends.append(loss({**meta_params, name: moved.reshape(p.shape)}))
+            grad[i] = (ends[0] - ends[1]) / (2 * h)
+        grads[name] = grad.reshape(p.shape)
+    return grads
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rung", RUNGS)
+def test_second_order_matches_finite_differences(rung, rule):
+    module, batch = make_mlp(), make_batch("ragged")
+    meta_params = make_meta_params(module, rule)
+    numeric = finite_differences(
+        make_engine(module, rung="stacked", rule=rule), meta_params, batch, alpha=0.3, steps=3
+    )
+    engine = make_engine(module, rung=rung, rule=rule)
+    exact = engine.meta_step(meta_params, batch, alpha=0.3, steps=3).grads
+    assert relative_error(flat(exact), flat(numeric)) <= 1e-6
+    rates = {name: g for name, g in numeric.items() if name.startswith("rule.")}
+    assert bool(rates) == isinstance(rule, MetaSGD)
+    for name, g in numeric.items():
+        assert relative_error(exact[name], g) <= 1e-6, name
+
+
+def test_second_order_of_the_cross_entropy_matches_finite_differences():
+    module, batch = make_mlp(n_outputs=3), make_batch(n_outputs=3, classification=True)
+    meta_params = make_meta_params(module)
+    engine = make_engine(module, rung="stacked", row_loss=cross_entropy_rows)
+    numeric = finite_differences(engine, meta_params, batch, alpha=0.5, steps=3)
+    exact = engine.meta_step(meta_params, batch, alpha=0.5, steps=3).grads
+    assert relative_error(flat(exact), flat(numeric)) <= 1e-6
+
+
+def test_first_order_is_not_the_gradient_of_the_query_loss():
+    """Negative control for the finite differences: they tell the two meta-gradients apart."""
+    module, batch = make_mlp(), make_batch()
+    meta_params = make_meta_params(module)
+    engine = make_engine(module, rung="stacked", order=1)
+    numeric = finite_differences(engine, meta_params, batch, alpha=0.3, steps=3)
+    first = engine.meta_step(meta_params, batch, alpha=0.3, steps=3).grads
+    assert relative_error(flat(first), flat(numeric)) > 1e-2
+
+
+# --- a second implementation that shares no code
+
+
+def plain_maml(params, tasks, *, alpha, steps, second_order, fast, classification, clip, rates):
+    """MAML for a tanh network with one hidden layer, as a loop over numbers of rows and tasks."""
+    total, losses, adapted_to = None, [], []
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    factors = {name: r.clone().requires_grad_() for name, r in rates.items()}
+
+    def loss(theta, X, y):
+        hidden = torch.tanh(X @ theta["0.weight"].T + theta["0.bias"])
+        out = hidden @ theta["2.weight"].T + theta["2.bias"]
+        if classification:
+            log_p = out - torch.log(torch.exp(out).sum(1, keepdim=True))
+            return -sum(log_p[i, label] for i, label in enumerate(y.tolist())) / len(y)
+        return ((out - y) ** 2).sum() / y.numel()
+
+    for X_support, y_support, X_query, y_query in tasks:
+        theta = dict(leaves)
+        for _ in range(steps):
+            slopes = torch.autograd.grad(
+                loss(theta, X_support, y_support), [theta[n] for n in fast], create_graph=True
+            )
+            if not second_order:
+                slopes = [g.detach() for g in slopes]
+            slopes = dict(zip(fast, slopes, strict=True))
+            if rates:
+                slopes = {n: g * factors[n].exp() for n, g in slopes.items()}
+            if clip is not None:
+                norm = sum((g**2).sum() for g in slopes.values()).sqrt()
+                if norm > clip:
+                    slopes = {n: g * clip / norm for n, g in slopes.items()}
+            theta = {n: p - alpha * slopes[n] if n in fast else p for n, p in theta.items()}
+        task_loss = loss(theta, X_query, y_query)
+        total = task_loss if total is None else total + task_loss
+        losses.append(task_loss.item())
+        adapted_to.append({n: theta[n].detach() for n in fast})
+    inputs = {f"module.{n}": p for n, p in leaves.items()}
+    inputs.update({f"rule.{n.replace('.', '__')}": r for n, r in factors.items()})
+    grads = torch.autograd.grad(
+        total / len(tasks), list(inputs.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(inputs, grads, strict=True)), losses, adapted_to
+
+
+def plain_tasks(batch):
+    return [
+        (s.X, s.y, q.X, q.y)
+        for s, q in ((batch.support.task(j), batch.query.task(j)) for j in range(len(batch)))
+    ]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "adapted", "classification", "steps", "sizes"),
+    [
+        (SGD(), "all", False, 1, "equal"),
+        (SGD(), "all", False, 5, "ragged"),
+        (SGD(), "all", True, 3, "ragged"),
+        (SGD(), "head", True, 3, "equal"),
+        (SGD(), "body", False, 3, "ragged"),
+        (SGD(), ["*.bias"], False, 2, "equal"),
+        (SGD(max_grad_norm=0.5), "all", False, 3, "ragged"),
+        (MetaSGD(), "all", False, 3, "equal"),
+        (MetaSGD(per="tensor"), "head", True, 3, "ragged"),
+        (MetaSGD(max_grad_norm=0.2), "body", False, 2, "equal"),
+    ],
+    ids=str,
+)
+def test_agrees_with_a_plain_loop(rung, order, rule, adapted, classification, steps, sizes):
+    n_outputs = 3 if classification else 2
+    module = make_mlp(n_outputs=n_outputs)
+    batch = make_batch(sizes, n_outputs=n_outputs, classification=classification)
+    names = adapted_names(module, adapted)
+    meta_params = make_meta_params(module, rule, names)
+    engine = make_engine(
+        module,
+        rung=rung,
+        rule=rule,
+        order=order,
+        adapted=names,
+        row_loss=cross_entropy_rows if classification else squared_error_rows,
+    )
+    step = engine.meta_step(meta_params, batch, alpha=0.4, steps=steps)
+    rates = {n: meta_params[k] for n in names if (k := f"rule.{rate_key(n)}") in meta_params}
+    assert bool(rates) == isinstance(rule, MetaSGD)
+    grads, losses, adapted_to = plain_maml(
+        {n: p.detach() for n, p in module.named_parameters()},
+        plain_tasks(batch),
+        alpha=0.4,
+        steps=steps,
+        second_order=order == 2,
+        fast=names,
+        classification=classification,
+        clip=rule.max_grad_norm,
+        rates=rates,
+    )
+    assert engine.rung == rung
+    assert step.grads.keys() == grads.keys()
+    for name, expected in grads.items():
+        torch.testing.assert_close(step.grads[name], expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(step.losses, losses, rtol=1e-9)
+    params = engine.adapt(meta_params, batch.support, alpha=0.4, steps=steps).params
+    assert sorted(params) == sorted(names)
+    for name in names:
+        expected = torch.stack([task[name] for task in adapted_to])
+        torch.testing.assert_close(params[name], expected, rtol=1e-9, atol=1e-12)
+
+
+# --- first and second order
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_first_order_is_the_query_gradient_at_the_adapted_parameters(rung):
+    module, batch = make_mlp(), make_batch("ragged")
+    meta_params = make_meta_params(module)
+    first = make_engine(module, rung=rung, order=1)
+    second = make_engine(module, rung=rung, order=2)
+    adapted = first.adapt(meta_params, batch.support, alpha=0.3, steps=3)
+    expected = {name: 0.0 for name in meta_params}
+    for j in range(len(batch)):
+        query = batch.query.task(j)
+        leaves = {n: p[j].clone().requires_grad_() for n, p in adapted.params.items()}
+        output = torch.func.functional_call(module, leaves, (query.X,))
+        grads = torch.autograd.grad((output - query.y).square().mean(), list(leaves.values()))
+        for name, g in zip(leaves, grads, strict=True):
+            expected[f"module.{name}"] = expected[f"module.{name}"] + g / len(batch)
+    step = first.meta_step(meta_params, batch, alpha=0.3, steps=3)
+    for name, g in expected.items():
+        torch.testing.assert_close(step.grads[name], g, rtol=1e-10, atol=1e-14)
+    # negative control: several well-known implementations of MAML are first-order unawares
+    other = second.meta_step(meta_params, batch, alpha=0.3, steps=3)
+    assert relative_error(flat(other.grads), flat(step.grads)) > 1e-2
+    torch.testing.assert_close(other.losses, step.losses, rtol=1e-12, atol=0)
+
+
+def test_orders_agree_where_the_support_loss_has_no_curvature():
+    # The gradient of a linear loss does not depend on the parameters: nothing to differentiate.
+    module, batch = make_mlp(), make_batch()
+    meta_params = make_meta_params(module)
+    grads = [
+        make_engine(nn.Linear(2, 2).double(), order=order, row_loss=lambda out, y: out.sum(-1))
+        .meta_step(
+            {
+                "module.weight": meta_params["module.0.weight"][:2],
+                "module.bias": meta_params["module.0.bias"][:2],
+            },
+            batch,
+            alpha=0.3,
+            steps=3,
+        )
+        .grads
+        for order in (1, 2)
+    ]
+    torch.testing.assert_close(flat(grads[0]), flat(grads[1]), rtol=1e-12, atol=0)
+
+
+# --- limits
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("rule", [SGD(), MetaSGD()], ids=repr)
+@pytest.mark.parametrize(("alpha", "steps"), [(0.3, 0), (0.0, 3), (0.0, 0)])
+def test_without_inner_steps_it_is_pooled_training_on_the_queries(rung, order, rule, alpha, steps):
+    module, batch = make_mlp(), make_batch("equal")
+    meta_params = make_meta_params(module, rule)
+    X, y = (torch.cat([part[j] for j in range(3)]) for part in (batch.query.X, batch.query.y))
+    names = [name for name, _ in module.named_parameters()]
+    grads = torch.autograd.grad((module(X) - y).square().mean(), list(module.parameters()))
+    pooled = dict(zip(names, grads, strict=True))
+    engine = make_engine(module, rung=rung, order=order, rule=rule)
+    step = engine.meta_step(meta_params, batch, alpha=alpha, steps=steps)
+    for name in names:
+        torch.testing.assert_close(
+            step.grads[f"module.{name}"], pooled[name], rtol=1e-11, atol=1e-14
+        )
+    for name, g in step.grads.items():
+        assert not name.startswith("rule.") or not g.any()
+    # negative control: with a step and a rate it is something else
+    moved = engine.meta_step(meta_params, batch, alpha=0.3, steps=1)
+    for name in names:
+        assert relative_error(moved.grads[f"module.{name}"], pooled[name]) > 1e-3
+
+
+def test_tasks_count_equally_whatever_their_number_of_rows():
+    module, batch = make_mlp(), make_batch("ragged")
+    meta_params = make_meta_params(module)
+    engine = make_engine(module, rung="stacked")
+    whole = engine.meta_step(meta_params, batch, alpha=0.3, steps=2)
+    alone = [
+        engine.meta_step(
+            meta_params,
+            EpisodeBatch(batch.support.take(np.array([j])), batch.query.take(np.array([j]))),
+            alpha=0.3,
+            steps=2,
+        )
+        for j in range(len(batch))
+    ]
+    mean = torch.stack([flat(step.grads) for step in alone]).mean(0)
+    torch.testing.assert_close(flat(whole.grads), mean, rtol=1e-11, atol=1e-14)
+    losses = torch.cat([step.losses for step in alone])
+    torch.testing.assert_close(whole.losses, losses, rtol=1e-11, atol=1e-14)
+
+
+# --- which parameters adapt
+
+
+@pytest.mark.parametrize(
+    ("adapted", "expected"),
+    [
+        ("all", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        ("head", ["2.weight", "2.bias"]),
+        ("body", ["0.weight", "0.bias"]),
+        (["*.bias"], ["0.bias", "2.bias"]),
+        ("0.*", ["0.weight", "0.bias"]),
+        (["0.bias", "2.weight"], ["0.bias", "2.weight"]),
+    ],
+)
+@pytest.mark.parametrize("rung", RUNGS)
+def test_only_the_adapted_parameters_move(rung, adapted, expected):
+    module, batch = make_mlp(), make_batch("ragged")
+    names = adapted_names(module, adapted)
+    assert names == expected
+    meta_params = make_meta_params(module)
+    engine = make_engine(module, rung=rung, adapted=names)
+    result = engine.adapt(meta_params, batch.support, alpha=0.3, steps=3)
+    assert sorted(result.params) == sorted(names)
+    for name, initial in ((n, p.detach()) for n, p in module.named_parameters()):
+        if name in names:
+            assert result.params[name].shape == (3, *initial.shape)
+            assert (result.params[name] != initial).any(-1).reshape(3, -1).all()
+        else:
+            assert torch.equal(result.shared[name], initial)
+    # the outer loop trains what does not adapt as well
+    step = engine.meta_step(meta_params, batch, alpha=0.3, steps=3)
+    assert all(g.any() for g in step.grads.values())
+
+
+def test_adapting_leaves_the_meta_parameters_as_they_were():
+    module, batch = make_mlp(), make_batch("ragged")
+    for rule in (SGD(), MetaSGD()):
+        meta_params = make_meta_params(module, rule)
+        before = {name: p.clone() for name, p in meta_params.items()}
+        for rung in RUNGS:
+            engine = make_engine(module, rung=rung, rule=rule)
+            engine.meta_step(meta_params, batch, alpha=0.3, steps=2)
+            engine.evaluate(meta_params, batch, alpha=0.3, steps=2)
+        assert all(torch.equal(p, before[name]) for name, p in meta_params.items())
+        assert not any(p.requires_grad for p in meta_params.values())
+
+
+def test_clipping_bounds_the_step_of_each_task():
+    module, batch = make_mlp(), make_batch("ragged")
+    meta_params = make_meta_params(module)
+    for rung in RUNGS:
+        lengths = {}
+        for clip in (None, 0.2, 1e6):
+            engine = make_engine(module, rung=rung, rule=SGD(max_grad_norm=clip))
+            params = engine.adapt(meta_params, batch.support, alpha=0.3, steps=1).params
+            moved = [(p - meta_params[f"module.{n}"]).flatten(1) for n, p in params.items()]
+            lengths[clip] = torch.cat(moved, 1).norm(dim=1)
+        assert (lengths[None] > 0.3 * 0.2).all()  # there is something to clip in every task
+        torch.testing.assert_close(
+            lengths[0.2], torch.full((3,), 0.06, dtype=torch.float64), rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(lengths[1e6], lengths[None], rtol=1e-12, atol=0)
+
+
+def test_clipping_a_zero_gradient_has_finite_derivatives():
+    # The support set is fitted exactly, so that the inner gradient is 0.
+    module = nn.Linear(1, 1, bias=False).double()
+    weight = torch.tensor([[2.0]], dtype=torch.float64)
+    X = torch.tensor([[[1.0], [3.0]]], dtype=torch.float64)
+    batch = EpisodeBatch(Rows(X, 2 * X), Rows(X, 3 * X))
+    engine = make_engine(module, rule=SGD(max_grad_norm=1.0))
+    step = engine.meta_step({"module.weight": weight}, batch, alpha=0.01, steps=1)
+    # A = 2/n sum x^2 = 10, so the step is unclipped near the optimum: M = 1 - 0.1, and the query
+    # gradient is 10 (2 - 3)
+    assert math.isclose(step.grads["module.weight"].item(), 0.9 * -10, rel_tol=1e-9)
