@@ -27,6 +27,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
@@ -132,16 +133,17 @@ def is_row_wise(module: nn.Module) -> bool:
     )
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether the module has dropout layers."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.modules())
+
+
 def _is_stackable(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential and type(module) is not nn.Linear:
         return False
-    seen: set[int] = set()
     for m in module.modules():
         if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"):
             return False
-        if id(m) in seen:
-            return False
-        seen.add(id(m))
     if len({id(p) for p in module.parameters()}) < len(
         list(module.named_parameters(remove_duplicate=False))
     ):
@@ -180,7 +182,8 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
     def elementwise(layer: nn.Module) -> Callable[[Params, Tensor], Tensor]:
         return lambda params, x: layer(x)
 
-    for name, m in module.named_modules():
+    # a layer without parameters may be used twice in a sequence
+    for name, m in module.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if type(m) is nn.Linear:
             layers.append(linear(prefix, m.bias is not None))
@@ -255,6 +258,14 @@ class Engine:
         self.rung = rung
         if rung == "stacked":
             self._forward = _stacked_forward(self.module)
+        # frozen parameters are not among the meta-parameters; the forward passes take them from here
+        self._frozen = {
+            name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad
+        }
+        self._attends = any(
+            isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+            for m in self.module.modules()
+        )
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -375,7 +386,9 @@ class Engine:
                     **adapted.params,
                 }
                 return self._forward(stacked, query.X)
-            if self.rung == "vmap" and len(query) > 1 and (self.pads or query.lengths is None):
+            # attention takes a fast path in evaluation that vmap cannot batch
+            batches = self.rung == "vmap" and len(query) > 1 and not self._attends
+            if batches and (self.pads or query.lengths is None):
                 try:
                     return torch.func.vmap(
                         lambda p, b, x: functional_call(module, {**adapted.shared, **p, **b}, (x,)),
@@ -434,7 +447,8 @@ class Engine:
 
     def _partition(self, params: Params) -> tuple[Params, Params]:
         fast = {name: p for name, p in params.items() if name in self.adapted}
-        return fast, {name: p for name, p in params.items() if name not in self.adapted}
+        shared = {name: p for name, p in params.items() if name not in self.adapted}
+        return fast, {**self._frozen, **shared}
 
     def _objective(
         self,
@@ -455,7 +469,8 @@ class Engine:
 
         def inner(meta_params: Params, order: int) -> Params:
             module_params, rates = self._split(meta_params)
-            fast, shared = self._partition(expand(module_params))
+            fast, shared = self._partition(module_params)
+            fast, shared = expand(fast), expand(shared)
             fast = adapt(
                 fast,
                 lambda p: loss_rows({**shared, **p}, support)[0].sum(),
@@ -551,7 +566,12 @@ class Engine:
         return MetaStep(losses, {n: g.mean(0) for n, g in grads.items()}, outputs)
 
     def _call_module(self, params: Params, x: Tensor) -> Tensor:
-        return functional_call(self.module, params, (x,))
+        with self._second_derivatives():
+            return functional_call(self.module, params, (x,))
+
+    def _second_derivatives(self) -> Any:
+        """Context in which attention runs on its one kernel that has a second derivative."""
+        return contextlib.nullcontext() if self.pads else sdpa_kernel(SDPBackend.MATH)
 
     def _adapt_rows(
         self,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import numbers
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
@@ -28,6 +30,8 @@ from sklearn_maml.engine import (
     Adapted,
     Engine,
     cross_entropy_rows,
+    has_dropout,
+    is_row_wise,
     squared_error_rows,
 )
 from sklearn_maml.episodes import (
@@ -111,6 +115,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _dtype: Any
     net_: Any
     _fingerprints: dict[Hashable, int]
+    _rung: str
     _prefixes = (
         "module",
         "optimizer",
@@ -201,9 +206,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        with _ForkedRandomState(self.device_):
-            torch.manual_seed(seed)
-            self._meta_train(source, seed, continued, (X, y, metadata))
+        self._meta_train(source, seed, continued, (X, y, metadata))
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -239,7 +242,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 "groups=task_ids (inside scikit-learn's tools enable it with "
                 "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
                 SingleTaskWarning,
-                stacklevel=4,
+                stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
             )
         return _Collection(self, tasks, seed, continued)
 
@@ -254,16 +257,19 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             net.set_params(lr=self.beta)
             learner = net.module_
         else:
-            module = self._make_module()
-            self._check_module(module)
+            with _SeededTorch(self.device_, seed):
+                module = self._make_module()
+                self._check_module(module)
             rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
             learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
             learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
+        self._rung = "auto"
         net.engine = engine
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
+        net.updates_per_epoch = 10 if source.single else UPDATES_PER_EPOCH
         # splits of the same rows differ less than tasks do: fewer make a meta-batch
         net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
         net.rows_per_task = source.rows_per_task
@@ -278,12 +284,21 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.tasks_ = source.ids
         self._fingerprints = source.fingerprints
         if HAS_SKLEARN_CALLBACKS:
-            n_epochs = -(-self.max_iter // UPDATES_PER_EPOCH)
+            n_epochs = -(-self.max_iter // net.updates_per_epoch)
             net.epoch_hooks = _SklearnCallbacks(self, learner, n_epochs, data)
-        net.partial_fit(TaskStream(source.draw, source.n_train, net.batch_size, seed))
+        stream = TaskStream(source.draw, source.n_train, net.batch_size, seed)
+        # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
+        random = not is_row_wise(engine.module) or has_dropout(engine.module)
+        with (
+            _SeededTorch(self.device_, seed + getattr(net, "update_", 0))
+            if random
+            else contextlib.nullcontext()
+        ):
+            net.partial_fit(stream)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
         copy_buffers(engine.module, learner.module)
+        self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = None
         self.net_ = net
@@ -364,12 +379,12 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.device_ = self._resolve_device()
         self._fingerprints = {}
-        with _ForkedRandomState(self.device_):
-            torch.manual_seed(seed)
+        with _SeededTorch(self.device_, seed):
             module = self._make_module()
         rule = resolve_update_rule(self.update_rule, {})
         self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
         self.module_ = module
+        self._rung = "auto"
         self._adapt_to(tasks, sample_weight)
         return self
 
@@ -509,7 +524,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _after_adapt(self) -> None:
         """Update what depends on the adapted tasks."""
 
-    def _make_engine(self, module: nn.Module) -> Engine:
+    def _make_engine(self, module: nn.Module, rung: str = "auto") -> Engine:
         return Engine(
             module,
             row_loss=cross_entropy_rows if self._classification else squared_error_rows,
@@ -518,7 +533,12 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 self.meta_gradient, self._prefixed("meta_gradient")
             ),
             adapted=adapted_names(module, self.adapted),
+            rung=rung,
         )
+
+    def _remember_rung(self, engine: Engine) -> None:
+        """Take the plain loop at once where batching tasks has failed before."""
+        self._rung = "loop" if engine.fallback_reason is not None else self._rung
 
     def _adapted_state(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int
@@ -528,7 +548,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         targets, extra = self._encode_support(tasks)
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
-        engine = self._make_engine(self.module_)
+        engine = self._make_engine(self.module_, self._rung)
         parts = []
         for start in range(0, len(by_size), CHUNK):
             chosen = by_size[start : start + CHUNK]
@@ -548,6 +568,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                         steps=steps,
                     )
                 )
+        self._remember_rung(engine)
         adapted = _join(parts, np.argsort(by_size))
         _restore_diverged(adapted, self.module_, float(self.alpha))
         ids = None if tasks.spelling == "single" else tasks.ids
@@ -801,7 +822,155 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
 
 class MAMLRegressor(RegressorMixin, _BaseMAML):
-    """DOCSTRING_REGRESSOR"""
+    r"""Regressor that meta-learns, from related tasks, to adapt to a new task from a few rows.
+
+    Model-agnostic meta-learning [1]_: `fit` learns, from a collection of tasks, the initialisation
+    from which `steps` gradient steps of rate `alpha` on the support rows of a task give a small
+    squared error on its query rows. `adapt` takes these steps on the support rows of a new task,
+    and `predict` then predicts for that task.
+
+    Parameters
+    ----------
+    module : torch.nn.Module class or instance, default=None
+        Network. None builds a multilayer perceptron of `hidden_layer_sizes` and `activation`. A
+        class is called with the ``module__*`` parameters, and with ``in_features`` and
+        ``out_features`` if it takes parameters of these names and they are not given. An instance
+        is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
+        (n_rows, n_outputs).
+    hidden_layer_sizes : int or sequence of int, default=(64, 64)
+        Sizes of the hidden layers of the default network.
+    activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
+        Activation of the default network.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
+    beta : float, default=3e-3
+        Outer rate: step size of meta-training, given to the optimiser.
+    beta_decay : float, default=0.3
+        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place.
+    max_grad_norm : float, default=None
+        Scale meta-gradients of a larger 2-norm down to this one.
+    steps : int, default=5
+        Inner steps. May be changed after `fit`.
+    adapt_steps : int, default=None
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+    meta_gradient : {"second-order", "first-order"} or MetaGradient, default="second-order"
+        How the outer gradient flows through the inner steps.
+    update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
+        How an inner step moves the parameters.
+    adapted : {"all", "head", "body"}, str or list of str, default="all"
+        Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
+        whose names match shell-style patterns such as ``"2.*"``. The others are meta-learned only.
+    n_shots : int, default=None
+        Support rows of a task in meta-training and in `score`. None varies the number from update
+        to update, log-uniformly from 5 to 20 (at most half of the rows), so that one model serves
+        small and large support sets.
+    n_queries : int, default=10
+        Query rows of a task in meta-training; None takes all that are left.
+    meta_batch_size : int, default=25
+        Tasks of a meta-update.
+    max_iter : int, default=2000
+        Meta-updates.
+    early_stopping : bool or "auto", default="auto"
+        Whether to hold out tasks, stop when their loss after adaptation has not improved for
+        `n_iter_no_change` epochs, and keep the parameters that were best on them. "auto" does so
+        where there are at least 10 tasks.
+    validation_fraction : float, default=0.15
+        Fraction of the tasks to hold out.
+    n_iter_no_change : int, default=20
+        Epochs, of 50 meta-updates each, without improvement before an early stop.
+    normalize_y : bool, default=True
+        Whether to standardise the targets with the mean and the standard deviation of all
+        training rows. Predictions are in the units of y.
+    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
+        Outer optimiser; ``optimizer__*`` are its parameters.
+    callbacks : list, default=None
+        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
+        parameters.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    task_column : str, int or other hashable, default=None
+        Column of X that holds the task id: a column name or name of an index level of a data
+        frame, or a position. It then is in every X, and `groups` is not given.
+    warm_start : bool, default=False
+        Whether another `fit` continues from the parameters and the optimiser state of the last.
+    random_state : int, RandomState instance or None, default=None
+        Seeds initialisation, episodes, and the splits of `score`.
+    verbose : int, default=0
+        1 prints a line for each epoch and, on a terminal, a progress bar.
+    **net_params : dict
+        Prefixed parameters: ``module__*``, ``optimizer__*``, ``callbacks__*``,
+        ``iterator_train__*``, ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``.
+        They are ordinary parameters to `get_params`, `set_params` and searches.
+
+    Attributes
+    ----------
+    module_ : torch.nn.Module
+        Network with the meta-learned initialisation.
+    net_ : skorch.NeuralNet
+        The net that was meta-trained.
+    history_ : skorch.history.History
+        Per epoch: `train_loss` (query loss after adaptation), `valid_loss` and
+        `valid_loss_before` (of held-out tasks, after and before adaptation), `non_finite` (skipped
+        meta-updates), `dur` (seconds).
+    n_iter_ : int
+        Meta-updates made.
+    n_outputs_ : int
+        Number of targets.
+    y_mean_, y_scale_ : ndarray of shape (n_outputs_,)
+        Mean and scale of the targets.
+    n_features_in_ : int
+        Number of features seen during `fit`, the task column included.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had names.
+    n_tasks_ : int or None
+        Number of tasks; None for a task distribution.
+    tasks_ : ndarray of shape (n_tasks_,) or None
+        Their ids, or positions where they have none.
+    device_ : torch.device
+        Where parameters live.
+
+    See Also
+    --------
+    MAMLClassifier : The same for class labels.
+    FewShotRegressor : Ordinary per-task estimator made from a fitted `MAMLRegressor`.
+    adapt : Adapt a copy of a fitted model or pipeline.
+    task_scorer : Any scikit-learn metric, after adaptation.
+
+    Notes
+    -----
+    Meta-training minimises over the initialisation :math:`\theta`, for tasks :math:`j` with
+    support loss :math:`S_j` and query loss :math:`Q_j`,
+
+    .. math:: \frac{1}{n} \sum_j Q_j(\theta_j^{(s)}), \quad
+        \theta_j^{(k+1)} = \theta_j^{(k)} - \alpha \nabla S_j(\theta_j^{(k)}),
+        \quad \theta_j^{(0)} = \theta
+
+    with Adam of rate `beta` (Finn et al. 2017, algorithm 1). `fit(X, y)` without any task
+    information treats all rows as one task: it meta-trains on random splits of it and adapts to
+    all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
+    little, it takes at most 4 of them for an update, calls 10 updates an epoch, and stops when the
+    training loss has not fallen by 1 % for `n_iter_no_change` epochs.
+
+    Batch-norm layers normalise with the statistics of the support set while adapting and when
+    predicting, so predictions do not depend on which rows are predicted together.
+
+    References
+    ----------
+    .. [1] Finn, C., Abbeel, P. & Levine, S. (2017). Model-Agnostic Meta-Learning for Fast
+       Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLRegressor
+    >>> from sklearn_maml.datasets import make_sinusoid_tasks
+    >>> X, y, task = make_sinusoid_tasks(n_tasks=200, n_rows=20, random_state=0)
+    >>> reg = MAMLRegressor(alpha=0.01, steps=1, max_iter=200, random_state=0)
+    >>> reg = reg.fit(X, y, groups=task)
+    >>> X_new, y_new, _ = make_sinusoid_tasks(n_tasks=1, n_rows=20, random_state=1)
+    >>> reg.adapt(X_new[:10], y_new[:10]).predict(X_new[10:]).shape
+    (10,)
+    """
 
     _classification = False
     _output_word = "target"
@@ -827,7 +996,7 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
         max_iter: int = 2000,
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
-        n_iter_no_change: int = 10,
+        n_iter_no_change: int = 20,
         normalize_y: bool = True,
         optimizer: Any = "adam",
         callbacks: Any = None,
@@ -901,7 +1070,8 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
 
         Parameters
         ----------
-        X, y, groups : see `fit`
+        X, y, groups : tasks
+            As in `fit`.
         sample_weight : array-like of shape (n_rows,), default=None
             Weights of the rows in the metric.
 
@@ -950,7 +1120,155 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
 
 
 class MAMLClassifier(ClassifierMixin, _BaseMAML):
-    """DOCSTRING_CLASSIFIER"""
+    r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
+
+    Model-agnostic meta-learning [1]_: `fit` learns, from a collection of tasks, the initialisation
+    from which `steps` gradient steps of rate `alpha` on the support rows of a task give a small
+    cross-entropy on its query rows. `adapt` takes these steps on the support rows of a new task,
+    and `predict` then predicts for that task.
+
+    Parameters
+    ----------
+    module : torch.nn.Module class or instance, default=None
+        Network. None builds a multilayer perceptron of `hidden_layer_sizes` and `activation`. A
+        class is called with the ``module__*`` parameters, and with ``in_features`` and
+        ``out_features`` if it takes parameters of these names and they are not given. An instance
+        is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
+        (n_rows, n_outputs) logits.
+    hidden_layer_sizes : int or sequence of int, default=(64, 64)
+        Sizes of the hidden layers of the default network.
+    activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
+        Activation of the default network.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
+    beta : float, default=3e-3
+        Outer rate: step size of meta-training, given to the optimiser.
+    beta_decay : float, default=0.3
+        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place.
+    max_grad_norm : float, default=None
+        Scale meta-gradients of a larger 2-norm down to this one.
+    steps : int, default=5
+        Inner steps. May be changed after `fit`.
+    adapt_steps : int, default=None
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+    meta_gradient : {"second-order", "first-order"} or MetaGradient, default="second-order"
+        How the outer gradient flows through the inner steps.
+    update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
+        How an inner step moves the parameters.
+    adapted : {"all", "head", "body"}, str or list of str, default="all"
+        Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
+        whose names match shell-style patterns such as ``"2.*"``. The others are meta-learned only.
+    n_ways : int, default=None
+        None: labels are shared by the tasks (walking and sitting, for every person); the network
+        has one output for each class. An int: labels mean something inside their task only (the
+        characters of an alphabet); every episode draws this many classes of a task, or of the
+        whole pool of classes when there is no task information, and assigns them to the outputs
+        at random.
+    n_shots : int, default=None
+        Support rows of each class in meta-training and in `score`. None takes half of the rows.
+    n_queries : int, default=10
+        Query rows of each class in meta-training; None takes all that are left.
+    meta_batch_size : int, default=25
+        Tasks of a meta-update.
+    max_iter : int, default=1000
+        Meta-updates.
+    early_stopping : bool or "auto", default="auto"
+        Whether to hold out tasks, stop when their loss after adaptation has not improved for
+        `n_iter_no_change` epochs, and keep the parameters that were best on them. "auto" does so
+        where there are at least 10 tasks.
+    validation_fraction : float, default=0.15
+        Fraction of the tasks to hold out.
+    n_iter_no_change : int, default=20
+        Epochs, of 50 meta-updates each, without improvement before an early stop.
+    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
+        Outer optimiser; ``optimizer__*`` are its parameters.
+    callbacks : list, default=None
+        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
+        parameters.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    task_column : str, int or other hashable, default=None
+        Column of X that holds the task id: a column name or name of an index level of a data
+        frame, or a position. It then is in every X, and `groups` is not given.
+    warm_start : bool, default=False
+        Whether another `fit` continues from the parameters and the optimiser state of the last.
+    random_state : int, RandomState instance or None, default=None
+        Seeds initialisation, episodes, and the splits of `score`.
+    verbose : int, default=0
+        1 prints a line for each epoch and, on a terminal, a progress bar.
+    **net_params : dict
+        Prefixed parameters: ``module__*``, ``optimizer__*``, ``callbacks__*``,
+        ``iterator_train__*``, ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``.
+        They are ordinary parameters to `get_params`, `set_params` and searches.
+
+    Attributes
+    ----------
+    module_ : torch.nn.Module
+        Network with the meta-learned initialisation.
+    net_ : skorch.NeuralNet
+        The net that was meta-trained.
+    history_ : skorch.history.History
+        Per epoch: `train_loss` (query loss after adaptation), `valid_loss` and
+        `valid_loss_before` (of held-out tasks, after and before adaptation), `non_finite` (skipped
+        meta-updates), `dur` (seconds).
+    n_iter_ : int
+        Meta-updates made.
+    classes_ : ndarray of shape (n_classes,)
+        Class labels, in the order of the columns of `predict_proba`. With `n_ways`: those of the
+        training pool after `fit`, those of the support sets after `adapt`.
+    n_features_in_ : int
+        Number of features seen during `fit`, the task column included.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had names.
+    n_tasks_ : int or None
+        Number of tasks; None for a task distribution.
+    tasks_ : ndarray of shape (n_tasks_,) or None
+        Their ids, or positions where they have none.
+    device_ : torch.device
+        Where parameters live.
+
+    See Also
+    --------
+    MAMLRegressor : The same for numbers.
+    FewShotClassifier : Ordinary per-task estimator made from a fitted `MAMLClassifier`.
+    adapt : Adapt a copy of a fitted model or pipeline.
+    task_scorer : Any scikit-learn metric, after adaptation.
+
+    Notes
+    -----
+    Meta-training minimises over the initialisation :math:`\theta`, for tasks :math:`j` with
+    support loss :math:`S_j` and query loss :math:`Q_j`,
+
+    .. math:: \frac{1}{n} \sum_j Q_j(\theta_j^{(s)}), \quad
+        \theta_j^{(k+1)} = \theta_j^{(k)} - \alpha \nabla S_j(\theta_j^{(k)}),
+        \quad \theta_j^{(0)} = \theta
+
+    with Adam of rate `beta` (Finn et al. 2017, algorithm 1). `fit(X, y)` without any task
+    information treats all rows as one task: it meta-trains on random splits of it and adapts to
+    all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
+    little, it takes at most 4 of them for an update, calls 10 updates an epoch, and stops when the
+    training loss has not fallen by 1 % for `n_iter_no_change` epochs.
+
+    Batch-norm layers normalise with the statistics of the support set while adapting and when
+    predicting, so predictions do not depend on which rows are predicted together.
+
+    References
+    ----------
+    .. [1] Finn, C., Abbeel, P. & Levine, S. (2017). Model-Agnostic Meta-Learning for Fast
+       Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLClassifier
+    >>> from sklearn_maml.datasets import load_omniglot
+    >>> X, y = load_omniglot(subset="background", return_X_y=True)
+    >>> clf = MAMLClassifier(n_ways=5, n_shots=1, max_iter=10, random_state=0)
+    >>> clf = clf.fit(X, y)
+    >>> clf = clf.adapt(X[:100:20], ["a", "b", "c", "d", "e"])
+    >>> clf.predict_proba(X[1:3]).shape
+    (2, 5)
+    """
 
     _classification = True
     _output_word = "class"
@@ -981,7 +1299,7 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
         max_iter: int = 1000,
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
-        n_iter_no_change: int = 10,
+        n_iter_no_change: int = 20,
         optimizer: Any = "adam",
         callbacks: Any = None,
         device: Any = "auto",
@@ -1111,7 +1429,8 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
 
         Parameters
         ----------
-        X, y, groups : see `fit`
+        X, y, groups : tasks
+            As in `fit`.
         sample_weight : array-like of shape (n_rows,), default=None
             Weights of the rows in the metric.
 
@@ -1411,18 +1730,27 @@ def _n_rows(X: Any) -> int:
     return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)
 
 
-class _ForkedRandomState:
-    """Leave the caller's global torch random state as it was."""
+class _SeededTorch:
+    """Seed torch's global generator for a while, then restore it.
 
-    def __init__(self, device: torch.device) -> None:
+    The generator is one for the process, so fits in threads take turns.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self, device: torch.device, seed: int) -> None:
         devices = [device.index or 0] if device.type == "cuda" else []
-        self._context = torch.random.fork_rng(devices=devices)
+        self._fork = torch.random.fork_rng(devices=devices)
+        self._seed = seed
 
     def __enter__(self) -> None:
-        self._context.__enter__()
+        self._lock.acquire()
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
 
     def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+        self._fork.__exit__(*error)
+        self._lock.release()
 
 
 def _join(parts: list[Adapted], order: np.ndarray) -> Adapted:

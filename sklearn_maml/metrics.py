@@ -105,7 +105,8 @@ class TaskScorer:
         ----------
         estimator : estimator
             Meta-fitted, or a fitted pipeline or search that ends in a meta-fitted one.
-        X, y, groups : tasks, as in `MAMLRegressor.fit`
+        X, y, groups : tasks
+            As in `MAMLRegressor.fit`.
 
         Returns
         -------
@@ -142,7 +143,8 @@ def task_scores(
     ----------
     estimator : estimator
         Meta-fitted, or a fitted pipeline or search that ends in a meta-fitted one.
-    X, y, groups : tasks, as in `MAMLRegressor.fit`
+    X, y, groups : tasks
+        As in `MAMLRegressor.fit`.
     scoring : str or callable, default=None
         A scikit-learn scorer; None is the negative root mean squared error for regressors and the
         accuracy for classifiers.

@@ -168,6 +168,7 @@ class MetaNet(NeuralNet):
         Largest norm of a meta-gradient; a larger one is scaled down.
     rows_per_task : int
         Typical number of rows of an episode, to judge how much work a step is.
+    updates_per_epoch : int
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
     **kwargs : dict
@@ -188,6 +189,7 @@ class MetaNet(NeuralNet):
         beta_decay: float = 0.0,
         max_grad_norm: float | None = None,
         rows_per_task: int = 1,
+        updates_per_epoch: int = UPDATES_PER_EPOCH,
         epoch_hooks: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
@@ -202,6 +204,7 @@ class MetaNet(NeuralNet):
         self.beta_decay = beta_decay
         self.max_grad_norm = max_grad_norm
         self.rows_per_task = rows_per_task
+        self.updates_per_epoch = updates_per_epoch
         self.epoch_hooks = epoch_hooks
         super().__init__(module, criterion=criterion, **kwargs)
 
@@ -312,7 +315,7 @@ class MetaNet(NeuralNet):
         self.notify("on_train_begin", X=X, y=y)
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
-                self.fit_loop(X, y, epochs=-(-self.max_iter // UPDATES_PER_EPOCH))
+                self.fit_loop(X, y, epochs=-(-self.max_iter // self.updates_per_epoch))
         except StopTraining:
             pass
         except KeyboardInterrupt as error:
@@ -343,7 +346,14 @@ class MetaNet(NeuralNet):
         super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
-        dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
+        dataset_train.n_updates = min(self.updates_per_epoch, left)
+
+    def get_iterator(self, dataset: Any, training: bool = False) -> Any:
+        """Make a data loader that leaves torch's global generator alone."""
+        iterator = super().get_iterator(dataset, training=training)
+        if getattr(iterator, "generator", True) is None:
+            iterator.generator = torch.Generator().manual_seed(0)
+        return iterator
 
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any

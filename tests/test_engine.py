@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor
+from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
 from sklearn_maml.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -23,7 +25,7 @@ from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9
 EQUAL = ([4, 4, 4], [3, 3, 3])
-RAGGED = ([4, 6, 3], [3, 2, 5])
+RAGGED = ([4, 6, 4, 3], [3, 2, 3, 5])  # two tasks have the same numbers of rows
 
 
 # --- modules of users
@@ -176,9 +178,7 @@ class Broken(nn.Module):
 
 
 def batch_norm_1d(**options):
-    return nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 2)
-    )
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 2))
 
 
 def conv(*norm, channels=4):
@@ -192,13 +192,31 @@ def conv(*norm, channels=4):
     )
 
 
-def frozen_first_layer():
-    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    return module, module[0].requires_grad_(False)
-
-
 def frozen_mlp():
-    return frozen_first_layer()[0]
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    module[0].requires_grad_(False)
+    return module
+
+
+def shared_activation():
+    tanh = nn.Tanh()
+    return nn.Sequential(nn.Linear(3, 4), tanh, nn.Linear(4, 4), tanh, nn.Linear(4, 2))
+
+
+def shared_layer():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2))
+
+
+def hooked():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    module[1].register_forward_hook(lambda layer, inputs, output: torch.sin(3 * output))
+    return module
+
+
+def weight_norm():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
 
 
 def frozen_residual():
@@ -257,8 +275,11 @@ MODULES = {
     "buffer": (Buffered, (3,), "vmap"),
     "frozen": (frozen_residual, (3,), "vmap"),
     "frozen mlp": (frozen_mlp, (3,), None),
+    "shared activation": (shared_activation, (3,), None),
+    "shared layer": (shared_layer, (3,), None),
+    "hook": (hooked, (3,), "vmap"),
+    "weight norm": (weight_norm, (3,), "vmap"),
     "row mean": (RowMean, (3,), "vmap"),
-    "lstm": (lambda: Recurrent(nn.LSTM), (3,), "vmap"),
     "attention": (Attention, (3,), "vmap"),
     "batch norm 1d": (batch_norm_1d, (3,), "vmap"),
     "batch norm 1d, no running statistics": (
@@ -392,6 +413,8 @@ def assert_same(got, expected, where=""):
 # --- the rungs agree
 
 
+# torch says so of operations that vmap runs one task at a time
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("sizes", [EQUAL, RAGGED], ids=["equal", "ragged"])
 @pytest.mark.parametrize("name", MODULES)
 def test_batched_equals_the_unpadded_loop(name, sizes):
@@ -410,10 +433,9 @@ def test_batched_equals_the_unpadded_loop(name, sizes):
     moved = [
         (p - module.get_parameter(n)).abs().max().item()
         for n, p in expected["adapted"].items()
-        if not n.endswith(("running_mean", "running_var")) and not n.startswith("idle")
+        if not n.endswith(("running_mean", "running_var"))
     ]
-    assert min(moved) > 1e-6
-    assert max(moved) > 1e-3
+    assert sum(distance > 1e-3 for distance in moved) >= min(2, len(moved))
 
 
 @pytest.mark.parametrize("name", [n for n, case in MODULES.items() if case[2] == "stacked"])
@@ -478,7 +500,7 @@ def test_learned_rates_act_on_every_rung(rung):
     assert not torch.allclose(plain.params["0.weight"], results[rung]["adapted"]["0.weight"])
 
 
-@pytest.mark.parametrize("name", ["mlp relu", "residual", "batch norm 1d", "lstm"])
+@pytest.mark.parametrize("name", ["mlp relu", "residual", "batch norm 1d", "row mean"])
 def test_evaluate_is_adapt_then_predict(name):
     constructor, shape, _ = MODULES[name]
     module, batch = build(constructor), make_batch(RAGGED, shape)
@@ -656,7 +678,7 @@ def test_falling_back_in_adapt_and_in_predict():
     assert_same(batch.query.real(predicted), expected["predicted"])
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
 def test_recurrent_layers_give_the_numbers_of_the_loop(kind):
     """Whether vmap runs them depends on torch; the numbers don't."""
     module, batch = build(lambda: Recurrent(kind)), make_batch(RAGGED, (3,))
@@ -698,15 +720,14 @@ def test_adapting_a_fitted_model_does_not_warn_about_the_fallback_again():
     assert np.isfinite(reg.score(X, y, groups=groups))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_attention_is_trained_to_second_order_on_any_kernel():
     """The CPU's flash kernel has no second derivative; the user need not know."""
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(24, 3)), rng.normal(size=(24, 2))
     groups = np.repeat(np.arange(4), 6)
     options = {"steps": 1, "max_iter": 3, "meta_batch_size": 4, "random_state": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EngineFallbackWarning)
-        reg = MAMLRegressor(Attention, **options).fit(X, y, groups=groups)
+    reg = MAMLRegressor(Attention, **options).fit(X, y, groups=groups)
     with sdpa_kernel(SDPBackend.MATH):
         exact = MAMLRegressor(Attention, **options).fit(X, y, groups=groups)
     for p, q in zip(reg.module_.parameters(), exact.module_.parameters(), strict=True):
@@ -837,9 +858,7 @@ def test_dropout_acts_in_training_and_not_in_predictions():
             ]
         assert losses[0] != losses[1]
         # tasks with the same rows drop different units
-        same = EpisodeBatch(
-            *(part.take(np.array([0, 0])) for part in (batch.support, batch.query))
-        )
+        same = EpisodeBatch(*(part.take(np.array([0, 0])) for part in (batch.support, batch.query)))
         twice = engine.meta_step(params, same, alpha=0.1, steps=1).losses
         assert twice[0] != twice[1]
         adapted = [engine.adapt(params, batch.support, alpha=0.1, steps=2) for _ in range(2)]
@@ -889,6 +908,39 @@ def test_small_passes_run_on_one_thread_and_give_the_threads_back():
     assert torch.get_num_threads() == before
     with engine.threads(n_rows=10**9):
         assert torch.get_num_threads() == before
+
+
+class Slow(Residual):
+    """Gives other threads time to come in between its two layers."""
+
+    def forward(self, x):
+        z = x + torch.tanh(self.first(x))
+        time.sleep(0.002)
+        return self.second(z)
+
+
+@pytest.mark.parametrize("module", [None, Slow], ids=["default", "slow"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_do_not_disturb_each_other(module, shared):
+    """`functional_call` puts parameters into the module for a while: modules can't be shared."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(24, 3)), rng.normal(size=(24, 2))
+    groups = np.repeat(np.arange(4), 6)
+    reg = MAMLRegressor(module, alpha=0.3, steps=2, max_iter=3, random_state=0)
+    reg.fit(X, y, groups=groups)
+    tasks = [(X[groups == j], y[groups == j]) for j in range(4)]
+    expected = [adapt(reg, *task).predict(X) for task in tasks]
+    reg.adapt(*tasks[0])
+
+    def work(i):
+        if shared:
+            return np.array_equal(reg.predict(X), expected[0])
+        return np.array_equal(adapt(reg, *tasks[i % 4]).predict(X), expected[i % 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        right = list(pool.map(work, range(24)))
+    assert all(right)
+    assert np.array_equal(adapt(reg, *tasks[1]).predict(X), expected[1])
 
 
 def test_out_of_memory_is_not_taken_for_a_module_that_cannot_be_batched(monkeypatch):
