@@ -258,7 +258,7 @@ class Engine:
         self.rung = rung
         if rung == "stacked":
             self._forward = _stacked_forward(self.module)
-        # frozen parameters are not among the meta-parameters; the forward passes take them from here
+        # frozen parameters are not among the meta-parameters; forward passes take them from here
         self._frozen = {
             name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad
         }

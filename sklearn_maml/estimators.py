@@ -278,7 +278,8 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
-        net.patience = self.n_iter_no_change if source.single or source.validation else None
+        stops = source.single or self.early_stopping is True
+        net.patience = self.n_iter_no_change if stops else None
         net.train_split = _ValidateOn(source.validation)
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
@@ -872,9 +873,10 @@ class MAMLRegressor(RegressorMixin, _BaseMAML):
     max_iter : int, default=2000
         Meta-updates.
     early_stopping : bool or "auto", default="auto"
-        Whether to hold out tasks, stop when their loss after adaptation has not improved for
-        `n_iter_no_change` epochs, and keep the parameters that were best on them. "auto" does so
-        where there are at least 10 tasks.
+        True holds out tasks, stops when their loss after adaptation has not improved for
+        `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
+        the same without stopping, where there are at least 10 tasks. False uses all tasks for
+        meta-training and keeps the last parameters.
     validation_fraction : float, default=0.15
         Fraction of the tasks to hold out.
     n_iter_no_change : int, default=20
@@ -1174,9 +1176,10 @@ class MAMLClassifier(ClassifierMixin, _BaseMAML):
     max_iter : int, default=1000
         Meta-updates.
     early_stopping : bool or "auto", default="auto"
-        Whether to hold out tasks, stop when their loss after adaptation has not improved for
-        `n_iter_no_change` epochs, and keep the parameters that were best on them. "auto" does so
-        where there are at least 10 tasks.
+        True holds out tasks, stops when their loss after adaptation has not improved for
+        `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
+        the same without stopping, where there are at least 10 tasks. False uses all tasks for
+        meta-training and keeps the last parameters.
     validation_fraction : float, default=0.15
         Fraction of the tasks to hold out.
     n_iter_no_change : int, default=20

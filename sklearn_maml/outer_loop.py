@@ -325,7 +325,7 @@ class MetaNet(NeuralNet):
         if 2 * self.non_finite_ > done:
             episodes = next(iter(self.get_iterator(X, training=True)))[0]
             raise self._non_finite_error(episodes.to(torch.device(self.device)), done)
-        if self.best_state_ is not None and (self.patience is not None or self.interrupted_):
+        if self.best_state_ is not None:
             self.module_.load_state_dict(self.best_state_)
         self.best_state_ = None
         self.notify("on_train_end", X=X, y=y)

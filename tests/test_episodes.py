@@ -1,0 +1,614 @@
+"""Episodes: what is drawn is disjoint, complete, uniform, repeatable, and leaks no labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+
+from sklearn_maml.episodes import (
+    SUPPORT_RANGE,
+    VALIDATION_EPISODES,
+    EpisodeSampler,
+    Rows,
+    check_splittable,
+    draw_fixed,
+    hold_out,
+    pad_rows,
+)
+from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, FixedEpisodes, TaskStream, use_batch
+from sklearn_maml.tasks import TaskCollection
+
+# --- helpers: the first feature of a row is its position, so that episodes can be traced back
+
+
+def make_tasks(sizes, *, shuffle=True, seed=0):
+    """Regression tasks; the target of a row is ten times its position."""
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    if shuffle:
+        codes = np.random.default_rng(seed).permutation(codes)
+    position = np.arange(len(codes), dtype=float)
+    X = np.stack([position, codes], axis=1)
+    return TaskCollection(X, 10 * position[:, None], codes, np.arange(len(sizes)), None, "groups")
+
+
+def make_classes(counts, *, seed=0):
+    """Classification tasks from the numbers of rows of each class in each task."""
+    codes, y = [], []
+    for task, classes in enumerate(counts):
+        for label, n in enumerate(classes):
+            codes += [task] * n
+            y += [label] * n
+    order = np.random.default_rng(seed).permutation(len(y))
+    codes, y = np.array(codes)[order], np.array(y, dtype=np.int64)[order]
+    X = np.stack([np.arange(len(y), dtype=float), codes], axis=1)
+    return TaskCollection(X, y, codes, np.arange(len(counts)), None, "groups")
+
+
+def positions(rows, j):
+    return rows.task(j).X[:, 0].numpy().astype(int)
+
+
+def assert_uniform(counts, draws, *, significance=1e-4):
+    """Coarse chi-square test of equal probabilities."""
+    expected = draws / len(counts)
+    assert expected >= 5
+    statistic = ((np.asarray(counts) - expected) ** 2 / expected).sum()
+    assert statistic < chi2.isf(significance, len(counts) - 1)
+
+
+# --- padding
+
+
+def test_padding_keeps_every_row_in_its_task_and_weighs_tasks_by_mean():
+    X = np.arange(12.0).reshape(6, 2)
+    y = np.arange(6.0)[:, None]
+    rows = pad_rows(X, y, np.array([5, 0, 1, 2]), np.array([1, 3]))
+    assert rows.X.shape == (2, 3, 2)
+    assert len(rows) == 2
+    assert rows.lengths.tolist() == [1, 3]
+    assert rows.task(0).X.tolist() == [[10, 11]]
+    assert rows.task(1).y.flatten().tolist() == [0, 1, 2]
+    np.testing.assert_allclose(rows.weight, [[1, 0, 0], [1 / 3] * 3])
+    assert rows.real(rows.y).flatten().tolist() == [5, 0, 1, 2]
+
+
+def test_equal_tasks_are_not_padded():
+    X, y = np.arange(8.0).reshape(4, 2), np.arange(4)
+    rows = pad_rows(X, y, np.array([3, 1, 0, 2]), np.array([2, 2]))
+    assert rows.weight is None
+    assert rows.lengths is None
+    assert rows.y.tolist() == [[3, 1], [0, 2]]
+    assert rows.real(rows.y).tolist() == [3, 1, 0, 2]
+
+
+def test_row_weights_sum_to_one_in_each_task():
+    X, y = np.zeros((5, 1)), np.zeros((5, 1))
+    weights = np.array([1.0, 3.0, 2.0, 2.0, 4.0])
+    ragged = pad_rows(X, y, np.arange(5), np.array([2, 3]), weights)
+    np.testing.assert_allclose(ragged.weight, [[0.25, 0.75, 0], [0.25, 0.25, 0.5]])
+    even = pad_rows(X, y, np.arange(4), np.array([2, 2]), weights)
+    np.testing.assert_allclose(even.weight, [[0.25, 0.75], [0.5, 0.5]])
+    assert even.lengths is None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_padding_keeps_the_dtype(dtype):
+    rows = pad_rows(
+        np.zeros((3, 1), dtype), np.zeros((3, 1), dtype), np.arange(3), np.array([1, 2])
+    )
+    expected = torch.float32 if dtype is np.float32 else torch.float64
+    assert rows.X.dtype == rows.y.dtype == rows.weight.dtype == expected
+
+
+def test_taking_tasks_pads_them_to_their_own_longest():
+    X, y = np.arange(9.0)[:, None], np.arange(9.0)[:, None]
+    rows = pad_rows(X, y, np.arange(9), np.array([2, 4, 2, 1]))
+    pair = rows.take(np.array([2, 0]))
+    assert pair.lengths is None
+    assert pair.X[..., 0].tolist() == [[6, 7], [0, 1]]
+    assert pair.weight.sum(1).tolist() == [1, 1]
+    uneven = rows.take(np.array([3, 0]))
+    assert uneven.lengths.tolist() == [1, 2]
+    assert uneven.real(uneven.X).flatten().tolist() == [8, 0, 1]
+    even = Rows(rows.X[:, :1], rows.y[:, :1]).take(np.array([1, 1]))
+    assert even.X.flatten().tolist() == [2, 2]
+
+
+# --- regression episodes
+
+
+def test_support_and_query_are_disjoint_rows_of_the_task():
+    tasks = make_tasks([8, 5, 11, 8])
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=3)
+    rng = np.random.default_rng(0)
+    which = np.array([2, 0, 0, 1, 3])
+    for _ in range(20):
+        batch = sampler.sample(which, rng)
+        assert len(batch) == 5
+        for j, task in enumerate(which):
+            support, query = positions(batch.support, j), positions(batch.query, j)
+            assert len(support) == 3
+            # without n_queries the query set is all the rest
+            together = np.concatenate([support, query])
+            assert sorted(together) == sorted(tasks.rows(task))
+            for part, rows in ((batch.support, support), (batch.query, query)):
+                assert part.task(j).y[:, 0].tolist() == (10.0 * rows).tolist()
+                assert (part.task(j).X[:, 1] == task).all()
+
+
+@pytest.mark.parametrize(("n_shots", "n_queries"), [(1, 1), (2, 3), (4, 1), (3, 100)])
+def test_episodes_have_the_sizes_asked_for(n_shots, n_queries):
+    tasks = make_tasks([6, 9, 7])
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=n_shots, n_queries=n_queries)
+    split = sampler.split(np.array([0, 1, 2, 1]), np.random.default_rng(0))
+    sizes = np.array([6, 9, 7, 9])
+    assert split.n_support.tolist() == [n_shots] * 4
+    assert split.n_query.tolist() == np.minimum(sizes - n_shots, n_queries).tolist()
+    assert len(split.support) == split.n_support.sum()
+    assert len(split.query) == split.n_query.sum()
+
+
+def test_every_row_is_drawn_equally_often_in_both_roles():
+    tasks = make_tasks([6, 10])
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=2, n_queries=3)
+    split = sampler.split(np.repeat([0, 1], 600), np.random.default_rng(0))
+    support, query = (
+        np.bincount(split.support, minlength=16),
+        np.bincount(split.query, minlength=16),
+    )
+    for task in (0, 1):
+        rows = tasks.rows(task)
+        assert_uniform(support[rows], 2 * 600)
+        assert_uniform(query[rows], 3 * 600)
+    # negative control: the test sees a row that is left out
+    uneven = support[tasks.rows(1)].copy()
+    uneven[0] = 0
+    with pytest.raises(AssertionError):
+        assert_uniform(uneven, 2 * 600)
+
+
+def test_pairs_of_rows_are_drawn_equally_often():
+    tasks = make_tasks([5])
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=2, n_queries=1)
+    split = sampler.split(np.zeros(1000, dtype=int), np.random.default_rng(0))
+    pairs = np.sort(split.support.reshape(-1, 2), axis=1)
+    assert_uniform(np.unique(5 * pairs[:, 0] + pairs[:, 1], return_counts=True)[1], 1000)
+    assert len(np.unique(5 * pairs[:, 0] + pairs[:, 1])) == 10
+
+
+def test_episodes_are_a_function_of_the_seed():
+    tasks = make_tasks([7, 9, 5])
+    sampler = EpisodeSampler(tasks, classification=False)
+    which = np.array([0, 1, 2])
+
+    def draw(seed):
+        batch = sampler.sample(which, np.random.default_rng(seed))
+        return [positions(s, j).tolist() for s in (batch.support, batch.query) for j in range(3)]
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_without_n_shots_regression_draws_sizes_log_uniformly_for_each_batch():
+    tasks = make_tasks([60, 60])
+    sampler = EpisodeSampler(tasks, classification=False)
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(2000):
+        split = sampler.split(np.array([0, 1]), rng)
+        assert split.n_support[0] == split.n_support[1]  # one size for a batch
+        assert (split.n_support + split.n_query == 60).all()
+        sizes.append(int(split.n_support[0]))
+    low, high = SUPPORT_RANGE
+    assert min(sizes) == low
+    assert max(sizes) == high
+    # log-uniform: a size k has probability log((k + 1) / k) / log((high + 1) / low)
+    counts = np.bincount(sizes, minlength=high + 1)[low:]
+    k = np.arange(low, high + 1)
+    expected = 2000 * np.log((k + 1) / k) / np.log((high + 1) / low)
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(1e-4, len(k) - 1)
+
+
+def test_without_n_shots_small_tasks_keep_half_of_their_rows_for_the_queries():
+    tasks = make_tasks([2, 3, 4, 9, 60])
+    sampler = EpisodeSampler(tasks, classification=False)
+    rng = np.random.default_rng(0)
+    seen = [sampler.split(np.arange(5), rng).n_support for _ in range(300)]
+    low, high = SUPPORT_RANGE
+    half = np.array([1, 1, 2, 4, 30])
+    assert np.max(seen, axis=0).tolist() == np.minimum(half, high).tolist()
+    assert np.min(seen, axis=0).tolist() == np.minimum(half, low).tolist()
+
+
+# --- classification with shared labels
+
+
+def test_shared_labels_are_used_as_they_are_and_stratified():
+    counts = [[6, 4, 5], [5, 0, 7], [3, 3, 0]]
+    tasks = make_classes(counts)
+    sampler = EpisodeSampler(tasks, classification=True, n_shots=2)
+    batch = sampler.sample(np.array([0, 1, 2, 0]), np.random.default_rng(0))
+    for j, task in enumerate([0, 1, 2, 0]):
+        support, query = batch.support.task(j), batch.query.task(j)
+        for part, rows in (
+            (support, positions(batch.support, j)),
+            (query, positions(batch.query, j)),
+        ):
+            assert part.y.tolist() == tasks.y[rows].tolist()
+            assert (part.X[:, 1] == task).all()
+        expected = [2 if n else 0 for n in counts[task]]
+        assert np.bincount(support.y, minlength=3).tolist() == expected
+        rest = [max(n - 2, 0) for n in counts[task]]
+        assert np.bincount(query.y, minlength=3).tolist() == rest
+        assert not set(positions(batch.support, j)) & set(positions(batch.query, j))
+
+
+def test_n_queries_counts_rows_of_each_class():
+    tasks = make_classes([[6, 4, 9], [5, 3, 7]])
+    sampler = EpisodeSampler(tasks, classification=True, n_shots=2, n_queries=3)
+    batch = sampler.sample(np.array([0, 1]), np.random.default_rng(0))
+    assert np.bincount(batch.query.task(0).y).tolist() == [3, 2, 3]
+    assert np.bincount(batch.query.task(1).y).tolist() == [3, 1, 3]
+
+
+def test_without_n_shots_classification_takes_half_of_each_class():
+    tasks = make_classes([[6, 5, 2], [4, 0, 8]])
+    sampler = EpisodeSampler(tasks, classification=True)
+    batch = sampler.sample(np.array([0, 1]), np.random.default_rng(0))
+    assert np.bincount(batch.support.task(0).y, minlength=3).tolist() == [3, 2, 1]
+    assert np.bincount(batch.query.task(0).y, minlength=3).tolist() == [3, 3, 1]
+    assert np.bincount(batch.support.task(1).y, minlength=3).tolist() == [2, 0, 4]
+
+
+def test_a_class_of_a_single_row_goes_to_either_set():
+    tasks = make_classes([[4, 1], [1, 4]])
+    sampler = EpisodeSampler(tasks, classification=True)
+    rng = np.random.default_rng(0)
+    in_support = []
+    for _ in range(100):
+        split = sampler.split(np.array([0, 1]), rng)
+        assert (split.n_support > 0).all()
+        assert (split.n_query > 0).all()
+        assert (split.n_support + split.n_query == 5).all()
+        single = tasks.rows(0)[tasks.y[tasks.rows(0)] == 1]
+        in_support.append(bool(np.isin(single, split.support)[0]))
+    assert 20 < sum(in_support) < 80
+
+
+def test_neither_set_is_empty_when_every_class_has_a_single_row():
+    tasks = make_classes([[1, 1, 1], [1, 1, 0], [2, 0, 0]])
+    sampler = EpisodeSampler(tasks, classification=True)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        split = sampler.split(np.array([0, 1, 2]), rng)
+        assert (split.n_support >= 1).all()
+        assert (split.n_query >= 1).all()
+        assert (split.n_support + split.n_query == [3, 2, 2]).all()
+        assert len(np.unique(np.concatenate([split.support, split.query]))) == 7
+        seen.add(int(split.n_support[0]))
+    assert seen == {1, 2}
+
+
+# --- N-way episodes
+
+POOL = [[5] * 8]  # one task with 8 classes of 5 rows
+
+
+def way_episode(batch, tasks, j):
+    """Output, class and row of the support and the query rows of an episode."""
+    parts = []
+    for part in (batch.support, batch.query):
+        rows = positions(part, j)
+        parts.append((part.task(j).y.numpy(), tasks.y[rows], rows))
+    return parts
+
+
+def test_way_episodes_have_the_ways_shots_and_queries_asked_for():
+    tasks = make_classes(POOL)
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=5, n_shots=2, n_queries=3)
+    batch = sampler.sample(np.zeros(30, dtype=int), np.random.default_rng(0))
+    assert batch.support.X.shape == (30, 10, 2)
+    assert batch.query.X.shape == (30, 15, 2)
+    for j in range(30):
+        (out_s, class_s, rows_s), (out_q, class_q, rows_q) = way_episode(batch, tasks, j)
+        assert np.bincount(out_s).tolist() == [2] * 5
+        assert np.bincount(out_q).tolist() == [3] * 5
+        assert len(np.unique(class_s)) == 5
+        assert not set(rows_s) & set(rows_q)
+        # the same assignment in both sets, one output for each class
+        pairs = set(zip(class_s, out_s, strict=True)) | set(zip(class_q, out_q, strict=True))
+        assert len(pairs) == 5
+
+
+def test_the_assignment_of_classes_to_outputs_is_uniform_and_leaks_nothing():
+    tasks = make_classes([[4] * 4])
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=3, n_shots=1, n_queries=1)
+    n = 3000
+    batch = sampler.sample(np.zeros(n, dtype=int), np.random.default_rng(0))
+    table = np.zeros((4, 3))
+    first = np.zeros(3)
+    permutations = {}
+    for j in range(n):
+        (out_s, class_s, _), _ = way_episode(batch, tasks, j)
+        table[class_s, out_s] += 1
+        first[out_s[0]] += 1
+        key = tuple(out_s[np.argsort(class_s)])
+        permutations[key] = permutations.get(key, 0) + 1
+    assert_uniform(table.sum(1), 3 * n)  # every class as often as any
+    for row in table:  # and at every output as often as at any
+        assert_uniform(row, row.sum())
+    # all 6 orders of the chosen classes are equally likely
+    assert len(permutations) == 6
+    assert_uniform(list(permutations.values()), n)
+    # the place of a row in the episode says nothing about its output either
+    assert_uniform(first, n)
+
+
+def test_classes_are_drawn_from_the_task_of_the_episode():
+    tasks = make_classes([[4, 4, 4, 0, 0, 0], [0, 0, 0, 4, 4, 4]])
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=2, n_shots=1, n_queries=1)
+    which = np.array([0, 1] * 20)
+    batch = sampler.sample(which, np.random.default_rng(0))
+    for j, task in enumerate(which):
+        for _, classes, _ in way_episode(batch, tasks, j):
+            assert (classes // 3 == task).all()
+
+
+def test_tasks_with_fewer_classes_than_ways_use_what_they_have():
+    tasks = make_classes([[4, 4, 4, 4], [4, 4, 0, 0]])
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=3, n_shots=1, n_queries=2)
+    n = 900
+    batch = sampler.sample(np.tile([0, 1], n), np.random.default_rng(0))
+    used = np.zeros(3)
+    for j in range(2 * n):
+        (out_s, _, _), (out_q, _, _) = way_episode(batch, tasks, j)
+        assert len(np.unique(out_s)) == len(out_s) == (3 if j % 2 == 0 else 2)
+        assert set(out_s) == set(out_q)
+        if j % 2:
+            used[out_s] += 1
+    assert_uniform(used, 2 * n)  # every output is trained, also by tasks with few classes
+
+
+def test_ragged_classes_in_way_episodes():
+    tasks = make_classes([[2, 7, 3, 9], [5, 2, 2, 2]])
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=3, n_shots=1)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        batch = sampler.sample(np.array([0, 1, 1]), rng)
+        for j, task in enumerate([0, 1, 1]):
+            (out_s, class_s, rows_s), (out_q, class_q, rows_q) = way_episode(batch, tasks, j)
+            assert sorted(out_s) == [0, 1, 2]
+            chosen = np.isin(tasks.y, class_s) & (tasks.codes == task)
+            assert sorted([*rows_s, *rows_q]) == np.flatnonzero(chosen).tolist()
+            assert (
+                dict(zip(class_q, out_q, strict=True)).items()
+                <= dict(zip(class_s, out_s, strict=True)).items()
+            )
+
+
+# --- fixed episodes
+
+
+def fixed_tasks(labels=None):
+    """Two tasks of four parts: rows 0-1 | 2-4 and rows 5-7 | 8."""
+    in_query = np.array([0, 0, 1, 1, 1, 0, 0, 0, 1], dtype=bool)
+    X = np.arange(9.0)[:, None]
+    y = 10 * X if labels is None else np.array(labels, dtype=np.int64)
+    codes = np.array([0] * 5 + [1] * 4)
+    return TaskCollection(X, y, codes, np.arange(2), in_query, "list")
+
+
+def test_fixed_episodes_are_kept_as_given():
+    tasks = fixed_tasks()
+    for seed in range(3):
+        sampler = EpisodeSampler(tasks, classification=False, n_shots=1, n_queries=1)
+        batch = sampler.sample(np.array([1, 0]), np.random.default_rng(seed))
+        assert positions(batch.support, 0).tolist() == [5, 6, 7]
+        assert positions(batch.query, 0).tolist() == [8]
+        assert positions(batch.support, 1).tolist() == [0, 1]
+        assert positions(batch.query, 1).tolist() == [2, 3, 4]
+        assert batch.query.real(batch.query.y).flatten().tolist() == [80, 20, 30, 40]
+
+
+def test_fixed_episodes_keep_their_rows_while_outputs_are_permuted():
+    tasks = fixed_tasks([0, 1, 0, 1, 1, 2, 3, 4, 3])
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=3)
+    assignments = set()
+    for seed in range(60):
+        batch = sampler.sample(np.array([0, 1]), np.random.default_rng(seed))
+        assert positions(batch.support, 0).tolist() == [0, 1]
+        assert positions(batch.query, 1).tolist() == [8]
+        a, b = batch.support.task(0).y.tolist()
+        assert batch.query.task(0).y.tolist() == [a, b, b]
+        assert batch.query.task(1).y.tolist() == [batch.support.task(1).y.tolist()[1]]
+        assignments.add((a, b))
+    assert len(assignments) == 6  # of two classes to three outputs
+
+
+# --- what can be split
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_shots", "message"),
+    [
+        ([4, 1, 1], None, r"one row\) in 2 task\(s\), such as \[1, 2\]"),
+        ([4, 3, 5], 3, "n_shots=3 is more than 1 of the 3 tasks can give.*task 1 has 3 rows"),
+        ([4, 3], 5, "Lower n_shots or leave such tasks out"),
+    ],
+)
+def test_tasks_too_small_to_split_are_named(sizes, n_shots, message):
+    with pytest.raises(ValueError, match=message):
+        check_splittable(make_tasks(sizes), n_shots, None, False)
+
+
+def test_tasks_just_large_enough_are_accepted():
+    check_splittable(make_tasks([4, 4]), 3, None, False)
+    check_splittable(make_tasks([2, 2]), None, None, False)
+    check_splittable(make_classes([[2, 2], [2, 3]]), 1, None, True)
+    check_splittable(make_classes([[2, 2], [2, 3]]), 1, 2, True)
+    check_splittable(fixed_tasks(), 100, None, False)
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_shots", "n_ways", "message"),
+    [
+        ([[3, 2], [3, 1]], 2, None, "class number 1 of task 0 with 2"),
+        ([[3, 3], [3, 1]], 1, 2, "class number 1 of task 1 with 1"),
+        ([[3, 3], [3, 0]], 1, 2, "too few classes of task 1: got 1 class"),
+    ],
+)
+def test_classes_too_small_to_split_are_named(counts, n_shots, n_ways, message):
+    with pytest.raises(ValueError, match=message):
+        check_splittable(make_classes(counts), n_shots, n_ways, True)
+
+
+def test_fixed_episodes_with_more_classes_than_ways_are_refused():
+    tasks = fixed_tasks([0, 1, 0, 1, 1, 2, 3, 4, 3])
+    check_splittable(tasks, None, 3, True)
+    with pytest.raises(ValueError, match="episode of task 1 has 3 classes, but n_ways=2"):
+        check_splittable(tasks, None, 2, True)
+
+
+# --- held-out tasks
+
+
+def test_hold_out_splits_whole_tasks():
+    tasks = make_tasks([3, 4, 5] * 7)
+    train, valid = hold_out(tasks, "auto", 0.2, seed=0)
+    assert valid.n_tasks == 4
+    assert train.n_tasks == 17
+    assert sorted([*train.ids, *valid.ids]) == list(range(21))
+    for part in (train, valid):
+        for j, task in enumerate(part.ids):
+            rows = part.X[part.rows(j), 0].astype(int)
+            assert sorted(rows) == sorted(tasks.rows(task))
+    again = hold_out(tasks, "auto", 0.2, seed=0)[1]
+    assert again.ids.tolist() == valid.ids.tolist()
+    assert {tuple(hold_out(tasks, "auto", 0.2, seed=s)[1].ids) for s in range(5)} != {
+        tuple(valid.ids)
+    }
+
+
+def test_hold_out_is_automatic_from_ten_tasks_on():
+    assert hold_out(make_tasks([2] * 9), "auto", 0.5, seed=0)[1] is None
+    assert hold_out(make_tasks([2] * 10), "auto", 0.5, seed=0)[1].n_tasks == 5
+    assert hold_out(make_tasks([2] * 10), "auto", 0.01, seed=0)[1].n_tasks == 1
+    assert hold_out(make_tasks([2] * 50), False, 0.5, seed=0)[1] is None
+    train, valid = hold_out(make_tasks([2, 2]), True, 0.9, seed=0)
+    assert train.n_tasks == valid.n_tasks == 1
+
+
+def test_hold_out_that_is_asked_for_and_impossible_is_an_error():
+    with pytest.raises(ValueError, match=r"only 1 \(at least 2 are needed\).*early_stopping=False"):
+        hold_out(make_tasks([4]), True, 0.5, seed=0)
+    pool = make_classes([[3] * 9])
+    with pytest.raises(ValueError, match=r"only 9 \(at least 10 are needed\)"):
+        hold_out(pool, True, 0.5, seed=0, n_ways_of_pool=5)
+
+
+def test_hold_out_of_a_class_pool_splits_whole_classes():
+    pool = make_classes([[3] * 20])
+    train, valid = hold_out(pool, True, 0.2, seed=0, n_ways_of_pool=5)
+    held, kept = set(np.unique(valid.y)), set(np.unique(train.y))
+    assert len(held) == 5  # as many as an episode needs
+    assert held | kept == set(range(20))
+    assert not held & kept
+    for part in (train, valid):
+        rows = part.X[:, 0].astype(int)
+        assert part.y.tolist() == pool.y[rows].tolist()
+    # both parts give episodes
+    for part in (train, valid):
+        sampler = EpisodeSampler(part, classification=True, n_ways=5, n_shots=1)
+        batch = sampler.sample(np.zeros(3, dtype=int), np.random.default_rng(0))
+        assert batch.support.y.sort(1).values.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3, 7, 100, 101, 250])
+def test_validation_visits_every_task_equally_often_and_always_the_same(n_tasks):
+    sampler = EpisodeSampler(make_tasks([4] * n_tasks), classification=False, n_shots=2)
+    batches = draw_fixed(sampler, seed=0)
+    tasks = torch.cat([batch.query.X[:, 0, 1] for batch in batches]).int()
+    counts = torch.bincount(tasks, minlength=n_tasks)
+    assert counts.min() == counts.max() == max(VALIDATION_EPISODES // n_tasks, 1)
+    assert max(len(batch) for batch in batches) <= VALIDATION_EPISODES
+    again = draw_fixed(sampler, seed=0)
+    for batch, same in zip(batches, again, strict=True):
+        assert torch.equal(batch.support.X, same.support.X)
+    data = FixedEpisodes(batches)
+    assert len(data) == len(batches)
+    assert data[0] is data.__getitems__([0]) is batches[0]
+
+
+# --- the stream of tasks
+
+
+def make_stream(n_tasks, batch_size, seed=0, drawn=None):
+    """Stream whose batch is the pair of the tasks and the next random number."""
+
+    def draw(which, rng):
+        if drawn is not None:
+            drawn.append(which.copy())
+        return which.tolist(), float(rng.random())
+
+    return TaskStream(draw, n_tasks, batch_size, seed)
+
+
+def run_stream(stream, n_updates, *, start=0):
+    """What a DataLoader draws in `n_updates` updates of an epoch."""
+    stream.first_update, stream.n_updates = start, n_updates
+    loader = torch.utils.data.DataLoader(
+        stream, batch_size=stream.batch_size, collate_fn=lambda batch: batch
+    )
+    return list(loader)
+
+
+@pytest.mark.parametrize(("n_tasks", "batch_size"), [(10, 4), (7, 7), (5, 12), (1, 3), (19, 1)])
+def test_every_pass_visits_each_task_once(n_tasks, batch_size):
+    batches = run_stream(make_stream(n_tasks, batch_size), 40)
+    assert [len(tasks) for tasks, _ in batches] == [batch_size] * 40
+    visited = np.concatenate([tasks for tasks, _ in batches])
+    n_passes = len(visited) // n_tasks
+    passes = visited[: n_passes * n_tasks].reshape(n_passes, n_tasks)
+    assert (np.sort(passes, axis=1) == np.arange(n_tasks)).all()
+    if n_tasks > 4 and n_passes > 1:
+        assert len(np.unique(passes, axis=0)) > 1  # in a new order each time
+
+
+@pytest.mark.parametrize(("n_tasks", "batch_size"), [(10, 4), (5, 12), (23, 1)])
+def test_a_stream_that_was_interrupted_goes_on_as_if_it_was_not(n_tasks, batch_size):
+    whole = run_stream(make_stream(n_tasks, batch_size), 30)
+    stream, parts, start = make_stream(n_tasks, batch_size), [], 0
+    for length in (1, 11, 3, 15):
+        parts += run_stream(stream, length, start=start)
+        start += length
+    assert parts == whole
+    # ... in another process, too
+    assert run_stream(make_stream(n_tasks, batch_size), 15, start=15) == whole[15:]
+
+
+def test_streams_differ_by_seed_and_draws_by_update():
+    first, second = (run_stream(make_stream(10, 4, seed), 20) for seed in (0, 1))
+    assert run_stream(make_stream(10, 4, 0), 20) == first
+    assert [tasks for tasks, _ in first] != [tasks for tasks, _ in second]
+    assert len({number for _, number in [*first, *second]}) == 40
+
+
+def test_an_epoch_of_the_stream_is_its_number_of_updates():
+    stream = make_stream(10, 4)
+    assert len(stream) == 4 * UPDATES_PER_EPOCH
+    stream.n_updates = 3
+    assert len(stream) == 12
+    assert stream[5] == stream.__getitems__([5])
+
+
+def test_the_targets_of_a_batch_are_its_pooled_query_targets():
+    tasks = make_tasks([4, 6])
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=2)
+    batch = sampler.sample(np.array([0, 1]), np.random.default_rng(0))
+    same, y = use_batch(batch)
+    assert same is batch
+    expected = [*positions(batch.query, 0), *positions(batch.query, 1)]
+    assert y[:, 0].tolist() == [10.0 * row for row in expected]
