@@ -1,6 +1,6 @@
 """Sinusoid regression (Finn et al. 2017, section 5.1): error before and after adaptation.
 
-    python benchmarks/sinusoid.py [--updates 20000] [--shots 10] [--seeds 0,1] [--set beta=0.001 ...]
+    python benchmarks/sinusoid.py [--updates 20000] [--shots 10] [--seeds 0,1] [--set name=value]
 
 The protocol of the paper: amplitude U[0.1, 5], phase U[0, pi], x U[-5, 5], one inner step of rate
 0.01 on K rows in meta-training; every update draws fresh tasks. All other parameters are the

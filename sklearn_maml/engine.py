@@ -379,13 +379,14 @@ class Engine:
     def predict(self, adapted: Adapted, query: Rows) -> Tensor:
         """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows."""
         with torch.no_grad():
-            module = self._with_statistics() if self._norms else self.module.eval()
             if self.rung == "stacked":
+                self.module.eval()
                 stacked = {
                     **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
                     **adapted.params,
                 }
                 return self._forward(stacked, query.X)
+            module = self._for_prediction()
             # attention takes a fast path in evaluation that vmap cannot batch
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
             if batches and (self.pads or query.lengths is None):
@@ -623,15 +624,18 @@ class Engine:
 
     # -- batch norm ------------------------------------------------------------------------------
 
-    def _with_statistics(self) -> nn.Module:
-        """Copy of the module whose batch-norm layers take their statistics as buffers."""
-        module = copy.deepcopy(self.module)
+    def _for_prediction(self) -> nn.Module:
+        """Copy of the module, with its parameters shared, that takes batch statistics as buffers.
+
+        A copy for each call, because `functional_call` is not safe on one that threads share.
+        """
+        parameters = list(self.module.parameters())
+        module = copy.deepcopy(self.module, {id(p): p for p in parameters})
         for m in module.modules():
             if isinstance(m, _BatchNorm):
                 m.track_running_stats = True
-                like = next(iter(m.parameters()), torch.empty(0))
-                m.running_mean = torch.zeros(m.num_features).to(like)
-                m.running_var = torch.ones(m.num_features).to(like)
+                m.running_mean = parameters[0].new_zeros(m.num_features)
+                m.running_var = parameters[0].new_ones(m.num_features)
         return module.eval()
 
     def _support_statistics(self, adapted: Adapted, support: Rows) -> Buffers:

@@ -355,17 +355,18 @@ def hold_out(
     training, validation : TaskCollection, TaskCollection or None
     """
     pool = n_ways_of_pool is not None
+    demanded = asked != "auto" and bool(asked)
     units = int(tasks.y.max()) + 1 if pool else tasks.n_tasks
-    least = 2 * (n_ways_of_pool or 0) if pool else (2 if asked is True else 10)
-    if asked is False or units < least:
-        if asked is True:
+    least = 2 * (n_ways_of_pool or 0) if pool else (2 if demanded else 10)
+    if not asked or units < least:
+        if demanded:
             what = "classes" if pool else "tasks"
             raise ValueError(
                 f"early_stopping=True holds out {what} for validation, but there are only {units} "
                 f"(at least {least} are needed). Set early_stopping=False."
             )
         return tasks, None
-    n_valid = max(round(fraction * units), 1)
+    n_valid = min(max(round(fraction * units), 1), units - 1)
     if n_ways_of_pool is not None:
         n_valid = min(max(n_valid, n_ways_of_pool), units - n_ways_of_pool)
     order = np.random.default_rng((seed, 2)).permutation(units)

@@ -278,7 +278,7 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
-        stops = source.single or self.early_stopping is True
+        stops = source.single or (self.early_stopping != "auto" and bool(self.early_stopping))
         net.patience = self.n_iter_no_change if stops else None
         net.train_split = _ValidateOn(source.validation)
         self.n_tasks_ = source.n_tasks
