@@ -519,6 +519,13 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         return weights
 
     def _adapt_to(self, tasks: TaskCollection, sample_weight: np.ndarray | None) -> None:
+        if sample_weight is not None and (sample_weight == 0).any():
+            # as good as absent: for batch statistics, and for the classes of an episode, too
+            kept = sample_weight > 0
+            tasks = dataclasses.replace(
+                tasks, X=tasks.X[kept], y=tasks.y[kept], codes=tasks.codes[kept]
+            )
+            sample_weight = sample_weight[kept]
         self._state = self._adapted_state(tasks, sample_weight, self._n_adapt_steps())
         self._after_adapt()
 
@@ -766,10 +773,11 @@ class _BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         ]
         if new_rows:
             warnings.warn(
-                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
-                "were also meta-trained on, with other rows. The score measures new rows of known "
-                "tasks, not new tasks: split by task (GroupKFold, LeaveOneGroupOut, "
-                "GroupShuffleSplit) to measure those.",
+                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, have "
+                "the ids of tasks that were meta-trained on, but other rows. If they are the same "
+                "tasks, the score measures new rows of known tasks, not new tasks: split by task "
+                "(GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they are "
+                "new tasks, give them ids of their own.",
                 SeenTaskWarning,
                 stacklevel=4,
             )

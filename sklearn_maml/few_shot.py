@@ -273,6 +273,12 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Names of the features, if X had names.
 
+    Notes
+    -----
+    Tools that encode the labels as 0, 1, ... before they call `fit` (voting, stacking,
+    `cross_val_predict` of probabilities) work with a prior whose labels are those numbers, and with
+    a prior with `n_ways`, but not with one whose shared labels are strings.
+
     References
     ----------
     Finn, Abbeel & Levine (2017), Model-Agnostic Meta-Learning for Fast Adaptation of Deep
