@@ -31,12 +31,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
-from sklearn_maml.exceptions import EngineFallbackWarning
+from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import Autograd, Differentiator, Functorch, adapt, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient
 from sklearn_maml.update_rules import UpdateRule
 
-__all__ = ["Adapted", "Engine", "MetaStep", "cross_entropy_rows", "squared_error_rows"]
+__all__ = [
+    "Adapted",
+    "Engine",
+    "MetaStep",
+    "cross_entropy_rows",
+    "has_dropout",
+    "is_row_wise",
+    "join_adapted",
+    "rate_key",
+    "restore_diverged",
+    "squared_error_rows",
+]
 
 Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
@@ -700,3 +711,41 @@ def _equal_shapes(batch: Any) -> list[np.ndarray] | None:
     _, inverse = np.unique(sizes, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     return [np.flatnonzero(inverse == k) for k in range(inverse.max() + 1)]
+
+
+def join_adapted(parts: list[Adapted], order: np.ndarray) -> Adapted:
+    """Concatenate chunks of adapted tasks and put the tasks in order."""
+    if len(parts) == 1 and (np.diff(order) == 1).all():
+        return parts[0]
+    index = torch.as_tensor(order)
+
+    def cat(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat([d[name] for d in dicts])[index.to(tensor.device)]
+            for name, tensor in dicts[0].items()
+        }
+
+    return Adapted(
+        cat([part.params for part in parts]),
+        parts[0].shared,
+        cat([part.statistics for part in parts]),
+    )
+
+
+def restore_diverged(adapted: Adapted, module: nn.Module, alpha: float) -> None:
+    """Give tasks whose adaptation is not finite the initialisation back, and say so."""
+    finite = torch.stack(
+        [torch.isfinite(p).flatten(1).all(1) for p in adapted.params.values()]
+    ).all(0)
+    diverged = torch.nonzero(~finite).flatten()
+    if not len(diverged):
+        return
+    initial = dict(module.named_parameters())
+    for name, p in adapted.params.items():
+        p[diverged] = initial[name].detach()
+    warnings.warn(
+        f"The inner steps diverged on {len(diverged)} of {len(finite)} tasks; their predictions "
+        f"are those of the initialisation. Lower alpha (now {alpha:g}) or adapt_steps.",
+        NonFiniteStepWarning,
+        stacklevel=5,
+    )

@@ -11,13 +11,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.estimators import (
-    MAMLClassifier,
-    MAMLRegressor,
-    _BaseMAML,
-    find_prior,
-    transform_rows,
-)
+from sklearn_maml._base import BaseMAML, find_prior, transform_rows
+from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 
 __all__ = ["FewShotClassifier", "FewShotRegressor", "adapt"]
 
@@ -86,7 +81,7 @@ def adapt(
 class _FewShot(BaseEstimator):
     """What the two FewShot estimators share: `fit` adapts a prior to one task."""
 
-    _prior_class: type[_BaseMAML]
+    _prior_class: type[BaseMAML]
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],

@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
-from sklearn_maml.estimators import find_prior, transform_rows
+from sklearn_maml._base import find_prior, transform_rows
 
 __all__ = ["task_scorer", "task_scores"]
 

@@ -24,7 +24,15 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.update_rules import UpdateRule
 
-__all__ = ["FixedEpisodes", "MetaLearner", "MetaNet", "TaskStream", "use_batch"]
+__all__ = [
+    "FixedEpisodes",
+    "MetaLearner",
+    "MetaNet",
+    "SklearnCallbacks",
+    "TaskStream",
+    "ValidateOn",
+    "use_batch",
+]
 
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
@@ -417,3 +425,53 @@ def _raised_by_callback(error: KeyboardInterrupt) -> bool:
         return False
     code = trace.tb_frame.f_code
     return code.co_name.startswith("on_") and "net" in code.co_varnames
+
+
+class ValidateOn:
+    """skorch's train split: the stream of tasks, and the validation episodes if there are any."""
+
+    def __init__(self, batches: list[EpisodeBatch] | None) -> None:
+        self.batches = batches
+
+    def __call__(self, stream: Any, y: Any = None, **fit_params: Any) -> tuple[Any, Any]:
+        """Return the training stream and the validation dataset."""
+        return stream, None if self.batches is None else FixedEpisodes(self.batches)
+
+
+class SklearnCallbacks:
+    """Tells scikit-learn's callbacks of the epochs of a meta-training."""
+
+    def __init__(self, estimator: Any, learner: Any, n_epochs: int, data: tuple[Any, ...]) -> None:
+        self.estimator = estimator
+        self.learner = learner
+        X, y, metadata = data
+        self.data = {"X": X, "y": y, "metadata": metadata}
+        self.root = estimator._init_callback_context(max_subtasks=n_epochs)
+        self.root.call_on_fit_task_begin(estimator=estimator, **self.data)
+        self.epoch: Any = None
+
+    def _so_far(self) -> dict[str, Any]:
+        """Attributes of the estimator as if the fit had stopped here."""
+        learner = copy.deepcopy(self.learner)
+        return {"module_": learner.module, "_learner": learner}
+
+    def begin_epoch(self) -> None:
+        """Announce an epoch."""
+        self.epoch = self.root.subcontext(task_name="epoch")
+        self.epoch.call_on_fit_task_begin(
+            estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+        )
+
+    def end_epoch(self) -> bool:
+        """Report an epoch; return whether a callback asks to stop."""
+        return bool(
+            self.epoch.call_on_fit_task_end(
+                estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+            )
+        )
+
+    def end_fit(self) -> None:
+        """Report the end of meta-training."""
+        self.root.call_on_fit_task_end(
+            estimator=self.estimator, **self.data, reconstruction_attributes=self._so_far
+        )

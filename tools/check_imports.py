@@ -26,6 +26,8 @@ LAYERS: list[set[str]] = [
     {"engine"},
     {"_progress"},
     {"outer_loop"},
+    {"sources"},
+    {"_base"},
     {"estimators"},
     {"few_shot", "metrics", "datasets", "inspection"},
 ]

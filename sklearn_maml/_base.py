@@ -1,0 +1,918 @@
+"""What the two estimators share: meta-training, adaptation, prediction and scoring."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import numbers
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from torch import Tensor, nn
+
+from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, CallbackSupportMixin, with_callbacks
+from sklearn_maml._validation import PrefixedParamsMixin, keeps_state_on_error
+from sklearn_maml.engine import (
+    CHUNK,
+    Adapted,
+    Engine,
+    cross_entropy_rows,
+    has_dropout,
+    is_row_wise,
+    join_adapted,
+    restore_diverged,
+    squared_error_rows,
+)
+from sklearn_maml.episodes import (
+    EpisodeSampler,
+    check_splittable,
+    pad_rows,
+)
+from sklearn_maml.exceptions import (
+    NotAdaptedError,
+    SeenTaskWarning,
+    SingleTaskWarning,
+)
+from sklearn_maml.meta_gradients import resolve_meta_gradient
+from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
+from sklearn_maml.sources import CollectionSource, DistributionSource
+from sklearn_maml.tasks import (
+    FLOATS,
+    TaskCollection,
+    collect_tasks,
+    encode_ids,
+    is_task_distribution,
+    split_task_column,
+    validate_rows,
+)
+from sklearn_maml.update_rules import resolve_update_rule
+
+__all__ = ["BaseMAML", "Scored", "State", "find_prior", "transform_rows"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+# rows of one task predicted at a time
+ROWS_AT_A_TIME = 4096
+# tasks drawn from a task distribution for `score`
+SCORED_TASKS = 600
+# episodes of a score where tasks are drawn from a pool of classes
+SCORED_EPISODES = 100
+# support rows of each task in `score` with n_shots=None (regression): half of the rows, at most
+SCORED_SHOTS = 10
+
+
+@dataclasses.dataclass
+class State:
+    """What `adapt` sets: parameters adapted to each task, and how to predict with them."""
+
+    engine: Engine
+    adapted: Adapted
+    ids: np.ndarray | None  # None: one task without an id
+    labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
+    slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
+
+
+@dataclasses.dataclass
+class Scored:
+    """Episodes of a score: the query rows, and the parameters adapted to each episode.
+
+    `task` is the task position of each episode, `rows` the position in `tasks` of each query row,
+    `codes` its episode; `states` has one adapted state for each number of inner steps asked for.
+    """
+
+    tasks: TaskCollection
+    task: np.ndarray
+    n_support: np.ndarray
+    rows: np.ndarray
+    codes: np.ndarray
+    states: list[State]
+
+
+class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
+    """What the classifier and the regressor share."""
+
+    _classification: bool
+    _dtype: Any
+    net_: Any
+    _fingerprints: dict[Hashable, int]
+    _rung: str
+    _prefixes = (
+        "module",
+        "optimizer",
+        "iterator_train",
+        "iterator_valid",
+        "callbacks",
+        "update_rule",
+        "meta_gradient",
+    )
+
+    # `groups` is requested by default, so that metadata routing works without set_*_request
+    __metadata_request__fit: ClassVar = {"groups": True}
+    __metadata_request__score: ClassVar = {"groups": True}
+    __metadata_request__predict: ClassVar = {"groups": True}
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "alpha": [Interval(numbers.Real, 0, None, closed="left")],
+        "beta": [Interval(numbers.Real, 0, None, closed="neither")],
+        "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
+        "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
+        "steps": [Interval(numbers.Integral, 0, None, closed="left")],
+        "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
+        "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
+        "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "n_queries": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "meta_batch_size": [Interval(numbers.Integral, 1, None, closed="left")],
+        "max_iter": [Interval(numbers.Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean", StrOptions({"auto"})],
+        "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
+        "normalize_y": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "device": [str, torch.device],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    # -- fit -------------------------------------------------------------------------------------
+
+    @keeps_state_on_error
+    @with_callbacks
+    def fit(self, X: Any, y: Any = None, groups: Any = None) -> Any:
+        """Meta-train on a collection of tasks.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features), list of tasks, 3-D array, or distribution
+            Rows of all tasks, with their task ids in `groups` or in `task_column`; or a list of
+            ``(X, y)`` or ``(X_support, y_support, X_query, y_query)`` tasks (then y is None); or
+            an array of shape (n_tasks, n_rows, n_features) with y (n_tasks, n_rows); or an object
+            with ``sample(n_tasks, random_state)`` that returns such a list.
+        y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
+            Targets.
+        groups : array-like of shape (n_rows,), default=None
+            Task id of each row.
+
+        Returns
+        -------
+        self : object
+            The meta-fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not valid; the estimator is left as it was.
+        MetaTrainingError
+            If most meta-steps were not finite.
+
+        Warns
+        -----
+        SingleTaskWarning
+            If there is no task information: all rows are then one task.
+        """
+        self._validate_params()
+        self._check_parameter_names()
+        random_state = check_random_state(self.random_state)
+        seed = int(random_state.randint(2**31 - 1))
+        continued = bool(self.warm_start) and hasattr(self, "net_")
+        source: DistributionSource | CollectionSource
+        if is_task_distribution(X):
+            source = DistributionSource(self, X, seed, continued)
+        else:
+            source = self._collect(X, y, groups, seed, continued)
+        self._score_seed = seed
+        self.device_ = self._resolve_device()
+        self.__dict__.pop("_state", None)
+        metadata = {} if groups is None else {"groups": groups}
+        self._meta_train(source, seed, continued, (X, y, metadata))
+        if source.single:
+            # without tasks the estimator is an ordinary one: it has learned from all the rows
+            self._adapt_to(source.tasks, None)
+        return self
+
+    def _read_tasks(
+        self, X: Any, y: Any, groups: Any = None, *, reset: bool = False
+    ) -> TaskCollection:
+        """Validate tasks; in a first fit (`reset`) also learn what later calls must match."""
+        tasks = collect_tasks(
+            self,
+            X,
+            y,
+            groups,
+            task_column=self.task_column,
+            reset=reset,
+            classification=self._classification,
+            dtype=FLOATS if reset else self._dtype,
+        )
+        if reset:
+            self.feature_shape_ = tasks.X.shape[1:]
+            self._dtype = tasks.X.dtype
+        else:
+            self._check_features(tasks.X)
+        return tasks
+
+    def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> CollectionSource:
+        tasks = self._read_tasks(X, y, groups, reset=not continued)
+        if tasks.spelling == "single" and getattr(self, "n_ways", None) is None:
+            warnings.warn(
+                f"{type(self).__name__}.fit got no task information and treats all "
+                f"{len(tasks.X)} rows as one task. If the rows belong to several tasks, pass "
+                "groups=task_ids (inside scikit-learn's tools enable it with "
+                "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
+                SingleTaskWarning,
+                stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
+            )
+        return CollectionSource(self, tasks, seed, continued)
+
+    def _meta_train(self, source: Any, seed: int, continued: bool, data: tuple[Any, ...]) -> None:
+        # imported when needed: adapting and predicting do without skorch
+        from skorch.callbacks import LRScheduler
+
+        from sklearn_maml.outer_loop import (
+            UPDATES_PER_EPOCH,
+            MetaLearner,
+            SklearnCallbacks,
+            TaskStream,
+            ValidateOn,
+        )
+
+        if continued:
+            net = copy.deepcopy(self.net_)
+            net.set_params(lr=self.beta)
+            learner = net.module_
+        else:
+            with _SeededTorch(self.device_, seed):
+                module = self._make_module()
+                self._check_module(module)
+            rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+            learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+            learner.to(self.device_)
+            net = self._make_net(learner)
+        engine = self._make_engine(learner.module)
+        self._rung = "auto"
+        net.engine = engine
+        net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
+        net.max_iter = self.max_iter
+        net.updates_per_epoch = 10 if source.single else UPDATES_PER_EPOCH
+        # splits of the same rows differ less than tasks do: fewer make a meta-batch
+        net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
+        net.rows_per_task = source.rows_per_task
+        net.max_grad_norm = self.max_grad_norm
+        # a scheduler that the user passed decides alone
+        scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
+        net.beta_decay = 0.0 if scheduled else self.beta_decay
+        net.verbose = int(self.verbose)
+        stops = source.single or (self.early_stopping != "auto" and bool(self.early_stopping))
+        net.patience = self.n_iter_no_change if stops else None
+        net.train_split = ValidateOn(source.validation)
+        self.n_tasks_ = source.n_tasks
+        self.tasks_ = source.ids
+        self._fingerprints = source.fingerprints
+        if HAS_SKLEARN_CALLBACKS:
+            n_epochs = -(-self.max_iter // net.updates_per_epoch)
+            net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
+        stream = TaskStream(source.draw, source.n_train, net.batch_size, seed)
+        # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
+        random = not is_row_wise(engine.module) or has_dropout(engine.module)
+        with (
+            _SeededTorch(self.device_, seed + getattr(net, "update_", 0))
+            if random
+            else contextlib.nullcontext()
+        ):
+            net.partial_fit(stream)
+        if HAS_SKLEARN_CALLBACKS:
+            net.epoch_hooks.end_fit()
+        copy_buffers(engine.module, learner.module)
+        self._remember_rung(engine)
+        # what held the data of this fit is not part of the fitted estimator
+        net.engine = net.train_split = net.epoch_hooks = None
+        self.net_ = net
+        self.module_ = learner.module
+        self._learner = learner
+        self.history_ = net.history
+        self.n_iter_ = net.update_
+
+    def _make_net(self, learner: Any) -> Any:
+        from skorch.callbacks import ProgressBar
+
+        from sklearn_maml.outer_loop import MetaNet, use_batch
+
+        callbacks = list(self.callbacks or [])
+        if self.verbose and sys.stderr.isatty():
+            callbacks.append(("progress_bar", ProgressBar()))
+        forwarded = ("optimizer", "iterator_train", "iterator_valid", "callbacks")
+        extra = {
+            name: value
+            for name, value in self._extra_params().items()
+            if name.split("__")[0] in forwarded
+        }
+        settings = {
+            "iterator_train__collate_fn": use_batch,
+            "iterator_valid__collate_fn": use_batch,
+            "iterator_valid__batch_size": 1,
+            **extra,
+        }
+        return MetaNet(
+            learner,
+            optimizer=self._resolve_optimizer(),
+            lr=self.beta,
+            to_label=_argmax if self._classification else None,
+            callbacks=callbacks,
+            verbose=int(self.verbose),
+            device=str(self.device_),
+            **settings,
+        )
+
+    def _resolve_device(self) -> torch.device:
+        if str(self.device) == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={self.device!r} is not a torch device. Expected 'auto', 'cpu', 'cuda' or "
+                "'cuda:0', ..."
+            ) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={self.device!r} was asked for, but torch sees no CUDA device here. Use "
+                "device='auto' to take CUDA only where there is one."
+            )
+        return device
+
+    def _resolve_optimizer(self) -> Any:
+        if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:
+            return OPTIMIZERS[self.optimizer]
+        if isinstance(self.optimizer, type):
+            return self.optimizer
+        raise ValueError(
+            f"optimizer={self.optimizer!r} is not known. Expected one of {sorted(OPTIMIZERS)} or a "
+            "torch.optim.Optimizer class; pass its settings as optimizer__*."
+        )
+
+    def _n_adapt_steps(self) -> int:
+        return int(self.steps if self.adapt_steps is None else self.adapt_steps)
+
+    def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
+        """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
+        from sklearn_maml.outer_loop import MetaLearner
+
+        self._validate_params()
+        tasks = self._read_tasks(X, y, reset=True)
+        sample_weight = self._support_weights(sample_weight, tasks)
+        self._learn_targets(tasks, sample_weight)
+        self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.device_ = self._resolve_device()
+        self._fingerprints = {}
+        with _SeededTorch(self.device_, seed):
+            module = self._make_module()
+        rule = resolve_update_rule(self.update_rule, {})
+        self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+        self.module_ = module
+        self._rung = "auto"
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    # -- module ----------------------------------------------------------------------------------
+
+    def _make_module(self) -> nn.Module:
+        options = self._prefixed("module")
+        n_outputs = self._n_module_outputs()
+        if self.module is None:
+            if options:
+                raise ValueError(
+                    f"module__{next(iter(options))} was given, but module is None and the default "
+                    "network takes hidden_layer_sizes and activation only. Pass a module class."
+                )
+            module: nn.Module = make_mlp(
+                int(np.prod(self.feature_shape_)),
+                n_outputs,
+                self.hidden_layer_sizes,
+                self.activation,
+            )
+        elif isinstance(self.module, nn.Module):
+            if options:
+                raise ValueError(
+                    f"module__{next(iter(options))} was given, but module is an instance, already "
+                    "built. Pass the class instead, to build it with module__* arguments."
+                )
+            module = copy.deepcopy(self.module)
+        elif isinstance(self.module, type) and issubclass(self.module, nn.Module):
+            sizes = {"in_features": int(np.prod(self.feature_shape_)), "out_features": n_outputs}
+            module = build_module(self.module, options, sizes)
+        else:
+            raise ValueError(
+                f"module must be None, a torch.nn.Module class or an instance; got "
+                f"{self.module!r}. A function that builds a network is not accepted: wrap it in a "
+                "torch.nn.Module class."
+            )
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
+        return module.to(device=self.device_, dtype=TORCH_DTYPES[self._dtype])
+
+    def _check_module(self, module: nn.Module) -> None:
+        """Run the module once, so that a wrong one is refused before training starts."""
+        n_outputs = self._n_module_outputs()
+        rows = torch.zeros(
+            (2, *self.feature_shape_), dtype=TORCH_DTYPES[self._dtype], device=self.device_
+        )
+        probe = copy.deepcopy(module).eval()
+        try:
+            with torch.no_grad():
+                output = probe(self._reshape(rows))
+        except Exception as error:
+            raise ValueError(
+                f"module {type(module).__name__} failed on two rows of shape "
+                f"{tuple(self._reshape(rows).shape)}: {error}"
+            ) from error
+        expected: list[tuple[int, ...]] = [(2, n_outputs)]
+        if n_outputs == 1 and not self._classification:
+            expected.append((2,))
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if got not in expected:
+            raise ValueError(
+                f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
+                f"shape {expected[0]}: one column for each {self._output_word}."
+            )
+
+    def _reshape(self, X: Any) -> Any:
+        """Rows as the module takes them: the default network takes flat rows."""
+        return X.reshape(len(X), -1) if self.module is None and X.ndim > 2 else X
+
+    # -- adapt -----------------------------------------------------------------------------------
+
+    def adapt(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> Any:
+        """Adapt to the support sets of one or many new tasks.
+
+        Always starts from the meta-learned initialisation, which it does not change, and replaces
+        what an earlier `adapt` left.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_support, n_features)
+            Support rows; lists of tasks and 3-D arrays are accepted as in `fit`.
+        y : array-like of shape (n_support,) or (n_support, n_outputs)
+            Their targets.
+        groups : array-like of shape (n_support,), default=None
+            Task id of each row, to adapt to many tasks in one call; None: one task.
+        sample_weight : array-like of shape (n_support,), default=None
+            Weights of the rows in the support loss; only their ratios within a task matter.
+
+        Returns
+        -------
+        self : object
+            Ready to predict for these tasks.
+
+        Raises
+        ------
+        NotFittedError
+            If the estimator is not meta-fitted.
+        ValueError
+            If the data does not fit; what was adapted before is kept.
+        """
+        check_is_fitted(self)
+        self._validate_params()
+        if hasattr(X, "__len__") and y is not None and _n_rows(X) == 0:
+            raise ValueError(
+                "adapt got an empty support set: Found array with 0 sample(s) while a minimum of 1 "
+                "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
+                "row for predictions of the initialisation."
+            )
+        tasks = self._read_tasks(X, y, groups)
+        if tasks.in_query is not None:
+            raise ValueError(
+                "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
+                "y_support), ...] and give the query rows to predict."
+            )
+        sample_weight = self._support_weights(sample_weight, tasks)
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
+        if sample_weight is None:
+            return None
+        weights = _check_sample_weight(
+            sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
+        )
+        totals = np.bincount(tasks.codes, weights=weights)
+        if (totals == 0).any():
+            raise ValueError(
+                f"Sample weights are all zero in {int((totals == 0).sum())} of {len(totals)} "
+                "support set(s). Give at least one row of each task a positive weight."
+            )
+        return weights
+
+    def _adapt_to(self, tasks: TaskCollection, sample_weight: np.ndarray | None) -> None:
+        if sample_weight is not None and (sample_weight == 0).any():
+            # as good as absent: for batch statistics, and for the classes of an episode, too
+            kept = sample_weight > 0
+            tasks = dataclasses.replace(
+                tasks, X=tasks.X[kept], y=tasks.y[kept], codes=tasks.codes[kept]
+            )
+            sample_weight = sample_weight[kept]
+        self._state = self._adapted_state(tasks, sample_weight, self._n_adapt_steps())
+        self._after_adapt()
+
+    def _after_adapt(self) -> None:
+        """Update what depends on the adapted tasks."""
+
+    def _make_engine(self, module: nn.Module, rung: str = "auto") -> Engine:
+        return Engine(
+            module,
+            row_loss=cross_entropy_rows if self._classification else squared_error_rows,
+            rule=resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            meta_gradient=resolve_meta_gradient(
+                self.meta_gradient, self._prefixed("meta_gradient")
+            ),
+            adapted=adapted_names(module, self.adapted),
+            rung=rung,
+        )
+
+    def _remember_rung(self, engine: Engine) -> None:
+        """Take the plain loop at once where batching tasks has failed before."""
+        self._rung = "loop" if engine.fallback_reason is not None else self._rung
+
+    def _adapted_state(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int
+    ) -> State:
+        """Adapt to every task of a collection, a chunk of tasks at a time."""
+        self._check_features(tasks.X)
+        targets, extra = self._encode_support(tasks)
+        # short tasks with short ones, so that little is padding
+        by_size = np.argsort(tasks.sizes, kind="stable")
+        engine = self._make_engine(self.module_, self._rung)
+        parts = []
+        for start in range(0, len(by_size), CHUNK):
+            chosen = by_size[start : start + CHUNK]
+            support = pad_rows(
+                self._reshape(tasks.X),
+                targets,
+                np.concatenate([tasks.rows(j) for j in chosen]),
+                tasks.sizes[chosen],
+                sample_weight,
+            )
+            with engine.threads(support.X.shape[0] * support.X.shape[1]):
+                parts.append(
+                    engine.adapt(
+                        self._learner.meta_params(),
+                        support.to(self.device_),
+                        alpha=float(self.alpha),
+                        steps=steps,
+                    )
+                )
+        self._remember_rung(engine)
+        adapted = join_adapted(parts, np.argsort(by_size))
+        restore_diverged(adapted, self.module_, float(self.alpha))
+        ids = None if tasks.spelling == "single" else tasks.ids
+        return State(engine, adapted, ids, **extra)
+
+    def _check_features(self, X: np.ndarray) -> None:
+        if X.shape[1:] != self.feature_shape_:
+            raise ValueError(
+                f"X has rows of shape {X.shape[1:]}, but {type(self).__name__} was meta-fitted on "
+                f"rows of shape {self.feature_shape_}. Give the same features."
+            )
+
+    # -- predict ---------------------------------------------------------------------------------
+
+    def _rows_to_predict(
+        self, X: Any, groups: Any
+    ) -> tuple[State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
+        """Validate query rows; return the task of each and how to shape the answer like X."""
+        check_is_fitted(self)
+        shape_like: Callable[[np.ndarray], Any] = _as_is
+        if isinstance(X, (list, tuple)) and len(X) and getattr(X[0], "ndim", 0) >= 2:
+            lengths = [len(part) for part in X]
+            groups = np.repeat(np.arange(len(X)), lengths)
+            cuts = np.cumsum(lengths)[:-1]
+            X = np.concatenate([np.asarray(part) for part in X])
+            shape_like = _Split(cuts)
+        elif (
+            groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
+        ):
+            n_tasks, n_rows = X.shape[:2]
+            groups = np.repeat(np.arange(n_tasks), n_rows)
+            X = np.asarray(X).reshape(-1, *X.shape[2:])
+            shape_like = _Stack(n_tasks, n_rows)
+        X_seen = X
+        name = "groups"
+        if self.task_column is not None:
+            if groups is not None and shape_like is _as_is:
+                raise ValueError(
+                    f"Got task_column={self.task_column!r} and groups: the tasks are given twice. "
+                    "Leave one of the two out."
+                )
+            X, groups = split_task_column(X, self.task_column)
+            name = f"the task column {self.task_column!r}"
+        rows = validate_rows(
+            self,
+            X,
+            X_seen,
+            reset=False,
+            with_column=self.task_column is not None,
+            dtype=self._dtype,
+        )
+        self._check_features(rows)
+        state = self.__dict__.get("_state")
+        if state is None:
+            raise NotAdaptedError(
+                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
+                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
+                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
+                "a support split of each task; scorers such as 'r2' do not adapt."
+            )
+        codes = self._find_tasks(state, groups, len(rows), name)
+        return state, self._reshape(rows), codes, shape_like
+
+    def _find_tasks(self, state: State, groups: Any, n_rows: int, name: str) -> np.ndarray:
+        if groups is None:
+            if state.adapted.n_tasks > 1:
+                raise ValueError(
+                    f"{type(self).__name__} is adapted to {state.adapted.n_tasks} tasks: pass "
+                    "groups (the task id of each row) to predict."
+                )
+            return np.zeros(n_rows, dtype=np.intp)
+        ids, codes = encode_ids(groups, n_rows, name)
+        if state.ids is None:
+            raise ValueError(
+                "predict got groups, but the estimator was adapted to one task without an id. "
+                "Leave groups out, or call adapt(X_support, y_support, groups=...). To score new "
+                "tasks, use score(X, y, groups=...) or sklearn_maml.task_scorer."
+            )
+        position = {task: j for j, task in enumerate(state.ids.tolist())}
+        unknown = [task for task in ids.tolist() if task not in position]
+        if unknown:
+            raise ValueError(
+                f"predict got {len(unknown)} task id(s) that were not adapted to, such as "
+                f"{unknown[:3]}. Call adapt with support rows of these tasks first. To score new "
+                "tasks inside scikit-learn's tools, leave scoring=None or use "
+                "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+            )
+        return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
+
+    def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Run each row under the parameters of its task, a chunk of rows at a time."""
+        order = np.argsort(codes, kind="stable")
+        tasks, counts = np.unique(codes, return_counts=True)
+        # a task with very many rows is predicted in several pieces
+        n_pieces = -(-counts // ROWS_AT_A_TIME)
+        piece_task = np.repeat(tasks, n_pieces)
+        first = np.repeat(np.cumsum(counts) - counts, n_pieces)
+        number = np.arange(len(piece_task)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        first = first + number * ROWS_AT_A_TIME
+        size = np.minimum(np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME, ROWS_AT_A_TIME)
+        by_size = np.argsort(size, kind="stable")
+        result: np.ndarray | None = None
+        start = 0
+        while start < len(by_size):
+            stop = start + 1
+            while (
+                stop < len(by_size)
+                and stop - start < CHUNK
+                and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
+            ):
+                stop += 1
+            chosen = by_size[start:stop]
+            place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
+            query = pad_rows(rows, np.zeros(len(rows), dtype=rows.dtype), place, size[chosen])
+            query = query.to(self.device_)
+            with state.engine.threads(len(place)):
+                output = state.engine.predict(state.adapted.take(piece_task[chosen]), query)
+            if output.ndim == 2:
+                output = output.unsqueeze(-1)
+            values = query.real(output).cpu().numpy()
+            if result is None:
+                result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
+            result[place] = values
+            start = stop
+        assert result is not None
+        return result
+
+    # -- score -----------------------------------------------------------------------------------
+
+    def _has_task_information(self, X: Any, groups: Any) -> bool:
+        """Whether a call of `score` names tasks, rather than rows of the adapted task."""
+        state = self.__dict__.get("_state")
+        adapted_to_one = state is not None and state.ids is None
+        return not adapted_to_one or (
+            groups is not None
+            or self.task_column is not None
+            or isinstance(X, (list, tuple))
+            or is_task_distribution(X)
+            or (getattr(X, "ndim", 0) == len(self.feature_shape_) + 2)
+        )
+
+    def _split_and_adapt(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        *,
+        n_shots: int | None = None,
+        n_repeats: int = 1,
+        random_state: Any = None,
+        steps: tuple[int | None, ...] = (None,),
+    ) -> Scored:
+        """Split each task into support and query rows and adapt to the support rows."""
+        check_is_fitted(self)
+        self._validate_params()
+        seed = self._score_seed if random_state is None else random_state
+        rng = np.random.default_rng(check_random_state(seed).randint(2**31 - 1))
+        if is_task_distribution(X):
+            X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
+        tasks = self._read_tasks(X, y, groups)
+        self._warn_if_seen(tasks)
+        n_shots = self.n_shots if n_shots is None else n_shots
+        if n_shots is None and not self._classification:
+            n_shots = max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
+        n_ways = self._n_ways()
+        encoded = self._encode(tasks)
+        check_splittable(encoded, n_shots, n_ways, self._classification)
+        sampler = EpisodeSampler(
+            encoded, classification=self._classification, n_ways=n_ways, n_shots=n_shots
+        )
+        if n_ways is not None and tasks.in_query is None:
+            n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
+        which = np.repeat(np.arange(tasks.n_tasks), n_repeats)
+        split = sampler.split(which, rng)
+        support = TaskCollection(
+            tasks.X[split.support],
+            tasks.y[split.support],
+            np.repeat(np.arange(len(which)), split.n_support),
+            np.arange(len(which)),
+            None,
+            "list",
+        )
+        default = self._n_adapt_steps()
+        states = [self._adapted_state(support, None, default if s is None else s) for s in steps]
+        codes = np.repeat(np.arange(len(which)), split.n_query)
+        return Scored(tasks, which, split.n_support, split.query, codes, states)
+
+    def _warn_if_seen(self, tasks: TaskCollection) -> None:
+        if not tasks.named or not self._fingerprints:
+            return
+        marks = tasks.fingerprints()
+        new_rows = [
+            task for task, mark in marks.items() if self._fingerprints.get(task, mark) != mark
+        ]
+        if new_rows:
+            warnings.warn(
+                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
+                "have the ids of tasks that were meta-trained on, but other rows. If they are the same "
+                "tasks, the score measures new rows of known tasks, not new tasks: split by task "
+                "(GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they are "
+                "new tasks, give them ids of their own.",
+                SeenTaskWarning,
+                stacklevel=4,
+            )
+
+    def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
+        check_is_fitted(self)
+        if not self._has_task_information(X, groups):
+            return float(metric(y, self.predict(X), sample_weight=sample_weight))
+        scored = self._split_and_adapt(X, y, groups)
+        rows = scored.rows
+        predicted = self._decide(
+            scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
+        )
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, scored.tasks.X)[rows]
+        return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
+
+    # -- what the subclasses define --------------------------------------------------------------
+
+    _output_word: str
+
+    def _n_ways(self) -> int | None:
+        return None
+
+    def _n_module_outputs(self) -> int:
+        raise NotImplementedError
+
+    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
+        """Set the fitted attributes that describe the targets."""
+        raise NotImplementedError
+
+    def _encode(self, tasks: TaskCollection) -> TaskCollection:
+        """Targets as the losses take them, for episodes."""
+        raise NotImplementedError
+
+    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+        """Targets of support sets as the losses take them, and what `State` keeps of them."""
+        raise NotImplementedError
+
+    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Predictions of rows under the parameters of the task of each."""
+        raise NotImplementedError
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "module_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+# -- models that hold a MAML estimator -----------------------------------------------------------
+
+
+def find_prior(estimator: Any) -> Any:
+    """Return the MAML estimator, or the Pipeline that ends in one, inside a model."""
+    model = estimator
+    while not isinstance(model, BaseMAML):
+        if isinstance(model, Pipeline):
+            find_prior(model.steps[-1][1])
+            return model
+        for name in ("best_estimator_", "model_", "estimator", "prior"):
+            if getattr(model, name, None) is not None:
+                model = getattr(model, name)
+                break
+        else:
+            raise TypeError(
+                f"There is no meta-learned model in {type(estimator).__name__}: expected a "
+                "meta-fitted MAMLRegressor or MAMLClassifier, or a fitted Pipeline, search or "
+                "FewShot estimator made of one."
+            )
+    return model
+
+
+def transform_rows(pipeline: Pipeline, X: Any) -> Any:
+    """Rows as the last step of a fitted pipeline sees them; lists of tasks stay lists."""
+    check_is_fitted(pipeline)
+    for _, step in pipeline.steps[:-1]:
+        if step is not None and step != "passthrough":
+            X = step.transform(X)
+    return X
+
+
+def _as_is(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+class _Split:
+    """Answer a list of query sets with a list."""
+
+    def __init__(self, cuts: np.ndarray) -> None:
+        self.cuts = cuts
+
+    def __call__(self, values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, self.cuts)
+
+
+class _Stack:
+    """Answer a 3-D array of query sets with one more leading axis."""
+
+    def __init__(self, n_tasks: int, n_rows: int) -> None:
+        self.shape = (n_tasks, n_rows)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(*self.shape, *values.shape[1:])
+
+
+def _argmax(output: np.ndarray) -> np.ndarray:
+    return output.argmax(1)
+
+
+def _n_rows(X: Any) -> int:
+    return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)
+
+
+class _SeededTorch:
+    """Seed torch's global generator for a while, then restore it.
+
+    The generator is one for the process, so fits in threads take turns.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        devices = [device.index or 0] if device.type == "cuda" else []
+        self._fork = torch.random.fork_rng(devices=devices)
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+        self._lock.release()
