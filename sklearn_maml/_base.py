@@ -22,7 +22,12 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor, nn
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, CallbackSupportMixin, with_callbacks
-from sklearn_maml._validation import PrefixedParamsMixin, keeps_state_on_error
+from sklearn_maml._validation import (
+    PrefixedParamsMixin,
+    check_keywords,
+    did_you_mean,
+    keeps_state_on_error,
+)
 from sklearn_maml.engine import (
     CHUNK,
     Adapted,
@@ -131,6 +136,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "activation": [StrOptions(set(ACTIVATIONS))],
         "alpha": [Interval(numbers.Real, 0, None, closed="left")],
         "beta": [Interval(numbers.Real, 0, None, closed="neither")],
+        "adapted": [str, list, tuple],
         "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
         "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
         "steps": [Interval(numbers.Integral, 0, None, closed="left")],
@@ -194,6 +200,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         continued = bool(self.warm_start) and hasattr(self, "net_")
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
+            if y is not None or groups is not None:
+                raise ValueError(
+                    "Got a task distribution and y or groups: the tasks it samples bring their "
+                    "own targets. Leave y and groups out."
+                )
             source = DistributionSource(self, X, seed, continued)
         else:
             source = self._collect(X, y, groups, seed, continued)
@@ -310,11 +321,20 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.n_iter_ = net.update_
 
     def _make_net(self, learner: Any) -> Any:
-        from skorch.callbacks import ProgressBar
+        from skorch.callbacks import Callback, ProgressBar
+        from torch.utils.data import DataLoader
 
         from sklearn_maml.outer_loop import MetaNet, use_batch
 
         callbacks = list(self.callbacks or [])
+        for item in callbacks:
+            callback = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else item
+            kind = callback if isinstance(callback, type) else type(callback)
+            if not issubclass(kind, Callback):
+                raise ValueError(
+                    "callbacks must be skorch callbacks or (name, callback) pairs; got "
+                    f"{item!r}. scikit-learn's own callbacks go through set_callbacks."
+                )
         if self.verbose and sys.stderr.isatty():
             callbacks.append(("progress_bar", ProgressBar()))
         forwarded = ("optimizer", "iterator_train", "iterator_valid", "callbacks")
@@ -329,9 +349,13 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             "iterator_valid__batch_size": 1,
             **extra,
         }
-        return MetaNet(
+        optimizer = self._resolve_optimizer()
+        check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
+        for prefix in ("iterator_train", "iterator_valid"):
+            check_keywords(DataLoader, self._prefixed(prefix), prefix)
+        net = MetaNet(
             learner,
-            optimizer=self._resolve_optimizer(),
+            optimizer=optimizer,
             lr=self.beta,
             to_label=_argmax if self._classification else None,
             callbacks=callbacks,
@@ -339,6 +363,15 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             device=str(self.device_),
             **settings,
         )
+        names = [name for name, _ in net._uniquely_named_callbacks()]
+        for name in self._prefixed("callbacks"):
+            head = name.partition("__")[0]
+            if head not in names:
+                raise ValueError(
+                    f"callbacks__{name} is for a callback {head!r}, but there is none."
+                    f"{did_you_mean(head, names)} Expected one of {names}."
+                )
+        return net
 
     def _resolve_device(self) -> torch.device:
         if str(self.device) == "auto":
@@ -350,17 +383,19 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 f"device={self.device!r} is not a torch device. Expected 'auto', 'cpu', 'cuda' or "
                 "'cuda:0', ..."
             ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(
-                f"device={self.device!r} was asked for, but torch sees no CUDA device here. Use "
-                "device='auto' to take CUDA only where there is one."
-            )
+                f"device={self.device!r} was asked for, but torch has no such device here. Use "
+                "device='auto' to take CUDA where there is one."
+            ) from error
         return device
 
     def _resolve_optimizer(self) -> Any:
         if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:
             return OPTIMIZERS[self.optimizer]
-        if isinstance(self.optimizer, type):
+        if isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer):
             return self.optimizer
         raise ValueError(
             f"optimizer={self.optimizer!r} is not known. Expected one of {sorted(OPTIMIZERS)} or a "
@@ -775,10 +810,10 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if new_rows:
             warnings.warn(
                 f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
-                "have the ids of tasks that were meta-trained on, but other rows. If they are the same "
-                "tasks, the score measures new rows of known tasks, not new tasks: split by task "
-                "(GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they are "
-                "new tasks, give them ids of their own.",
+                "have the ids of tasks that were meta-trained on, but other rows. If they are the "
+                "same tasks, the score measures new rows of known tasks, not new tasks: split by "
+                "task (GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they "
+                "are new tasks, give them ids of their own.",
                 SeenTaskWarning,
                 stacklevel=4,
             )

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["PrefixedParamsMixin", "did_you_mean", "keeps_state_on_error"]
+__all__ = ["PrefixedParamsMixin", "check_keywords", "did_you_mean", "keeps_state_on_error"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,6 +17,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggestion for a misspelt name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_keywords(function: Callable[..., Any], options: dict[str, Any], prefix: str) -> None:
+    """Refuse options that a class or function does not take."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        # skorch passes settings of parameter groups through
+        if name not in parameters and name.partition("__")[0] != "param_groups":
+            raise ValueError(
+                f"{prefix}__{name} is not a parameter of {function.__name__}."
+                f"{did_you_mean(name, parameters)} It takes {sorted(parameters)}."
+            )
 
 
 def keeps_state_on_error(method: F) -> F:

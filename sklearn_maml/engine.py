@@ -434,6 +434,9 @@ class Engine:
             ]
             return join(parts, pieces)
         except (RuntimeError, NotImplementedError) as error:
+            if "scaled_dot_product" in str(error) and not self._attends:
+                self._attends = True  # the kernel it chose has no second derivative
+                return self._by_shape(batch, run, join)
             if rung != "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
             result = run(batch, "loop")  # an error of the module itself is raised here
@@ -583,7 +586,7 @@ class Engine:
 
     def _second_derivatives(self) -> Any:
         """Context in which attention runs on its one kernel that has a second derivative."""
-        return contextlib.nullcontext() if self.pads else sdpa_kernel(SDPBackend.MATH)
+        return sdpa_kernel(SDPBackend.MATH) if self._attends else contextlib.nullcontext()
 
     def _adapt_rows(
         self,

@@ -26,9 +26,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 def make_mlp(n_in: int, n_out: int, hidden: Any, activation: str) -> nn.Sequential:
     """Build the default network, a multilayer perceptron."""
-    sizes = [int(size) for size in np.atleast_1d(hidden)]
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"hidden_layer_sizes must be positive; got {hidden!r}.")
+    sizes = np.atleast_1d(hidden).tolist()
+    if any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"hidden_layer_sizes must be positive integers; got {hidden!r}.")
     layers: list[nn.Module] = []
     for a, b in zip([n_in, *sizes], sizes, strict=False):
         layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]

@@ -112,13 +112,21 @@ def _is_task(item: Any) -> bool:
     )
 
 
+def _looks_like_task(item: Any) -> bool:
+    first = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+    return len(getattr(first, "shape", ())) >= 2
+
+
 def is_task_list(X: Any, y: Any) -> bool:
     """Whether X is a list of `(X, y)` or `(X_support, y_support, X_query, y_query)` tasks."""
     if y is not None:
         return False
     if isinstance(X, np.ndarray):
         return X.dtype == object and X.ndim == 1 and len(X) > 0 and _is_task(X[0])
-    return isinstance(X, (list, tuple)) and len(X) > 0 and any(_is_task(item) for item in X)
+    if not isinstance(X, (list, tuple)) or len(X) == 0:
+        return False
+    # lists that look like tasks but are not well-formed are taken too, to say what is wrong
+    return any(_is_task(item) or _looks_like_task(item) for item in X)
 
 
 def is_task_stack(X: Any, y: Any) -> bool:
@@ -165,11 +173,9 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     lengths = set()
     for position, item in enumerate(X):
         if not _is_task(item):
-            got = (
-                f"a tuple of {len(item)}"
-                if isinstance(item, (tuple, list))
-                else type(item).__name__
-            )
+            got = type(item).__name__
+            if isinstance(item, (tuple, list)):
+                got = f"a tuple of {[type(part).__name__ for part in item]}"
             raise ValueError(
                 f"Item {position} of the list of tasks is {got}; expected (X, y) or "
                 "(X_support, y_support, X_query, y_query) with 2-D X."
@@ -196,9 +202,12 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     per_task = 2 if fixed else 1
     codes = np.repeat(np.arange(len(parts_y)) // per_task, sizes)
     in_query = np.repeat(np.arange(len(parts_y)) % 2 == 1, sizes) if fixed else None
-    ndims = {part.ndim for part in parts_y}
-    if len(ndims) > 1:
-        raise ValueError(f"The targets of the tasks differ in dimension: got {sorted(ndims)}-D y.")
+    shapes = {part.shape[1:] for part in parts_y}
+    if len(shapes) > 1:
+        raise ValueError(
+            "The tasks of a list must have the same targets: got rows of y of shapes "
+            f"{sorted(shapes, key=str)}. Give every task the same number of outputs."
+        )
     return _concatenate(parts_X), np.concatenate(parts_y), codes, in_query
 
 

@@ -24,6 +24,9 @@ class UpdateRule(BaseEstimator):
     `params` and `grads` carry a leading task axis when `batched` is true.
     """
 
+    def check(self) -> None:
+        """Refuse parameters of the rule that are out of range (there are none here)."""
+
     def initial_rates(self, params: Params) -> Params:
         """Learned quantities of the rule, as tensors the outer loop optimises (none here).
 
@@ -122,6 +125,14 @@ class SGD(UpdateRule):
     def __init__(self, max_grad_norm: float | None = None) -> None:
         self.max_grad_norm = max_grad_norm
 
+    def check(self) -> None:
+        """Refuse a `max_grad_norm` that is not positive."""
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm of the update rule must be positive or None; got "
+                f"{self.max_grad_norm!r}."
+            )
+
     def step(
         self,
         k: int,
@@ -164,13 +175,17 @@ class MetaSGD(SGD):
         super().__init__(max_grad_norm=max_grad_norm)
         self.per = per
 
-    def initial_rates(self, params: Params) -> Params:
-        """Log-factors of the rates, all 0; see `UpdateRule.initial_rates`."""
+    def check(self) -> None:
+        """Refuse a `per` that is not known."""
+        super().check()
         if self.per not in ("weight", "tensor"):
             raise ValueError(
                 f"MetaSGD got per={self.per!r}; expected 'weight' (a rate for each weight) or "
                 "'tensor' (a rate for each parameter tensor)."
             )
+
+    def initial_rates(self, params: Params) -> Params:
+        """Log-factors of the rates, all 0; see `UpdateRule.initial_rates`."""
         return {
             name: torch.zeros_like(p) if self.per == "weight" else p.new_zeros(())
             for name, p in params.items()
@@ -200,10 +215,13 @@ UPDATE_RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "meta-sgd": MetaSGD}
 def resolve_update_rule(value: Any, options: dict[str, Any]) -> UpdateRule:
     """Return the rule that `update_rule` names, built with ``update_rule__*`` options."""
     if isinstance(value, UpdateRule):
+        value.check()
         return value
     if isinstance(value, str) and value in UPDATE_RULES:
         try:
-            return UPDATE_RULES[value](**options)
+            rule = UPDATE_RULES[value](**options)
+            rule.check()
+            return rule
         except TypeError as error:
             known = sorted(UPDATE_RULES[value]().get_params())
             raise ValueError(
