@@ -1,6 +1,6 @@
 """Real collections of small regression tasks: error before and after adaptation to K rows.
 
-    python benchmarks/tabular.py --data FOLDER [--seeds 0,1,2] [--set alpha=0.03 ...]
+    python benchmarks/tabular.py --data FOLDER [--baselines] [--seeds 0,1] [--set alpha=0.03 ...]
 
 FOLDER holds gzipped CSV files: first column ``task``, last the target, one row per observation.
 Tasks are sorted by name and shuffled with ``RandomState(1000 + seed)``; the first 30 % (at most 60;
@@ -17,9 +17,15 @@ import ast
 import csv
 import gzip
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+from sklearn.linear_model import RidgeCV
 
 from sklearn_maml import MAMLRegressor
 
@@ -77,6 +83,109 @@ def evaluate(reg, X, y, task, held, shots, seed, adapt_steps):
     return np.mean([np.sqrt(error[task[rows_q] == name].mean()) for name in held])
 
 
+class MixedModel:
+    """Linear model with a random intercept and random slopes, fitted by EM."""
+
+    def fit(self, X, y, task):
+        """Estimate the population of coefficients and the noise from the training tasks."""
+        data = [(_with_ones(X[task == t]), y[task == t]) for t in np.unique(task)]
+        n_coefs = data[0][0].shape[1]
+        self.mean, self.cov, self.noise = np.zeros(n_coefs), np.eye(n_coefs), 1.0
+        for _ in range(200):
+            posteriors = [self._posterior(A, b) for A, b in data]
+            means = np.array([m for m, _ in posteriors])
+            self.mean = means.mean(0)
+            deviations = means - self.mean
+            self.cov = sum(c for _, c in posteriors) / len(data)
+            self.cov += deviations.T @ deviations / len(data) + 1e-8 * np.eye(n_coefs)
+            squares = sum(
+                ((b - A @ m) ** 2).sum() + np.trace(A @ c @ A.T)
+                for (A, b), (m, c) in zip(data, posteriors, strict=True)
+            )
+            self.noise = squares / sum(len(b) for _, b in data)
+        return self
+
+    def _posterior(self, A, b):
+        precision = np.linalg.inv(self.cov)
+        cov = np.linalg.inv(precision + A.T @ A / self.noise)
+        return cov @ (precision @ self.mean + A.T @ b / self.noise), cov
+
+    def predict(self, X_support, y_support, X_query):
+        """Predict with the coefficients expected after the support rows."""
+        return _with_ones(X_query) @ self._posterior(_with_ones(X_support), y_support)[0]
+
+
+def _with_ones(X):
+    return np.c_[np.ones(len(X)), X]
+
+
+class Pooled:
+    """One gradient-boosting model for all tasks, with a shrunk intercept for each if asked."""
+
+    def __init__(self, intercept):
+        self.intercept = intercept
+
+    def fit(self, X, y, task):
+        """Fit on the training tasks; the shrinkage comes from the variance of their residuals."""
+        self.model = HistGradientBoostingRegressor(random_state=0).fit(X, y)
+        residual = y - self.model.predict(X)
+        means = np.array([residual[task == t].mean() for t in np.unique(task)])
+        within = np.mean([residual[task == t].var() for t in np.unique(task)])
+        self.ratio = within / max(means.var(), 1e-12)
+        return self
+
+    def predict(self, X_support, y_support, X_query):
+        """Predict, after correcting the intercept by the shrunk mean of the support residuals."""
+        prediction = self.model.predict(X_query)
+        if self.intercept:
+            residual = y_support - self.model.predict(X_support)
+            prediction = prediction + residual.sum() / (len(residual) + self.ratio)
+        return prediction
+
+
+class PerTask:
+    """A model of its own for each task, from its support rows alone."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def fit(self, X, y, task):
+        """Learn nothing from other tasks."""
+        return self
+
+    def predict(self, X_support, y_support, X_query):
+        """Fit on the support rows and predict."""
+        return self.make().fit(X_support, y_support).predict(X_query)
+
+
+def _gaussian_process():
+    kernel = ConstantKernel() * RBF() + WhiteKernel(0.1)
+    return GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+
+
+BASELINES = {
+    "pooled gradient boosting": lambda: Pooled(intercept=False),
+    "pooled gradient boosting + shrunk intercept": lambda: Pooled(intercept=True),
+    "ridge for each task": lambda: PerTask(lambda: RidgeCV(np.logspace(-3, 3, 13))),
+    "Gaussian process for each task": lambda: PerTask(_gaussian_process),
+    "mixed model, intercept and slopes": lambda: MixedModel(),
+}
+
+
+def evaluate_baselines(X, y, train, task, held, shots, seed, results):
+    """Add the baselines' scores on the same support and query rows to `results`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # bounds of the kernel's parameters
+        for name, make in BASELINES.items():
+            model = make().fit(X[train], y[train], task[train])
+            for k in shots:
+                rmse = [
+                    np.sqrt(np.mean((model.predict(X[s], y[s], X[q]) - y[q]) ** 2))
+                    for s, q in episodes(task, held, k, seed)
+                ]
+                results.setdefault(f"K={k} {name}", []).append(np.mean(rmse))
+
+
 def main() -> None:
     """Print a row for each collection."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -85,6 +194,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3")
     parser.add_argument("--shots", default="5,10")
     parser.add_argument("--set", action="append", default=[], help="parameter=value")
+    parser.add_argument("--baselines", action="store_true")
     args = parser.parse_args()
     options = {}
     for item in args.set:
@@ -111,10 +221,12 @@ def main() -> None:
                     score = evaluate(reg, Xs, ys, task, held, k, seed, steps)
                     label = f"K={k} steps={reg.steps if steps is None else steps}"
                     results.setdefault(label, []).append(score)
+            if args.baselines:
+                evaluate_baselines(Xs, ys, train, task, held, shots, seed, results)
         print(f"{name}: fit {np.mean(took):.0f} s")
         for label, scores in results.items():
             each = " ".join(f"{score:.3f}" for score in scores)
-            print(f"    {label:14s} {np.mean(scores):.4f} ({each})", flush=True)
+            print(f"    {label:48s} {np.mean(scores):.4f} ({each})", flush=True)
 
 
 if __name__ == "__main__":
