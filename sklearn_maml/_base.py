@@ -56,6 +56,7 @@ from sklearn_maml.tasks import (
     FLOATS,
     TaskCollection,
     collect_tasks,
+    concatenate_rows,
     encode_ids,
     is_task_distribution,
     split_task_column,
@@ -102,7 +103,6 @@ class Scored:
 
     tasks: TaskCollection
     task: np.ndarray
-    n_support: np.ndarray
     rows: np.ndarray
     codes: np.ndarray
     states: list[State]
@@ -303,7 +303,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
         with (
-            _SeededTorch(self.device_, seed + getattr(net, "update_", 0))
+            _SeededTorch(self.device_, seed + (net.update_ if continued else 0))
             if random
             else contextlib.nullcontext()
         ):
@@ -637,7 +637,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             cuts = np.cumsum(lengths)[:-1]
-            X = np.concatenate([np.asarray(part) for part in X])
+            X = concatenate_rows(X)
             shape_like = _Split(cuts)
         elif (
             groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
@@ -654,8 +654,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                     f"Got task_column={self.task_column!r} and groups: the tasks are given twice. "
                     "Leave one of the two out."
                 )
-            X, groups = split_task_column(X, self.task_column)
-            name = f"the task column {self.task_column!r}"
+            X, ids = split_task_column(X, self.task_column)
+            if shape_like is _as_is:  # else the place in the list or stack tells the task
+                groups, name = ids, f"the task column {self.task_column!r}"
         rows = validate_rows(
             self,
             X,
@@ -798,7 +799,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         default = self._n_adapt_steps()
         states = [self._adapted_state(support, None, default if s is None else s) for s in steps]
         codes = np.repeat(np.arange(len(which)), split.n_query)
-        return Scored(tasks, which, split.n_support, split.query, codes, states)
+        return Scored(tasks, which, split.query, codes, states)
 
     def _warn_if_seen(self, tasks: TaskCollection) -> None:
         if not tasks.named or not self._fingerprints:

@@ -293,7 +293,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
         self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
         if self.normalize_y:
-            self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
+            self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
             spread = np.sqrt(np.average((y - self.y_mean_) ** 2, axis=0, weights=sample_weight))
             constant = spread <= 10 * np.finfo(y.dtype).eps * np.abs(self.y_mean_)
             self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)

@@ -16,7 +16,13 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, validate_data
 
-__all__ = ["TaskCollection", "collect_tasks", "is_task_distribution", "split_task_column"]
+__all__ = [
+    "TaskCollection",
+    "collect_tasks",
+    "concatenate_rows",
+    "is_task_distribution",
+    "split_task_column",
+]
 
 FLOATS = (np.float64, np.float32)
 
@@ -144,7 +150,7 @@ def is_frame(X: Any) -> bool:
     return hasattr(X, "columns") and hasattr(X, "shape")
 
 
-def _concatenate(parts: Sequence[Any]) -> Any:
+def concatenate_rows(parts: Sequence[Any]) -> Any:
     """Concatenate rows; data frames with equal columns stay data frames (feature names)."""
     first = parts[0]
     if is_frame(first):
@@ -208,7 +214,7 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
             "The tasks of a list must have the same targets: got rows of y of shapes "
             f"{sorted(shapes, key=str)}. Give every task the same number of outputs."
         )
-    return _concatenate(parts_X), np.concatenate(parts_y), codes, in_query
+    return concatenate_rows(parts_X), np.concatenate(parts_y), codes, in_query
 
 
 def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, np.ndarray]:
