@@ -74,6 +74,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 # rows of one task predicted at a time
 ROWS_AT_A_TIME = 4096
+# meta-updates on splits of one task, where there are no others; more of them overfit its rows
+SINGLE_TASK_UPDATES = 100
 # tasks drawn from a task distribution for `score`
 SCORED_TASKS = 600
 # episodes of a score where tasks are drawn from a pool of classes
@@ -114,6 +116,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _classification: bool
     _dtype: Any
     net_: Any
+    _learner: Any
     _fingerprints: dict[Hashable, int]
     _rung: str
     _prefixes = (
@@ -265,9 +268,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
 
         if continued:
-            net = copy.deepcopy(self.net_)
-            net.set_params(lr=self.beta)
-            learner = net.module_
+            learner = copy.deepcopy(self._learner)
+            net = self._make_net(learner)
+            net.continue_from(self.net_)
         else:
             with _SeededTorch(self.device_, seed):
                 module = self._make_module()
@@ -281,23 +284,25 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.engine = engine
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
-        net.updates_per_epoch = 10 if source.single else UPDATES_PER_EPOCH
+        if source.single:
+            net.max_iter = min(self.max_iter, SINGLE_TASK_UPDATES)
         # splits of the same rows differ less than tasks do: fewer make a meta-batch
         net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
+        net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         # a scheduler that the user passed decides alone
         scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
-        stops = source.single or (self.early_stopping != "auto" and bool(self.early_stopping))
+        stops = self.early_stopping != "auto" and bool(self.early_stopping)
         net.patience = self.n_iter_no_change if stops else None
         net.train_split = ValidateOn(source.validation)
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
         self._fingerprints = source.fingerprints
         if HAS_SKLEARN_CALLBACKS:
-            n_epochs = -(-self.max_iter // net.updates_per_epoch)
+            n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
             net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
         stream = TaskStream(source.draw, source.n_train, net.batch_size, seed)
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
@@ -357,7 +362,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             learner,
             optimizer=optimizer,
             lr=self.beta,
-            to_label=_argmax if self._classification else None,
+            classes=np.arange(self._n_module_outputs()) if self._classification else None,
             callbacks=callbacks,
             verbose=int(self.verbose),
             device=str(self.device_),
@@ -921,10 +926,6 @@ class _Stack:
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         return values.reshape(*self.shape, *values.shape[1:])
-
-
-def _argmax(output: np.ndarray) -> np.ndarray:
-    return output.argmax(1)
 
 
 def _n_rows(X: Any) -> int:

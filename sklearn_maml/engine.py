@@ -407,16 +407,21 @@ class Engine:
                         randomness="different",
                     )(adapted.params, adapted.statistics, query.X)
                 except RuntimeError as error:
-                    self._fall_back(error)
-            width = query.X.shape[1]
-            outputs = []
-            for j in range(len(query)):
-                params, statistics = adapted.task(j)
-                out = functional_call(module, {**params, **statistics}, (query.task(j).X,))
-                outputs.append(
-                    functional.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0)
-                )
-            return torch.stack(outputs)
+                    outputs = self._predict_loop(module, adapted, query)
+                    self._fall_back(error)  # not before the loop has shown that it works
+                    return outputs
+            return self._predict_loop(module, adapted, query)
+
+    def _predict_loop(self, module: nn.Module, adapted: Adapted, query: Rows) -> Tensor:
+        width = query.X.shape[1]
+        outputs = []
+        for j in range(len(query)):
+            params, statistics = adapted.task(j)
+            out = functional_call(module, {**params, **statistics}, (query.task(j).X,))
+            outputs.append(
+                functional.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0)
+            )
+        return torch.stack(outputs)
 
     # -- rungs -----------------------------------------------------------------------------------
 

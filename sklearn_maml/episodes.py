@@ -412,6 +412,11 @@ def check_splittable(
                     f"{n_ways}. Raise n_ways or leave classes out."
                 )
             return
+        if tasks.spelling == "single" and n_classes[0] < n_ways:
+            raise ValueError(
+                f"n_ways={n_ways}, but there are only {n_classes[0]} classes to draw from. Lower "
+                "n_ways or give more classes."
+            )
         if n_classes.min() < 2:
             j = int(n_classes.argmin())
             raise ValueError(

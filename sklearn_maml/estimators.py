@@ -50,7 +50,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place.
     max_grad_norm : float, default=None
         Scale meta-gradients of a larger 2-norm down to this one.
-    steps : int, default=5
+    steps : int, default=10
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
@@ -69,7 +69,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Query rows of a task in meta-training; None takes all that are left.
     meta_batch_size : int, default=25
         Tasks of a meta-update.
-    max_iter : int, default=2000
+    max_iter : int, default=1000
         Meta-updates.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
@@ -150,8 +150,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     with Adam of rate `beta` (Finn et al. 2017, algorithm 1). `fit(X, y)` without any task
     information treats all rows as one task: it meta-trains on random splits of it and adapts to
     all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
-    little, it takes at most 4 of them for an update, calls 10 updates an epoch, and stops when the
-    training loss has not fallen by 1 % for `n_iter_no_change` epochs.
+    little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise with the statistics of the support set while adapting and when
     predicting, so predictions do not depend on which rows are predicted together.
@@ -186,7 +185,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = None,
-        steps: int = 5,
+        steps: int = 10,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
         update_rule: Any = "sgd",
@@ -194,7 +193,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         n_shots: int | None = None,
         n_queries: int | None = 10,
         meta_batch_size: int = 25,
-        max_iter: int = 2000,
+        max_iter: int = 1000,
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
         n_iter_no_change: int = 20,
@@ -449,8 +448,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     with Adam of rate `beta` (Finn et al. 2017, algorithm 1). `fit(X, y)` without any task
     information treats all rows as one task: it meta-trains on random splits of it and adapts to
     all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
-    little, it takes at most 4 of them for an update, calls 10 updates an epoch, and stops when the
-    training loss has not fallen by 1 % for `n_iter_no_change` epochs.
+    little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise with the statistics of the support set while adapting and when
     predicting, so predictions do not depend on which rows are predicted together.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
 __all__ = ["FirstOrder", "MetaGradient", "SecondOrder", "resolve_meta_gradient"]
@@ -89,7 +89,7 @@ META_GRADIENTS: dict[str, type[MetaGradient]] = {
 def resolve_meta_gradient(value: Any, options: dict[str, Any]) -> MetaGradient:
     """Return the meta-gradient that `meta_gradient` names."""
     if isinstance(value, MetaGradient):
-        return value
+        return clone(value).set_params(**options)
     if isinstance(value, str) and value in META_GRADIENTS:
         try:
             return META_GRADIENTS[value](**options)

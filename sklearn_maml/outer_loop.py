@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
+from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
 from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
 from skorch.utils import to_numpy
@@ -36,8 +38,6 @@ __all__ = [
 
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
-# relative decrease of the training loss that counts where there are no held-out tasks
-TOLERANCE = 0.01
 # meta-steps seen before a majority of non-finite ones stops the fit
 PATIENCE_NON_FINITE = 20
 
@@ -103,7 +103,7 @@ class TaskStream(torch.utils.data.Dataset):
         positions = start + np.asarray(items)
         number, place = np.divmod(positions, self.n_tasks)
         which = np.empty(len(positions), dtype=np.intp)
-        for k in range(int(number[0]), int(number[-1]) + 1):
+        for k in np.unique(number).tolist():
             which[number == k] = self._pass(k)[place[number == k]]
         rng = np.random.default_rng((self.seed, 1, int(positions[0])))
         return self.draw(which, rng)
@@ -168,15 +168,14 @@ class MetaNet(NeuralNet):
         Meta-updates of one call of `fit`.
     patience : int or None
         Epochs without a better validation loss before the fit stops; None never stops.
-    to_label : callable
-        Turns query outputs into what `predict` returns, for scoring callbacks.
+    classes : ndarray or None
+        What the columns of the outputs stand for if they are logits, for scoring callbacks.
     beta_decay : float
         Fraction of the updates, the last ones, over which the rate falls linearly to 0.
     max_grad_norm : float or None
         Largest norm of a meta-gradient; a larger one is scaled down.
     rows_per_task : int
         Typical number of rows of an episode, to judge how much work a step is.
-    updates_per_epoch : int
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
     **kwargs : dict
@@ -193,11 +192,10 @@ class MetaNet(NeuralNet):
         eval_steps: int = 1,
         max_iter: int = 1,
         patience: int | None = None,
-        to_label: Callable[[np.ndarray], np.ndarray] | None = None,
+        classes: np.ndarray | None = None,
         beta_decay: float = 0.0,
         max_grad_norm: float | None = None,
         rows_per_task: int = 1,
-        updates_per_epoch: int = UPDATES_PER_EPOCH,
         epoch_hooks: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
@@ -208,11 +206,10 @@ class MetaNet(NeuralNet):
         self.eval_steps = eval_steps
         self.max_iter = max_iter
         self.patience = patience
-        self.to_label = to_label
+        self.classes = classes
         self.beta_decay = beta_decay
         self.max_grad_norm = max_grad_norm
         self.rows_per_task = rows_per_task
-        self.updates_per_epoch = updates_per_epoch
         self.epoch_hooks = epoch_hooks
         super().__init__(module, criterion=criterion, **kwargs)
 
@@ -232,6 +229,20 @@ class MetaNet(NeuralNet):
         self.update_ = 0
         self.non_finite_ = 0
         return self
+
+    def continue_from(self, net: MetaNet) -> None:
+        """Take over history, counter and optimiser state of an earlier net (warm start)."""
+        self.initialize()
+        self.history_ = copy.deepcopy(net.history)
+        self.update_ = net.update_
+        if type(self.optimizer_) is type(net.optimizer_):
+            settings = [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in self.optimizer_.param_groups
+            ]
+            self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
+            for group, own in zip(self.optimizer_.param_groups, settings, strict=True):
+                group.update(own)  # rates and the like are those of now
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -264,7 +275,7 @@ class MetaNet(NeuralNet):
         left = 1.0 - (self.update_ - self.first_update_) / self.max_iter
         factor = min(left / self.beta_decay, 1.0)
         for group in self.optimizer_.param_groups:
-            group["lr"] = factor * self.lr
+            group["lr"] = factor * group["base_lr"]
 
     def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Query loss of held-out tasks, before and after adaptation."""
@@ -320,15 +331,20 @@ class MetaNet(NeuralNet):
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
+        for group in self.optimizer_.param_groups:
+            group["base_lr"] = group["lr"]
         self.notify("on_train_begin", X=X, y=y)
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
-                self.fit_loop(X, y, epochs=-(-self.max_iter // self.updates_per_epoch))
+                self.fit_loop(X, y, epochs=-(-self.max_iter // UPDATES_PER_EPOCH))
         except StopTraining:
             pass
         except KeyboardInterrupt as error:
             if not _raised_by_callback(error):
                 self._interrupted()
+        if self.beta_decay:
+            for group in self.optimizer_.param_groups:
+                group["lr"] = group["base_lr"]
         done = self.update_ - self.first_update_
         if 2 * self.non_finite_ > done:
             episodes = next(iter(self.get_iterator(X, training=True)))[0]
@@ -354,7 +370,7 @@ class MetaNet(NeuralNet):
         super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
-        dataset_train.n_updates = min(self.updates_per_epoch, left)
+        dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
         """Make a data loader that leaves torch's global generator alone."""
@@ -372,19 +388,12 @@ class MetaNet(NeuralNet):
             self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))
 
     def track_best(self) -> None:
-        """Remember the best parameters by validation loss, and for how long there were no better.
-
-        Without held-out tasks the training loss decides, as in scikit-learn's networks, and the
-        last parameters are kept.
-        """
-        validated = "valid_loss" in self.history[-1]
-        loss = self.history[-1, "valid_loss" if validated else "train_loss"]
-        margin = 0.0 if validated else TOLERANCE * abs(loss)
-        if loss < self.best_loss_ - margin:
+        """Remember the best parameters by validation loss, and for how long none were better."""
+        loss = self.history[-1].get("valid_loss", math.nan)
+        if loss < self.best_loss_:
             self.best_loss_ = loss
+            self.best_state_ = copy.deepcopy(self.module_.state_dict())
             self.epochs_without_gain_ = 0
-            if validated:
-                self.best_state_ = copy.deepcopy(self.module_.state_dict())
         else:
             self.epochs_without_gain_ += 1
 
@@ -401,19 +410,34 @@ class MetaNet(NeuralNet):
 
     # -- for scoring callbacks -------------------------------------------------------------------
 
+    @property
+    def classes_(self) -> np.ndarray:
+        """Outputs of the network, as classes."""
+        if self.classes is None:
+            raise AttributeError("a regression net has no classes")
+        return self.classes
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        if self.classes is not None:
+            tags.estimator_type = "classifier"
+            tags.classifier_tags = ClassifierTags()
+        return tags
+
     def forward_iter(self, X: Any, training: bool = False, device: str = "cpu") -> Iterator[Tensor]:
         """Query outputs of adapted tasks, batch by batch."""
         for batch in self.get_iterator(X, training=training):
             yield self.validation_step(batch)["y_pred"].to(device)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Query outputs of the episodes of a dataset, pooled."""
-        return np.concatenate([to_numpy(out) for out in self.forward_iter(X)])
+        """Query outputs (probabilities, of classes) of the episodes of a dataset, pooled."""
+        outputs = np.concatenate([to_numpy(out) for out in self.forward_iter(X)])
+        return softmax(outputs, axis=1) if self.classes is not None else outputs
 
     def predict(self, X: Any) -> np.ndarray:
         """Query predictions of the episodes of a dataset, pooled."""
         output = self.predict_proba(X)
-        return output if self.to_label is None else self.to_label(output)
+        return output if self.classes is None else self.classes[output.argmax(1)]
 
 
 def _raised_by_callback(error: KeyboardInterrupt) -> bool:

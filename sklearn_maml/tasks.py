@@ -436,6 +436,8 @@ def _labels(y: Any, estimator: Any) -> np.ndarray:
         from sklearn.utils import column_or_1d
 
         y = column_or_1d(y, warn=True)
+    if y.dtype.kind == "O" and _is_missing(y):
+        raise ValueError("y contains missing labels (NaN or None). Drop those rows.")
     y = _check_y(y, multi_output=False, estimator=estimator)
     check_classification_targets(y)
     return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
 __all__ = ["SGD", "MetaSGD", "UpdateRule", "resolve_update_rule"]
@@ -215,8 +215,9 @@ UPDATE_RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "meta-sgd": MetaSGD}
 def resolve_update_rule(value: Any, options: dict[str, Any]) -> UpdateRule:
     """Return the rule that `update_rule` names, built with ``update_rule__*`` options."""
     if isinstance(value, UpdateRule):
-        value.check()
-        return value
+        rule = clone(value).set_params(**options)
+        rule.check()
+        return rule
     if isinstance(value, str) and value in UPDATE_RULES:
         try:
             rule = UPDATE_RULES[value](**options)

@@ -596,6 +596,15 @@ def test_streams_differ_by_seed_and_draws_by_update():
     assert len({number for _, number in [*first, *second]}) == 40
 
 
+def test_items_may_come_in_any_order():
+    """As from a data loader that shuffles."""
+    stream = make_stream(5, 4)
+    in_order = stream.__getitems__(list(range(20)))[0]
+    items = np.random.default_rng(0).permutation(20)
+    shuffled = [task for k in range(5) for task in stream.__getitems__(list(items[4 * k :][:4]))[0]]
+    assert shuffled == [in_order[item] for item in items]
+
+
 def test_an_epoch_of_the_stream_is_its_number_of_updates():
     stream = make_stream(10, 4)
     assert len(stream) == 4 * UPDATES_PER_EPOCH
