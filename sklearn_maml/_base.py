@@ -59,6 +59,7 @@ from sklearn_maml.tasks import (
     concatenate_rows,
     encode_ids,
     is_task_distribution,
+    n_axes,
     split_task_column,
     validate_rows,
 )
@@ -638,7 +639,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
         shape_like: Callable[[np.ndarray], Any] = _as_is
-        if isinstance(X, (list, tuple)) and len(X) and getattr(X[0], "ndim", 0) >= 2:
+        if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
             lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             cuts = np.cumsum(lengths)[:-1]

@@ -64,6 +64,8 @@ def adapt(
     >>> adapted.predict(X[10:20]).shape
     (10,)
     """
+    if isinstance(estimator, _FewShot) and not hasattr(estimator, "model_"):
+        estimator = _with_rates(estimator.prior, estimator.alpha, estimator.steps)
     estimator = find_prior(estimator)
     if isinstance(estimator, Pipeline):
         check_is_fitted(estimator)
@@ -157,6 +159,22 @@ class _FewShot(BaseEstimator):
         """
         check_is_fitted(self)
         return self.model_.predict(X)
+
+    def set_params(self, **params: Any) -> Any:
+        """Set parameters of this estimator.
+
+        Parameters
+        ----------
+        **params : dict
+            Parameter names and values. ``prior__*`` go to a copy of the prior, which is shared.
+
+        Returns
+        -------
+        self : object
+        """
+        if "prior" not in params and any(name.startswith("prior__") for name in params):
+            self.prior = copy.deepcopy(self.prior)
+        return super().set_params(**params)
 
     def __sklearn_clone__(self) -> Any:
         # the prior is shared: cloning it would un-fit it

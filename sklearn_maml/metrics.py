@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -220,31 +221,46 @@ def _score_tasks(
 
 def _apply(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) -> float:
     """Apply a scorer to the query rows in `mask`, as if one estimator had predicted them all."""
-    rows = scored.rows[mask]
-    stand_in = _Predictor(maml, state, scored.codes[mask])
-    score: float = scorer(stand_in, maml._reshape(scored.tasks.X[rows]), scored.tasks.y[rows])
+    rows, codes = scored.rows[mask], scored.codes[mask]
+    X, y = maml._reshape(scored.tasks.X[rows]), scored.tasks.y[rows]
+    local = state.slots is not None and (state.slots != state.slots[codes[0]])[codes].any()
+    if local:
+        # labels that mean something inside their task only are scored by their rank in it
+        y = (state.labels[state.slots[codes]] == y[:, None]).argmax(1)
+    score: float = scorer(_Predictor(maml, state, codes, local), X, y)
     return score
 
 
 class _Predictor:
-    """Stands for the adapted tasks before a scorer: predicts each row by its own task."""
+    """Stands for the adapted tasks before a scorer: predicts each row by its own task.
 
-    def __init__(self, maml: Any, state: Any, codes: np.ndarray) -> None:
+    With `local`, classes are ranks among the labels of a task, as its outputs are.
+    """
+
+    def __init__(self, maml: Any, state: Any, codes: np.ndarray, local: bool) -> None:
         self._maml = maml
-        self._state = state
         self._codes = codes
-        self._estimator_type = "classifier" if is_classifier(maml) else "regressor"
         if is_classifier(maml):
-            self.classes_ = maml.classes_ if state.labels is None else state.labels
+            self.classes_ = maml.classes_
+            if state.slots is not None:
+                slots = state.slots[codes]
+                n_classes = int((slots >= 0).any(0).sum())
+                self.classes_ = np.arange(n_classes)
+                if not local:
+                    self.classes_ = state.labels[slots[0, :n_classes]]
+                # each task's outputs as columns of their own, whatever the labels are called
+                ranks = np.where(state.slots >= 0, np.arange(state.slots.shape[1]), -1)
+                state = dataclasses.replace(state, labels=self.classes_, slots=ranks)
             self.predict_proba = self._predict_proba
             self.decision_function = self._decision_function
+        self._state = state
 
     def fit(self, X: Any, y: Any = None) -> _Predictor:
         """Do nothing: scikit-learn's scorers ask for a `fit`."""
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:
-        """Predictions of each row under the parameters of its task."""
+        """Predict each row with the parameters of its task."""
         predicted: np.ndarray = self._maml._decide(self._state, X, self._codes)
         return predicted
 

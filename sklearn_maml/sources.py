@@ -108,7 +108,9 @@ class DistributionSource:
 
 def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
     """Collect (X, y) tasks of equal shapes without full validation; None if that is not safe."""
-    if len(drawn[0]) != 2 or like.y.dtype.kind not in "fiu":
+    if like.y.dtype.kind not in "fiu" or any(len(task) != 2 for task in drawn):
+        return None
+    if len({(np.shape(X), np.shape(y)) for X, y in drawn}) > 1:
         return None
     X, y = (np.array([task[part] for task in drawn]) for part in (0, 1))
     if X.dtype != like.X.dtype or X.shape[2:] != like.X.shape[1:] or y.dtype != like.y.dtype:

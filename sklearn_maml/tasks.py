@@ -21,6 +21,7 @@ __all__ = [
     "collect_tasks",
     "concatenate_rows",
     "is_task_distribution",
+    "n_axes",
     "split_task_column",
 ]
 
@@ -143,6 +144,13 @@ def is_task_stack(X: Any, y: Any) -> bool:
     if shape_y is None:
         shape_y = np.shape(y) if y is not None else ()
     return y is None or (len(shape_y) >= 2 and tuple(shape_y[:2]) == tuple(shape_X[:2]))
+
+
+def n_axes(X: Any) -> int:
+    """Count the axes of an array or of a nested list, judged by its first items."""
+    if hasattr(X, "shape"):
+        return len(X.shape)
+    return 1 + n_axes(X[0]) if isinstance(X, (list, tuple)) and len(X) else 0
 
 
 def is_frame(X: Any) -> bool:
@@ -367,6 +375,8 @@ def collect_tasks(
     spelling = "single"
     if isinstance(X, (list, tuple)) and y is None and len(X) == 0:
         raise ValueError("Got no tasks: the list of tasks is empty. Give at least one task.")
+    if y is not None and isinstance(X, (list, tuple)) and n_axes(X) >= 3:
+        X, y = np.asarray(X), np.asarray(y)  # a stack of tasks, spelt as lists
     X_seen = X
     if is_task_list(X, y):
         _refuse_two_spellings("a list of tasks", groups)
