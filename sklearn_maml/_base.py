@@ -299,6 +299,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
         net.patience = self.n_iter_no_change if stops else None
         net.train_split = ValidateOn(source.validation)
+        self._fit_settings = self._settings()
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
         self._fingerprints = source.fingerprints
@@ -427,6 +428,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         rule = resolve_update_rule(self.update_rule, {})
         self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
         self.module_ = module
+        self._fit_settings = self._settings()
         self._rung = "auto"
         self._adapt_to(tasks, sample_weight)
         return self
@@ -536,6 +538,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
                 "row for predictions of the initialisation."
             )
+        self._check_unchanged()
         tasks = self._read_tasks(X, y, groups)
         if tasks.in_query is not None:
             raise ValueError(
@@ -545,6 +548,20 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         sample_weight = self._support_weights(sample_weight, tasks)
         self._adapt_to(tasks, sample_weight)
         return self
+
+    def _settings(self) -> dict[str, Any]:
+        """Parameters that what was meta-learned depends on."""
+        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        return {"update_rule": type(rule), "adapted": self.adapted, "n_ways": self._n_ways()}
+
+    def _check_unchanged(self) -> None:
+        for name, value in self._settings().items():
+            if value != self._fit_settings[name]:
+                raise ValueError(
+                    f"{name} was changed after fit to {getattr(self, name)!r}; what was "
+                    "meta-learned is for another value. Call fit again (alpha, steps and "
+                    "adapt_steps may be changed)."
+                )
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
         if sample_weight is None:
@@ -640,6 +657,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         check_is_fitted(self)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
+            if groups is not None:
+                raise ValueError(
+                    "Got a list of query sets and groups: the tasks are given twice. Leave one of "
+                    "the two out."
+                )
             lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             cuts = np.cumsum(lengths)[:-1]
@@ -779,6 +801,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         rng = np.random.default_rng(check_random_state(seed).randint(2**31 - 1))
         if is_task_distribution(X):
             X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
+        self._check_unchanged()
         tasks = self._read_tasks(X, y, groups)
         self._warn_if_seen(tasks)
         n_shots = self.n_shots if n_shots is None else n_shots

@@ -266,7 +266,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
 
         Each task is split into a support set of `n_shots` rows (10 or half of the smallest task
         if None) and the query rows it is scored on. After ``adapt(X_support, y_support)`` for one
-        task, a call without task information scores the predictions of that task.
+        task, a call without task information scores the predictions of that task; before, it
+        takes all rows for one new task.
 
         Parameters
         ----------
@@ -625,7 +626,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Each task is split into a support set of `n_shots` rows of each class (half of them if
         None) and the query rows it is scored on. With `n_ways`, episodes of that many classes are
         drawn, at least 100 in all. After ``adapt(X_support, y_support)`` for one task, a call
-        without task information scores the predictions of that task.
+        without task information scores the predictions of that task; before, it takes all rows
+        for one new task.
 
         Parameters
         ----------

@@ -45,7 +45,8 @@ def task_scorer(
     -------
     scorer : callable (estimator, X, y=None, groups=None) -> float
         For `scoring` in scikit-learn's tools. It requests `groups`, so it works with metadata
-        routing, and with a task column or lists of tasks without.
+        routing, and with a task column or lists of tasks without. scikit-learn's ScoringMonitor
+        takes it in a dict only: ``ScoringMonitor(scoring={"r2": task_scorer("r2")})``.
 
     Examples
     --------

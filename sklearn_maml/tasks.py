@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import zlib
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -97,9 +98,11 @@ class TaskCollection:
         )
 
     def fingerprints(self) -> dict[Hashable, int]:
-        """Hash of the rows of each named task, to tell its own rows from new rows of it."""
+        """Checksum of the rows of each named task, to tell its own rows from new rows of it."""
         return {
-            task_id: hash(np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes())
+            task_id: zlib.crc32(
+                np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
+            )
             for j, task_id in enumerate(self.ids.tolist())
         }
 
