@@ -350,6 +350,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             for name, value in self._extra_params().items()
             if name.split("__")[0] in forwarded
         }
+        if "batch_size" in self._prefixed("iterator_valid"):
+            raise ValueError(
+                "iterator_valid__batch_size cannot be chosen: an item of the validation set is a "
+                "batch of episodes already. Leave it out."
+            )
         settings = {
             "iterator_train__collate_fn": use_batch,
             "iterator_valid__collate_fn": use_batch,
@@ -403,6 +408,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:
             return OPTIMIZERS[self.optimizer]
         if isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer):
+            if issubclass(self.optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    "optimizer=LBFGS evaluates its closure several times an update, on one "
+                    "meta-batch. Use a stochastic optimiser such as 'adam'."
+                )
             return self.optimizer
         raise ValueError(
             f"optimizer={self.optimizer!r} is not known. Expected one of {sorted(OPTIMIZERS)} or a "

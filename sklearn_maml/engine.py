@@ -135,8 +135,18 @@ def _leaf_modules(module: nn.Module) -> Iterable[nn.Module]:
     return (m for m in module.modules() if next(m.children(), None) is None)
 
 
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations make a layer do something else than its class does."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+        for m in module.modules()
+    )
+
+
 def is_row_wise(module: nn.Module) -> bool:
     """Whether each row's output is known to depend on that row alone."""
+    if _is_altered(module):
+        return False
     # exact container types: a subclass may do anything in its forward
     containers = (m for m in module.modules() if next(m.children(), None) is not None)
     return all(type(m) is nn.Sequential for m in containers) and all(
@@ -152,9 +162,8 @@ def has_dropout(module: nn.Module) -> bool:
 def _is_stackable(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential and type(module) is not nn.Linear:
         return False
-    for m in module.modules():
-        if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"):
-            return False
+    if _is_altered(module):
+        return False
     if len({id(p) for p in module.parameters()}) < len(
         list(module.named_parameters(remove_duplicate=False))
     ):
@@ -269,7 +278,7 @@ class Engine:
         self.rung = rung
         if rung == "stacked":
             self._forward = _stacked_forward(self.module)
-        # frozen parameters are not among the meta-parameters; forward passes take them from here
+        # frozen parameters need not be among the meta-parameters
         self._frozen = {
             name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad
         }
@@ -442,7 +451,7 @@ class Engine:
             if "scaled_dot_product" in str(error) and not self._attends:
                 self._attends = True  # the kernel it chose has no second derivative
                 return self._by_shape(batch, run, join)
-            if rung != "vmap" or isinstance(error, torch.OutOfMemoryError):
+            if rung != "vmap" or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             result = run(batch, "loop")  # an error of the module itself is raised here
             self._fall_back(error)

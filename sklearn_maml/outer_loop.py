@@ -53,8 +53,8 @@ class MetaLearner(nn.Module):
         self.rule = nn.ParameterDict({rate_key(n): nn.Parameter(r) for n, r in rates.items()})
 
     def meta_params(self) -> dict[str, Tensor]:
-        """Trainable meta-parameters by name: ``module.*`` and ``rule.*``."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """Return the meta-parameters by name, ``module.*`` and ``rule.*``, frozen ones too."""
+        return {name: p.detach() for name, p in self.named_parameters()}
 
 
 class TaskStream(torch.utils.data.Dataset):
@@ -260,7 +260,7 @@ class MetaNet(NeuralNet):
         self._decay_rate()
         for name, p in self.module_.named_parameters():
             # the optimiser leaves parameters without a gradient, and their state, as they are
-            p.grad = step.grads[name] if finite and name in step.grads else None
+            p.grad = step.grads[name] if finite and p.requires_grad else None
         self.history.record_batch("non_finite", int(not finite))
         self.update_ += 1
         if not finite:
