@@ -12,6 +12,8 @@ SHELL := /bin/bash
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Threads that wait must not spin: on a busy machine that takes many times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Workers share the cores: torch threads on top of them only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=10
 

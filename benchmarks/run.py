@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
-from sklearn_maml.outer_loop import MetaNet, TaskStream, use_batch
+from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, MetaNet, TaskStream, use_batch
 
 # name: layer sizes, tasks, support rows, query rows, inner steps, alpha, whether classification
 WORKLOADS = {
@@ -154,7 +154,7 @@ class LibraryStep:
 
     def step(self, i: int) -> float:
         """Make one meta-update."""
-        if self._since == self.net.updates_per_epoch:
+        if self._since == UPDATES_PER_EPOCH:
             self._begin_epoch()
         self._since += 1
         self.net.history.new_batch()
@@ -223,11 +223,12 @@ def cpu_time(function: Callable[[int], Any], n: int) -> float:
     return (time.process_time() - start) / n
 
 
-def take_turns(functions: list[Callable[[int], Any]], seconds: float) -> list[list[float]]:
+def take_turns(
+    functions: list[Callable[[int], Any]], seconds: float, turns: int = 7
+) -> list[list[float]]:
     """Time functions in turns for about so many seconds; returns the times of each."""
-    turns = 7
     counts = [
-        max(1, int(seconds / turns / len(functions) / max(cpu_time(f, 2), 1e-6))) for f in functions
+        max(1, int(seconds / turns / len(functions) / max(cpu_time(f, 1), 1e-6))) for f in functions
     ]
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(turns):
@@ -243,9 +244,7 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 def meta_steps(seconds: float) -> None:
     """Part 1."""
     print("\nA meta-step, as `fit` runs it, against a plain loop over tasks (both with Adam)")
-    print(
-        f"{'':8s}{'library':>12s}{'plain loop':>13s}{'speed-up':>11s}{'gradients differ by':>22s}"
-    )
+    print(f"{'':8s}{'library':>12s}{'plain loop':>13s}{'speed-up':>11s}{'gradients differ':>20s}")
     for name, (sizes, _, _, _, steps, alpha, classification) in WORKLOADS.items():
         batches = [make_batch(name, seed) for seed in range(4)]
         ours = LibraryStep(
@@ -287,7 +286,7 @@ def many_tasks(seconds: float) -> None:
         )
 
     difference = np.abs(batched(0) - one_by_one(0)).max() / y.std()
-    a, b = take_turns([batched, one_by_one], seconds)
+    a, b = take_turns([batched, one_by_one], seconds, turns=3)
     print(
         f"\nAdapting to {n_tasks} tasks of {n_support} rows and predicting {n_query} rows of each"
     )
@@ -368,7 +367,7 @@ def peers(folder: Path | None) -> None:
         return
     here = str(Path(__file__).resolve().parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    print(f"\nOther libraries: ratios to {' and '.join(installed)}", flush=True)
+    print("\nOther libraries: ratios to jax and learn2learn (l2l), as far as installed", flush=True)
     subprocess.run(
         [
             *(sys.executable, str(folder / "bench.py"), "--extra", "peers_ours", "--rounds", "5"),

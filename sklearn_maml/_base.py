@@ -21,7 +21,12 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor, nn
 
-from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, CallbackSupportMixin, with_callbacks
+from sklearn_maml._compat import (
+    HAS_SKLEARN_CALLBACKS,
+    CallbackSupportMixin,
+    inside_cross_validation,
+    with_callbacks,
+)
 from sklearn_maml._validation import (
     PrefixedParamsMixin,
     check_keywords,
@@ -42,9 +47,11 @@ from sklearn_maml.engine import (
 from sklearn_maml.episodes import (
     EpisodeSampler,
     check_splittable,
+    large_enough,
     pad_rows,
 )
 from sklearn_maml.exceptions import (
+    CutTaskWarning,
     NotAdaptedError,
     SeenTaskWarning,
     SingleTaskWarning,
@@ -59,6 +66,7 @@ from sklearn_maml.tasks import (
     concatenate_rows,
     encode_ids,
     is_task_distribution,
+    is_task_list,
     n_axes,
     split_task_column,
     validate_rows,
@@ -120,6 +128,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _learner: Any
     _fingerprints: dict[Hashable, int]
     _rung: str
+    _score_seed: int
     _prefixes = (
         "module",
         "optimizer",
@@ -199,9 +208,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         """
         self._validate_params()
         self._check_parameter_names()
-        random_state = check_random_state(self.random_state)
-        seed = int(random_state.randint(2**31 - 1))
         continued = bool(self.warm_start) and hasattr(self, "net_")
+        if continued:  # the same tasks are held out; episodes follow the count of updates
+            seed = self._score_seed
+        else:
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
             if y is not None or groups is not None:
@@ -239,13 +250,36 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if reset:
             self.feature_shape_ = tasks.X.shape[1:]
             self._dtype = tasks.X.dtype
+            self._flat = self.module is None  # the default network takes flat rows
         else:
             self._check_features(tasks.X)
         return tasks
 
+    def _without_cut_tasks(self, tasks: TaskCollection, n_shots: int | None) -> TaskCollection:
+        """Leave out tasks that a tool of scikit-learn has cut down to too few rows.
+
+        `learning_curve` and successive halving draw rows, not tasks. Outside of such tools a task
+        that is too small is an error.
+        """
+        if not tasks.named or not inside_cross_validation():
+            return tasks
+        large = large_enough(tasks, n_shots, self._n_ways(), self._classification)
+        if large.all() or not large.any():
+            return tasks
+        warnings.warn(
+            f"{(~large).sum()} of {tasks.n_tasks} tasks have too few rows left for a support and a "
+            "query set and are left out here. Tools that subsample rows (learning_curve, "
+            "HalvingGridSearchCV with resource='n_samples') cut tasks; give a list of tasks, or "
+            "resource='max_iter', to keep them whole.",
+            CutTaskWarning,
+            stacklevel=2,
+        )
+        return tasks.select(np.flatnonzero(large))
+
     def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
-        if tasks.spelling == "single" and getattr(self, "n_ways", None) is None:
+        tasks = self._without_cut_tasks(tasks, self.n_shots)
+        if tasks.spelling == "single" and self._n_ways() is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
                 f"{len(tasks.X)} rows as one task. If the rows belong to several tasks, pass "
@@ -269,6 +303,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
 
         if continued:
+            self._check_unchanged(everything=True)
             learner = copy.deepcopy(self._learner)
             net = self._make_net(learner)
             net.continue_from(self.net_)
@@ -293,7 +328,10 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         # a scheduler that the user passed decides alone
-        scheduled = any(isinstance(c, LRScheduler) for _, c in net._uniquely_named_callbacks())
+        scheduled = any(
+            issubclass(c if isinstance(c, type) else type(c), LRScheduler)
+            for _, c in net._uniquely_named_callbacks()
+        )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
@@ -507,7 +545,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _reshape(self, X: Any) -> Any:
         """Rows as the module takes them: the default network takes flat rows."""
-        return X.reshape(len(X), -1) if self.module is None and X.ndim > 2 else X
+        return X.reshape(len(X), -1) if self._flat and X.ndim > 2 else X
 
     # -- adapt -----------------------------------------------------------------------------------
 
@@ -562,15 +600,25 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _settings(self) -> dict[str, Any]:
         """Parameters that what was meta-learned depends on."""
         rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
-        return {"update_rule": type(rule), "adapted": self.adapted, "n_ways": self._n_ways()}
+        return {
+            "update_rule": type(rule),
+            "adapted": self.adapted,
+            "n_ways": self._n_ways(),
+            "hidden_layer_sizes": str(self.hidden_layer_sizes),
+            "activation": self.activation,
+            "module": self.module if isinstance(self.module, type) else type(self.module),
+            "module__*": str(sorted(self._prefixed("module").items())),
+        }
 
-    def _check_unchanged(self) -> None:
-        for name, value in self._settings().items():
-            if value != self._fit_settings[name]:
+    def _check_unchanged(self, everything: bool = False) -> None:
+        """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
+        now = self._settings()
+        for name in now if everything else ("update_rule", "adapted", "n_ways"):
+            if now[name] != self._fit_settings[name]:
                 raise ValueError(
-                    f"{name} was changed after fit to {getattr(self, name)!r}; what was "
-                    "meta-learned is for another value. Call fit again (alpha, steps and "
-                    "adapt_steps may be changed)."
+                    f"{name} was changed after fit; what was meta-learned is for another value. "
+                    "Set it back, or fit anew with warm_start=False. Only alpha, steps and "
+                    "adapt_steps may be changed."
                 )
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
@@ -666,6 +714,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
         shape_like: Callable[[np.ndarray], Any] = _as_is
+        name = "groups"
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
             if groups is not None:
                 raise ValueError(
@@ -674,6 +723,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 )
             lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
+            name = "a list of query sets (task ids 0, 1, ...)"
             cuts = np.cumsum(lengths)[:-1]
             X = concatenate_rows(X)
             shape_like = _Split(cuts)
@@ -685,7 +735,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             X = np.asarray(X).reshape(-1, *X.shape[2:])
             shape_like = _Stack(n_tasks, n_rows)
         X_seen = X
-        name = "groups"
         if self.task_column is not None:
             if groups is not None and shape_like is _as_is:
                 raise ValueError(
@@ -726,9 +775,10 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         ids, codes = encode_ids(groups, n_rows, name)
         if state.ids is None:
             raise ValueError(
-                "predict got groups, but the estimator was adapted to one task without an id. "
-                "Leave groups out, or call adapt(X_support, y_support, groups=...). To score new "
-                "tasks, use score(X, y, groups=...) or sklearn_maml.task_scorer."
+                f"predict got {name}, but the estimator was adapted to one task without an id. "
+                "Give the rows of that task alone, or call adapt(X_support, y_support, "
+                "groups=...). To score new tasks, use score(X, y, groups=...) or "
+                "sklearn_maml.task_scorer."
             )
         position = {task: j for j, task in enumerate(state.ids.tolist())}
         unknown = [task for task in ids.tolist() if task not in position]
@@ -781,16 +831,16 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     # -- score -----------------------------------------------------------------------------------
 
-    def _has_task_information(self, X: Any, groups: Any) -> bool:
+    def _has_task_information(self, X: Any, y: Any, groups: Any) -> bool:
         """Whether a call of `score` names tasks, rather than rows of the adapted task."""
         state = self.__dict__.get("_state")
         adapted_to_one = state is not None and state.ids is None
         return not adapted_to_one or (
             groups is not None
             or self.task_column is not None
-            or isinstance(X, (list, tuple))
+            or is_task_list(X, y)
             or is_task_distribution(X)
-            or (getattr(X, "ndim", 0) == len(self.feature_shape_) + 2)
+            or n_axes(X) == len(self.feature_shape_) + 2
         )
 
     def _split_and_adapt(
@@ -815,6 +865,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         tasks = self._read_tasks(X, y, groups)
         self._warn_if_seen(tasks)
         n_shots = self.n_shots if n_shots is None else n_shots
+        tasks = self._without_cut_tasks(tasks, n_shots)
         if n_shots is None and not self._classification:
             n_shots = max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
         n_ways = self._n_ways()
@@ -827,6 +878,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
         which = np.repeat(np.arange(tasks.n_tasks), n_repeats)
         split = sampler.split(which, rng)
+        if n_ways is not None and tasks.in_query is not None:
+            _check_query_labels(tasks)
         support = TaskCollection(
             tasks.X[split.support],
             tasks.y[split.support],
@@ -860,7 +913,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
         check_is_fitted(self)
-        if not self._has_task_information(X, groups):
+        if not self._has_task_information(X, y, groups):
             return float(metric(y, self.predict(X), sample_weight=sample_weight))
         scored = self._split_and_adapt(X, y, groups)
         rows = scored.rows
@@ -932,6 +985,11 @@ def find_prior(estimator: Any) -> Any:
 def transform_rows(pipeline: Pipeline, X: Any) -> Any:
     """Rows as the last step of a fitted pipeline sees them; lists of tasks stay lists."""
     check_is_fitted(pipeline)
+    if is_task_list(X, None):
+        return [
+            tuple(part if k % 2 else transform_rows(pipeline, part) for k, part in enumerate(task))
+            for task in X
+        ]
     for _, step in pipeline.steps[:-1]:
         if step is not None and step != "passthrough":
             X = step.transform(X)
@@ -960,6 +1018,20 @@ class _Stack:
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         return values.reshape(*self.shape, *values.shape[1:])
+
+
+def _check_query_labels(tasks: TaskCollection) -> None:
+    """Refuse given episodes with query classes that the support set lacks."""
+    assert tasks.in_query is not None
+    for j in range(tasks.n_tasks):
+        rows = tasks.rows(j)
+        query = tasks.in_query[rows]
+        missing = np.setdiff1d(tasks.y[rows[query]], tasks.y[rows[~query]])
+        if len(missing):
+            raise ValueError(
+                f"Task {j} has query rows of the classes {missing[:5].tolist()}, which its support "
+                "set lacks, so no prediction of them can be right. Leave these rows out."
+            )
 
 
 def _n_rows(X: Any) -> int:

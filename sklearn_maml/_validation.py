@@ -53,7 +53,7 @@ class PrefixedParamsMixin:
     """Parameters such as ``module__x`` and ``optimizer__x`` beside those of the signature.
 
     They are stored as attributes, appear in `get_params` and can be searched. Unknown names given
-    to the constructor are kept and reported by `check_parameter_names` (called by `fit`), because
+    to the constructor are kept and reported by `_check_parameter_names` (called by `fit`), because
     a constructor must not raise.
     """
 
@@ -125,6 +125,9 @@ class PrefixedParamsMixin:
                     f"{did_you_mean(name, known)} Valid parameters are: {sorted(known)}."
                 )
         super().set_params(**params)  # type: ignore[misc]
+        for name in params:
+            if "__" in name:
+                vars(self).pop(name, None)  # the contained object holds it now
         vars(self).update(own)
         return self
 

@@ -150,7 +150,8 @@ def is_row_wise(module: nn.Module) -> bool:
     # exact container types: a subclass may do anything in its forward
     containers = (m for m in module.modules() if next(m.children(), None) is not None)
     return all(type(m) is nn.Sequential for m in containers) and all(
-        type(m) in ROW_WISE for m in _leaf_modules(module)
+        type(m) in ROW_WISE and not getattr(m, "track_running_stats", False)
+        for m in _leaf_modules(module)
     )
 
 
@@ -390,7 +391,15 @@ class Engine:
                 for name in parts[0]
             }
 
-        params = self._by_shape(support, run, join)
+        try:
+            params = self._by_shape(support, run, join)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "Batch norm needs at least 2 values of each channel, and a support set has one "
+                "row. Give more support rows, or use LayerNorm or GroupNorm in the module."
+            ) from error
         adapted = Adapted(params, shared, {})
         if self._norms:
             adapted.statistics = self._support_statistics(adapted, support)

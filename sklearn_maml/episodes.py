@@ -23,6 +23,7 @@ __all__ = [
     "check_splittable",
     "draw_fixed",
     "hold_out",
+    "large_enough",
     "name_of",
     "pad_rows",
 ]
@@ -30,6 +31,8 @@ __all__ = [
 # With n_shots=None the support size varies from episode to episode, so that one model serves
 # small and large support sets; see docs/defaults.md for the measurement behind the range.
 SUPPORT_RANGE = (5, 20)
+# query rows of a task in validation, at most, and of each class of one
+VALIDATION_QUERIES, VALIDATION_QUERIES_OF_CLASS = 100, 10
 # episodes of a validation, as far as the number of held-out tasks allows
 VALIDATION_EPISODES = 100
 
@@ -131,8 +134,9 @@ def pad_rows(
     ragged = bool((counts < width).any())
     if ragged:
         filled = np.arange(width) < counts[:, None]
-        index = np.zeros((n_tasks, width), dtype=np.intp)
-        index[filled] = rows  # padding repeats row 0 with weight 0
+        # padding repeats the first row of the task, with weight 0
+        index = np.repeat(rows[np.cumsum(counts) - counts][:, None], width, axis=1)
+        index[filled] = rows
     else:
         index = rows.reshape(n_tasks, width)
     weight = None
@@ -291,7 +295,8 @@ class EpisodeSampler:
             n_support = np.full(len(size), self.n_shots)
         elif self.classification:
             # a single row of a class goes to either set, so that neither set lacks rows
-            n_support = np.where(size > 1, size // 2, rng.integers(0, 2, len(size)))
+            half = np.minimum(size // 2, SUPPORT_RANGE[1])
+            n_support = np.where(size > 1, half, rng.integers(0, 2, len(size)))
             total = np.bincount(episode, weights=n_support)
             rows = np.bincount(episode, weights=size)
             first = np.flatnonzero(np.diff(episode, prepend=-1))
@@ -394,6 +399,27 @@ def draw_fixed(sampler: EpisodeSampler, seed: int) -> list[EpisodeBatch]:
 def name_of(tasks: TaskCollection, j: int) -> str:
     """Return words that name a task in a message; none where there is only one."""
     return "" if tasks.spelling == "single" else f" of task {tasks.ids[j : j + 1].tolist()[0]!r}"
+
+
+def large_enough(
+    tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
+) -> np.ndarray:
+    """Tell which tasks can give a support set of the asked size and a query row."""
+    if tasks.in_query is not None:
+        return np.ones(tasks.n_tasks, dtype=bool)
+    need = 2 if n_shots is None else n_shots + 1
+    if not classification:
+        return tasks.sizes >= need
+    large = tasks.sizes >= 2
+    if n_shots is None and n_ways is None:
+        return large
+    _, labels = np.unique(tasks.y, return_inverse=True)
+    n_labels = int(labels.max()) + 1
+    cells, counts = np.unique(tasks.codes * n_labels + labels.reshape(-1), return_counts=True)
+    task = cells // n_labels
+    small = np.bincount(task, weights=counts < need, minlength=tasks.n_tasks) > 0
+    few = np.bincount(task, minlength=tasks.n_tasks) < (1 if n_ways is None else 2)
+    return large & ~small & ~few
 
 
 def check_splittable(

@@ -64,7 +64,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     n_shots : int, default=None
         Support rows of a task in meta-training and in `score`. None varies the number from update
         to update, log-uniformly from 5 to 20 (at most half of the rows), so that one model serves
-        small and large support sets.
+        small and large support sets. To search over it, score with ``task_scorer(..., n_shots=K)``:
+        `score` splits by the value of each candidate.
     n_queries : int, default=10
         Query rows of a task in meta-training; None takes all that are left.
     meta_batch_size : int, default=25
@@ -153,7 +154,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise with the statistics of the support set while adapting and when
-    predicting, so predictions do not depend on which rows are predicted together.
+    predicting, so predictions do not depend on which rows are predicted together. In meta-training
+    the query rows are normalised with statistics of their own, so where support sets are small
+    `torch.nn.LayerNorm` and `torch.nn.GroupNorm` are better choices.
 
     References
     ----------
@@ -312,6 +315,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         values = self._outputs(state, rows, codes) * self.y_scale_ + self.y_mean_
+        values = values.astype(self._dtype, copy=False)
         return values[:, 0] if self._y_is_1d else values
 
     def __sklearn_tags__(self) -> Any:
@@ -367,7 +371,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         whole pool of classes when there is no task information, and assigns them to the outputs
         at random.
     n_shots : int, default=None
-        Support rows of each class in meta-training and in `score`. None takes half of the rows.
+        Support rows of each class in meta-training and in `score`. None takes half of the rows, at
+        most 20. To search over it, score with ``task_scorer(..., n_shots=K)``: `score` splits by
+        the value of each candidate.
     n_queries : int, default=10
         Query rows of each class in meta-training; None takes all that are left.
     meta_batch_size : int, default=25
@@ -452,7 +458,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise with the statistics of the support set while adapting and when
-    predicting, so predictions do not depend on which rows are predicted together.
+    predicting, so predictions do not depend on which rows are predicted together. In meta-training
+    the query rows are normalised with statistics of their own, so where support sets are small
+    `torch.nn.LayerNorm` and `torch.nn.GroupNorm` are better choices.
 
     References
     ----------

@@ -6,6 +6,7 @@ Every exception also inherits from the scikit-learn or built-in class a caller w
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 __all__ = [
+    "CutTaskWarning",
     "EngineFallbackWarning",
     "InterruptedFitWarning",
     "MetaTrainingError",
@@ -26,6 +27,10 @@ class MetaTrainingError(ArithmeticError, ValueError):
 
 class SingleTaskWarning(UserWarning):
     """Issued when `fit` saw no task information and treated all rows as one task."""
+
+
+class CutTaskWarning(UserWarning):
+    """Issued when tasks are left out because a tool of scikit-learn drew too few of their rows."""
 
 
 class SeenTaskWarning(UserWarning):

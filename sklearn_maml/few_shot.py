@@ -126,6 +126,14 @@ class _FewShot(BaseEstimator):
             model = self._fit_without_prior(X, y, sample_weight)
         else:
             prior = _with_rates(self.prior, self.alpha, self.steps)
+            held = find_prior(prior)
+            while isinstance(held, Pipeline):
+                held = find_prior(held.steps[-1][1])
+            if not isinstance(held, self._prior_class):
+                raise TypeError(
+                    f"The prior of a {type(self).__name__} must hold a "
+                    f"{self._prior_class.__name__}; got a {type(held).__name__}."
+                )
             model = adapt(prior, X, y, sample_weight=sample_weight)
         self.model_ = model
         self.n_features_in_ = model.n_features_in_

@@ -228,7 +228,8 @@ def _apply(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) ->
     if local:
         # labels that mean something inside their task only are scored by their rank in it
         y = (state.labels[state.slots[codes]] == y[:, None]).argmax(1)
-    score: float = scorer(_Predictor(maml, state, codes, local), X, y)
+    kind = _ClassPredictor if is_classifier(maml) else _Predictor
+    score: float = scorer(kind(maml, state, codes, local), X, y)
     return score
 
 
@@ -252,8 +253,6 @@ class _Predictor:
                 # each task's outputs as columns of their own, whatever the labels are called
                 ranks = np.where(state.slots >= 0, np.arange(state.slots.shape[1]), -1)
                 state = dataclasses.replace(state, labels=self.classes_, slots=ranks)
-            self.predict_proba = self._predict_proba
-            self.decision_function = self._decision_function
         self._state = state
 
     def fit(self, X: Any, y: Any = None) -> _Predictor:
@@ -265,16 +264,22 @@ class _Predictor:
         predicted: np.ndarray = self._maml._decide(self._state, X, self._codes)
         return predicted
 
-    def _predict_proba(self, X: np.ndarray) -> np.ndarray:
-        p: np.ndarray = self._maml._probabilities(self._state, X, self._codes)
-        return p
-
-    def _decision_function(self, X: np.ndarray) -> np.ndarray:
-        scores: np.ndarray = self._maml._decision(self._state, X, self._codes)
-        return scores
-
     def __sklearn_tags__(self) -> Any:
         return self._maml.__sklearn_tags__()
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
+
+
+class _ClassPredictor(_Predictor):
+    """Stands for adapted classifiers; scikit-learn's scorers go by the names of its methods."""
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return class probabilities of each row under the parameters of its task."""
+        p: np.ndarray = self._maml._probabilities(self._state, X, self._codes)
+        return p
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Return logits of each row under the parameters of its task."""
+        scores: np.ndarray = self._maml._decision(self._state, X, self._codes)
+        return scores

@@ -101,11 +101,13 @@ class TaskStream(torch.utils.data.Dataset):
     def __getitems__(self, items: list[int]) -> EpisodeBatch:
         start = self.first_update * self.batch_size
         positions = start + np.asarray(items)
+        rng = np.random.default_rng((self.seed, 1, int(positions[0])))
+        if self.n_tasks == 1:  # a pool or a distribution: nothing to shuffle
+            return self.draw(np.zeros(len(positions), dtype=np.intp), rng)
         number, place = np.divmod(positions, self.n_tasks)
         which = np.empty(len(positions), dtype=np.intp)
         for k in np.unique(number).tolist():
             which[number == k] = self._pass(k)[place[number == k]]
-        rng = np.random.default_rng((self.seed, 1, int(positions[0])))
         return self.draw(which, rng)
 
     def __getitem__(self, item: int) -> EpisodeBatch:
@@ -253,14 +255,16 @@ class MetaNet(NeuralNet):
             self.module_.meta_params(), episodes, alpha=self.alpha, steps=self.steps
         )
         loss = step.losses.mean()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(step.grads.values()))))
+        trainable = {name: p for name, p in self.module_.named_parameters() if p.requires_grad}
+        grads = {name: step.grads[name] for name in trainable}
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
         finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
         if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(list(step.grads.values()), self.max_grad_norm / norm)
+            torch._foreach_mul_(list(grads.values()), self.max_grad_norm / norm)
         self._decay_rate()
-        for name, p in self.module_.named_parameters():
+        for name, p in trainable.items():
             # the optimiser leaves parameters without a gradient, and their state, as they are
-            p.grad = step.grads[name] if finite and p.requires_grad else None
+            p.grad = grads[name] if finite else None
         self.history.record_batch("non_finite", int(not finite))
         self.update_ += 1
         if not finite:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sklearn_maml.episodes import (
+    VALIDATION_QUERIES,
+    VALIDATION_QUERIES_OF_CLASS,
     EpisodeBatch,
     EpisodeSampler,
     check_splittable,
@@ -53,7 +55,8 @@ class CollectionSource:
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
         if valid is not None:
-            self.validation = draw_fixed(EpisodeSampler(valid, **options), seed)
+            sampler = EpisodeSampler(valid, n_queries=_validation_queries(estimator), **options)
+            self.validation = draw_fixed(sampler, seed)
 
 
 class DistributionSource:
@@ -81,7 +84,7 @@ class DistributionSource:
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
         if estimator.early_stopping:
-            self.validation = draw_fixed(self._sampler(tasks, None), seed)
+            self.validation = draw_fixed(self._sampler(tasks, _validation_queries(estimator)), seed)
 
     def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
         estimator = self.estimator
@@ -128,6 +131,10 @@ def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
         None,
         "list",
     )
+
+
+def _validation_queries(estimator: Any) -> int:
+    return VALIDATION_QUERIES_OF_CLASS if estimator._classification else VALIDATION_QUERIES
 
 
 def _episode_rows(estimator: Any, tasks: TaskCollection) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, validate_data
@@ -189,6 +190,11 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     """Concatenate a list of tasks to rows; returns X, y, task codes and the query mask."""
     lengths = set()
     for position, item in enumerate(X):
+        if any(issparse(part) for part in (item if isinstance(item, (tuple, list)) else [item])):
+            raise TypeError(
+                f"Task {position} of the list has sparse data; dense data is required. Use "
+                "X.toarray()."
+            )
         if not _is_task(item):
             got = type(item).__name__
             if isinstance(item, (tuple, list)):
@@ -379,7 +385,13 @@ def collect_tasks(
     if isinstance(X, (list, tuple)) and y is None and len(X) == 0:
         raise ValueError("Got no tasks: the list of tasks is empty. Give at least one task.")
     if y is not None and isinstance(X, (list, tuple)) and n_axes(X) >= 3:
-        X, y = np.asarray(X), np.asarray(y)  # a stack of tasks, spelt as lists
+        try:  # a stack of tasks, spelt as lists
+            X, y = np.asarray(X), np.asarray(y)
+        except ValueError as error:
+            raise ValueError(
+                "Got a list of X and a list of y whose tasks differ in their number of rows. Pass "
+                "one list of tasks, list(zip(X, y)), as X and leave y out."
+            ) from error
     X_seen = X
     if is_task_list(X, y):
         _refuse_two_spellings("a list of tasks", groups)
@@ -439,7 +451,8 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
     check_consistent_length(X, y)
     if y.ndim > 2:
         raise ValueError(f"y must be (n_rows,) or (n_rows, n_outputs); got shape {y.shape}.")
-    return y.astype(X.dtype, copy=False)
+    # not to the dtype of X: large targets would lose what tells them apart
+    return y if y.dtype.kind == "f" else y.astype(np.float64)
 
 
 def _labels(y: Any, estimator: Any) -> np.ndarray:
@@ -451,6 +464,10 @@ def _labels(y: Any, estimator: Any) -> np.ndarray:
         y = column_or_1d(y, warn=True)
     if y.dtype.kind == "O" and _is_missing(y):
         raise ValueError("y contains missing labels (NaN or None). Drop those rows.")
+    if y.dtype.kind == "O":
+        native = np.array(y.tolist())
+        if native.dtype.kind in "biu" and native.shape == y.shape:
+            y = native  # nullable integers and booleans of pandas arrive as objects
     y = _check_y(y, multi_output=False, estimator=estimator)
     check_classification_targets(y)
     return y

@@ -464,8 +464,10 @@ BAD_PREDICTS = {
     "groups without need": (
         "frame",
         {"X": FRAME, "groups": G},
-        "adapted to one task without an id. Leave groups out",
+        r"got groups.*adapted to one task without an id.*adapt\(X_support",
     ),
+    "list and groups": ("regressor", {"X": [X] * 6, "groups": G}, "given twice"),
+    "list without need": ("frame", {"X": [FRAME, FRAME]}, "got a list.*one task without an id"),
     "list of too many sets": ("regressor", {"X": [X] * 7}, "not adapted to, such as"),
     "other names": ("frame", {"X": FRAME.rename(columns={"b": "z"})}, "feature names should match"),
     "other order": ("frame", {"X": FRAME[["b", "a"]]}, "same order"),
@@ -599,8 +601,11 @@ BAD_PARAMETERS = [
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name, values in BAD_PARAMETERS for value in values],
-    ids=str,
+    [
+        pytest.param(name, value, id=f"{name}-{k}")
+        for name, values in BAD_PARAMETERS
+        for k, value in enumerate(values)
+    ],
 )
 def test_parameters_out_of_range_are_named(kinds, name, value):
     estimator, query = kinds["regressor"]
@@ -624,6 +629,61 @@ def test_parameters_changed_after_fit_are_checked(kinds, name, value, method):
     estimator = copy.copy(kinds["regressor"][0]).set_params(**{name: value})
     with pytest.raises(ValueError, match=f"'{name}' parameter"):
         getattr(estimator, method)(X, Y, groups=G)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("regressor", {"update_rule": "meta-sgd"}),
+        ("regressor", {"adapted": "head"}),
+        ("ways", {"n_ways": 3}),
+        ("ways", {"n_ways": None}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+@pytest.mark.parametrize("method", ["adapt", "score"])
+def test_what_was_meta_learned_for_other_settings_is_refused(kinds, kind, params, method):
+    estimator, query = kinds[kind]
+    changed = copy.copy(estimator).set_params(**params)
+    arguments = (X, Y if kind == "regressor" else C, G)
+    (name,) = params
+    with left_as_it_was(estimator, query):
+        with pytest.raises(ValueError, match=rf"{name} was changed after fit.*fit (again|anew)"):
+            getattr(changed, method)(*arguments)
+        assert vars(changed).keys() == vars(estimator).keys()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"hidden_layer_sizes": (5,)},
+        {"activation": "tanh"},
+        {"module": nn.Linear},
+        {"adapted": "head"},
+        {"update_rule": "meta-sgd"},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_another_network_is_not_a_continuation(kinds, params):
+    estimator, query = kinds["regressor"]
+    changed = copy.copy(estimator).set_params(warm_start=True, **params)
+    (name,) = params
+    with left_as_it_was(estimator, query):
+        with pytest.raises(ValueError, match=rf"{name} was changed after fit.*warm_start=False"):
+            changed.fit(X, Y, groups=G)
+        assert vars(changed).keys() == vars(estimator).keys()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS.*Use a stochastic optimiser"),
+        ({"iterator_valid__batch_size": 2}, "iterator_valid__batch_size cannot be chosen.*Leave"),
+    ],
+)
+def test_settings_that_meta_training_cannot_use_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        regressor(**params).fit(X, Y, groups=G)
 
 
 def test_n_ways_out_of_range():

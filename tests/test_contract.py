@@ -247,7 +247,7 @@ def test_the_calls_of_the_contract_work_as_written():
     adapted = adapt(pipe, X_support, y_support)
     assert type(adapted) is Pipeline
     assert adapted.predict(X_query).shape == (4,)
-    with pytest.raises(NotAdaptedError):
+    with pytest.raises(NotFittedError):  # as NotAdaptedError is
         pipe.predict(X_query)
     learner = FewShotRegressor(prior=pipe)
     scores = cross_val_score(learner, X_new[:14], y_new[:14])
@@ -563,14 +563,28 @@ def test_task_ids_may_be_of_any_type(ids, container, reg):
     assert_allclose(reg.predict(X, groups=container(named)), one_by_one, rtol=1e-9)
 
 
-def test_groups_may_be_a_list_or_a_polars_series(reg):
+@pytest.mark.parametrize(
+    "contain",
+    [
+        list,
+        np.ndarray.tolist,
+        pl.Series,
+        pd.Categorical,
+        lambda ids: pd.Series(ids, dtype="category"),
+        lambda ids: pd.Series(ids, dtype="Int64"),
+        lambda ids: pd.Series(ids).astype("string"),
+    ],
+    ids=["list", "tolist", "polars", "Categorical", "category", "Int64", "string"],
+)
+def test_groups_may_be_in_any_container(contain, reg):
     X, y, groups = tasks_of("regression", seed=1)
     expected = reg.adapt(X, y, groups=groups).predict(X, groups=groups)
-    assert_array_equal(
-        reg.adapt(X, y, groups=groups.tolist()).predict(X, groups=groups.tolist()), expected
-    )
-    series = pl.Series(groups)
-    assert_array_equal(reg.adapt(X, y, groups=series).predict(X, groups=series), expected)
+    contained = contain(groups)
+    assert_array_equal(reg.adapt(X, y, groups=contained).predict(X, groups=contained), expected)
+    frame = pd.DataFrame(X, columns=list("abc"))
+    if not isinstance(contained, pl.Series):
+        column = MAMLRegressor(**SMALL, task_column="task").fit(frame.assign(task=contained), y)
+        assert column.n_tasks_ == N_TASKS
 
 
 def test_tasks_may_be_ragged_in_rows(kind, fitted):
@@ -918,6 +932,7 @@ def test_rows_may_be_images():
     groups = np.repeat(np.arange(4), 12)
     clf = MAMLClassifier(**{**SMALL, "module": Convolved}).fit(X, y, groups=groups)
     assert clf.adapt(X[:4], y[:4]).predict(X).shape == (48,)
+    assert_array_equal(clf.predict(list(X)), clf.predict(X))  # a list of rows
     stacked = MAMLClassifier(**{**SMALL, "module": Convolved})
     stacked.fit(X.reshape(4, 12, 1, 4, 4), y.reshape(4, 12))
     assert_array_equal(
@@ -1096,7 +1111,7 @@ def test_adapt_of_a_pipeline_leaves_it_untouched(pipe):
     before = state_of(pipe[-1])
     steps = list(pipe.steps)
     adapted = adapt(pipe, X[:5], y[:5])
-    with pytest.raises(NotAdaptedError):
+    with pytest.raises(NotFittedError):  # as NotAdaptedError is
         pipe.predict(X)
     assert pipe.steps == steps
     assert_same_state(pipe[-1], before)
@@ -1191,6 +1206,13 @@ def fitted_search(pipe_or_model, grid):
         return GridSearchCV(pipe_or_model, grid, cv=GroupKFold(2)).fit(X, y, groups=groups)
 
 
+def fitted_search_in_pipeline(model):
+    X, y, groups = tasks_of("regression")
+    search = GridSearchCV(clone(model), {"alpha": [0.01, 0.1]}, cv=GroupKFold(2))
+    with sklearn.config_context(enable_metadata_routing=True):
+        return make_pipeline(StandardScaler(), search).fit(X, y, groups=groups)
+
+
 PRIORS = {
     "estimator": lambda reg, pipe: reg,
     "pipeline": lambda reg, pipe: pipe,
@@ -1198,6 +1220,7 @@ PRIORS = {
     "search of a pipeline": lambda reg, pipe: fitted_search(
         clone(pipe), {"mamlregressor__alpha": [0.01, 0.1]}
     ),
+    "pipeline of a search": lambda reg, pipe: fitted_search_in_pipeline(reg),
     "frozen": lambda reg, pipe: FrozenEstimator(reg),
     "frozen pipeline": lambda reg, pipe: FrozenEstimator(pipe),
     "pipeline of frozen": lambda reg, pipe: Pipeline(
@@ -1284,10 +1307,10 @@ def test_adapt_of_a_few_shot_estimator_keeps_its_rates(reg):
         adapt(FewShotRegressor(), X, y)
 
 
-@pytest.mark.parametrize("name", ["estimator", "pipeline", "frozen"])
+@pytest.mark.parametrize("name", ["estimator", "pipeline"])
 def test_a_search_over_parameters_of_the_prior_leaves_it_as_it_was(name, reg, pipe):
     prior = PRIORS[name](reg, pipe)
-    key = {"pipeline": "mamlregressor__", "frozen": "estimator__"}.get(name, "")
+    key = {"pipeline": "mamlregressor__"}.get(name, "")
     X, y, _ = tasks_of("regression", seed=1)
     before = repr(prior.get_params())
     search = GridSearchCV(FewShotRegressor(prior), {f"prior__{key}alpha": [0.01, 0.5]}, cv=3)
@@ -1510,6 +1533,47 @@ def test_renaming_local_labels_does_not_change_a_score(name, average, episodes):
     scorer = task_scorer(name, average=average, n_shots=2)
     same, renamed = (scorer(episodes, X, labels, groups=groups) for labels in (y, local))
     assert renamed == pytest.approx(same, rel=1e-9)
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "neg_brier_score"])
+def test_scorers_of_two_classes_take_episodes_of_two_classes(name, average):
+    X, y, groups = tasks_of("classification")
+    clf = MAMLClassifier(**SMALL, n_ways=2, n_shots=2).fit(X, y == "sit", groups=groups)
+    X, y, groups = tasks_of("classification", seed=1)
+    tasks = [
+        (a[:6], b[:6] == "sit", a[6:], np.r_[True, False, b[8:] == "sit"])
+        for a, b in as_list(X, y, groups)
+    ]
+    by_task = [(d, adapt(clf, a, b).predict_proba(c)[:, 1]) for a, b, c, d in tasks]
+    metric = {
+        "roc_auc": metrics.roc_auc_score,
+        "average_precision": metrics.average_precision_score,
+        "neg_brier_score": lambda y, p: -metrics.brier_score_loss(y, p),
+    }[name]
+    if average == "micro":
+        by_hand = metric(*(np.concatenate(part) for part in zip(*by_task, strict=True)))
+    else:
+        by_hand = np.mean([metric(*task) for task in by_task])
+    assert task_scorer(name, average=average)(clf, tasks) == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("n_ways", [None, 2])
+@pytest.mark.parametrize("response", ["predict_proba", "decision_function"])
+def test_a_task_scorer_respects_the_positive_label(n_ways, response):
+    X, y, groups = tasks_of("classification")
+    y = np.where(y == "sit", "yes", "no")
+    clf = MAMLClassifier(**SMALL, n_ways=n_ways, n_shots=2).fit(X, y, groups=groups)
+    X, y, groups = tasks_of("classification", seed=1)
+    tasks = as_fixed(X, np.where(y == "sit", "yes", "no"), groups)
+    predicted = np.concatenate([adapt(clf, a, b).predict_proba(c)[:, 0] for a, b, c, _ in tasks])
+    truth = np.concatenate([d for *_, d in tasks])
+    scorer = metrics.make_scorer(
+        metrics.average_precision_score, response_method=response, pos_label="no"
+    )
+    by_hand = metrics.average_precision_score(truth == "no", predicted)
+    assert task_scorer(scorer)(clf, tasks) == pytest.approx(by_hand)
+    assert by_hand != pytest.approx(metrics.average_precision_score(truth == "no", -predicted))
 
 
 def test_task_scores_take_probability_scorers_where_labels_are_local(episodes):

@@ -214,6 +214,12 @@ def hooked():
     return module
 
 
+def hooked_over_rows():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    module[1].register_forward_hook(lambda layer, inputs, output: output - output.mean(0))
+    return module
+
+
 def weight_norm():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
@@ -278,6 +284,7 @@ MODULES = {
     "shared activation": (shared_activation, (3,), "stacked"),
     "shared layer": (shared_layer, (3,), "vmap"),
     "hook": (hooked, (3,), "vmap"),
+    "hook over rows": (hooked_over_rows, (3,), "vmap"),
     "weight norm": (weight_norm, (3,), "vmap"),
     "row mean": (RowMean, (3,), "vmap"),
     "attention": (Attention, (3,), "vmap"),

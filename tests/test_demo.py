@@ -1,0 +1,40 @@
+"""The demo runs, prints its tables and saves its figure."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib")
+DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="examples are not installed")
+def test_demo_prints_its_tables_and_saves_its_figure(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    figure = tmp_path / "folder" / "demo.png"
+
+    with matplotlib.rc_context():
+        demo.main(["--fast", "--output", str(figure)])
+
+    assert figure.stat().st_size > 20_000
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Characters"))
+    error, accuracy = (
+        {line[:34].strip(): float(line[34:].split()[0]) for line in part if " ± " in line[40:50]}
+        for part in (lines[:start], lines[start:])
+    )
+    assert len(error) == 7
+    assert len(accuracy) == 5
+    # adaptation helps on tasks never seen, already after a tenth of the meta-training
+    assert error["MAML after adaptation"] < 0.5 * error["MAML before adaptation"]
+    assert error["MAML after adaptation"] < error["ridge on the K rows"]
+    assert accuracy["MAML after adaptation"] > accuracy["nearest neighbour, pixels"] > 30
+    assert 10 < accuracy["MAML before adaptation"] < 30
+    progress = [line for line in lines if " updates " in line]
+    assert len(progress) == 4
+    assert not any("\r" in line for line in progress)
