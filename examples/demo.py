@@ -248,7 +248,8 @@ def shrink(images: np.ndarray) -> np.ndarray:
 
 def draw_episodes(y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of support (n, 5, 1) and query (n, 5, 15) rows of random characters."""
-    rng = np.random.RandomState(1)
+    # not the seed of the episodes on which the settings of the network were chosen
+    rng = np.random.RandomState(2026)
     by_class = np.argsort(y, kind="stable").reshape(-1, 20)
     support, query = [], []
     for _ in range(n):
