@@ -34,7 +34,10 @@ from sklearn_maml._validation import (
     keeps_state_on_error,
 )
 from sklearn_maml.engine import (
+    ADAPTING_REPAYS,
     CHUNK,
+    FIT_REPAYS,
+    NATIVE_CHUNK,
     Adapted,
     Engine,
     cross_entropy_rows,
@@ -326,6 +329,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         net.rows_per_task = source.rows_per_task
+        update = 2 * engine.stacked_seconds(net.batch_size, source.rows_per_task, self.steps)
+        engine.prepare(net.max_iter * update, FIT_REPAYS)
         net.max_grad_norm = self.max_grad_norm
         # a scheduler that the user passed decides alone
         scheduled = any(
@@ -662,8 +667,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
 
     def _remember_rung(self, engine: Engine) -> None:
-        """Take the plain loop at once where batching tasks has failed before."""
-        self._rung = "loop" if engine.fallback_reason is not None else self._rung
+        """Take the plain loop at once where batching has failed before, and what was compiled."""
+        if engine.fallback_reason is not None:
+            self._rung = "loop"
+        elif engine.rung == "native":
+            self._rung = "native"
 
     def _adapted_state(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int
@@ -674,9 +682,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
         engine = self._make_engine(self.module_, self._rung)
+        most = int(tasks.sizes.max()) if len(by_size) else 0
+        engine.prepare(engine.stacked_seconds(len(by_size), most, steps), ADAPTING_REPAYS)
         parts = []
-        for start in range(0, len(by_size), CHUNK):
-            chosen = by_size[start : start + CHUNK]
+        at_a_time = NATIVE_CHUNK if engine.rung == "native" else CHUNK
+        for start in range(0, len(by_size), at_a_time):
+            chosen = by_size[start : start + at_a_time]
             support = pad_rows(
                 self._reshape(tasks.X),
                 targets,

@@ -1,7 +1,10 @@
 """The engine: runs the inner loop over a batch of tasks.
 
-Three rungs give the same numbers, in float64 to rounding:
+Its rungs give the same numbers, in float64 to rounding:
 
+``native``
+    Multilayer perceptrons on the CPU: compiled kernels with a hand-derived reverse sweep. Taken
+    when the work at hand repays the seconds of compiling them (once for a machine).
 ``stacked``
     Sequences of linear, elementwise and layer-norm layers: every task's parameters are stacked
     and a layer is one batched matrix product. Plain autograd, no `vmap`.
@@ -33,8 +36,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import Autograd, Differentiator, Functorch, adapt, mean_loss
-from sklearn_maml.meta_gradients import MetaGradient
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
+from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, describe
+from sklearn_maml.update_rules import UpdateRule, has_linear_rates
 
 __all__ = [
     "Adapted",
@@ -58,6 +62,13 @@ SMALL_WORK = 3e8
 
 # tasks adapted or predicted at a time: bounds memory and suits the caches
 CHUNK = 128
+# the same for the compiled kernels, which take one task after another anyway
+NATIVE_CHUNK = 4096
+
+# seconds of work on the stacked rung that repay compiling kernels. It is estimated from sizes alone
+# (never measured), so that the same fit takes the same rung, and gives the same bits, every time.
+FIT_REPAYS = 0.5
+ADAPTING_REPAYS = 0.02
 
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -86,11 +97,15 @@ def cross_entropy_rows(output: Tensor, y: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class MetaStep:
-    """Outcome of a meta-step: query loss of each task, mean gradient, outputs on query rows."""
+    """Outcome of a meta-step: query loss of each task, mean gradient, outputs on query rows.
+
+    `flat` is the one tensor that the gradients are views of, if they are.
+    """
 
     losses: Tensor
     grads: Params
     outputs: Tensor
+    flat: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -118,10 +133,11 @@ class Adapted:
 
     def take(self, tasks: np.ndarray) -> Adapted:
         """Parameters of some of the tasks, in this order."""
-        index = torch.as_tensor(tasks)
+        first, last = int(tasks[0]), int(tasks[-1])
+        in_a_row = len(tasks) == last - first + 1 and (np.diff(tasks) == 1).all()
+        index = slice(first, last + 1) if in_a_row else torch.as_tensor(tasks)
         params, statistics = (
-            {name: t[index.to(t.device)] for name, t in part.items()}
-            for part in (self.params, self.statistics)
+            {name: t[index] for name, t in part.items()} for part in (self.params, self.statistics)
         )
         return Adapted(params, self.shared, statistics)
 
@@ -253,8 +269,9 @@ class Engine:
     meta_gradient : MetaGradient
     adapted : sequence of str
         Names of the parameters that adapt.
-    rung : {"auto", "loop", "vmap", "stacked"}
-        How tasks are batched; "auto" takes the fastest that works.
+    rung : {"auto", "loop", "vmap", "stacked", "native"}
+        How tasks are batched; "auto" takes the fastest that works at once, and `prepare` the
+        compiled one. "native" compiles if need be.
     """
 
     def __init__(
@@ -274,11 +291,17 @@ class Engine:
         self.adapted = frozenset(adapted)
         self.pads = is_row_wise(module)
         self.fallback_reason: str | None = None
-        if rung == "auto":
-            rung = "stacked" if _is_stackable(module) else "vmap"
+        stackable = _is_stackable(module)
+        self._layout = self._native_layout() if stackable else None
+        self._kernel: Kernel | None = None
+        self._rates: tuple[float, list[Params]] | None = None
         self.rung = rung
-        if rung == "stacked":
+        if rung in ("auto", "native"):
+            self.rung = "stacked" if stackable else "vmap"
+        if self.rung == "stacked":
             self._forward = _stacked_forward(self.module)
+        if rung == "native":
+            self._compile()
         # frozen parameters need not be among the meta-parameters
         self._frozen = {
             name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad
@@ -290,14 +313,127 @@ class Engine:
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_forward", None)
-        return state
+        return {**self.__dict__, "_forward": None, "_kernel": None, "_rates": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.rung == "stacked":
+        if self.rung in ("stacked", "native"):
             self._forward = _stacked_forward(self.module)
+        if self.rung == "native":
+            self.rung = "stacked"
+            self._compile()
+
+    # -- compiled kernels ------------------------------------------------------------------------
+
+    def _native_layout(self) -> Layout | None:
+        """Describe the module to the compiled kernels; None if they do not cover it."""
+        if (
+            self.row_loss not in (squared_error_rows, cross_entropy_rows)
+            or type(self.meta_gradient) not in (SecondOrder, FirstOrder)
+            or not has_linear_rates(self.rule)
+            or next(self.module.parameters()).dtype not in (torch.float32, torch.float64)
+        ):
+            return None
+        params = {n: p.detach() for n, p in self.module.named_parameters() if n in self.adapted}
+        learned = self.rule.initial_rates(params)
+        if self.rule.linear_rates(params, alpha=1.0, rates=learned) is None:
+            return None
+        return describe(self.module)
+
+    def stacked_seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
+        """Rough time of a pass of `steps` inner steps on the stacked rung, from sizes alone.
+
+        Parameters
+        ----------
+        n_tasks : int
+        n_rows : int
+            Of a task.
+        steps : int
+        """
+        if self._layout is None:
+            return 0.0
+        dispatch = 1e-4 * len(self._layout.sizes) * -(-n_tasks // CHUNK)
+        arithmetic = 3e-11 * n_tasks * n_rows * self._layout.n_weights
+        return (steps + 1) * (dispatch + 3 * arithmetic)
+
+    def prepare(self, seconds: float, repays: float) -> None:
+        """Climb to the compiled rung if so many seconds of work on the stacked one repay it.
+
+        Parameters
+        ----------
+        seconds : float
+        repays : float
+            Seconds from which on compiling is worth while.
+        """
+        covered = self._layout is not None and self.rung == "stacked"
+        on_cpu = next(self.module.parameters()).device.type == "cpu"
+        if covered and on_cpu and seconds >= repays:
+            self._compile()
+
+    def _compile(self) -> None:
+        if self._layout is None:
+            raise ValueError("The compiled kernels do not cover this module, rule or gradient.")
+        classification = self.row_loss is cross_entropy_rows
+        dtype = next(self.module.parameters()).dtype
+        try:
+            self._kernel = Kernel(self._layout, classification, dtype)
+            self.rung = "native"
+        except NativeUnavailableError as error:
+            _warn_once(
+                "The compiled kernels for multilayer perceptrons cannot be used, so fits take "
+                f"several times as long, with the same results. Reason: {error}."
+            )
+
+    def _linear_rates(self, fast: Params, alpha: float, learned: Params) -> list[Params]:
+        if learned:
+            rates = self.rule.linear_rates(fast, alpha=alpha, rates=learned)
+        elif self._rates is not None and self._rates[0] == alpha:
+            return self._rates[1]
+        else:
+            rates = self.rule.linear_rates(fast, alpha=alpha, rates={})
+            assert rates is not None
+            self._rates = (alpha, rates)
+        assert rates is not None
+        return rates
+
+    def _meta_step_native(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep:
+        assert self._kernel is not None
+        params, learned = self._split(meta_params)
+        fast, shared = self._partition(params)
+        leaves = {name: r.detach().requires_grad_() for name, r in learned.items()}
+        with torch.enable_grad():
+            rates = self._linear_rates(fast, alpha, leaves)
+        losses, outputs, flat, by_rates = self._kernel.meta_step(
+            {**shared, **fast},
+            [{name: r.detach() for name, r in part.items()} for part in rates] if leaves else rates,
+            batch.support,
+            batch.query,
+            steps=steps,
+            second_order=type(self.meta_gradient) is SecondOrder,
+            rate_grads=bool(leaves),
+            recompute=False,
+        )
+        views = self._kernel.views(flat)
+        grads = {f"module.{name}": views[name] for name in params}
+        if leaves:
+            pairs = [
+                (r, by[name])
+                for part, by in zip(rates, by_rates, strict=True)
+                for name, r in part.items()
+                if r.requires_grad
+            ]
+            by_leaf = torch.autograd.grad(
+                [r for r, _ in pairs],
+                list(leaves.values()),
+                [g for _, g in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            grads |= {f"rule.{rate_key(n)}": g for n, g in zip(leaves, by_leaf, strict=True)}
+        whole = len(params) == len(views) and not leaves
+        return MetaStep(losses, grads, outputs, flat if whole else None)
 
     def threads(self, n_rows: int) -> Any:
         """Context that limits torch to one thread if passes over `n_rows` rows are small.
@@ -325,6 +461,8 @@ class Engine:
         alpha : float
         steps : int
         """
+        if self._kernel is not None and self._kernel.takes(batch.support, batch.query):
+            return self._meta_step_native(meta_params, batch, alpha, steps)
         self.module.train()
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
@@ -374,12 +512,21 @@ class Engine:
         alpha : float
         steps : int
         """
+        module_params, rates = self._split(meta_params)
+        fast, shared = self._partition(module_params)
+        if self._kernel is not None and self._kernel.takes(support):
+            params = self._kernel.adapt(
+                {**shared, **fast},
+                self._linear_rates(fast, alpha, rates),
+                support,
+                steps=steps,
+                adapted=list(fast),
+            )
+            return Adapted(params, shared, {})
         self.module.eval()
         for m in self.module.modules():
             if isinstance(m, _BatchNorm):
                 m.train()
-        module_params, rates = self._split(meta_params)
-        fast, shared = self._partition(module_params)
 
         def run(rows: Rows, rung: str) -> Params:
             return self._adapt_rows(fast, shared, rates, rows, rung, alpha, steps)
@@ -407,8 +554,10 @@ class Engine:
 
     def predict(self, adapted: Adapted, query: Rows) -> Tensor:
         """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows."""
+        if self._kernel is not None and self._kernel.takes_inputs(query.X):
+            return self._kernel.predict(adapted.params, adapted.shared, query)
         with torch.no_grad():
-            if self.rung == "stacked":
+            if self.rung in ("stacked", "native"):
                 self.module.eval()
                 stacked = {
                     **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
@@ -445,7 +594,7 @@ class Engine:
 
     def _by_shape(self, batch: Any, run: Callable[..., Any], join: Callable[..., Any]) -> Any:
         """Run a batch on the current rung, in pieces of equal shape where padding is unsafe."""
-        rung = self.rung
+        rung = "stacked" if self.rung == "native" else self.rung  # rows the kernels do not take
         if rung == "vmap" and len(batch) == 1:
             rung = "loop"  # vmap costs more than it saves for one task
         pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
@@ -706,6 +855,15 @@ class Engine:
         return {name: torch.stack([c[name] for c in collected]) for name in collected[0]}
 
 
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, EngineFallbackWarning, stacklevel=3)
+
+
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
@@ -743,13 +901,12 @@ def join_adapted(parts: list[Adapted], order: np.ndarray) -> Adapted:
     """Concatenate chunks of adapted tasks and put the tasks in order."""
     if len(parts) == 1 and (np.diff(order) == 1).all():
         return parts[0]
+    in_order = bool((np.diff(order) == 1).all())
     index = torch.as_tensor(order)
 
     def cat(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {
-            name: torch.cat([d[name] for d in dicts])[index.to(tensor.device)]
-            for name, tensor in dicts[0].items()
-        }
+        joined = {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+        return joined if in_order else {name: t[index.to(t.device)] for name, t in joined.items()}
 
     return Adapted(
         cat([part.params for part in parts]),
@@ -760,7 +917,10 @@ def join_adapted(parts: list[Adapted], order: np.ndarray) -> Adapted:
 
 def restore_diverged(adapted: Adapted, module: nn.Module, alpha: float) -> None:
     """Give tasks whose adaptation is not finite the initialisation back, and say so."""
-    finite = torch.stack(
+    total = torch.stack([p.flatten(1).sum(1) for p in adapted.params.values()]).sum(0)
+    if torch.isfinite(total).all():
+        return
+    finite = torch.stack(  # a sum may also overflow
         [torch.isfinite(p).flatten(1).all(1) for p in adapted.params.values()]
     ).all(0)
     diverged = torch.nonzero(~finite).flatten()

@@ -12,7 +12,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
-__all__ = ["SGD", "MetaSGD", "UpdateRule", "resolve_update_rule"]
+__all__ = ["SGD", "MetaSGD", "UpdateRule", "has_linear_rates", "resolve_update_rule"]
 
 Params = dict[str, Tensor]
 
@@ -90,6 +90,36 @@ class UpdateRule(BaseEstimator):
         """
         raise NotImplementedError
 
+    def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
+        """Rates of a rule whose step is ``params - rate * gradient``, for compiled kernels.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            The adapted parameters, without a task axis.
+        alpha : float
+            Inner rate.
+        rates : dict of str to Tensor
+            Current values of what `initial_rates` returned.
+
+        Returns
+        -------
+        linear_rates : list of dicts of str to Tensor, or None
+            A rate for each weight, with the shapes of `params`, differentiable in `rates`; step
+            k uses the entry ``k % len(linear_rates)``. None (the default) if steps of the rule
+            are anything else. A class that overrides `step` must override this, too.
+        """
+        return None
+
+
+def has_linear_rates(rule: UpdateRule) -> bool:
+    """Whether `linear_rates` of a rule speaks for the `step` that it has."""
+
+    def owner(method: str) -> type:
+        return next(c for c in type(rule).__mro__ if method in c.__dict__)
+
+    return issubclass(owner("linear_rates"), owner("step"))
+
 
 def clip_gradient(grads: Params, max_norm: float, batched: bool) -> Params:
     """Scale the gradient of each task to at most `max_norm` (2-norm over all parameters)."""
@@ -149,6 +179,12 @@ class SGD(UpdateRule):
             grads = clip_gradient(grads, self.max_grad_norm, batched)
         return {name: p - alpha * grads[name] for name, p in params.items()}, state
 
+    def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
+        """`alpha` for every weight, unless gradients are clipped; see `UpdateRule.linear_rates`."""
+        if self.max_grad_norm is not None:
+            return None
+        return [{name: torch.full_like(p, alpha) for name, p in params.items()}]
+
 
 class MetaSGD(SGD):
     """Gradient steps with a learned rate for each parameter (Li et al. 2017, eq. 2).
@@ -207,6 +243,12 @@ class MetaSGD(SGD):
         return super().step(
             k, params, scaled, alpha=alpha, rates=rates, state=state, batched=batched
         )
+
+    def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
+        """Learned rates, unless gradients are clipped; see `UpdateRule.linear_rates`."""
+        if self.max_grad_norm is not None:
+            return None
+        return [{name: (alpha * rates[name].exp()).expand_as(p) for name, p in params.items()}]
 
 
 UPDATE_RULES: dict[str, type[UpdateRule]] = {"sgd": SGD, "meta-sgd": MetaSGD}

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"episodes"},
     {"update_rules", "meta_gradients"},
     {"inner_loop"},
-    {"modules"},
+    {"modules", "native"},
     {"engine"},
     {"_progress"},
     {"outer_loop"},

@@ -1,0 +1,540 @@
+"""Compiled kernels for multilayer perceptrons: meta-gradients, adaptation and prediction.
+
+The source, ``mlp.cpp``, is compiled for the machine at hand when it is first needed, which takes a
+second or two, and kept in a cache folder: ``$SKLEARN_MAML_CACHE``, or ``sklearn_maml`` in
+``$XDG_CACHE_HOME`` or ``~/.cache``. Without a C++ compiler the engine does without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_maml.episodes import Rows
+
+__all__ = ["Kernel", "Layout", "NativeUnavailableError", "describe"]
+
+Params = dict[str, Tensor]
+
+SOURCE = Path(__file__).with_name("mlp.cpp")
+TYPES = {torch.float32: ("float", 0), torch.float64: ("double", 1)}
+MAX_LAYERS = 32  # as in the source
+BUILD_SECONDS = 120
+# floating-point operations of a call from which on it is divided among threads
+PARALLEL_WORK = 2e7
+
+
+class NativeUnavailableError(RuntimeError):
+    """The kernels cannot be built or loaded here; the message says why."""
+
+
+# -- building ------------------------------------------------------------------------------------
+
+
+class _Build:
+    """One library, compiled when it is first asked for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.real, self.is_double = TYPES[dtype]
+        self._lock = threading.Lock()
+        self._library: ctypes.CDLL | None = None
+        self._failure: str | None = None
+
+    def library(self) -> ctypes.CDLL:
+        """Return the library; waits until it is compiled."""
+        with self._lock:
+            if self._library is None and self._failure is None:
+                try:
+                    self._library = self._load()
+                except (NativeUnavailableError, OSError, subprocess.TimeoutExpired) as error:
+                    self._failure = str(error)
+            if self._library is None:
+                raise NativeUnavailableError(self._failure)
+            return self._library
+
+    def _load(self) -> ctypes.CDLL:
+        path = self._path()
+        if not path.exists():
+            self._compile(path)
+        library = ctypes.CDLL(str(path))
+        for name in ("meta_step", "adapt", "predict"):
+            getattr(library, name).argtypes = [ctypes.c_void_p]
+        return library
+
+    def _path(self) -> Path:
+        compiler = Path(_compiler()).resolve()
+        state = compiler.stat()
+        version = (compiler, state.st_size, state.st_mtime_ns)
+        key = hashlib.sha256(repr((SOURCE.read_text(), version, _flags(), _cpu())).encode())
+        return _cache_folder() / f"mlp-{self.real}-{key.hexdigest()[:20]}.so"
+
+    def _compile(self, path: Path) -> None:
+        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        os.close(handle)
+        definitions = [f"-DREAL={self.real}", f"-DREAL_IS_DOUBLE={self.is_double}"]
+        try:
+            for flags in _flags():
+                libraries = ["-lmvec", "-lm"] if "-DHAS_VECTOR_MATH=1" in flags else ["-lm"]
+                done = subprocess.run(
+                    [_compiler(), *flags, *definitions, str(SOURCE), "-o", unfinished, *libraries],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=BUILD_SECONDS,
+                    check=False,
+                )
+                if done.returncode == 0:
+                    os.replace(unfinished, path)  # whole or not at all, for other processes
+                    return
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+        lines = done.stderr.decode(errors="replace").strip().split("\n")
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise NativeUnavailableError(f"the C++ compiler failed: {reason}")
+
+
+_builds = {dtype: _Build(dtype) for dtype in TYPES}
+
+
+def _compiler() -> str:
+    if sys.platform == "win32":
+        raise NativeUnavailableError("compiled kernels are not supported on Windows")
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    raise NativeUnavailableError("no C++ compiler was found (g++, clang++ or $CXX)")
+
+
+def _flags() -> list[list[str]]:
+    """Return sets of compiler options, to be tried in turn."""
+    plain = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
+    native = [*plain, "-march=native"]
+    vector_math = [[*native, "-DHAS_VECTOR_MATH=1"]] if sys.platform == "linux" else []
+    return [*vector_math, native, plain]
+
+
+@functools.cache
+def _cpu() -> str:
+    """Tell processors apart: code is compiled for one, and a home folder may serve several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    facts = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return f"{platform.machine()} {platform.processor()} {sorted(set(facts))}"
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    asked = os.environ.get("SKLEARN_MAML_CACHE")
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = Path(asked) if asked else parent / "sklearn_maml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = folder.stat()
+        # code is loaded from here: nobody else may be able to put some in
+        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    temporary = tempfile.TemporaryDirectory(prefix="sklearn_maml-")
+    _temporary.append(temporary)  # removed when the process ends
+    return Path(temporary.name)
+
+
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
+
+
+# -- networks ------------------------------------------------------------------------------------
+
+# positions in the source's `Activation`
+_ACTIVATIONS: dict[type[nn.Module], int] = {
+    nn.ReLU: 1,
+    nn.LeakyReLU: 2,
+    nn.Tanh: 3,
+    nn.Sigmoid: 4,
+    nn.ELU: 5,
+    nn.SELU: 6,
+    nn.GELU: 7,
+    nn.SiLU: 8,
+    nn.Softplus: 9,
+    nn.Softsign: 10,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A multilayer perceptron as the kernels see it.
+
+    Attributes
+    ----------
+    sizes : tuple of (n_inputs, n_outputs, activation, has_bias), for each layer
+    slopes : tuple of float
+        Parameter of each layer's activation.
+    tensors : tuple of str or None
+        Names of weight and bias of each layer in turn.
+    shapes : tuple of tuple of int
+        Shapes of the tensors; () for an absent bias.
+    """
+
+    sizes: tuple[tuple[int, int, int, int], ...]
+    slopes: tuple[float, ...]
+    tensors: tuple[str | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_weights(self) -> int:
+        """Number of multiplications of a row's forward pass."""
+        return sum(i * o for i, o, _, _ in self.sizes)
+
+
+def _activation(layer: nn.Module) -> tuple[int, float] | None:
+    code = _ACTIVATIONS.get(type(layer))
+    parameter = 0.0
+    if isinstance(layer, nn.LeakyReLU):
+        parameter = layer.negative_slope
+    elif isinstance(layer, nn.ELU):
+        parameter = layer.alpha
+    unusual = (
+        parameter < 0
+        or (isinstance(layer, nn.GELU) and layer.approximate != "none")
+        or (isinstance(layer, nn.Softplus) and (layer.beta, layer.threshold) != (1, 20))
+    )
+    return None if code is None or unusual else (code, float(parameter))
+
+
+def describe(module: nn.Module) -> Layout | None:
+    """Layout of a sequence of linear layers, each followed by at most one activation.
+
+    Parameters
+    ----------
+    module : Module
+        One whose layers do what their classes say: without hooks or tied weights.
+
+    Returns
+    -------
+    layout : Layout or None
+        None if the kernels do not cover the module.
+    """
+    sizes: list[tuple[int, int, int, int]] = []
+    slopes: list[float] = []
+    tensors: list[str | None] = []
+    shapes: list[tuple[int, ...]] = []
+    for name, layer in module.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if type(layer) in (nn.Sequential, nn.Identity):
+            continue
+        if type(layer) is nn.Linear:
+            bias = layer.bias is not None
+            sizes.append((layer.in_features, layer.out_features, 0, int(bias)))
+            slopes.append(0.0)
+            tensors += [f"{prefix}weight", f"{prefix}bias" if bias else None]
+            shapes += [tuple(layer.weight.shape), tuple(layer.bias.shape) if bias else ()]
+            continue
+        known = _activation(layer)
+        if known is None or not sizes or sizes[-1][2]:
+            return None
+        sizes[-1] = (*sizes[-1][:2], known[0], sizes[-1][3])
+        slopes[-1] = known[1]
+    if not 0 < len(sizes) <= MAX_LAYERS or any(0 in size[:2] for size in sizes):
+        return None
+    return Layout(tuple(sizes), tuple(slopes), tuple(tensors), tuple(shapes))
+
+
+# -- calls ---------------------------------------------------------------------------------------
+
+
+def _integers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Kernel:
+    """The compiled functions for one network, loss and number type.
+
+    Parameters
+    ----------
+    layout : Layout
+    classification : bool
+        Cross-entropy of logits, instead of the squared error.
+    dtype : torch.dtype
+
+    Raises
+    ------
+    NativeUnavailableError
+        If the library cannot be built.
+    """
+
+    def __init__(self, layout: Layout, classification: bool, dtype: torch.dtype) -> None:
+        self._library = _builds[dtype].library()
+        self.layout = layout
+        self.dtype = dtype
+        self.classification = classification
+        self.n_outputs = layout.sizes[-1][1]
+        flat = [int(classification), *(number for size in layout.sizes for number in size)]
+        self._sizes = _integers([len(layout.sizes), *flat])
+        self._slopes = (ctypes.c_double * len(layout.slopes))(*layout.slopes)
+        self._counts = [
+            int(torch.Size(shape).numel()) if name else 0
+            for name, shape in zip(layout.tensors, layout.shapes, strict=True)
+        ]
+        self._n_threads = torch.get_num_threads()
+
+    def takes_inputs(self, X: Tensor) -> bool:
+        """Whether inputs have the type and shape that the kernels are for."""
+        return (
+            X.device.type == "cpu"
+            and X.dtype == self.dtype
+            and X.ndim == 3
+            and X.shape[2] == self.layout.sizes[0][0]
+        )
+
+    def takes(self, *sets: Rows) -> bool:
+        """Whether sets of rows have the types and shapes that the kernels are for."""
+        y_type = torch.int64 if self.classification else self.dtype
+        tail = () if self.classification else (self.n_outputs,)
+        return all(
+            self.takes_inputs(rows.X)
+            and rows.y.dtype == y_type
+            and rows.y.shape == (*rows.X.shape[:2], *tail)
+            and (rows.weight is None or rows.weight.dtype == self.dtype)
+            for rows in sets
+        )
+
+    def meta_step(
+        self,
+        params: Params,
+        rates: Sequence[Params],
+        support: Rows,
+        query: Rows,
+        *,
+        steps: int,
+        second_order: bool,
+        rate_grads: bool,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Params]]:
+        """Query losses after adaptation, outputs, and gradients of the mean loss.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            All parameters of the network.
+        rates : sequence of dicts
+            Rate of each weight, with its shape; step k uses ``rates[k % len(rates)]``. A parameter
+            that is not named does not adapt.
+        support, query : Rows
+        steps : int
+        second_order : bool
+        rate_grads : bool
+            Whether gradients by the rates are asked for.
+        recompute : bool
+            Keep the parameters of each inner step only.
+
+        Returns
+        -------
+        losses : Tensor of shape (n_tasks,)
+        outputs : Tensor of shape (n_tasks, n_rows, n_outputs)
+        grad : Tensor of shape (n_weights,)
+            Gradients of weight and bias of each layer in turn; see `views`.
+        rate_grads : list of dicts
+        """
+        keep: list[Any] = []
+        losses = query.X.new_empty(len(query))
+        # rows of padding get outputs of zero
+        make = query.X.new_empty if query.lengths is None else query.X.new_zeros
+        outputs = make((*query.X.shape[:2], self.n_outputs))
+        grad = query.X.new_empty(sum(self._counts))
+        by_rates = [torch.empty_like(grad) for _ in rates] if rate_grads else []
+        work = len(query) * (
+            support.X.shape[1] * steps * (9 if second_order else 3) + 3 * query.X.shape[1]
+        )
+        self._call(
+            "meta_step",
+            len(query),
+            work,
+            [steps, len(rates), int(second_order), int(recompute)],
+            self._rows(support, keep),
+            self._rows(query, keep),
+            [_address(losses), _address(outputs)],
+            self._tensors(params, keep),
+            self._rates(rates, keep),
+            [
+                self._places([grad], keep),
+                self._places(by_rates, keep) if by_rates else 0,
+                0,
+                0,
+            ],
+        )
+        return losses, outputs, grad, [self.views(g) for g in by_rates]
+
+    def adapt(
+        self,
+        params: Params,
+        rates: Sequence[Params],
+        support: Rows,
+        *,
+        steps: int,
+        adapted: Sequence[str],
+    ) -> Params:
+        """Parameters after `steps` inner steps on each support set.
+
+        Parameters
+        ----------
+        params, rates : as in `meta_step`
+        support : Rows
+        steps : int
+        adapted : sequence of str
+            Names of the parameters to return.
+
+        Returns
+        -------
+        params : dict of str to Tensor of shape (n_tasks, ...)
+        """
+        keep: list[Any] = []
+        shapes = dict(zip(self.layout.tensors, self.layout.shapes, strict=True))
+        result = {name: support.X.new_empty((len(support), *shapes[name])) for name in adapted}
+        self._call(
+            "adapt",
+            len(support),
+            len(support) * support.X.shape[1] * steps * 3,
+            [steps, len(rates), 0, 0],
+            self._rows(support, keep),
+            [0] * 5,
+            [0, 0],
+            self._tensors(params, keep),
+            self._rates(rates, keep),
+            [0, 0, *self._own(result, keep)],
+        )
+        return result
+
+    def predict(self, own: Params, shared: Params, query: Rows) -> Tensor:
+        """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows.
+
+        Parameters
+        ----------
+        own : dict of str to Tensor of shape (n_tasks, ...)
+        shared : dict of str to Tensor
+        query : Rows
+            Of which only X and the lengths matter.
+        """
+        keep: list[Any] = []
+        make = query.X.new_empty if query.lengths is None else query.X.new_zeros
+        outputs = make((*query.X.shape[:2], self.n_outputs))
+        self._call(
+            "predict",
+            len(query),
+            len(query) * query.X.shape[1],
+            [0, 0, 0, 0],
+            [0] * 5,
+            self._rows(query, keep),
+            [0, _address(outputs)],
+            self._tensors(shared, keep),
+            0,
+            [0, 0, *self._own(own, keep)],
+        )
+        return outputs
+
+    def views(self, flat: Tensor) -> Params:
+        """Weights and biases as named views of one flat tensor."""
+        parts = flat.split(self._counts)
+        named = zip(self.layout.tensors, self.layout.shapes, parts, strict=True)
+        return {
+            name: part if len(shape) == 1 else part.view(shape)
+            for name, shape, part in named
+            if name is not None
+        }
+
+    def _call(
+        self,
+        function: str,
+        n_tasks: int,
+        work: int,
+        numbers: list[int],
+        support: list[int],
+        query: list[int],
+        results: list[int],
+        theta: int,
+        rates: int,
+        rest: list[int],
+    ) -> None:
+        threads = self._n_threads if 2 * work * self.layout.n_weights > PARALLEL_WORK else 1
+        sizes = [ctypes.addressof(self._sizes), ctypes.addressof(self._slopes)]
+        arguments = _integers(
+            [n_tasks, *numbers, threads, *support, *query, *results, *sizes, theta, rates, *rest]
+        )
+        if not getattr(self._library, function)(ctypes.addressof(arguments)):
+            raise MemoryError("There is not enough memory for the compiled kernels.")
+
+    @staticmethod
+    def _hold(tensor: Tensor, keep: list[Any]) -> int:
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _rows(self, rows: Rows, keep: list[Any]) -> list[int]:
+        weight = 0 if rows.weight is None else self._hold(rows.weight, keep)
+        lengths = 0
+        if rows.lengths is not None:
+            counts = torch.as_tensor(rows.lengths, dtype=torch.int64)
+            keep.append(counts)
+            lengths = counts.data_ptr()
+        y = self._hold(rows.y, keep)
+        return [self._hold(rows.X, keep), y, weight, lengths, rows.X.shape[1]]
+
+    def _addresses(self, values: list[int], keep: list[Any]) -> int:
+        array = _integers(values)
+        keep.append(array)
+        return ctypes.addressof(array)
+
+    def _tensors(self, params: Params, keep: list[Any]) -> int:
+        return self._addresses(
+            [
+                0 if name is None or name not in params else self._hold(params[name], keep)
+                for name in self.layout.tensors
+            ],
+            keep,
+        )
+
+    def _rates(self, rates: Sequence[Params], keep: list[Any]) -> int:
+        values = [
+            0 if name is None or name not in part else self._hold(part[name], keep)
+            for part in rates
+            for name in self.layout.tensors
+        ]
+        return self._addresses(values, keep)
+
+    def _places(self, flats: list[Tensor], keep: list[Any]) -> int:
+        values = []
+        for flat in flats:
+            at = flat.data_ptr()
+            for name, count in zip(self.layout.tensors, self._counts, strict=True):
+                values.append(at if name else 0)
+                at += count * flat.element_size()
+        return self._addresses(values, keep)
+
+    def _own(self, own: Params, keep: list[Any]) -> list[int]:
+        names = self.layout.tensors
+        places = [self._hold(own[n], keep) if n in own else 0 for n in names]
+        strides = [
+            count if name in own else 0 for name, count in zip(names, self._counts, strict=True)
+        ]
+        return [self._addresses(places, keep), self._addresses(strides, keep)]

@@ -1,0 +1,899 @@
+// Meta-gradients, adaptation and prediction of multilayer perceptrons, one task at a time.
+//
+// A task's parameters, activations and gradients stay in the processor's caches, so nothing is
+// batched over tasks; threads take blocks of tasks. The outer gradient is the reverse sweep
+//
+//     v <- grad L_query(theta_K);   v <- v - H_k (rate * v)   for k = K-1, ..., 0
+//
+// (Finn et al. 2017, eq. 1, differentiated), with the Hessian-vector product H_k u by
+// differentiating the gradient computation along u (Pearlmutter 1994).
+//
+// Compiled for one number type (REAL) and for the machine at hand; see native/__init__.py.
+
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef REAL real;
+typedef int64_t i64;
+
+#if REAL_IS_DOUBLE
+#define F(name) name
+#else
+#define F(name) name##f
+#endif
+#if HAS_VECTOR_MATH // glibc's libmvec: loops over these are vectorised
+#define VECTORISED(name) extern "C" __attribute__((simd("notinbranch"))) real F(name)(real) noexcept;
+VECTORISED(exp)
+VECTORISED(tanh)
+VECTORISED(erf)
+VECTORISED(log1p)
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+enum { PANEL = 4 };
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+enum { PANEL = 2 };
+#else
+#define VECTOR_BYTES 16
+enum { PANEL = 2 };
+#endif
+enum { V = VECTOR_BYTES / sizeof(real), MAX_ROWS = 8, MAX_LAYERS = 32, TASKS_PER_BLOCK = 8, MAX_BLOCKS = 32 };
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline i64 pad(i64 n) { return (n + V - 1) / V * V; }
+static inline vec load(const real *p) { return *(const vec *)p; }
+static inline void store(real *p, vec x) { *(vec *)p = x; }
+static inline vec splat(real a) { return a - (vec){}; }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define HAS_SHUFFLE 1
+#if REAL_IS_DOUBLE
+typedef i64 lanes __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int32_t lanes __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+#endif
+
+static inline real sum(vec x) {
+#if HAS_SHUFFLE
+#pragma GCC unroll 4
+    for (int half = V / 2; half; half /= 2) {
+        lanes rotated;
+#pragma GCC unroll 16
+        for (int i = 0; i < V; i++) rotated[i] = (i + half) % V;
+        x += __builtin_shuffle(x, rotated);
+    }
+    return x[0];
+#else
+    real total = 0;
+    for (int i = 0; i < V; i++) total += x[i];
+    return total;
+#endif
+}
+
+// ---- matrix products ---------------------------------------------------------------------------
+// Matrices that are read or written by vectors have rows padded to a multiple of V and aligned.
+
+// A product of matrices, or the sum of two of the same strides (the second may be absent); element
+// (i, p) of A is a[i * rs + p * cs]
+struct Product {
+    i64 k, rs, cs, ldb;
+    const real *a[2], *b[2];
+    i64 shift; // of the rows of b: the panel at hand
+};
+
+template <int MR, int NV>
+static inline void add_product(vec (&acc)[MR][NV], i64 k, const real *a, i64 rs, i64 cs, const real *b, i64 ldb) {
+    for (i64 p = 0; p < k; p++) {
+        vec row[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) row[j] = load(b + p * ldb + j * V);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            vec x = splat(a[i * rs + p * cs]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) acc[i][j] += x * row[j];
+        }
+    }
+}
+
+// C = init + the product, for MR rows from row `first` on and NV vectors
+template <int MR, int NV>
+static void tile(const Product &q, i64 first, const real *init, i64 ldi, real *c, i64 ldc) {
+    vec acc[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) acc[i][j] = init ? load(init + i * ldi + j * V) : (vec){};
+    add_product(acc, q.k, q.a[0] + first * q.rs, q.rs, q.cs, q.b[0] + q.shift, q.ldb);
+    if (q.a[1]) add_product(acc, q.k, q.a[1] + first * q.rs, q.rs, q.cs, q.b[1] + q.shift, q.ldb);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) store(c + i * ldc + j * V, acc[i][j]);
+}
+
+typedef void (*Tile)(const Product &, i64, const real *, i64, real *, i64);
+#define TILES(NV) {tile<1, NV>, tile<2, NV>, tile<3, NV>, tile<4, NV>, tile<5, NV>, tile<6, NV>, tile<7, NV>, tile<8, NV>}
+static const Tile tiles[][MAX_ROWS] = {TILES(1), TILES(2)
+#if VECTOR_BYTES == 64
+    , TILES(3), {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<5, 4>, tile<6, 4>, 0, 0}
+#endif
+};
+// rows of a tile, by its number of vectors: as many as there are registers for
+#if VECTOR_BYTES == 64
+static const int tile_rows[] = {8, 8, 8, 6};
+#else
+static const int tile_rows[] = {8, 6};
+#endif
+
+// C[m, n] = init + the product, all of n's padding too
+static void multiply(i64 m, i64 n, Product q, const real *init, i64 ldi, real *c, i64 ldc) {
+    i64 vectors = pad(n) / V, panels = (vectors + PANEL - 1) / PANEL;
+    q.shift = 0;
+    for (i64 panel = 0; panel < panels; panel++) {
+        i64 nv = vectors / panels + (panel < vectors % panels);
+        i64 most = tile_rows[nv - 1], blocks = (m + most - 1) / most;
+        for (i64 t = 0, i = 0; t < blocks; t++) {
+            i64 mr = m / blocks + (t < m % blocks);
+            tiles[nv - 1][mr - 1](q, i, init ? init + i * ldi + q.shift : 0, ldi, c + i * ldc + q.shift, ldc);
+            i += mr;
+        }
+        q.shift += nv * V;
+    }
+}
+
+#if HAS_SHUFFLE
+template <int S>
+static inline void exchange(vec *r) {
+    lanes low, high;
+#pragma GCC unroll 16
+    for (int j = 0; j < V; j++) {
+        low[j] = j & S ? V + j - S : j;
+        high[j] = j & S ? V + j : j + S;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++)
+        if (!(i & S)) {
+            vec x = r[i], y = r[i + S];
+            r[i] = __builtin_shuffle(x, y, low);
+            r[i + S] = __builtin_shuffle(x, y, high);
+        }
+}
+static inline void turn(vec *r) {
+    exchange<1>(r);
+    if (V > 2) exchange<(V > 2 ? 2 : 1)>(r);
+    if (V > 4) exchange<(V > 4 ? 4 : 1)>(r);
+    if (V > 8) exchange<(V > 8 ? 8 : 1)>(r);
+}
+#else
+static inline void turn(vec *r) {
+    for (int i = 0; i < V; i++)
+        for (int j = 0; j < i; j++) {
+            real x = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = x;
+        }
+}
+#endif
+
+static inline vec load_part(const real *p, i64 n) {
+    vec x = {};
+    memcpy(&x, p, n * sizeof(real));
+    return x;
+}
+
+// dst[n, m] = src[m, n]^T; dst is padded with zeros, src need not be aligned unless PADDED
+template <bool PADDED>
+static void transpose(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd) {
+    for (i64 i = 0; i < m; i += V)
+        for (i64 j = 0; j < n; j += V) {
+            i64 rows = m - i < V ? m - i : V, columns = n - j < V ? n - j : V;
+            vec r[V];
+            if (rows < V)
+                for (int t = 0; t < V; t++) r[t] = (vec){};
+            for (int t = 0; t < rows; t++) {
+                const real *from = src + (i + t) * lds + j;
+                r[t] = PADDED ? load(from) : load_part(from, columns);
+            }
+            turn(r);
+            for (int t = 0; t < columns; t++) store(dst + (j + t) * ldd + i, r[t]);
+        }
+}
+
+static void copy_rows(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd) {
+    for (i64 i = 0; i < m; i++) {
+        memcpy(dst + i * ldd, src + i * lds, n * sizeof(real));
+        memset(dst + i * ldd + n, 0, (ldd - n) * sizeof(real));
+    }
+}
+
+// A B^T of matrices with few rows in B: products of rows
+enum { FEW = 4 };
+static void multiply_rows(i64 m, i64 n, i64 k, const Product &q, const real *init, i64 ldi, real *c, i64 ldc) {
+    for (i64 i = 0; i < m; i++) {
+        vec out = init ? load(init + i * ldi) : (vec){};
+        for (i64 j = 0; j < n; j++) {
+            vec acc = {};
+            for (int s = 0; s < 2 && q.a[s]; s++)
+                for (i64 p = 0; p < pad(k); p += V) acc += load(q.a[s] + i * q.rs + p) * load(q.b[s] + j * q.ldb + p);
+            out[j] += sum(acc);
+        }
+        store(c + i * ldc, out);
+    }
+}
+
+// ---- activations -------------------------------------------------------------------------------
+
+enum Activation { IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID, ELU, SELU, GELU, SILU, SOFTPLUS, SOFTSIGN, N_ACTIVATIONS };
+// those whose derivative needs the input, beside the output
+static inline bool keeps_input(int act) { return act == GELU || act == SILU; }
+static inline bool is_curved(int act) { return act > LEAKY_RELU; }
+
+static const real SELU_SCALE = 1.0507009873554804934193349852946;
+static const real SELU_ALPHA = 1.6732632423543772848170429916717;
+static const real INV_SQRT_2 = 0.70710678118654752440084436210485;
+static const real INV_SQRT_2PI = 0.39894228040143267793994605993438;
+
+// value, first and second derivative; z is the input, x the output
+struct Relu {
+    static inline real f(real z, real) { return z < 0 ? 0 : z; }
+    static inline real d1(real, real x, real) { return x <= 0 ? 0 : 1; }
+    static inline real d2(real, real, real) { return 0; }
+};
+struct Leaky {
+    static inline real f(real z, real a) { return z > 0 ? z : a * z; }
+    static inline real d1(real, real x, real a) { return x > 0 ? 1 : a; }
+    static inline real d2(real, real, real) { return 0; }
+};
+struct Tanh {
+    static inline real f(real z, real) { return F(tanh)(z); }
+    static inline real d1(real, real x, real) { return 1 - x * x; }
+    static inline real d2(real, real x, real) { return -2 * x * (1 - x * x); }
+};
+struct Sigmoid {
+    static inline real f(real z, real) { return 1 / (1 + F(exp)(-z)); }
+    static inline real d1(real, real x, real) { return x * (1 - x); }
+    static inline real d2(real, real x, real) { return x * (1 - x) * (1 - 2 * x); }
+};
+struct Elu {
+    static inline real f(real z, real a) { real e = a * (F(exp)(z) - 1); return z > 0 ? z : e; }
+    static inline real d1(real, real x, real a) { return x > 0 ? 1 : x + a; }
+    static inline real d2(real, real x, real a) { return x > 0 ? 0 : x + a; }
+};
+struct Selu {
+    static inline real f(real z, real) { real e = SELU_ALPHA * (F(exp)(z) - 1); return SELU_SCALE * (z > 0 ? z : e); }
+    static inline real d1(real, real x, real) { return x > 0 ? SELU_SCALE : x + SELU_SCALE * SELU_ALPHA; }
+    static inline real d2(real, real x, real) { return x > 0 ? 0 : x + SELU_SCALE * SELU_ALPHA; }
+};
+struct Gelu {
+    static inline real cdf(real z) {
+        return (real)0.5 * (1 + F(erf)(z * INV_SQRT_2));
+    }
+    static inline real pdf(real z) { return INV_SQRT_2PI * F(exp)((real)-0.5 * z * z); }
+    static inline real f(real z, real) { return z * cdf(z); }
+    static inline real d1(real z, real, real) { return cdf(z) + z * pdf(z); }
+    static inline real d2(real z, real, real) { return (2 - z * z) * pdf(z); }
+};
+struct Silu {
+    static inline real s(real z) { return 1 / (1 + F(exp)(-z)); }
+    static inline real f(real z, real) { return z * s(z); }
+    static inline real d1(real z, real, real) { real t = s(z); return t * (1 + z * (1 - t)); }
+    static inline real d2(real z, real, real) { real t = s(z); return t * (1 - t) * (2 + z * (1 - 2 * t)); }
+};
+struct Softplus {
+    static inline real f(real z, real) {
+        real x = (z > 0 ? z : 0) + F(log1p)(F(exp)(z < 0 ? z : -z));
+        return z > 20 ? z : x; // as torch
+    }
+    static inline real s(real x) { real e = F(exp)(-x); return x > 20 ? 1 : 1 - e; }
+    static inline real d1(real, real x, real) { return s(x); }
+    static inline real d2(real, real x, real) { return s(x) * (1 - s(x)); }
+};
+struct Softsign {
+    static inline real f(real z, real) { return z / (1 + (z < 0 ? -z : z)); }
+    static inline real d1(real, real x, real) { real t = 1 - (x < 0 ? -x : x); return t * t; }
+    static inline real d2(real, real x, real) {
+        real t = 1 - (x < 0 ? -x : x);
+        return (x < 0 ? 2 : -2) * t * t * t;
+    }
+};
+
+struct Maps {
+    void (*forward)(i64 n, real a, const real *z, real *x);
+    void (*scale)(i64 n, real a, const real *z, const real *x, const real *d, real *out);
+    void (*curve)(i64 n, real a, const real *z, const real *x, const real *rz, const real *dx,
+                  const real *rdx, real *out);
+};
+template <class F>
+static void map_forward(i64 n, real a, const real *z, real *x) {
+    for (i64 i = 0; i < n; i++) x[i] = F::f(z[i], a);
+}
+template <class F>
+static void map_scale(i64 n, real a, const real *z, const real *x, const real *d, real *out) {
+    for (i64 i = 0; i < n; i++) out[i] = F::d1(z[i], x[i], a) * d[i];
+}
+template <class F>
+static void map_curve(i64 n, real a, const real *z, const real *x, const real *rz, const real *dx,
+                      const real *rdx, real *out) {
+    for (i64 i = 0; i < n; i++)
+        out[i] = F::d2(z[i], x[i], a) * rz[i] * dx[i] + F::d1(z[i], x[i], a) * rdx[i];
+}
+#define MAPS(F) {map_forward<F>, map_scale<F>, map_curve<F>}
+static const Maps maps[N_ACTIVATIONS] = {{0, 0, 0},     MAPS(Relu), MAPS(Leaky), MAPS(Tanh), MAPS(Sigmoid),
+                                         MAPS(Elu),     MAPS(Selu), MAPS(Gelu),  MAPS(Silu), MAPS(Softplus),
+                                         MAPS(Softsign)};
+
+// ---- the network -------------------------------------------------------------------------------
+
+struct Layer {
+    i64 in, out, act, ip, op; // sizes, and padded sizes
+    real slope;
+    bool has_bias, by_input; // by_input: weights are kept as [in, out padded], else [out, in padded]
+    i64 weight, bias;        // offsets in packed parameters
+};
+struct Net {
+    i64 n_layers, packed, widest;
+    bool classes;
+    Layer layer[MAX_LAYERS];
+    const Layer &last() const { return layer[n_layers - 1]; }
+};
+
+static i64 weight_rows(const Layer &l) { return l.by_input ? l.in : l.out; }
+static i64 weight_stride(const Layer &l) { return l.by_input ? l.op : l.ip; }
+
+// sizes: n_layers, whether classification, then (in, out, activation, has_bias) of each layer
+static void describe(const i64 *sizes, const double *slopes, Net &net) {
+    net.n_layers = sizes[0];
+    net.classes = sizes[1];
+    net.widest = 0;
+    i64 at = 0;
+    for (i64 l = 0; l < net.n_layers; l++) {
+        const i64 *s = sizes + 2 + 4 * l;
+        Layer &y = net.layer[l];
+        y.in = s[0], y.out = s[1], y.act = s[2], y.has_bias = s[3];
+        y.slope = (real)slopes[l];
+        y.ip = pad(y.in), y.op = pad(y.out);
+        y.by_input = y.in * y.op <= y.out * y.ip; // the layout with less padding
+        y.weight = at, at += weight_rows(y) * weight_stride(y);
+        y.bias = at, at += y.op;
+        if (y.ip > net.widest) net.widest = y.ip;
+        if (y.op > net.widest) net.widest = y.op;
+    }
+    net.packed = at;
+}
+
+// Natural tensors (weight and bias of each layer in turn) <-> packed; null ones are left alone
+static void pack(const Net &net, const real *const *tensors, real *out) {
+    for (i64 l = 0; l < net.n_layers; l++) {
+        const Layer &y = net.layer[l];
+        const real *w = tensors[2 * l], *b = tensors[2 * l + 1];
+        if (w && y.by_input)
+            transpose<false>(y.out, y.in, w, y.in, out + y.weight, y.op);
+        else if (w)
+            copy_rows(y.out, y.in, w, y.in, out + y.weight, y.ip);
+        if (b) copy_rows(1, y.out, b, y.out, out + y.bias, y.op);
+    }
+}
+
+static void unpack(const Net &net, const real *in, real *const *tensors, real *scratch) {
+    for (i64 l = 0; l < net.n_layers; l++) {
+        const Layer &y = net.layer[l];
+        real *w = tensors[2 * l], *b = tensors[2 * l + 1];
+        if (w && y.by_input) {
+            transpose<true>(y.in, y.out, in + y.weight, y.op, scratch, y.ip);
+            for (i64 o = 0; o < y.out; o++) memcpy(w + o * y.in, scratch + o * y.ip, y.in * sizeof(real));
+        } else if (w)
+            for (i64 o = 0; o < y.out; o++) memcpy(w + o * y.in, in + y.weight + o * y.ip, y.in * sizeof(real));
+        if (b) memcpy(b, in + y.bias, y.out * sizeof(real));
+    }
+}
+
+// Places for arrays. The first round of a layout only measures, the second hands out memory.
+struct Arena {
+    char *begin = 0;
+    size_t size = 0, used = 0;
+    bool measures = false;
+    real *take(i64 n) {
+        char *p = measures ? 0 : begin + used;
+        used += ((size_t)n * sizeof(real) + 63) / 64 * 64;
+        return (real *)p;
+    }
+    bool reserve() { // what was measured
+        size_t needed = used;
+        measures = false, used = 0;
+        if (needed <= size) return true;
+        free(begin);
+        begin = 0, size = 0;
+        void *p = 0;
+        if (posix_memalign(&p, 64, needed)) return false;
+        begin = (char *)p, size = needed;
+        return true;
+    }
+    ~Arena() { free(begin); }
+};
+
+// what one pass over a set of rows leaves behind; index l is the output of layer l
+struct Pass {
+    real *x[MAX_LAYERS + 1], *z[MAX_LAYERS + 1], *dz[MAX_LAYERS + 1], *dx[MAX_LAYERS + 1], *prob;
+    // `changes`: holds derivatives of another pass along a direction
+    void place(const Net &net, i64 rows, bool changes, Arena &arena) {
+        for (i64 l = 1; l <= net.n_layers; l++) {
+            const Layer &y = net.layer[l - 1];
+            x[l] = arena.take(rows * y.op);
+            z[l] = keeps_input(y.act) || (changes && is_curved(y.act)) ? arena.take(rows * y.op) : x[l];
+            dz[l] = arena.take(rows * y.op);
+            dx[l] = is_curved(y.act) ? arena.take(rows * y.op) : dz[l];
+        }
+        prob = net.classes ? arena.take(rows * net.last().op) : 0;
+    }
+};
+
+// the rows of one task; the weights sum to one
+struct Set {
+    i64 rows, stride; // of the rows of X
+    const real *X, *y, *weight;
+    const i64 *label;
+};
+
+// transposed weights; returns the end of them
+static real *turn_weights(const Layer &y, const real *theta, real *scratch) {
+    transpose<true>(weight_rows(y), y.by_input ? y.out : y.in, theta + y.weight, weight_stride(y), scratch,
+                    pad(weight_rows(y)));
+    return scratch + (y.by_input ? y.out : y.in) * pad(weight_rows(y));
+}
+
+// out[m, .] = init + x W for the weights as they are stored, or their transpose; plus the same of x2
+static void times_weights(const Layer &y, bool transposed, i64 m, i64 stride, const real *x, const real *theta,
+                          const real *x2, const real *theta2, const real *init, i64 ldi, real *out, real *scratch) {
+    Product q = {weight_rows(y), stride, 1, weight_stride(y), {x, x2}, {theta + y.weight, theta2 + y.weight}, 0};
+    i64 columns = y.by_input ? y.out : y.in, n = transposed ? weight_rows(y) : columns;
+    if (!transposed) return multiply(m, n, q, init, ldi, out, pad(n));
+    if (n <= FEW) return multiply_rows(m, n, columns, q, init, ldi, out, pad(n));
+    q.k = columns, q.ldb = pad(n);
+    q.b[0] = scratch;
+    scratch = turn_weights(y, theta, scratch);
+    q.b[1] = scratch;
+    if (x2) turn_weights(y, theta2, scratch);
+    multiply(m, n, q, init, ldi, out, pad(n));
+}
+
+// out[rows, layer's outputs] = init + x W^T (+ x2 W2^T)
+static void apply(const Layer &y, i64 rows, i64 stride, const real *x, const real *theta, const real *x2,
+                  const real *theta2, const real *init, i64 ldi, real *out, real *scratch) {
+    times_weights(y, !y.by_input, rows, stride, x, theta, x2, theta2, init, ldi, out, scratch);
+}
+
+// out[rows, layer's inputs] = d W (+ d2 W2)
+static void apply_back(const Layer &y, i64 rows, const real *d, const real *theta, const real *d2,
+                       const real *theta2, real *out, real *scratch) {
+    times_weights(y, y.by_input, rows, y.op, d, theta, d2, theta2, 0, 0, out, scratch);
+}
+
+// grad's weights = init's (null for zero) + x^T d (+ x2^T d2)
+static void weight_grad(const Layer &y, i64 rows, i64 stride, const real *x, const real *d, const real *x2,
+                        const real *d2, const real *init, real *grad) {
+    Product q = {rows, 1, y.by_input ? stride : y.op, y.by_input ? y.op : stride, {x, x2}, {d, d2}, 0};
+    if (!y.by_input) q.a[0] = d, q.a[1] = x2 ? d2 : 0, q.b[0] = x, q.b[1] = x2;
+    multiply(weight_rows(y), y.by_input ? y.out : y.in, q, init ? init + y.weight : 0, weight_stride(y),
+             grad + y.weight, weight_stride(y));
+}
+
+static void bias_grad(const Layer &y, i64 rows, const real *d, const real *init, real *grad) {
+    for (i64 j = 0; j < y.op; j += V) {
+        vec total = init ? load(init + y.bias + j) : (vec){};
+        if (y.has_bias)
+            for (i64 i = 0; i < rows; i++) total += load(d + i * y.op + j);
+        store(grad + y.bias + j, total);
+    }
+}
+
+static void forward(const Net &net, const real *theta, const Set &set, Pass &pass, real *scratch) {
+    pass.x[0] = (real *)set.X;
+    for (i64 l = 1; l <= net.n_layers; l++) {
+        const Layer &y = net.layer[l - 1];
+        apply(y, set.rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], theta, 0, 0, theta + y.bias, 0, pass.z[l],
+              scratch);
+        if (y.act == IDENTITY) continue;
+        maps[y.act].forward(set.rows * y.op, y.slope, pass.z[l], pass.x[l]);
+        if (y.out < y.op) // padding stays zero whatever the activation makes of zero
+            for (i64 i = 0; i < set.rows; i++)
+                memset(pass.x[l] + i * y.op + y.out, 0, (y.op - y.out) * sizeof(real));
+    }
+}
+
+static inline real largest(const real *o, i64 n) {
+    real top = o[0];
+    for (i64 j = 1; j < n; j++) top = o[j] > top ? o[j] : top;
+    return top;
+}
+
+// loss of the set and its derivative by the outputs; classes' probabilities go to `prob`
+static real loss(const Net &net, const Set &set, const real *out, real *prob, real *d) {
+    const Layer &y = net.last();
+    real total = 0, even = (real)1 / set.rows;
+    if (!net.classes) {
+        for (i64 i = 0; i < set.rows; i++) {
+            const real *o = out + i * y.op, *t = set.y + i * y.out;
+            real w = set.weight ? set.weight[i] : even, *g = d + i * y.op, square = 0;
+            store(g + y.op - V, (vec){});
+            for (i64 j = 0; j < y.out; j++) {
+                real e = o[j] - t[j];
+                square += e * e;
+                g[j] = 2 * w / y.out * e;
+            }
+            total += w * (square / y.out);
+        }
+        return total;
+    }
+    for (i64 i = 0; i < set.rows; i++) {
+        const real *o = out + i * y.op;
+        real top = largest(o, y.out);
+        for (i64 j = 0; j < y.op; j++) prob[i * y.op + j] = o[j] - top;
+    }
+    for (i64 i = 0; i < set.rows * y.op; i++) prob[i] = F(exp)(prob[i]);
+    for (i64 i = 0; i < set.rows; i++) {
+        const real *o = out + i * y.op;
+        real w = set.weight ? set.weight[i] : even, *p = prob + i * y.op, *g = d + i * y.op, norm = 0;
+        for (i64 j = 0; j < y.out; j++) norm += p[j];
+        for (i64 j = 0; j < y.out; j++) p[j] /= norm;
+        store(g + y.op - V, (vec){});
+        for (i64 j = 0; j < y.out; j++) g[j] = w * p[j];
+        i64 label = set.label[i];
+        if (label < 0 || label >= y.out) return NAN;
+        g[label] -= w;
+        total -= w * (o[label] - largest(o, y.out) - F(log)(norm)); // the probability itself may underflow
+    }
+    return total;
+}
+
+// change of that derivative when the outputs change by r
+static void loss_change(const Net &net, const Set &set, const real *prob, const real *r, real *d) {
+    const Layer &y = net.last();
+    real even = (real)1 / set.rows;
+    for (i64 i = 0; i < set.rows; i++) {
+        const real *p = prob + i * y.op, *q = r + i * y.op;
+        real w = set.weight ? set.weight[i] : even, *g = d + i * y.op, mean = 0;
+        store(g + y.op - V, (vec){});
+        if (net.classes) {
+            for (i64 j = 0; j < y.out; j++) mean += p[j] * q[j];
+            for (i64 j = 0; j < y.out; j++) g[j] = w * p[j] * (q[j] - mean);
+        } else
+            for (i64 j = 0; j < y.out; j++) g[j] = 2 * w / y.out * q[j];
+    }
+}
+
+// gradient at theta, after `forward`; returns the loss
+static real backward(const Net &net, const real *theta, const Set &set, Pass &pass, real *grad, real *scratch) {
+    i64 n = net.n_layers;
+    real value = loss(net, set, pass.x[n], pass.prob, pass.dx[n]);
+    for (i64 l = n; l >= 1; l--) {
+        const Layer &y = net.layer[l - 1];
+        if (y.act != IDENTITY)
+            maps[y.act].scale(set.rows * y.op, y.slope, pass.z[l], pass.x[l], pass.dx[l], pass.dz[l]);
+        weight_grad(y, set.rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], pass.dz[l], 0, 0, 0, grad);
+        bias_grad(y, set.rows, pass.dz[l], 0, grad);
+        if (l > 1) apply_back(y, set.rows, pass.dz[l], theta, 0, 0, pass.dx[l - 1], scratch);
+    }
+    return value;
+}
+
+// v += H u, with the Hessian at theta; `pass` is what forward and backward left, r holds the changes
+static void add_curvature(const Net &net, const real *theta, const real *u, const Set &set, const Pass &pass,
+                          Pass &r, real *v, real *scratch) {
+    i64 n = net.n_layers, rows = set.rows;
+    for (i64 l = 1; l <= n; l++) {
+        const Layer &y = net.layer[l - 1];
+        apply(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], u, l > 1 ? r.x[l - 1] : 0, theta, u + y.bias, 0,
+              r.z[l], scratch);
+        if (y.act != IDENTITY) maps[y.act].scale(rows * y.op, y.slope, pass.z[l], pass.x[l], r.z[l], r.x[l]);
+    }
+    loss_change(net, set, pass.prob, r.x[n], r.dx[n]);
+    for (i64 l = n; l >= 1; l--) {
+        const Layer &y = net.layer[l - 1];
+        if (is_curved(y.act))
+            maps[y.act].curve(rows * y.op, y.slope, pass.z[l], pass.x[l], r.z[l], pass.dx[l], r.dx[l], r.dz[l]);
+        else if (y.act != IDENTITY)
+            maps[y.act].scale(rows * y.op, y.slope, pass.z[l], pass.x[l], r.dx[l], r.dz[l]);
+        weight_grad(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], r.dz[l], l > 1 ? r.x[l - 1] : 0, pass.dz[l],
+                    v, v);
+        bias_grad(y, rows, r.dz[l], v, v);
+        if (l > 1) apply_back(y, rows, r.dz[l], theta, pass.dz[l], u, r.dx[l - 1], scratch);
+    }
+}
+
+// ---- batches of tasks --------------------------------------------------------------------------
+
+struct Rows {
+    const real *X, *y, *weight; // (n_tasks, width, ...); weight may be null
+    const i64 *label, *lengths; // lengths may be null
+    i64 width;
+};
+
+static const real *place_inputs(const Layer &first, i64 rows, const real *X, real *buffer, i64 &stride) {
+    stride = first.in;
+    if (first.by_input) return X; // read number by number
+    copy_rows(rows, first.in, X, first.in, buffer, stride = first.ip);
+    return buffer;
+}
+
+// rows of task j; `buffer` has room for the inputs, padded
+static Set task(const Net &net, const Rows &rows, i64 j, real *buffer) {
+    const Layer &first = net.layer[0];
+    Set set;
+    set.rows = rows.lengths ? rows.lengths[j] : rows.width;
+    set.X = place_inputs(first, set.rows, rows.X + j * rows.width * first.in, buffer, set.stride);
+    set.y = rows.y ? rows.y + j * rows.width * net.last().out : 0;
+    set.label = rows.label ? rows.label + j * rows.width : 0;
+    set.weight = rows.weight ? rows.weight + j * rows.width : 0;
+    return set;
+}
+
+struct Job {
+    Net net;
+    Rows support, query;
+    real *theta, *rates; // packed; step k uses rates + k % n_rates * packed
+    i64 n_tasks, steps, n_rates, n_blocks;
+    bool second_order, recompute;
+    real *losses, *outputs;
+    real *grads, *rate_grads; // packed, of each block; rate_grads may be null
+    real *const *own;         // tensors of task j at own[t] + j * own_stride[t], or null
+    const i64 *own_stride;
+    bool (*run)(const Job &, i64 begin, i64 end, i64 block, Arena &);
+    i64 next_block;
+    bool failed;
+};
+
+static real *rate(const Job &job, i64 k) { return job.rates + k % job.n_rates * job.net.packed; }
+
+static void step(i64 n, const real *theta, const real *rate, const real *grad, real *next) {
+    for (i64 i = 0; i < n; i += V) store(next + i, load(theta + i) - load(rate + i) * load(grad + i));
+}
+
+static void write_rows(const Net &net, const Set &set, const real *x, real *out) {
+    const Layer &y = net.last();
+    for (i64 i = 0; i < set.rows; i++) memcpy(out + i * y.out, x + i * y.op, y.out * sizeof(real));
+}
+
+struct MetaSpace {
+    real *Xs, *Xq, *theta, *kept, *v, *u, *scratch;
+    Pass query, change, *passes;
+    void place(const Job &job, i64 n_passes, Arena &a) {
+        const Net &net = job.net;
+        Xs = a.take(job.support.width * net.layer[0].ip);
+        Xq = a.take(job.query.width * net.layer[0].ip);
+        theta = a.take((job.steps + 1) * net.packed);
+        kept = a.take((job.rate_grads ? job.steps : 1) * net.packed);
+        v = a.take(net.packed), u = a.take(net.packed);
+        scratch = a.take(2 * net.widest * net.widest);
+        for (i64 k = 0; k < n_passes; k++) passes[k].place(net, job.support.width, false, a);
+        query.place(net, job.query.width, false, a);
+        change.place(net, job.support.width, true, a);
+    }
+};
+
+static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &arena) {
+    const Net &net = job.net;
+    const i64 size = net.packed, K = job.steps;
+    const i64 n_passes = job.second_order && !job.recompute && K ? K : 1;
+    MetaSpace s;
+    s.passes = (Pass *)malloc(n_passes * sizeof(Pass));
+    if (!s.passes) return false;
+    arena.measures = true, arena.used = 0;
+    s.place(job, n_passes, arena);
+    if (!arena.reserve()) { free(s.passes); return false; }
+    s.place(job, n_passes, arena);
+    real *total = job.grads + block * size;
+    memset(total, 0, size * sizeof(real));
+    real *rate_total = job.rate_grads ? job.rate_grads + block * job.n_rates * size : 0;
+    if (rate_total) memset(rate_total, 0, job.n_rates * size * sizeof(real));
+    memcpy(s.theta, job.theta, size * sizeof(real));
+    for (i64 j = begin; j < end; j++) {
+        Set support = task(net, job.support, j, s.Xs), query = task(net, job.query, j, s.Xq);
+        for (i64 k = 0; k < K; k++) {
+            real *theta = s.theta + k * size, *grad = s.kept + (rate_total ? k * size : 0);
+            Pass &pass = s.passes[k < n_passes ? k : 0];
+            forward(net, theta, support, pass, s.scratch);
+            backward(net, theta, support, pass, grad, s.scratch);
+            step(size, theta, rate(job, k), grad, theta + size);
+        }
+        real *theta = s.theta + K * size;
+        forward(net, theta, query, s.query, s.scratch);
+        job.losses[j] = backward(net, theta, query, s.query, s.v, s.scratch);
+        write_rows(net, query, s.query.x[net.n_layers], job.outputs + j * job.query.width * net.last().out);
+        for (i64 k = K - 1; k >= 0; k--) {
+            if (rate_total) {
+                real *to = rate_total + k % job.n_rates * size, *grad = s.kept + k * size;
+                for (i64 i = 0; i < size; i += V) store(to + i, load(to + i) - load(s.v + i) * load(grad + i));
+            }
+            if (!job.second_order) continue;
+            real *at = s.theta + k * size, *r = rate(job, k);
+            Pass &pass = s.passes[k < n_passes ? k : 0];
+            if (job.recompute) {
+                forward(net, at, support, pass, s.scratch);
+                backward(net, at, support, pass, s.u, s.scratch);
+            }
+            for (i64 i = 0; i < size; i += V) store(s.u + i, -load(r + i) * load(s.v + i));
+            add_curvature(net, at, s.u, support, pass, s.change, s.v, s.scratch);
+        }
+        for (i64 i = 0; i < size; i += V) store(total + i, load(total + i) + load(s.v + i));
+    }
+    free(s.passes);
+    return true;
+}
+
+static void own_tensors(const Job &job, i64 j, real **tensors) {
+    for (i64 t = 0; t < 2 * job.net.n_layers; t++)
+        tensors[t] = job.own[t] ? job.own[t] + j * job.own_stride[t] : 0;
+}
+
+static bool adapt_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
+    const Net &net = job.net;
+    const i64 size = net.packed;
+    real *X = 0, *theta = 0, *grad = 0, *scratch = 0, *tensors[2 * MAX_LAYERS];
+    Pass pass;
+    for (int round = 0; round < 2; round++) {
+        if (round == 0) arena.measures = true, arena.used = 0;
+        if (round == 1 && !arena.reserve()) return false;
+        X = arena.take(job.support.width * net.layer[0].ip);
+        theta = arena.take(size), grad = arena.take(size);
+        scratch = arena.take(2 * net.widest * net.widest);
+        pass.place(net, job.support.width, false, arena);
+    }
+    for (i64 j = begin; j < end; j++) {
+        Set support = task(net, job.support, j, X);
+        memcpy(theta, job.theta, size * sizeof(real));
+        for (i64 k = 0; k < job.steps; k++) {
+            forward(net, theta, support, pass, scratch);
+            backward(net, theta, support, pass, grad, scratch);
+            step(size, theta, rate(job, k), grad, theta);
+        }
+        own_tensors(job, j, tensors);
+        unpack(net, theta, tensors, scratch);
+    }
+    return true;
+}
+
+enum { ROWS_AT_A_TIME = 128 }; // of a prediction
+
+static bool predict_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
+    const Net &net = job.net;
+    const i64 width = job.query.width, chunk = width < ROWS_AT_A_TIME ? width : ROWS_AT_A_TIME;
+    real *X = 0, *theta = 0, *scratch = 0, *tensors[2 * MAX_LAYERS];
+    Pass pass;
+    for (int round = 0; round < 2; round++) {
+        if (round == 0) arena.measures = true, arena.used = 0;
+        if (round == 1 && !arena.reserve()) return false;
+        X = arena.take(chunk * net.layer[0].ip);
+        theta = arena.take(net.packed);
+        scratch = arena.take(2 * net.widest * net.widest);
+        pass.place(net, chunk, false, arena);
+    }
+    memcpy(theta, job.theta, net.packed * sizeof(real));
+    for (i64 j = begin; j < end; j++) {
+        own_tensors(job, j, tensors);
+        pack(net, tensors, theta); // leaves what the tasks share
+        i64 rows = job.query.lengths ? job.query.lengths[j] : width;
+        for (i64 i = 0; i < rows; i += chunk) {
+            Set set;
+            set.rows = rows - i < chunk ? rows - i : chunk;
+            const Layer &first = net.layer[0];
+            set.X = place_inputs(first, set.rows, job.query.X + (j * width + i) * first.in, X, set.stride);
+            forward(net, theta, set, pass, scratch);
+            write_rows(net, set, pass.x[net.n_layers], job.outputs + (j * width + i) * net.last().out);
+        }
+    }
+    return true;
+}
+
+static thread_local Arena arena_of_thread;
+
+static void *work(void *p) {
+    Job &job = *(Job *)p;
+    for (;;) {
+        i64 b = __atomic_fetch_add(&job.next_block, 1, __ATOMIC_RELAXED);
+        if (b >= job.n_blocks) return 0;
+        // the blocks do not depend on the number of threads, so neither do the sums
+        i64 begin = b * job.n_tasks / job.n_blocks, end = (b + 1) * job.n_tasks / job.n_blocks;
+        if (!job.run(job, begin, end, b, arena_of_thread)) __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
+    }
+}
+
+static bool run_blocks(Job &job, i64 n_threads) {
+    enum { MOST = 256 };
+    pthread_t threads[MOST];
+    i64 others = (n_threads < job.n_blocks ? n_threads : job.n_blocks) - 1, started = 0;
+    job.next_block = 0, job.failed = false;
+    while (started < others && started < MOST && !pthread_create(&threads[started], 0, work, &job)) started++;
+    work(&job);
+    for (i64 t = 0; t < started; t++) pthread_join(threads[t], 0);
+    return !job.failed;
+}
+
+// ---- entry points ------------------------------------------------------------------------------
+// Each takes one array of integers and addresses, in the order of `Argument`, and returns 0 if
+// memory ran out. The order is repeated in native/__init__.py.
+
+enum Argument {
+    N_TASKS, STEPS, N_RATES, SECOND_ORDER, RECOMPUTE, N_THREADS,
+    SUPPORT_X, SUPPORT_Y, SUPPORT_WEIGHT, SUPPORT_LENGTHS, SUPPORT_WIDTH,
+    QUERY_X, QUERY_Y, QUERY_WEIGHT, QUERY_LENGTHS, QUERY_WIDTH,
+    LOSSES, OUTPUTS, SIZES, SLOPES, THETA, RATES, GRADS, RATE_GRADS, OWN, OWN_STRIDES,
+};
+
+static Rows rows_of(const Net &net, const i64 *a) {
+    return {(const real *)a[0], net.classes ? 0 : (const real *)a[1], (const real *)a[2],
+            net.classes ? (const i64 *)a[1] : 0, (const i64 *)a[3], a[4]};
+}
+
+static bool start(const i64 *a, Job &job) {
+    describe((const i64 *)a[SIZES], (const double *)a[SLOPES], job.net);
+    const Net &net = job.net;
+    job.support = rows_of(net, a + SUPPORT_X);
+    job.query = rows_of(net, a + QUERY_X);
+    job.n_tasks = a[N_TASKS], job.steps = a[STEPS], job.n_rates = a[N_RATES];
+    job.second_order = a[SECOND_ORDER], job.recompute = a[RECOMPUTE];
+    job.losses = (real *)a[LOSSES], job.outputs = (real *)a[OUTPUTS];
+    job.own = (real *const *)a[OWN], job.own_stride = (const i64 *)a[OWN_STRIDES];
+    job.grads = job.rate_grads = 0;
+    job.n_blocks = (job.n_tasks + TASKS_PER_BLOCK - 1) / TASKS_PER_BLOCK;
+    if (job.n_blocks > MAX_BLOCKS) job.n_blocks = MAX_BLOCKS;
+    void *p = 0;
+    if (posix_memalign(&p, 64, (1 + job.n_rates) * net.packed * sizeof(real))) return false;
+    job.theta = (real *)p, job.rates = job.theta + net.packed;
+    memset(p, 0, (1 + job.n_rates) * net.packed * sizeof(real));
+    pack(net, (const real *const *)a[THETA], job.theta);
+    for (i64 k = 0; k < job.n_rates; k++)
+        pack(net, (const real *const *)a[RATES] + 2 * net.n_layers * k, job.rates + k * net.packed);
+    return true;
+}
+
+// sum of the blocks' gradients, over the number of tasks, into natural tensors
+static void finish(const Job &job, real *parts, i64 stride, real *const *tensors, real *scratch) {
+    for (i64 b = 1; b < job.n_blocks; b++)
+        for (i64 i = 0; i < job.net.packed; i += V)
+            store(parts + i, load(parts + i) + load(parts + b * stride + i));
+    vec share = splat((real)1 / job.n_tasks);
+    for (i64 i = 0; i < job.net.packed; i += V) store(parts + i, load(parts + i) * share);
+    unpack(job.net, parts, tensors, scratch);
+}
+
+extern "C" int meta_step(const i64 *a) {
+    Job job;
+    if (!start(a, job)) return 0;
+    const i64 size = job.net.packed, n_rate_grads = a[RATE_GRADS] ? job.n_rates : 0;
+    void *p = 0;
+    bool done = !posix_memalign(
+        &p, 64, ((1 + n_rate_grads) * job.n_blocks * size + job.net.widest * job.net.widest) * sizeof(real));
+    if (done) {
+        job.grads = (real *)p;
+        real *rate_grads = job.grads + job.n_blocks * size, *scratch = rate_grads + n_rate_grads * job.n_blocks * size;
+        if (n_rate_grads) job.rate_grads = rate_grads;
+        job.run = meta_tasks;
+        done = run_blocks(job, a[N_THREADS]);
+        finish(job, job.grads, size, (real *const *)a[GRADS], scratch);
+        for (i64 k = 0; k < n_rate_grads; k++)
+            finish(job, rate_grads + k * size, job.n_rates * size,
+                   (real *const *)a[RATE_GRADS] + 2 * job.net.n_layers * k, scratch);
+    }
+    free(p);
+    free(job.theta);
+    return done;
+}
+
+static int run_tasks(const i64 *a, bool (*run)(const Job &, i64, i64, i64, Arena &)) {
+    Job job;
+    if (!start(a, job)) return 0;
+    job.run = run;
+    bool done = run_blocks(job, a[N_THREADS]);
+    free(job.theta);
+    return done;
+}
+
+extern "C" int adapt(const i64 *a) { return run_tasks(a, adapt_tasks); }
+extern "C" int predict(const i64 *a) { return run_tasks(a, predict_tasks); }
