@@ -163,6 +163,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
         "normalize_y": ["boolean"],
+        "checkpoint_steps": ["boolean"],
+        "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -659,7 +661,13 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             ),
             adapted=adapted_names(module, self.adapted),
             rung=rung,
+            checkpoint_steps=bool(self.checkpoint_steps),
+            max_tasks_in_memory=self.max_tasks_in_memory,
         )
+
+    def _chunk(self) -> int:
+        """Tasks to adapt to or predict for at a time."""
+        return min(CHUNK, self.max_tasks_in_memory or CHUNK)
 
     def _remember_rung(self, engine: Engine) -> None:
         """Take the plain loop at once where batching tasks has failed before."""
@@ -675,8 +683,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         by_size = np.argsort(tasks.sizes, kind="stable")
         engine = self._make_engine(self.module_, self._rung)
         parts = []
-        for start in range(0, len(by_size), CHUNK):
-            chosen = by_size[start : start + CHUNK]
+        for start in range(0, len(by_size), self._chunk()):
+            chosen = by_size[start : start + self._chunk()]
             support = pad_rows(
                 self._reshape(tasks.X),
                 targets,
@@ -809,7 +817,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             stop = start + 1
             while (
                 stop < len(by_size)
-                and stop - start < CHUNK
+                and stop - start < self._chunk()
                 and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
             ):
                 stop += 1
