@@ -155,14 +155,16 @@ def draw(figures: dict[str, dict[str, list[float]]], steps: list[int], file: Pat
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     styles = {
         "second order": ("o", "-", "#c1272d"),
         "second order, checkpoint_steps": ("s", "-", "#0b6e99"),
         "first order": ("^", "--", "#666666"),
     }
-    fig, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 4), layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(figures), figsize=(5 * len(figures), 4), sharey=True, layout="constrained"
+    )
     for ax, (name, series) in zip(axes, figures.items(), strict=True):
         for label, values in series.items():
             marker, line, colour = styles[label]
@@ -181,15 +183,17 @@ def draw(figures: dict[str, dict[str, list[float]]], steps: list[int], file: Pat
             yscale="log",
             title=TITLES[name],
             xlabel="inner steps",
-            ylabel="peak memory of a meta-step (MB)",
         )
         ax.title.set_fontsize(11)
         ax.set_xticks(steps, [str(k) for k in steps])
         ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda mb, _: f"{mb:,.0f}"))
         ax.margins(x=0.12)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("peak memory of a meta-step (MB)")
     axes[0].legend(frameon=False, loc="upper left")
     fig.savefig(file, dpi=150)
 
