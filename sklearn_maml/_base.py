@@ -166,6 +166,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
         "normalize_y": ["boolean"],
+        "checkpoint_steps": ["boolean"],
+        "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -664,7 +666,14 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             ),
             adapted=adapted_names(module, self.adapted),
             rung=rung,
+            checkpoint_steps=bool(self.checkpoint_steps),
+            max_tasks_in_memory=self.max_tasks_in_memory,
         )
+
+    def _chunk(self, engine: Engine) -> int:
+        """Tasks to adapt to or predict for at a time."""
+        most = NATIVE_CHUNK if engine.rung == "native" else CHUNK
+        return min(most, self.max_tasks_in_memory or most)
 
     def _remember_rung(self, engine: Engine) -> None:
         """Take the plain loop at once where batching has failed before, and what was compiled."""
@@ -685,7 +694,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         most = int(tasks.sizes.max()) if len(by_size) else 0
         engine.prepare(engine.stacked_seconds(len(by_size), most, steps), ADAPTING_REPAYS)
         parts = []
-        at_a_time = NATIVE_CHUNK if engine.rung == "native" else CHUNK
+        at_a_time = self._chunk(engine)
         for start in range(0, len(by_size), at_a_time):
             chosen = by_size[start : start + at_a_time]
             support = pad_rows(
@@ -816,11 +825,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         by_size = np.argsort(size, kind="stable")
         result: np.ndarray | None = None
         start = 0
+        at_a_time = self._chunk(state.engine)
         while start < len(by_size):
             stop = start + 1
             while (
                 stop < len(by_size)
-                and stop - start < CHUNK
+                and stop - start < at_a_time
                 and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
             ):
                 stop += 1

@@ -35,7 +35,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
-from sklearn_maml.inner_loop import Autograd, Differentiator, Functorch, adapt, mean_loss
+from sklearn_maml.inner_loop import (
+    Autograd,
+    Differentiator,
+    Functorch,
+    RecomputedSteps,
+    adapt,
+    mean_loss,
+)
 from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
 from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, describe
 from sklearn_maml.update_rules import UpdateRule, has_linear_rates
@@ -272,6 +279,11 @@ class Engine:
     rung : {"auto", "loop", "vmap", "stacked", "native"}
         How tasks are batched; "auto" takes the fastest that works at once, and `prepare` the
         compiled one. "native" compiles if need be.
+    checkpoint_steps : bool
+        Whether second-order meta-gradients compute the graph of each inner step anew.
+    max_tasks_in_memory : int or None
+        Largest number of tasks that `meta_step` and `evaluate` run at once; the compiled kernels
+        run one at a time (and thread) anyway.
     """
 
     def __init__(
@@ -283,6 +295,8 @@ class Engine:
         meta_gradient: MetaGradient,
         adapted: Sequence[str],
         rung: str = "auto",
+        checkpoint_steps: bool = False,
+        max_tasks_in_memory: int | None = None,
     ) -> None:
         self.module = private_copy(module)
         self.row_loss = row_loss
@@ -290,6 +304,8 @@ class Engine:
         self.meta_gradient = meta_gradient
         self.adapted = frozenset(adapted)
         self.pads = is_row_wise(module)
+        self.checkpoint_steps = checkpoint_steps
+        self.max_tasks_in_memory = max_tasks_in_memory
         self.fallback_reason: str | None = None
         stackable = _is_stackable(module)
         self._layout = self._native_layout() if stackable else None
@@ -413,7 +429,7 @@ class Engine:
             steps=steps,
             second_order=type(self.meta_gradient) is SecondOrder,
             rate_grads=bool(leaves),
-            recompute=False,
+            recompute=self.checkpoint_steps,
         )
         views = self._kernel.views(flat)
         grads = {f"module.{name}": views[name] for name in params}
@@ -460,6 +476,12 @@ class Engine:
         batch : EpisodeBatch
         alpha : float
         steps : int
+
+        Warns
+        -----
+        EngineFallbackWarning
+            If the memory did not suffice, so that fewer tasks are run at once from now on; or if
+            tasks are run one after another because the module cannot be batched.
         """
         if self._kernel is not None and self._kernel.takes(batch.support, batch.query):
             return self._meta_step_native(meta_params, batch, alpha, steps)
@@ -473,16 +495,17 @@ class Engine:
             return self._meta_step_stacked(meta_params, part, alpha, steps)
 
         def join(parts: list[MetaStep], index: list[np.ndarray]) -> MetaStep:
-            weights = [len(part.losses) / len(batch) for part in parts]
+            n_tasks = sum(len(part.losses) for part in parts)
+            weights = [len(part.losses) / n_tasks for part in parts]
             grads = {
                 name: torch.stack(
                     [w * part.grads[name] for w, part in zip(weights, parts, strict=True)]
                 ).sum(0)
                 for name in parts[0].grads
             }
-            losses = parts[0].losses.new_empty(len(batch))
-            width = batch.query.X.shape[1]
-            shape = (len(batch), width, *parts[0].outputs.shape[2:])
+            losses = parts[0].losses.new_empty(n_tasks)
+            width = max(part.outputs.shape[1] for part in parts)
+            shape = (n_tasks, width, *parts[0].outputs.shape[2:])
             outputs = parts[0].outputs.new_zeros(shape)
             for part, which in zip(parts, index, strict=True):
                 where = torch.as_tensor(which, device=losses.device)
@@ -490,12 +513,20 @@ class Engine:
                 outputs[where, : part.outputs.shape[1]] = part.outputs
             return MetaStep(losses, grads, outputs)
 
-        return self._by_shape(batch, run, join)
+        return self._in_memory(batch, lambda part: self._by_shape(part, run, join), join)
 
     def evaluate(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> tuple[Tensor, Tensor]:
         """Query losses (n_tasks,) and query outputs after `steps` inner steps, as `predict`."""
+        if self.max_tasks_in_memory is not None and len(batch) > self.max_tasks_in_memory:
+            width = batch.query.X.shape[1]
+            parts = [
+                self.evaluate(meta_params, _take(batch, which), alpha=alpha, steps=steps)
+                for which in _chunks(len(batch), self.max_tasks_in_memory)
+            ]
+            padded = [_pad_rows_to(width, outputs) for _, outputs in parts]
+            return torch.cat([losses for losses, _ in parts]), torch.cat(padded)
         adapted = self.adapt(meta_params, batch.support, alpha=alpha, steps=steps)
         outputs = self.predict(adapted, batch.query)
         output = _fit_outputs(outputs, batch.query.y)
@@ -592,6 +623,42 @@ class Engine:
 
     # -- rungs -----------------------------------------------------------------------------------
 
+    def _in_memory(
+        self,
+        batch: EpisodeBatch,
+        run: Callable[[EpisodeBatch], MetaStep],
+        join: Callable[[list[MetaStep], list[np.ndarray]], MetaStep],
+    ) -> MetaStep:
+        """Run a meta-batch in chunks of at most `max_tasks_in_memory`, smaller ones if need be."""
+        size = min(self.max_tasks_in_memory or len(batch), len(batch))
+        done: MetaStep | None = None
+        n_done, reason = 0, ""
+        while n_done < len(batch):
+            which = np.arange(n_done, min(n_done + size, len(batch)))
+            try:
+                part = run(batch if len(which) == len(batch) else _take(batch, which))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or size == 1:
+                    raise
+                reason = str(error).strip().split("\n")[0]
+            else:
+                done = part if done is None else join([done, part], [np.arange(n_done), which])
+                n_done += len(which)
+                continue
+            size //= 2  # after the except block: the error holds on to what it ran out of
+        assert done is not None
+        if reason:
+            self.max_tasks_in_memory = size
+            warnings.warn(
+                f"The memory did not suffice for a meta-batch of {len(batch)} tasks, which is "
+                f"now run {size} at a time, with the same results to rounding. Set "
+                f"max_tasks_in_memory={size} to do so from the start, or checkpoint_steps=True. "
+                f"Reason: {reason}",
+                EngineFallbackWarning,
+                stacklevel=3,
+            )
+        return done
+
     def _by_shape(self, batch: Any, run: Callable[..., Any], join: Callable[..., Any]) -> Any:
         """Run a batch on the current rung, in pieces of equal shape where padding is unsafe."""
         rung = "stacked" if self.rung == "native" else self.rung  # rows the kernels do not take
@@ -609,7 +676,7 @@ class Engine:
             if "scaled_dot_product" in str(error) and not self._attends:
                 self._attends = True  # the kernel it chose has no second derivative
                 return self._by_shape(batch, run, join)
-            if rung != "vmap" or isinstance(error, torch.cuda.OutOfMemoryError):
+            if rung != "vmap" or _is_out_of_memory(error):
                 raise
             result = run(batch, "loop")  # an error of the module itself is raised here
             self._fall_back(error)
@@ -647,17 +714,24 @@ class Engine:
         differentiator: Differentiator,
         expand: Callable[[Params], Params],
         batched: bool,
-    ) -> tuple[Callable[..., Params], Callable[[Params], tuple[Tensor, Any]]]:
-        """Inner loop and query loss as functions of meta-parameters, for a meta-gradient."""
+    ) -> tuple[
+        Callable[..., Params],
+        Callable[[Params], tuple[Tensor, Any]],
+        Callable[..., tuple[Params, tuple[Tensor, Any]]],
+    ]:
+        """Inner loop, query loss and how to differentiate them, for a meta-gradient."""
 
         def loss_rows(params: Params, rows: Rows) -> tuple[Tensor, Tensor]:
             output = _fit_outputs(forward(params, rows.X), rows.y)
             return mean_loss(self.row_loss(output, rows.y), rows.weight), output
 
-        def inner(meta_params: Params, order: int) -> Params:
+        def start(meta_params: Params) -> tuple[Params, Params, Params]:
             module_params, rates = self._split(meta_params)
             fast, shared = self._partition(module_params)
-            fast, shared = expand(fast), expand(shared)
+            return expand(fast), expand(shared), rates
+
+        def inner(meta_params: Params, order: int) -> Params:
+            fast, shared, rates = start(meta_params)
             fast = adapt(
                 fast,
                 lambda p: loss_rows({**shared, **p}, support)[0].sum(),
@@ -675,14 +749,28 @@ class Engine:
             losses, output = loss_rows(params, query)
             return losses.sum(), (losses.detach(), output.detach())
 
-        return inner, query_loss
+        # without second derivatives there is no graph of the steps that could be saved
+        if self.checkpoint_steps and self.meta_gradient.order == 2:
+            recomputed = RecomputedSteps(
+                start,
+                lambda params: loss_rows(params, support)[0].sum(),
+                rule=self.rule,
+                alpha=alpha,
+                steps=steps,
+                differentiator=differentiator,
+                batched=batched,
+                module=self.module,
+                random=not self.pads or has_dropout(self.module),
+            )
+            return recomputed, query_loss, recomputed.value_and_grad
+        return inner, query_loss, differentiator.value_and_grad
 
     def _meta_step_stacked(
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
     ) -> MetaStep:
         n_tasks = len(batch)
         diff = Autograd()
-        inner, query_loss = self._objective(
+        inner, query_loss, value_and_grad = self._objective(
             self._forward,
             batch.support,
             batch.query,
@@ -693,7 +781,7 @@ class Engine:
             batched=True,
         )
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(
-            meta_params, inner, query_loss, diff.value_and_grad
+            meta_params, inner, query_loss, value_and_grad
         )
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
 
@@ -705,7 +793,7 @@ class Engine:
         losses, outputs = [], []
         width = batch.query.X.shape[1]
         for j in range(len(batch)):
-            inner, query_loss = self._objective(
+            inner, query_loss, value_and_grad = self._objective(
                 self._call_module,
                 batch.support.task(j),
                 batch.query.task(j),
@@ -716,7 +804,7 @@ class Engine:
                 batched=False,
             )
             grads, (_, (loss, output)) = self.meta_gradient.loss_and_grad(
-                meta_params, inner, query_loss, diff.value_and_grad
+                meta_params, inner, query_loss, value_and_grad
             )
             total = {n: g + total[n] for n, g in grads.items()} if total else grads
             losses.append(loss)
@@ -730,7 +818,7 @@ class Engine:
         diff = Functorch()
 
         def one_task(support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
-            inner, query_loss = self._objective(
+            inner, query_loss, value_and_grad = self._objective(
                 self._call_module,
                 Rows(*support),
                 Rows(*query),
@@ -741,7 +829,7 @@ class Engine:
                 batched=False,
             )
             grads, (_, aux) = self.meta_gradient.loss_and_grad(
-                meta_params, inner, query_loss, diff.value_and_grad
+                meta_params, inner, query_loss, value_and_grad
             )
             return grads, aux
 
@@ -872,6 +960,24 @@ def _thread_pools() -> ThreadpoolController:
 def rate_key(name: str) -> str:
     """Name under which the learned rate of a parameter is stored."""
     return name.replace(".", "__")
+
+
+def _chunks(n: int, size: int) -> list[np.ndarray]:
+    """Positions 0 to n - 1 in consecutive pieces of at most `size`."""
+    return np.split(np.arange(n), range(size, n, size))
+
+
+def _pad_rows_to(width: int, values: Tensor) -> Tensor:
+    """Pad (n_tasks, n_rows, ...) with zeros to `width` rows."""
+    padding = values.new_zeros(len(values), width - values.shape[1], *values.shape[2:])
+    return torch.cat([values, padding], dim=1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator on CPU raises a plain RuntimeError
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        text in str(error) for text in ("not enough memory", "can't allocate memory")
+    )
 
 
 def _take(batch: Any, which: np.ndarray) -> Any:

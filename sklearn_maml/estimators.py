@@ -86,6 +86,15 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         training rows. Predictions are in the units of y.
     optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
         Outer optimiser; ``optimizer__*`` are its parameters.
+    checkpoint_steps : bool, default=False
+        Whether second-order meta-gradients keep only the parameters of each inner step and
+        compute its graph anew when they get to it: the same gradient for less memory, which grows
+        by one copy of the adapted parameters of each task with every step, and more time. Other
+        meta-gradients keep no graphs of the steps.
+    max_tasks_in_memory : int, default=None
+        Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
+        meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
+        at once, and in smaller chunks (with a warning) after it ran out of memory.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -202,6 +211,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         n_iter_no_change: int = 20,
         normalize_y: bool = True,
         optimizer: Any = "adam",
+        checkpoint_steps: bool = False,
+        max_tasks_in_memory: int | None = None,
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -231,6 +242,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.n_iter_no_change = n_iter_no_change
         self.normalize_y = normalize_y
         self.optimizer = optimizer
+        self.checkpoint_steps = checkpoint_steps
+        self.max_tasks_in_memory = max_tasks_in_memory
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -391,6 +404,15 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Epochs, of 50 meta-updates each, without improvement before an early stop.
     optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
         Outer optimiser; ``optimizer__*`` are its parameters.
+    checkpoint_steps : bool, default=False
+        Whether second-order meta-gradients keep only the parameters of each inner step and
+        compute its graph anew when they get to it: the same gradient for less memory, which grows
+        by one copy of the adapted parameters of each task with every step, and more time. Other
+        meta-gradients keep no graphs of the steps.
+    max_tasks_in_memory : int, default=None
+        Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
+        meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
+        at once, and in smaller chunks (with a warning) after it ran out of memory.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -510,6 +532,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         validation_fraction: float = 0.15,
         n_iter_no_change: int = 20,
         optimizer: Any = "adam",
+        checkpoint_steps: bool = False,
+        max_tasks_in_memory: int | None = None,
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -539,6 +563,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.optimizer = optimizer
+        self.checkpoint_steps = checkpoint_steps
+        self.max_tasks_in_memory = max_tasks_in_memory
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column

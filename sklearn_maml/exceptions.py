@@ -49,4 +49,7 @@ class InterruptedFitWarning(ConvergenceWarning):
 
 
 class EngineFallbackWarning(UserWarning):
-    """Issued when a module cannot be run over a batch of tasks and the plain loop is used."""
+    """Issued when a meta-batch cannot be run at once: by the module, or for want of memory.
+
+    Tasks are then run one after another, or fewer at a time, with the same results.
+    """

@@ -2,19 +2,22 @@
 
 `adapt` is a pure function of a dict of parameters. Meta-training, adaptation, scoring and plots
 all call it, each with its own way of differentiating (plain autograd or `torch.func`).
+`RecomputedSteps` takes the same steps, for a meta-gradient that has to fit into little memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sklearn_maml.update_rules import UpdateRule
 
-__all__ = ["Autograd", "Differentiator", "Functorch", "adapt", "mean_loss"]
+__all__ = ["Autograd", "Differentiator", "Functorch", "RecomputedSteps", "adapt", "mean_loss"]
 
 Params = dict[str, Tensor]
 LossFunction = Callable[[Params], Tensor]
@@ -30,6 +33,14 @@ class Differentiator(Protocol):
         self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the first output of `function`, and its outputs."""
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product of `cotangents` with the Jacobian of `function` at `inputs`."""
 
     def cut(self, params: Params) -> Params:
         """Parameters cut from the graph, ready to be differentiated again."""
@@ -62,6 +73,26 @@ class Autograd:
             )
         return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
 
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(leaves)
+        pairs = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in inputs]
+        outputs, cotangents = map(list, zip(*pairs, strict=True))
+        return list(
+            torch.autograd.grad(
+                outputs, leaves, cotangents, allow_unused=True, materialize_grads=True
+            )
+        )
+
     def cut(self, params: Params) -> Params:
         """Detached leaves that require a gradient."""
         return {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -84,6 +115,17 @@ class Functorch:
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the first output of `function` at `params`, and its outputs."""
         return torch.func.grad_and_value(function, has_aux=True)(params)
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        pull_back: Any = torch.func.vjp(function, inputs)[1]
+        with torch.no_grad():  # else it builds the graph of a further derivative
+            return list(pull_back(cotangents)[0])
 
     def cut(self, params: Params) -> Params:
         """Detached tensors; `torch.func` needs no leaves."""
@@ -132,10 +174,262 @@ def adapt(
         params = differentiator.cut(params)
     state = rule.start(params)
     for k in range(steps):
-        grads = differentiator.grad(support_loss, params, order)
-        params, state = rule.step(
-            k, params, grads, alpha=alpha, rates=rates, state=state, batched=batched
+        params, state = _step(
+            k,
+            params,
+            state,
+            support_loss,
+            rule=rule,
+            alpha=alpha,
+            rates=rates,
+            order=order,
+            differentiator=differentiator,
+            batched=batched,
         )
         if order == 0:
             params = differentiator.cut(params)
     return {name: p.detach() for name, p in params.items()} if order == 0 else params
+
+
+def _step(
+    k: int,
+    params: Params,
+    state: Any,
+    support_loss: LossFunction,
+    *,
+    rule: UpdateRule,
+    alpha: float,
+    rates: Params,
+    order: int,
+    differentiator: Differentiator,
+    batched: bool,
+) -> tuple[Params, Any]:
+    """Take inner step number `k`; see `adapt`."""
+    grads = differentiator.grad(support_loss, params, order)
+    return rule.step(k, params, grads, alpha=alpha, rates=rates, state=state, batched=batched)
+
+
+class RecomputedSteps:
+    """The inner loop for second-order meta-gradients that keep no graph of the inner steps.
+
+    Called as a function it is `adapt`, of the meta-parameters. `value_and_grad` stands for
+    `Differentiator.value_and_grad` with functions that adapt by calling this object with the
+    meta-parameters they got. It takes the steps without a graph, keeping the parameters and the
+    state of the rule from before each, and differentiates the function with respect to what it
+    adapted to. Then it sweeps back over the steps, building the graph of one at a time, and
+    multiplies with the Jacobian of that step (Griewank & Walther 2008, ch. 12: a checkpoint at
+    every step).
+
+    Parameters
+    ----------
+    start : callable meta_params -> (fast, shared, rates)
+        The parameters that adapt, those that do not, and what the rule learned.
+    support_loss : callable params -> scalar Tensor
+        Of all parameters.
+    rule, alpha, steps, differentiator, batched : as in `adapt`
+    module : Module
+        What `support_loss` runs: its buffers must stay as they are.
+    random : bool
+        Whether the module may draw random numbers, which then are drawn again in the sweep. It
+        sets torch's generators back, so threads must take turns.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Params], tuple[Params, Params, Params]],
+        support_loss: LossFunction,
+        *,
+        rule: UpdateRule,
+        alpha: float,
+        steps: int,
+        differentiator: Differentiator,
+        batched: bool,
+        module: nn.Module,
+        random: bool,
+    ) -> None:
+        self.start = start
+        self.support_loss = support_loss
+        self.rule = rule
+        self.steps = steps
+        self.differentiator = differentiator
+        self.how: dict[str, Any] = {
+            "rule": rule,
+            "alpha": alpha,
+            "differentiator": differentiator,
+            "batched": batched,
+        }
+        self.module = module
+        self.random = random
+        self._given: Params | None = None
+        self._adapted: Params = {}
+
+    def __call__(self, meta_params: Params, order: int) -> Params:
+        """All parameters after `steps` inner steps; `order` as in `adapt`."""
+        fast, shared, rates = self.start(meta_params)
+        if meta_params is self._given and order == 2:
+            return {**shared, **self._adapted}
+        fast = adapt(
+            fast,
+            lambda p: self.support_loss({**shared, **p}),
+            rates=rates,
+            steps=self.steps,
+            order=order,
+            **self.how,
+        )
+        return {**shared, **fast}
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at the meta-parameters, and its outputs."""
+        differentiator = self.differentiator
+        kept, fast, state = self._forward(params)
+        names = list(fast)
+
+        def of_adapted(joint: Params) -> tuple[Tensor, Any]:
+            self._given = {name: joint[name] for name in params}
+            self._adapted = {name: joint[f"adapted.{name}"] for name in names}
+            try:
+                return function(self._given)
+            finally:
+                self._given, self._adapted = None, {}
+
+        grads, outputs = differentiator.value_and_grad(
+            of_adapted, {**params, **{f"adapted.{name}": p for name, p in fast.items()}}
+        )
+        cotangents = [grads.pop(f"adapted.{name}") for name in names]
+        cotangents += [torch.zeros_like(t) for t in _split_state(state)[0]]
+        del fast, state
+        # a step sees the initial values of what adapts through the step before it alone
+        seen = [name for name in params if name.removeprefix("module.") not in names]
+        with self._forked_generators():
+            while kept:
+                fast, state, generators = kept.pop()
+                self._set_generators(generators)
+                cotangents, of_seen = self._pull_back(
+                    len(kept), params, seen, fast, state, cotangents
+                )
+                for name, g in zip(seen, of_seen, strict=True):
+                    grads[name] = grads[name] + g
+
+        def begin(meta: list[Tensor]) -> list[Tensor]:
+            fast, _, _ = self.start(dict(zip(params, meta, strict=True)))
+            return [*fast.values(), *_split_state(self.rule.start(fast))[0]]
+
+        of_start = differentiator.vjp(begin, list(params.values()), cotangents)
+        total = {n: grads[n] + g for n, g in zip(params, of_start, strict=True)}
+        return total, outputs
+
+    def _forward(self, meta: Params) -> tuple[list[tuple[Params, Any, list[Tensor]]], Params, Any]:
+        """Adapt without a graph; return what each step started from, and where they ended."""
+        cut = self.differentiator.cut
+        fast, shared, rates = self.start(meta)
+        fast = cut(fast)
+        state = _cut_state(self.rule.start(fast))
+        buffers = [(b, b._version) for b in self.module.buffers()]
+        kept = []
+        for k in range(self.steps):
+            kept.append((fast, state, self._generators()))
+            fast, state = _step(
+                k,
+                fast,
+                state,
+                lambda p: self.support_loss({**shared, **p}),
+                rates=rates,
+                order=0,
+                **self.how,
+            )
+            fast, state = cut(fast), _cut_state(state)
+        now = list(self.module.buffers())
+        if len(now) != len(buffers) or any(
+            new is not old or new._version != version
+            for new, (old, version) in zip(now, buffers, strict=True)
+        ):
+            raise ValueError(
+                f"{type(self.module).__name__} writes to its buffers in its forward pass, so "
+                "computing an inner step again gives another result. Use checkpoint_steps=False "
+                "with it, or a module that leaves its buffers alone."
+            )
+        return kept, fast, state
+
+    def _pull_back(
+        self,
+        k: int,
+        meta: Params,
+        seen: list[str],
+        fast: Params,
+        state: Any,
+        cotangents: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Multiply with the Jacobian of step `k`: for what it started from, and for `seen`."""
+        carried, with_carried = _split_state(state)
+        names = list(fast)
+
+        def step(inputs: list[Tensor]) -> list[Tensor]:
+            own = dict(zip(names, inputs, strict=False))
+            rest = dict(zip(seen, inputs[len(names) + len(carried) :], strict=True))
+            _, shared, rates = self.start({**meta, **rest})
+            new, new_state = _step(
+                k,
+                own,
+                with_carried(inputs[len(names) : len(names) + len(carried)]),
+                lambda p: self.support_loss({**shared, **p}),
+                rates=rates,
+                order=2,
+                **self.how,
+            )
+            return [*(new[name] for name in names), *_split_state(new_state)[0]]
+
+        inputs = [*fast.values(), *carried, *(meta[name] for name in seen)]
+        grads = self.differentiator.vjp(step, inputs, cotangents)
+        n_own = len(names) + len(carried)
+        return grads[:n_own], grads[n_own:]
+
+    # -- random numbers --------------------------------------------------------------------------
+
+    def _cuda(self) -> list[torch.device]:
+        devices = {p.device for p in self.module.parameters()}
+        return [device for device in devices if device.type == "cuda"]
+
+    def _generators(self) -> list[Tensor]:
+        if not self.random:
+            return []
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._cuda())]
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        if states:
+            torch.set_rng_state(states[0])
+            for device, state in zip(self._cuda(), states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+    def _forked_generators(self) -> Any:
+        """Context after which torch's generators are as they were before."""
+        if not self.random:
+            return contextlib.nullcontext()
+        return torch.random.fork_rng(devices=self._cuda())
+
+
+def _split_state(state: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """Tensors of a rule's state that have a derivative, and how to put others in their place."""
+    leaves, spec = tree_flatten(state)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise TypeError(
+                "checkpoint_steps needs an update rule whose state is made of dicts, lists and "
+                f"tuples of tensors and numbers; got a {type(leaf).__name__} in it. Change the "
+                "rule or use checkpoint_steps=False."
+            )
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def with_tensors(tensors: list[Tensor]) -> Any:
+        new = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            new[i] = tensor
+        return tree_unflatten(new, spec)
+
+    return [leaves[i] for i in places], with_tensors
+
+
+def _cut_state(state: Any) -> Any:
+    tensors, with_tensors = _split_state(state)
+    return with_tensors([t.detach() for t in tensors])
