@@ -551,7 +551,7 @@ def make_stream(n_tasks, batch_size, seed=0, drawn=None):
     def draw(which, rng):
         if drawn is not None:
             drawn.append(which.copy())
-        return which.tolist(), float(rng.random())
+        return [(tasks.tolist(), float(rng.random())) for tasks in which]
 
     return TaskStream(draw, n_tasks, batch_size, seed)
 

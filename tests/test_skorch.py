@@ -298,7 +298,7 @@ def test_learning_rate_scheduler_by_update():
 def test_checkpoint_saves_the_best_parameters(tmp_path):
     spy = Spy()
     reg = regressor(
-        callbacks=[spy, Checkpoint(dirname=tmp_path, f_pickle=None)], max_iter=300, **WILD
+        callbacks=[spy, Checkpoint(dirname=tmp_path, f_pickle=None)], max_iter=500, **WILD
     )
     reg.fit(X, Y, groups=G)
     assert {path.name for path in tmp_path.iterdir()} >= {
