@@ -155,6 +155,10 @@ def pad_rows(
     )
 
 
+def _is_constant(counts: np.ndarray) -> bool:
+    return bool(counts.min() == counts.max())
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Row positions of the support and query sets of several episodes, episode after episode."""
@@ -273,8 +277,13 @@ class EpisodeSampler:
             keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
         # no more columns than are drawn, which are real rows
         column = column[: int((n_support + n_query).max())]
-        draw = np.minimum(keys.argsort(1)[:, : len(column)], size[:, None] - 1)
+        draw = keys.argsort(1)[:, : len(column)]
+        if size.min() < len(column):
+            draw = np.minimum(draw, size[:, None] - 1)
         rows = self.cells.rows.take(self.cells.first[cells][:, None] + draw)
+        if _is_constant(n_support) and _is_constant(n_query) and len(cells) == len(which):
+            k = n_support[0]
+            return Split(rows[:, :k].ravel(), n_support, rows[:, k:].ravel(), n_query)
         in_support = column < n_support[:, None]
         in_query = (column >= n_support[:, None]) & (column < (n_support + n_query)[:, None])
         total_support, total_query = (
@@ -353,7 +362,7 @@ class EpisodeSampler:
         X, y = self.tasks.X, self.tasks.y
         if labels is not None:
             X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
-        if counts.min() == counts.max():  # nothing to pad: gathered at once, then cut
+        if _is_constant(counts):  # nothing to pad: gathered at once, then cut
             whole = pad_rows(X, y, rows, counts)
             length = len(counts) // n_batches
             parts = zip(whole.X.split(length), whole.y.split(length), strict=True)

@@ -26,7 +26,7 @@ from sklearn_maml.exceptions import (
     MetaTrainingError,
     NonFiniteStepWarning,
 )
-from sklearn_maml.optimizers import has_fused_kernel, step_fused
+from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
@@ -213,11 +213,13 @@ class _Prepared:
     """What the training steps of a net need again and again."""
 
     params: list[nn.Parameter]
-    signature: list[tuple[int, bool]]  # what `params` were when this was made
+    signature: list[Any]  # what they and the optimiser were when this was made
     meta_params: dict[str, Tensor]
     trainable: dict[str, nn.Parameter]
     needs_closure: bool
     fused: bool
+    flat: FlatStep | None
+    watched: bool  # whether callbacks may look at gradients
 
 
 class StopTraining(KeyboardInterrupt):
@@ -320,27 +322,43 @@ class MetaNet(NeuralNet):
 
     # -- steps -----------------------------------------------------------------------------------
 
+    def _signature(self, params: list[nn.Parameter]) -> list[Any]:
+        return [len(self.optimizer_.state), *((p.data_ptr(), p.requires_grad) for p in params)]
+
     def _prepare(self) -> _Prepared:
         """Look the parameters up, unless nothing has happened to them since the last time."""
         ready = self._prepared
-        if ready is not None and ready.signature == [
-            (p.data_ptr(), p.requires_grad) for p in ready.params
-        ]:
+        if ready is not None and ready.signature == self._signature(ready.params):
             return ready
-        params = dict(self.module_.named_parameters())
-        trainable = {name: p for name, p in params.items() if p.requires_grad}
-        for name in params.keys() - trainable.keys():
-            params[name].grad = None  # frozen by a callback: the optimiser is to leave it alone
+        named = dict(self.module_.named_parameters())
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        for p in named.values():
+            p.grad = None  # the optimiser is to leave alone what a callback has frozen
+        flat = None
+        if FlatStep.can_make(self.optimizer_, list(trainable.values())):
+            flat = FlatStep(self.optimizer_, list(trainable.values()))
+        params = list(named.values())
         self._prepared = _Prepared(
-            params=list(params.values()),
-            signature=[(p.data_ptr(), p.requires_grad) for p in params.values()],
+            params=params,
+            signature=self._signature(params),
             meta_params=self.module_.meta_params(),
             trainable=trainable,
             # only optimisers of others may evaluate the closure themselves
             needs_closure=not type(self.optimizer_).__module__.startswith("torch.optim."),
             fused=has_fused_kernel(self.optimizer_),
+            flat=flat,
+            watched=any(
+                self._listeners(name)
+                for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
+            ),
         )
         return self._prepared
+
+    def _release(self) -> None:
+        """Forget what was prepared."""
+        if self._prepared is not None and self._prepared.flat is not None:
+            self._prepared.flat.release()
+        self._prepared, self._heard = None, {}
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Make one meta-update."""
@@ -348,7 +366,29 @@ class MetaNet(NeuralNet):
         if ready.needs_closure:
             step: dict[str, Any] = super().train_step(batch, **fit_params)
             return step
-        step = self.train_step_single(batch, **fit_params)
+        if ready.flat is None:
+            step = self.train_step_single(batch, **fit_params)
+            self._notify_grad(batch)
+            if ready.fused:
+                step_fused(self.optimizer_)
+            else:
+                self.optimizer_.step()
+            return step
+        step, grads = self._meta_gradient(batch, ready)
+        grad = None if grads is None else grads[0]
+        if ready.watched:
+            ready.flat.show(grad)
+            self._notify_grad(batch)
+            changed = None if grad is None else ready.flat.seen(grad)
+            if changed is None:
+                self._release()
+                self.optimizer_.step()
+            grad = changed
+        if grad is not None:
+            ready.flat.step(grad)
+        return step
+
+    def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
             self.notify(
                 "on_grad_computed",
@@ -356,45 +396,57 @@ class MetaNet(NeuralNet):
                 batch=batch,
                 training=True,
             )
-        if ready.fused:
-            step_fused(self.optimizer_)
-        else:
-            self.optimizer_.step()
-        return step
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Compute the meta-gradient of one meta-batch and store it for the optimiser."""
+        ready = self._prepare()
+        step, grads = self._meta_gradient(batch, ready)
+        for k, p in enumerate(ready.trainable.values()):
+            # the optimiser leaves parameters without a gradient, and their state, as they are
+            grad = None if grads is None else grads[k]
+            if grad is not None and grad.stride() != p.stride():
+                grad = torch.empty_like(p).copy_(grad)  # as the fused kernels take it to be
+            p.grad = grad
+        return step
+
+    def _meta_gradient(
+        self, batch: Any, ready: _Prepared
+    ) -> tuple[dict[str, Any], list[Tensor] | None]:
+        """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
+
+        The gradients are those of the trainable parameters, or one vector for `FlatStep`.
+        """
         episodes, device = batch[0], torch.device(self.device)
         if episodes.query.X.device != device:
             episodes = episodes.to(device)
-        ready = self._prepare()
         step = self.engine.meta_step(
             ready.meta_params, episodes, alpha=self.alpha, steps=self.steps
         )
         loss = step.losses.mean()
-        grads = {name: step.grads[name] for name in ready.trainable}
-        # an engine whose gradients are views of one flat tensor may say so
-        flat = getattr(step, "flat", None) if len(grads) == len(step.grads) else None
-        parts = list(grads.values()) if flat is None else [flat]
-        norm = torch.linalg.vector_norm(
-            flat if flat is not None else torch.stack(torch._foreach_norm(parts))
-        ).item()
+        grads = [step.grads[name] for name in ready.trainable]
+        # an engine may offer its gradients in one piece too, in the order of `grads`
+        whole = getattr(step, "flat", None)
+        if whole is not None and list(step.grads) != list(ready.trainable):
+            whole = None
+        if whole is None and ready.flat is not None:
+            whole = torch.cat([grad.flatten() for grad in grads])
+        if whole is not None:
+            norm = torch.linalg.vector_norm(whole).item()
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
         finite = math.isfinite(loss.item()) and math.isfinite(norm)
         if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(parts, self.max_grad_norm / norm)
+            torch._foreach_mul_(grads if whole is None else [whole], self.max_grad_norm / norm)
         self._decay_rate()
-        for name, p in ready.trainable.items():
-            grad = grads[name]
-            if grad.stride() != p.stride():  # the fused kernels take them to be laid out alike
-                grad = torch.empty_like(p).copy_(grad)
-            # the optimiser leaves parameters without a gradient, and their state, as they are
-            p.grad = grad if finite else None
         self._row()["non_finite"] = int(not finite)
         self.update_ += 1
         if not finite:
             self._note_non_finite(episodes)
             loss = loss.new_tensor(math.nan)
-        return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+        outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+        if not finite:
+            return outcome, None
+        return outcome, grads if ready.flat is None or whole is None else [whole]
 
     def _row(self) -> dict[str, Any]:
         """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
@@ -485,7 +537,7 @@ class MetaNet(NeuralNet):
         if self.best_state_ is not None:
             self.module_.load_state_dict(self.best_state_)
         self.best_state_ = None
-        self._prepared, self._heard = None, {}
+        self._release()
         self.notify("on_train_end", X=X, y=y)
         return self
 
@@ -502,7 +554,7 @@ class MetaNet(NeuralNet):
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
         """Point the task stream at the next updates."""
         super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
-        self._prepared, self._heard = None, {}
+        self._release()
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)

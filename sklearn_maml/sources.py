@@ -127,11 +127,10 @@ def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
     """Collect (X, y) tasks of equal shapes without full validation; None if that is not safe."""
     if like.y.dtype.kind not in "fiu" or {*map(len, drawn)} != {2}:
         return None
-    rows, targets = zip(*drawn, strict=True)
-    arrays = {*map(type, rows), *map(type, targets)} == {np.ndarray}
-    if not arrays or len({a.shape for a in rows}) > 1 or len({a.shape for a in targets}) > 1:
+    try:
+        X, y = (np.array(part) for part in zip(*drawn, strict=True))
+    except ValueError:  # tasks of different shapes
         return None
-    X, y = np.array(rows), np.array(targets)
     if X.dtype != like.X.dtype or X.shape[2:] != like.X.shape[1:] or y.dtype != like.y.dtype:
         return None
     if y.shape[:2] != X.shape[:2] or y.ndim != like.y.ndim + 1:
