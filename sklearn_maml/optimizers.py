@@ -148,6 +148,7 @@ class FlatStep:
             self.steps = torch.stack([state["step"] for state in self.states])
             for state, step in zip(self.states, self.steps, strict=True):
                 state["step"] = step
+        self.pointers = self._pointers()
 
     @staticmethod
     def can_make(optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
@@ -175,20 +176,27 @@ class FlatStep:
         for p, part in zip(self.params, parts, strict=True):
             p.grad = part
 
+    def holds(self, optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
+        """Whether these are still all the parameters, and all is where it was put."""
+        groups, state = optimizer.param_groups, optimizer.state
+        return (
+            len(groups) == 1
+            and groups[0] is self.group
+            and not _is_watched(optimizer)
+            and [*map(id, params)] == [*map(id, self.params)]
+            and all(state.get(p) is s for p, s in zip(params, self.states, strict=True))
+            and self._pointers() == self.pointers
+        )
+
+    def _pointers(self) -> list[int]:
+        tensors = [p.data for p in self.params]
+        tensors += [s[name] for s in self.states for name in (*_moments(self.group), "step")]
+        return [tensor.data_ptr() for tensor in tensors]
+
     def seen(self, grad: Tensor) -> Tensor | None:
         """Return what callbacks have made of a gradient; None if only `optimizer.step` will do."""
-        optimizer = self.optimizer
         grads = [p.grad for p in self.params if p.grad is not None]
-        intact = (
-            len(grads) == len(self.params)
-            and len(optimizer.param_groups) == 1
-            and optimizer.param_groups[0] is self.group
-            and not _is_watched(optimizer)
-            and all(
-                optimizer.state.get(p) is s for p, s in zip(self.params, self.states, strict=True)
-            )
-        )
-        if not intact:
+        if len(grads) < len(self.params) or not self.holds(self.optimizer, self.params):
             return None
         if all(g._base is grad for g in grads):
             return grad

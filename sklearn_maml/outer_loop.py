@@ -30,12 +30,12 @@ from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
+    "BatchLoader",
     "FixedEpisodes",
     "MetaLearner",
     "MetaNet",
     "SklearnCallbacks",
     "TaskStream",
-    "UpdateLoader",
     "ValidateOn",
     "use_batch",
 ]
@@ -157,21 +157,6 @@ class TaskStream(torch.utils.data.Dataset):
         return self.__getitems__([item])
 
 
-class UpdateLoader:
-    """Batches of a task stream in order, as a data loader gives them at a higher price."""
-
-    def __init__(self, stream: TaskStream) -> None:
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return self.stream.n_updates
-
-    def __iter__(self) -> Iterator[tuple[EpisodeBatch, Tensor]]:
-        first = self.stream.first_update
-        for update in range(first, first + self.stream.n_updates):
-            yield use_batch(self.stream.batch(update))
-
-
 class FixedEpisodes(torch.utils.data.Dataset):
     """Episodes drawn once, the same at every validation."""
 
@@ -186,6 +171,27 @@ class FixedEpisodes(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> EpisodeBatch:
         return self.batches[item]
+
+
+class BatchLoader:
+    """Batches of a data set in order, as a data loader gives them at a higher price."""
+
+    def __init__(self, dataset: TaskStream | FixedEpisodes) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        data = self.dataset
+        return data.n_updates if isinstance(data, TaskStream) else len(data)
+
+    def __iter__(self) -> Iterator[tuple[EpisodeBatch, Tensor]]:
+        data = self.dataset
+        batches: Iterator[EpisodeBatch]
+        if isinstance(data, TaskStream):
+            first = data.first_update
+            batches = map(data.batch, range(first, first + data.n_updates))
+        else:
+            batches = iter(data.batches)
+        return map(use_batch, batches)
 
 
 def use_batch(batch: EpisodeBatch) -> tuple[EpisodeBatch, Tensor]:
@@ -206,6 +212,15 @@ class FiniteMean(PassthroughScoring):
         if not finite.any():
             return float("nan")
         return float(np.average(losses[finite], weights=weights[finite]))
+
+
+class EpochLog(PrintLog):
+    """Table of the epochs, not laid out where nobody reads it."""
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Print a line of the table."""
+        if net.verbose or self.sink is not print:
+            super().on_epoch_end(net, **kwargs)
 
 
 @dataclasses.dataclass
@@ -294,7 +309,7 @@ class MetaNet(NeuralNet):
             ("train_loss", FiniteMean(name="train_loss", on_train=True)),
             ("valid_loss_before", FiniteMean(name="valid_loss_before", lower_is_better=None)),
             ("valid_loss", FiniteMean(name="valid_loss")),
-            ("print_log", PrintLog()),
+            ("print_log", EpochLog()),
         ]
 
     def initialize(self) -> MetaNet:
@@ -334,10 +349,13 @@ class MetaNet(NeuralNet):
         trainable = {name: p for name, p in named.items() if p.requires_grad}
         for p in named.values():
             p.grad = None  # the optimiser is to leave alone what a callback has frozen
-        flat = None
-        if FlatStep.can_make(self.optimizer_, list(trainable.values())):
-            flat = FlatStep(self.optimizer_, list(trainable.values()))
-        params = list(named.values())
+        params, moving = list(named.values()), list(trainable.values())
+        flat = None if ready is None else ready.flat
+        if flat is not None and not flat.holds(self.optimizer_, moving):
+            flat.release()
+            flat = None
+        if flat is None and FlatStep.can_make(self.optimizer_, moving):
+            flat = FlatStep(self.optimizer_, moving)
         self._prepared = _Prepared(
             params=params,
             signature=self._signature(params),
@@ -554,17 +572,21 @@ class MetaNet(NeuralNet):
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
         """Point the task stream at the next updates."""
         super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
-        self._release()
+        self._heard = {}
+        if self._prepared is not None:
+            self._prepared.signature = []
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
-        """Make a data loader that leaves torch's global generator alone."""
-        settings = self.get_params_for("iterator_train").keys()
-        plain = self.iterator_train is DataLoader and settings <= {"collate_fn", "batch_size"}
-        if training and plain and isinstance(dataset, TaskStream):
-            return UpdateLoader(dataset)
+        """Make a data loader that leaves torch's global generator alone, or a lighter one."""
+        kind = "train" if training else "valid"
+        settings = self.get_params_for(f"iterator_{kind}").keys()
+        plain = getattr(self, f"iterator_{kind}") is DataLoader
+        ours = isinstance(dataset, (TaskStream, FixedEpisodes))
+        if ours and plain and settings <= {"collate_fn", "batch_size"}:
+            return BatchLoader(dataset)
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
             iterator.generator = torch.Generator().manual_seed(0)
