@@ -184,7 +184,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             Rows of all tasks, with their task ids in `groups` or in `task_column`; or a list of
             ``(X, y)`` or ``(X_support, y_support, X_query, y_query)`` tasks (then y is None); or
             an array of shape (n_tasks, n_rows, n_features) with y (n_tasks, n_rows); or an object
-            with ``sample(n_tasks, random_state)`` that returns such a list.
+            with ``sample(n_tasks, random_state)`` that returns such a list of `n_tasks` tasks;
+            it is asked for the tasks of many meta-batches at a time.
         y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
             Targets.
         groups : array-like of shape (n_rows,), default=None
