@@ -339,7 +339,7 @@ def whole_fit(updates: int = 2000) -> None:
     with (
         Stopwatch(MetaNet, "train_step") as step,
         Stopwatch(MetaNet, "validation_step") as valid,
-        Stopwatch(TaskStream, "__getitems__") as draw,
+        Stopwatch(TaskStream, "batch") as draw,
     ):
         start = time.process_time()
         MAMLRegressor(max_iter=updates, **settings).fit(tasks)

@@ -61,6 +61,7 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
+from sklearn_maml.optimizers import can_fuse
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
     FLOATS,
@@ -188,7 +189,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             Rows of all tasks, with their task ids in `groups` or in `task_column`; or a list of
             ``(X, y)`` or ``(X_support, y_support, X_query, y_query)`` tasks (then y is None); or
             an array of shape (n_tasks, n_rows, n_features) with y (n_tasks, n_rows); or an object
-            with ``sample(n_tasks, random_state)`` that returns such a list.
+            with ``sample(n_tasks, random_state)`` that returns such a list of `n_tasks` tasks;
+            it is asked for the tasks of many meta-batches at a time.
         y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
             Targets.
         groups : array-like of shape (n_rows,), default=None
@@ -351,7 +353,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if HAS_SKLEARN_CALLBACKS:
             n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
             net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
-        stream = TaskStream(source.draw, source.n_train, net.batch_size, seed)
+        stream = TaskStream(
+            source.draw, source.n_train, net.batch_size, seed, source.bytes_of_episode
+        )
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
         with (
@@ -408,6 +412,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         }
         optimizer = self._resolve_optimizer()
         check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
+        chosen = self._prefixed("optimizer")
+        if can_fuse(optimizer, chosen, list(learner.parameters()), self.device_):
+            settings["optimizer__fused"] = True
         for prefix in ("iterator_train", "iterator_valid"):
             check_keywords(DataLoader, self._prefixed(prefix), prefix)
         net = MetaNet(

@@ -148,11 +148,15 @@ def pad_rows(
     elif ragged:
         weight = (filled / counts[:, None]).astype(X.dtype)
     return Rows(
-        torch.from_numpy(X[index]),
-        torch.from_numpy(y[index]),
+        torch.from_numpy(X.take(index, axis=0)),
+        torch.from_numpy(y.take(index, axis=0)),
         None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
         counts if ragged else None,
     )
+
+
+def _is_constant(counts: np.ndarray) -> bool:
+    return bool(counts.min() == counts.max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,15 +231,32 @@ class EpisodeSampler:
 
     def sample(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
         """Draw one episode from each of the tasks at positions `which` (repeats are allowed)."""
-        draw = self.split(which, rng)
-        labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
-        return EpisodeBatch(
-            self._gather(draw.support, draw.n_support, labels[0]),
-            self._gather(draw.query, draw.n_query, labels[1]),
-        )
+        return self.sample_batches(np.asarray(which)[None], rng)[0]
 
-    def split(self, which: np.ndarray, rng: np.random.Generator) -> Split:
-        """Draw the rows of one episode from each of the tasks at positions `which`."""
+    def sample_batches(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        """Draw several batches at once; `which` is of shape (n_batches, n_episodes)."""
+        draw = self.split(which.ravel(), rng, len(which))
+        labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
+        support = self._gather(draw.support, draw.n_support, labels[0], len(which))
+        query = self._gather(draw.query, draw.n_query, labels[1], len(which))
+        return [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
+
+    def bytes_of_episode(self) -> int:
+        """Rough memory that drawing an episode takes, at most."""
+        if self.tasks.in_query is not None:
+            n_rows = int(self.tasks.sizes.max())
+        else:
+            n_cells = int(np.diff(self.cells.starts).max())
+            n_cells = n_cells if self.n_ways is None else min(n_cells, self.n_ways)
+            n_rows = n_cells * int(self.cells.size.max())
+        row = self.tasks.X[:1].nbytes + self.tasks.y[:1].nbytes
+        return n_rows * (row + 24)  # and the random keys and positions
+
+    def split(self, which: np.ndarray, rng: np.random.Generator, n_batches: int = 1) -> Split:
+        """Draw the rows of one episode from each of the tasks at positions `which`.
+
+        They belong to `n_batches` batches of equal length.
+        """
         which = np.asarray(which)
         if self.tasks.in_query is not None:
             rows = [self.tasks.rows(j) for j in which]
@@ -249,14 +270,20 @@ class EpisodeSampler:
             )
         cells, episode = self._choose_cells(which, rng)
         size = self.cells.size[cells]
-        n_support, n_query = self._sizes(size, episode, rng)
+        n_support, n_query = self._sizes(size, episode, rng, n_batches)
         column = np.arange(int(size.max()))
         keys = rng.random((len(cells), len(column)))
-        keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
-        draw = keys.argsort(1)
-        rows = self.cells.rows[
-            self.cells.first[cells][:, None] + np.minimum(draw, size[:, None] - 1)
-        ]
+        if size.min() < len(column):
+            keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
+        # no more columns than are drawn, which are real rows
+        column = column[: int((n_support + n_query).max())]
+        draw = keys.argsort(1)[:, : len(column)]
+        if size.min() < len(column):
+            draw = np.minimum(draw, size[:, None] - 1)
+        rows = self.cells.rows.take(self.cells.first[cells][:, None] + draw)
+        if _is_constant(n_support) and _is_constant(n_query) and len(cells) == len(which):
+            k = n_support[0]
+            return Split(rows[:, :k].ravel(), n_support, rows[:, k:].ravel(), n_query)
         in_support = column < n_support[:, None]
         in_query = (column >= n_support[:, None]) & (column < (n_support + n_query)[:, None])
         total_support, total_query = (
@@ -275,21 +302,21 @@ class EpisodeSampler:
             episode = np.repeat(np.arange(len(which)), counts)
             offset = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
             return starts[which][episode] + offset, episode
-        chosen = [
-            starts[j]
-            + rng.choice(
-                starts[j + 1] - starts[j],
-                min(self.n_ways, starts[j + 1] - starts[j]),
-                replace=False,
-                shuffle=False,
-            )
-            for j in which
-        ]
-        episode = np.repeat(np.arange(len(which)), [len(cells) for cells in chosen])
-        return np.concatenate(chosen), episode
+        n_cells = starts[which + 1] - starts[which]
+        n_chosen = np.minimum(n_cells, self.n_ways)
+        chosen = np.full((len(which), int(n_chosen.max())), -1)
+        # Floyd's algorithm: the k-th of them is uniform on the first n_cells - n_chosen + k + 1,
+        # and the last of these where that one is taken
+        for k in range(chosen.shape[1]):
+            last = n_cells - n_chosen + k
+            drawn = rng.integers(0, last + 1)
+            taken = (chosen == drawn[:, None]).any(1)
+            chosen[:, k] = np.where(taken, last, drawn)
+        real = np.arange(chosen.shape[1]) < n_chosen[:, None]
+        return (starts[which][:, None] + chosen)[real], np.nonzero(real)[0]
 
     def _sizes(
-        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator
+        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator, n_batches: int
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.n_shots is not None:
             n_support = np.full(len(size), self.n_shots)
@@ -304,7 +331,9 @@ class EpisodeSampler:
             n_support[first[total == rows]] -= 1
         else:
             low, high = SUPPORT_RANGE
-            drawn = int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+            drawn = np.exp(rng.uniform(np.log(low), np.log(high + 1), n_batches)).astype(np.intp)
+            # a cell is an episode here
+            drawn = drawn.repeat(len(size) // n_batches)
             n_support = np.clip(drawn, 1, np.maximum(size // 2, 1))
         left = size - n_support
         return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
@@ -327,10 +356,22 @@ class EpisodeSampler:
         labels = slots.astype(np.int64)[inverse.reshape(-1)]
         return [labels[: len(draw.support)], labels[len(draw.support) :]]
 
-    def _gather(self, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray | None) -> Rows:
-        if labels is None:
-            return pad_rows(self.tasks.X, self.tasks.y, rows, counts)
-        return pad_rows(self.tasks.X[rows], labels, np.arange(len(rows)), counts)
+    def _gather(
+        self, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray | None, n_batches: int
+    ) -> list[Rows]:
+        X, y = self.tasks.X, self.tasks.y
+        if labels is not None:
+            X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
+        if _is_constant(counts):  # nothing to pad: gathered at once, then cut
+            whole = pad_rows(X, y, rows, counts)
+            length = len(counts) // n_batches
+            parts = zip(whole.X.split(length), whole.y.split(length), strict=True)
+            return [Rows(*part) for part in parts]
+        ends = np.cumsum(counts.reshape(n_batches, -1).sum(1))[:-1]
+        return [
+            pad_rows(X, y, *part)
+            for part in zip(np.split(rows, ends), np.split(counts, n_batches), strict=True)
+        ]
 
 
 def hold_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ import torch
 from scipy.special import softmax
 from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
-from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
-from skorch.utils import to_numpy
+from skorch.callbacks import Callback, EpochTimer, PassthroughScoring, PrintLog
+from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from sklearn_maml.engine import rate_key
 from sklearn_maml.episodes import EpisodeBatch
@@ -24,9 +26,11 @@ from sklearn_maml.exceptions import (
     MetaTrainingError,
     NonFiniteStepWarning,
 )
+from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
+    "BatchLoader",
     "FixedEpisodes",
     "MetaLearner",
     "MetaNet",
@@ -38,6 +42,9 @@ __all__ = [
 
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
+# meta-batches drawn at a time, at most (a power of two), and the memory they may take
+UPDATES_PER_BLOCK = 64
+BLOCK_BYTES = 2**24
 # meta-steps seen before a majority of non-finite ones stops the fit
 PATIENCE_NON_FINITE = 20
 
@@ -60,23 +67,28 @@ class MetaLearner(nn.Module):
 class TaskStream(torch.utils.data.Dataset):
     """Endless shuffled passes over the tasks; its item is a task, its batch an episode batch.
 
-    Batches are a function of the seed and the number of the update, so a run that is continued
-    draws what an uninterrupted one would have drawn.
+    Batches are drawn in blocks of many, which costs far less. They are a function of the seed and
+    the number of the update, so a run that is continued draws what an uninterrupted one would have
+    drawn.
 
     Parameters
     ----------
-    draw : callable (task_positions, rng) -> EpisodeBatch
+    draw : callable (task_positions, rng) -> list of EpisodeBatch
+        Takes positions of shape (n_batches, batch_size).
     n_tasks : int
     batch_size : int
     seed : int
+    bytes_of_episode : int, default=0
+        Memory that drawing an episode takes, which bounds the length of a block.
     """
 
     def __init__(
         self,
-        draw: Callable[[np.ndarray, np.random.Generator], EpisodeBatch],
+        draw: Callable[[np.ndarray, np.random.Generator], list[EpisodeBatch]],
         n_tasks: int,
         batch_size: int,
         seed: int,
+        bytes_of_episode: int = 0,
     ) -> None:
         self.draw = draw
         self.n_tasks = n_tasks
@@ -84,31 +96,62 @@ class TaskStream(torch.utils.data.Dataset):
         self.seed = seed
         self.first_update = 0
         self.n_updates = UPDATES_PER_EPOCH
-        self._passes: dict[int, np.ndarray] = {}
+        self.largest_block = UPDATES_PER_BLOCK
+        while self.largest_block > 1 and (
+            self.largest_block * batch_size * bytes_of_episode > BLOCK_BYTES
+        ):
+            self.largest_block //= 2
+        self._block: tuple[int, list[EpisodeBatch]] = (-1, [])
+        # orders of the tasks in several passes, made at once
+        self.n_passes = max(1000 // n_tasks, 1)
+        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.n_updates * self.batch_size
 
-    def _pass(self, number: int) -> np.ndarray:
-        if number not in self._passes:
+    def _order(self, number: int) -> np.ndarray:
+        if number not in self._orders:
             rng = np.random.default_rng((self.seed, 0, number))
-            self._passes = {
-                **{k: v for k, v in self._passes.items() if k >= number - 1},
-                number: rng.permutation(self.n_tasks),
-            }
-        return self._passes[number]
+            order = rng.random((self.n_passes, self.n_tasks)).argsort(1).ravel()
+            kept = {k: v for k, v in self._orders.items() if k >= number - 1}
+            self._orders = {**kept, number: order}
+        return self._orders[number]
+
+    def _tasks(self, positions: np.ndarray) -> np.ndarray:
+        """Tasks at these positions of the stream."""
+        which = np.zeros(positions.shape, dtype=np.intp)
+        if self.n_tasks == 1:  # a pool or a distribution: nothing to shuffle
+            return which
+        number, place = np.divmod(positions, self.n_passes * self.n_tasks)
+        for k in np.unique(number).tolist():
+            which[number == k] = self._order(k)[place[number == k]]
+        return which
+
+    def batch(self, update: int) -> EpisodeBatch:
+        """Return the meta-batch of an update, counted from the first one of all fits."""
+        # blocks double up to the largest, so that a short fit draws few batches in vain
+        if update < self.largest_block:
+            first = (1 << update.bit_length()) >> 1
+            end = max(2 * first, 1)
+        else:
+            first = update - update % self.largest_block
+            end = first + self.largest_block
+        if self._block[0] != first:
+            positions = np.arange(first * self.batch_size, end * self.batch_size)
+            which = self._tasks(positions).reshape(-1, self.batch_size)
+            rng = np.random.default_rng((self.seed, 1, first))
+            self._block = (first, self.draw(which, rng))
+        return self._block[1][update - first]
 
     def __getitems__(self, items: list[int]) -> EpisodeBatch:
-        start = self.first_update * self.batch_size
-        positions = start + np.asarray(items)
-        rng = np.random.default_rng((self.seed, 1, int(positions[0])))
-        if self.n_tasks == 1:  # a pool or a distribution: nothing to shuffle
-            return self.draw(np.zeros(len(positions), dtype=np.intp), rng)
-        number, place = np.divmod(positions, self.n_tasks)
-        which = np.empty(len(positions), dtype=np.intp)
-        for k in np.unique(number).tolist():
-            which[number == k] = self._pass(k)[place[number == k]]
-        return self.draw(which, rng)
+        positions = self.first_update * self.batch_size + np.asarray(items)
+        start = int(positions[0])
+        update, place = divmod(start, self.batch_size)
+        if place == 0 and np.array_equal(positions, np.arange(start, start + self.batch_size)):
+            return self.batch(update)
+        # a data loader that shuffles
+        rng = np.random.default_rng((self.seed, 4, start))
+        return self.draw(self._tasks(positions)[None], rng)[0]
 
     def __getitem__(self, item: int) -> EpisodeBatch:
         return self.__getitems__([item])
@@ -130,6 +173,27 @@ class FixedEpisodes(torch.utils.data.Dataset):
         return self.batches[item]
 
 
+class BatchLoader:
+    """Batches of a data set in order, as a data loader gives them at a higher price."""
+
+    def __init__(self, dataset: TaskStream | FixedEpisodes) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        data = self.dataset
+        return data.n_updates if isinstance(data, TaskStream) else len(data)
+
+    def __iter__(self) -> Iterator[tuple[EpisodeBatch, Tensor]]:
+        data = self.dataset
+        batches: Iterator[EpisodeBatch]
+        if isinstance(data, TaskStream):
+            first = data.first_update
+            batches = map(data.batch, range(first, first + data.n_updates))
+        else:
+            batches = iter(data.batches)
+        return map(use_batch, batches)
+
+
 def use_batch(batch: EpisodeBatch) -> tuple[EpisodeBatch, Tensor]:
     """Collate: a skorch batch is (inputs, targets); the targets are the pooled query targets."""
     return batch, batch.query.real(batch.query.y)
@@ -148,6 +212,29 @@ class FiniteMean(PassthroughScoring):
         if not finite.any():
             return float("nan")
         return float(np.average(losses[finite], weights=weights[finite]))
+
+
+class EpochLog(PrintLog):
+    """Table of the epochs, not laid out where nobody reads it."""
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Print a line of the table."""
+        if net.verbose or self.sink is not print:
+            super().on_epoch_end(net, **kwargs)
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """What the training steps of a net need again and again."""
+
+    params: list[nn.Parameter]
+    signature: list[Any]  # what they and the optimiser were when this was made
+    meta_params: dict[str, Tensor]
+    trainable: dict[str, nn.Parameter]
+    needs_closure: bool
+    fused: bool
+    flat: FlatStep | None
+    watched: bool  # whether callbacks may look at gradients
 
 
 class StopTraining(KeyboardInterrupt):
@@ -222,7 +309,7 @@ class MetaNet(NeuralNet):
             ("train_loss", FiniteMean(name="train_loss", on_train=True)),
             ("valid_loss_before", FiniteMean(name="valid_loss_before", lower_is_better=None)),
             ("valid_loss", FiniteMean(name="valid_loss")),
-            ("print_log", PrintLog()),
+            ("print_log", EpochLog()),
         ]
 
     def initialize(self) -> MetaNet:
@@ -230,6 +317,8 @@ class MetaNet(NeuralNet):
         super().initialize()
         self.update_ = 0
         self.non_finite_ = 0
+        self._prepared: _Prepared | None = None
+        self._heard: dict[str, list[Any]] = {}
         return self
 
     def continue_from(self, net: MetaNet) -> None:
@@ -248,29 +337,139 @@ class MetaNet(NeuralNet):
 
     # -- steps -----------------------------------------------------------------------------------
 
+    def _signature(self, params: list[nn.Parameter]) -> list[Any]:
+        return [len(self.optimizer_.state), *((p.data_ptr(), p.requires_grad) for p in params)]
+
+    def _prepare(self) -> _Prepared:
+        """Look the parameters up, unless nothing has happened to them since the last time."""
+        ready = self._prepared
+        if ready is not None and ready.signature == self._signature(ready.params):
+            return ready
+        named = dict(self.module_.named_parameters())
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        for p in named.values():
+            p.grad = None  # the optimiser is to leave alone what a callback has frozen
+        params, moving = list(named.values()), list(trainable.values())
+        flat = None if ready is None else ready.flat
+        if flat is not None and not flat.holds(self.optimizer_, moving):
+            flat.release()
+            flat = None
+        if flat is None and FlatStep.can_make(self.optimizer_, moving):
+            flat = FlatStep(self.optimizer_, moving)
+        self._prepared = _Prepared(
+            params=params,
+            signature=self._signature(params),
+            meta_params=self.module_.meta_params(),
+            trainable=trainable,
+            # only optimisers of others may evaluate the closure themselves
+            needs_closure=not type(self.optimizer_).__module__.startswith("torch.optim."),
+            fused=has_fused_kernel(self.optimizer_),
+            flat=flat,
+            watched=any(
+                self._listeners(name)
+                for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
+            ),
+        )
+        return self._prepared
+
+    def _release(self) -> None:
+        """Forget what was prepared."""
+        if self._prepared is not None and self._prepared.flat is not None:
+            self._prepared.flat.release()
+        self._prepared, self._heard = None, {}
+
+    def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Make one meta-update."""
+        ready = self._prepare()
+        if ready.needs_closure:
+            step: dict[str, Any] = super().train_step(batch, **fit_params)
+            return step
+        if ready.flat is None:
+            step = self.train_step_single(batch, **fit_params)
+            self._notify_grad(batch)
+            if ready.fused:
+                step_fused(self.optimizer_)
+            else:
+                self.optimizer_.step()
+            return step
+        step, grads = self._meta_gradient(batch, ready)
+        grad = None if grads is None else grads[0]
+        if ready.watched:
+            ready.flat.show(grad)
+            self._notify_grad(batch)
+            changed = None if grad is None else ready.flat.seen(grad)
+            if changed is None:
+                self._release()
+                self.optimizer_.step()
+            grad = changed
+        if grad is not None:
+            ready.flat.step(grad)
+        return step
+
+    def _notify_grad(self, batch: Any) -> None:
+        if self._listeners("on_grad_computed"):
+            self.notify(
+                "on_grad_computed",
+                named_parameters=TeeGenerator(self.get_all_learnable_params()),
+                batch=batch,
+                training=True,
+            )
+
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Compute the meta-gradient of one meta-batch and store it for the optimiser."""
-        episodes = batch[0].to(torch.device(self.device))
+        ready = self._prepare()
+        step, grads = self._meta_gradient(batch, ready)
+        for k, p in enumerate(ready.trainable.values()):
+            # the optimiser leaves parameters without a gradient, and their state, as they are
+            grad = None if grads is None else grads[k]
+            if grad is not None and grad.stride() != p.stride():
+                grad = torch.empty_like(p).copy_(grad)  # as the fused kernels take it to be
+            p.grad = grad
+        return step
+
+    def _meta_gradient(
+        self, batch: Any, ready: _Prepared
+    ) -> tuple[dict[str, Any], list[Tensor] | None]:
+        """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
+
+        The gradients are those of the trainable parameters, or one vector for `FlatStep`.
+        """
+        episodes, device = batch[0], torch.device(self.device)
+        if episodes.query.X.device != device:
+            episodes = episodes.to(device)
         step = self.engine.meta_step(
-            self.module_.meta_params(), episodes, alpha=self.alpha, steps=self.steps
+            ready.meta_params, episodes, alpha=self.alpha, steps=self.steps
         )
         loss = step.losses.mean()
-        trainable = {name: p for name, p in self.module_.named_parameters() if p.requires_grad}
-        grads = {name: step.grads[name] for name in trainable}
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
-        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+        grads = [step.grads[name] for name in ready.trainable]
+        # an engine may offer its gradients in one piece too, in the order of `grads`
+        whole = getattr(step, "flat", None)
+        if whole is not None and list(step.grads) != list(ready.trainable):
+            whole = None
+        if whole is None and ready.flat is not None:
+            whole = torch.cat([grad.flatten() for grad in grads])
+        if whole is not None:
+            norm = torch.linalg.vector_norm(whole).item()
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+        finite = math.isfinite(loss.item()) and math.isfinite(norm)
         if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(list(grads.values()), self.max_grad_norm / norm)
+            torch._foreach_mul_(grads if whole is None else [whole], self.max_grad_norm / norm)
         self._decay_rate()
-        for name, p in trainable.items():
-            # the optimiser leaves parameters without a gradient, and their state, as they are
-            p.grad = grads[name] if finite else None
-        self.history.record_batch("non_finite", int(not finite))
+        self._row()["non_finite"] = int(not finite)
         self.update_ += 1
         if not finite:
             self._note_non_finite(episodes)
             loss = loss.new_tensor(math.nan)
-        return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+        outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
+        if not finite:
+            return outcome, None
+        return outcome, grads if ready.flat is None or whole is None else [whole]
+
+    def _row(self) -> dict[str, Any]:
+        """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
+        row: dict[str, Any] = list.__getitem__(self.history, -1)["batches"][-1]
+        return row
 
     def _decay_rate(self) -> None:
         """Lower the rate of the optimiser towards the end of the fit."""
@@ -289,7 +488,7 @@ class MetaNet(NeuralNet):
         losses, output = self.engine.evaluate(
             params, episodes, alpha=self.alpha, steps=self.eval_steps
         )
-        self.history.record_batch("valid_loss_before", before.mean().item())
+        self._row()["valid_loss_before"] = before.mean().item()
         return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
 
     def _note_non_finite(self, episodes: EpisodeBatch) -> None:
@@ -356,6 +555,7 @@ class MetaNet(NeuralNet):
         if self.best_state_ is not None:
             self.module_.load_state_dict(self.best_state_)
         self.best_state_ = None
+        self._release()
         self.notify("on_train_end", X=X, y=y)
         return self
 
@@ -372,22 +572,46 @@ class MetaNet(NeuralNet):
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
         """Point the task stream at the next updates."""
         super().on_epoch_begin(net, dataset_train=dataset_train, **kwargs)
+        self._heard = {}
+        if self._prepared is not None:
+            self._prepared.signature = []
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
-        """Make a data loader that leaves torch's global generator alone."""
+        """Make a data loader that leaves torch's global generator alone, or a lighter one."""
+        kind = "train" if training else "valid"
+        settings = self.get_params_for(f"iterator_{kind}").keys()
+        plain = getattr(self, f"iterator_{kind}") is DataLoader
+        ours = isinstance(dataset, (TaskStream, FixedEpisodes))
+        if ours and plain and settings <= {"collate_fn", "batch_size"}:
+            return BatchLoader(dataset)
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
             iterator.generator = torch.Generator().manual_seed(0)
         return iterator
 
+    def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
+        """Begin a row of the history."""
+        list.__getitem__(self.history, -1)["batches"].append({})
+
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any
     ) -> None:
-        """Run one epoch, then count its skipped updates."""
-        super().run_single_epoch(iterator, training, prefix, step_fn, **fit_params)
+        """Run one epoch as skorch does, then count its skipped updates."""
+        if iterator is None:
+            return
+        n_batches = 0
+        for batch in iterator:
+            self.notify("on_batch_begin", batch=batch, training=training)
+            step = step_fn(batch, **fit_params)
+            row = self._row()
+            row[f"{prefix}_loss"] = step["loss"].item()
+            row[f"{prefix}_batch_size"] = len(batch[0])
+            self.notify("on_batch_end", batch=batch, training=training, **step)
+            n_batches += 1
+        self.history.record(f"{prefix}_batch_count", n_batches)
         if training:
             self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))
 
@@ -401,8 +625,23 @@ class MetaNet(NeuralNet):
         else:
             self.epochs_without_gain_ += 1
 
+    def _listeners(self, method_name: str) -> list[Any]:
+        """Methods of the callbacks that do something; looked up once in an epoch."""
+        if method_name not in self._heard:
+            methods = [getattr(callback, method_name) for _, callback in self.callbacks_]
+            nothing = getattr(Callback, method_name)
+            self._heard[method_name] = [
+                method for method in methods if getattr(method, "__func__", None) is not nothing
+            ]
+        return self._heard[method_name]
+
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Tell the callbacks; afterwards keep the best parameters and stop early."""
+        if method_name in ("on_batch_begin", "on_batch_end", "on_grad_computed"):
+            getattr(self, method_name)(self, **cb_kwargs)
+            for method in self._listeners(method_name):
+                method(self, **cb_kwargs)
+            return
         super().notify(method_name, **cb_kwargs)
         if method_name == "on_epoch_begin" and self.epoch_hooks is not None:
             self.epoch_hooks.begin_epoch()

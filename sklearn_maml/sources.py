@@ -50,7 +50,9 @@ class CollectionSource:
             "n_ways": n_ways,
             "n_shots": estimator.n_shots,
         }
-        self.draw = EpisodeSampler(train, n_queries=estimator.n_queries, **options).sample
+        training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
+        self.draw = training.sample_batches
+        self.bytes_of_episode = training.bytes_of_episode()
         self.n_train = train.n_tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
@@ -82,13 +84,20 @@ class DistributionSource:
             estimator._learn_targets(tasks)
         self.tasks = tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
+        self.bytes_of_episode = (
+            self._sampler(tasks, estimator.n_queries).bytes_of_episode()
+            + 2 * (tasks.X.nbytes + tasks.y.nbytes) // tasks.n_tasks
+        )
         self.validation: Any = None
         if estimator.early_stopping:
             self.validation = draw_fixed(self._sampler(tasks, _validation_queries(estimator)), seed)
 
     def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
         estimator = self.estimator
-        encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
+        encoded = estimator._encode(tasks)
+        X = estimator._reshape(tasks.X)
+        if X is not encoded.X:
+            encoded = dataclasses.replace(encoded, X=X)
         n_ways, n_shots = estimator._n_ways(), estimator.n_shots
         check_splittable(encoded, n_shots, n_ways, estimator._classification)
         return EpisodeSampler(
@@ -99,23 +108,29 @@ class DistributionSource:
             n_queries=n_queries,
         )
 
-    def draw(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
-        """Episodes of as many fresh tasks as there are positions."""
-        drawn = self.distribution.sample(len(which), random_state=int(rng.integers(2**31 - 1)))
+    def draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        """Episodes of as many fresh tasks as there are positions (n_batches, n_episodes)."""
+        drawn = self.distribution.sample(which.size, random_state=int(rng.integers(2**31 - 1)))
+        if len(drawn) != which.size:
+            raise ValueError(
+                f"{type(self.distribution).__name__}.sample returned {len(drawn)} tasks, but "
+                f"{which.size} were asked for. Return as many as n_tasks says; tasks may repeat."
+            )
         tasks = _collect_quickly(drawn, self.tasks)
         if tasks is None:
             tasks = self.estimator._read_tasks(drawn, None)
         sampler = self._sampler(tasks, self.estimator.n_queries)
-        return sampler.sample(np.arange(tasks.n_tasks), rng)
+        return sampler.sample_batches(np.arange(tasks.n_tasks).reshape(which.shape), rng)
 
 
 def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
     """Collect (X, y) tasks of equal shapes without full validation; None if that is not safe."""
-    if like.y.dtype.kind not in "fiu" or any(len(task) != 2 for task in drawn):
+    if like.y.dtype.kind not in "fiu" or {*map(len, drawn)} != {2}:
         return None
-    if len({(np.shape(X), np.shape(y)) for X, y in drawn}) > 1:
+    try:
+        X, y = (np.array(part) for part in zip(*drawn, strict=True))
+    except ValueError:  # tasks of different shapes
         return None
-    X, y = (np.array([task[part] for task in drawn]) for part in (0, 1))
     if X.dtype != like.X.dtype or X.shape[2:] != like.X.shape[1:] or y.dtype != like.y.dtype:
         return None
     if y.shape[:2] != X.shape[:2] or y.ndim != like.y.ndim + 1:

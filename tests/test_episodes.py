@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,13 @@ from sklearn_maml.episodes import (
     hold_out,
     pad_rows,
 )
-from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, FixedEpisodes, TaskStream, use_batch
+from sklearn_maml.outer_loop import (
+    UPDATES_PER_EPOCH,
+    BatchLoader,
+    FixedEpisodes,
+    TaskStream,
+    use_batch,
+)
 from sklearn_maml.tasks import TaskCollection
 
 # --- helpers: the first feature of a row is its position, so that episodes can be traced back
@@ -551,7 +559,7 @@ def make_stream(n_tasks, batch_size, seed=0, drawn=None):
     def draw(which, rng):
         if drawn is not None:
             drawn.append(which.copy())
-        return which.tolist(), float(rng.random())
+        return [(tasks.tolist(), float(rng.random())) for tasks in which]
 
     return TaskStream(draw, n_tasks, batch_size, seed)
 
@@ -587,6 +595,106 @@ def test_a_stream_that_was_interrupted_goes_on_as_if_it_was_not(n_tasks, batch_s
     assert parts == whole
     # ... in another process, too
     assert run_stream(make_stream(n_tasks, batch_size), 15, start=15) == whole[15:]
+
+
+@pytest.mark.parametrize("parts", [(100, 100), (64, 136), (1, 70, 129)])
+def test_an_interrupted_stream_goes_on_inside_a_block(parts):
+    whole = run_stream(make_stream(10, 4), 200)
+    again, start = [], 0
+    for length in parts:
+        again += run_stream(make_stream(10, 4), length, start=start)
+        start += length
+    assert again == whole
+
+
+def test_blocks_grow_so_that_little_is_drawn_in_vain():
+    drawn = []
+    stream = make_stream(10, 4, drawn=drawn)
+    for n_updates in (1, 2, 3, 10, 64, 65, 500):
+        drawn.clear()
+        run_stream(stream, n_updates)
+        # what the largest block may be, or as much again as was needed
+        assert n_updates <= sum(map(len, drawn)) < min(2 * n_updates, n_updates + 64) + 1
+        stream = make_stream(10, 4, drawn=drawn)
+
+
+def test_blocks_of_large_episodes_are_short():
+    drawn = []
+
+    def draw(which, rng):
+        drawn.append(len(which))
+        return [0] * len(which)
+
+    for n_bytes, largest in ((2**10, 64), (2**18, 16), (2**30, 1)):
+        drawn.clear()
+        stream = TaskStream(draw, 10, 4, 0, n_bytes)
+        for update in range(200):
+            stream.batch(update)
+        assert max(drawn) == largest
+        assert sum(drawn) >= 200
+
+
+def test_a_loader_without_the_work_of_torchs_gives_the_same():
+    sampler = EpisodeSampler(make_tasks([4] * 10), classification=False, n_shots=2)
+    stream = TaskStream(sampler.sample_batches, 10, 4, 0)
+    stream.first_update, stream.n_updates = 7, 5
+    validation = FixedEpisodes(draw_fixed(sampler, 0))
+    for data, size in ((stream, 4), (validation, 1)):
+        light = BatchLoader(data)
+        loader = torch.utils.data.DataLoader(data, batch_size=size, collate_fn=use_batch)
+        assert len(light) == len(loader) == len(list(light))
+        for (a, y), (b, z) in zip(light, loader, strict=True):
+            assert torch.equal(a.support.X, b.support.X)
+            assert torch.equal(a.query.X, b.query.X)
+            assert torch.equal(y, z)
+
+
+# --- several batches at once
+
+
+@pytest.mark.parametrize("sizes", [[6] * 5, [6, 9, 4, 12, 7]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("n_shots", [2, None])
+def test_batches_drawn_at_once_are_proper_batches(sizes, n_shots):
+    tasks = make_tasks(sizes)
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=n_shots)
+    which = np.random.default_rng(0).integers(0, 5, (30, 4))
+    batches = sampler.sample_batches(which, np.random.default_rng(0))
+    assert len(batches) == 30
+    for batch, own in zip(batches, which, strict=True):
+        assert len(batch) == 4
+        for j, task in enumerate(own):
+            rows = [*positions(batch.support, j), *positions(batch.query, j)]
+            assert sorted(rows) == sorted(tasks.rows(task).tolist())
+        width = batch.support.X.shape[1]  # no wider than its own longest episode
+        assert width == max(len(positions(batch.support, j)) for j in range(4))
+
+
+def test_each_batch_has_a_support_size_of_its_own():
+    sampler = EpisodeSampler(make_tasks([60] * 3), classification=False)
+    batches = sampler.sample_batches(np.zeros((200, 3), dtype=int), np.random.default_rng(0))
+    assert {batch.support.lengths is None for batch in batches} == {True}
+    assert {batch.support.X.shape[1] for batch in batches} == set(range(5, 21))
+
+
+@pytest.mark.parametrize(("n_classes", "n_ways"), [(7, 3), (3, 3), (20, 2)])
+def test_every_choice_of_classes_is_as_likely(n_classes, n_ways):
+    labels = np.repeat(np.arange(n_classes), 3)
+    rows = np.arange(len(labels), dtype=float)[:, None]
+    zeros = np.zeros(len(labels), dtype=np.intp)
+    tasks = TaskCollection(rows, labels, zeros, np.arange(1), None, "single")
+    sampler = EpisodeSampler(tasks, classification=True, n_ways=n_ways, n_shots=1, n_queries=1)
+    cells, episode = sampler._choose_cells(np.zeros(6000, dtype=int), np.random.default_rng(0))
+    assert (np.bincount(episode) == n_ways).all()
+    chosen = np.sort(cells.reshape(6000, n_ways), axis=1)
+    assert (np.diff(chosen, axis=1) > 0).all()
+    _, counts = np.unique(chosen, axis=0, return_counts=True)
+    n_choices = math.comb(n_classes, n_ways)
+    assert len(counts) == n_choices
+    expected = 6000 / n_choices
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+
+
+# --- the order of a data loader
 
 
 def test_streams_differ_by_seed_and_draws_by_update():

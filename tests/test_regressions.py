@@ -113,16 +113,17 @@ def test_classes_with_very_many_rows_do_not_make_very_large_support_sets():
 
     clf.n_features_in_ = 3
     tasks = clf._read_tasks(rows, rows[:, 0] > 0, np.repeat([0, 1], 2000), reset=True)
-    batch = CollectionSource(clf, tasks, 0, False).draw(np.array([0, 1]), rng)
+    batch = CollectionSource(clf, tasks, 0, False).draw(np.array([[0, 1]]), rng)[0]
     assert batch.support.X.shape[1] <= 2 * 20
 
 
-def test_an_endless_source_builds_one_generator_an_update(monkeypatch):
+def test_an_endless_source_builds_one_generator_a_block(monkeypatch):
     stream = TaskStream(lambda which, rng: which, 1, 25, 0)
     made = []
     original = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or original(seed))
-    assert stream.__getitems__(list(range(25))).tolist() == [0] * 25
+    for update in range(64, 128):
+        assert stream.batch(update).tolist() == [0] * 25
     assert len(made) == 1
 
 
@@ -132,9 +133,23 @@ def test_a_distribution_is_sampled_afresh_for_every_update():
 
         def sample(self, n_tasks, random_state=None):
             self.seeds.append(random_state)
+            self.drawn.append(n_tasks)
             return super().sample(n_tasks, random_state)
 
     source = Spy(n_rows=20)
-    source.seeds = []
+    source.seeds, source.drawn = [], []
     MAMLRegressor(**SMALL).fit(source)
-    assert len(set(source.seeds)) == len(source.seeds) == 21  # and one for the held-out tasks
+    assert len(set(source.seeds)) == len(source.seeds)
+    n_updates = sum(source.drawn[1:]) / 25  # the first draw is for the held-out tasks
+    assert 20 <= n_updates <= 2 * 20
+
+
+@pytest.mark.parametrize("n_returned", [0, 3])
+def test_a_distribution_has_to_return_as_many_tasks_as_were_asked_for(n_returned):
+    class Short(SinusoidTasks):
+        def sample(self, n_tasks, random_state=None):
+            drawn = super().sample(n_tasks, random_state)
+            return drawn if n_tasks == 100 else drawn[:n_returned]
+
+    with pytest.raises(ValueError, match=f"returned {n_returned} tasks, but 25 were asked for"):
+        MAMLRegressor(**SMALL).fit(Short(n_rows=20))

@@ -298,7 +298,7 @@ def test_learning_rate_scheduler_by_update():
 def test_checkpoint_saves_the_best_parameters(tmp_path):
     spy = Spy()
     reg = regressor(
-        callbacks=[spy, Checkpoint(dirname=tmp_path, f_pickle=None)], max_iter=300, **WILD
+        callbacks=[spy, Checkpoint(dirname=tmp_path, f_pickle=None)], max_iter=500, **WILD
     )
     reg.fit(X, Y, groups=G)
     assert {path.name for path in tmp_path.iterdir()} >= {
@@ -494,6 +494,27 @@ def test_callbacks_see_the_whole_story():
     ]
 
 
+def test_methods_set_on_a_callback_are_called():
+    calls = []
+    callback = Callback()
+    callback.on_batch_end = lambda net, training=False, **kwargs: calls.append(training)
+    callback.on_grad_computed = lambda net, **kwargs: calls.append("grad")
+    regressor(callbacks=[callback], max_iter=2).fit(X, Y, groups=G)
+    assert calls == [*["grad", True] * 2, False]
+
+
+def test_the_history_of_the_updates_is_plain_data():
+    reg = regressor(max_iter=52).fit(X, Y, groups=G)
+    rows = reg.history_[-1, "batches"]
+    assert [set(row) for row in rows] == [
+        *[{"train_loss", "train_batch_size", "non_finite"}] * 2,
+        {"valid_loss", "valid_batch_size", "valid_loss_before"},
+    ]
+    assert {type(value) for row in rows for value in row.values()} == {int, float}
+    assert reg.history_[:, "train_batch_count"] == [50, 2]
+    assert reg.history_[:, "valid_batch_count"] == [1, 1]
+
+
 def test_callbacks_may_be_classes_and_named_pairs():
     reg = regressor(
         callbacks=[Spy, ("stop", EarlyStopping(patience=2, sink=lambda *_: None))], max_iter=60
@@ -654,6 +675,15 @@ def test_validation_with_several_batches_weighs_every_task_alike():
     assert reg.history_[-1]["valid_batch_count"] == len(losses) > 1
     assert len(torch.cat(losses)) == 225
     assert column(reg, "valid_loss") == pytest.approx([torch.cat(losses).mean().item()], rel=1e-9)
+
+
+def test_settings_of_the_data_loader_do_not_change_what_is_drawn():
+    light = regressor(max_iter=60).fit(X, Y, groups=G)
+    loader = regressor(
+        max_iter=60, iterator_train__num_workers=0, iterator_valid__pin_memory=False
+    ).fit(X, Y, groups=G)
+    assert same_parameters(light, loader)
+    assert column(light, "valid_loss") == column(loader, "valid_loss")
 
 
 @pytest.mark.slow

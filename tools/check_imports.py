@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"inner_loop"},
     {"modules", "native"},
     {"engine"},
-    {"_progress"},
+    {"_progress", "optimizers"},
     {"outer_loop"},
     {"sources"},
     {"_base"},

@@ -1,0 +1,214 @@
+"""Steps of torch's Adam on small networks, without what torch does around its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+__all__ = ["FlatStep", "can_fuse", "has_fused_kernel", "step_fused"]
+
+# most parameters of a network that are laid end to end: a larger one gains nothing
+FLAT_LIMIT = 2**18
+
+_KINDS = (torch.optim.Adam, torch.optim.AdamW)
+# settings with which torch's own code has to run
+_OTHER_CODE = ("foreach", "capturable", "differentiable")
+
+
+def can_fuse(
+    optimizer: Any, settings: dict[str, Any], params: Sequence[nn.Parameter], device: torch.device
+) -> bool:
+    """Whether an optimiser class that is not told otherwise may run with ``fused=True``."""
+    return (
+        optimizer in _KINDS
+        and not {"fused", *_OTHER_CODE} & settings.keys()
+        and device.type in ("cpu", "cuda")
+        and all(p.is_floating_point() for p in params)
+    )
+
+
+def has_fused_kernel(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step_fused` can stand for the `step` of an optimiser."""
+    groups = optimizer.param_groups
+    return (
+        type(optimizer) in _KINDS
+        and all(group["fused"] and not any(group.get(k) for k in _OTHER_CODE) for group in groups)
+        and {p.device.type for group in groups for p in group["params"]} == {"cpu"}
+        and len({p.dtype for group in groups for p in group["params"]}) == 1
+    )
+
+
+def _is_watched(optimizer: Any) -> bool:
+    """Whether somebody waits for a call of `step`."""
+    return bool(
+        "step" in vars(optimizer)  # a scheduler of rates counts the calls
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def step_fused(optimizer: Any) -> None:
+    """Do what ``optimizer.step()`` does, by the same kernel and on the same state.
+
+    torch's record for its profiler and its grouping of the parameters take several times as long
+    as the kernel does for a small network.
+    """
+    if _is_watched(optimizer):
+        optimizer.step()
+        return
+    state = optimizer.state
+    moving = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    if not all(state[p] for params in moving for p in params):
+        optimizer.step()  # makes the state
+        return
+    with torch.no_grad():
+        for group, params in zip(optimizer.param_groups, moving, strict=True):
+            if not params:
+                continue
+            states = [state[p] for p in params]
+            steps = [s["step"] for s in states]
+            torch._foreach_add_(steps, 1)
+            moments = [[s[name] for s in states] for name in _moments(group)]
+            grads = [p.grad for p in params]
+            _run(_kernel(optimizer, group), group, params, grads, moments, steps)
+
+
+def _kernel(optimizer: Any, group: dict[str, Any]) -> Any:
+    decoupled = type(optimizer) is torch.optim.AdamW or group.get("decoupled_weight_decay")
+    return torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+
+def _moments(group: dict[str, Any]) -> list[str]:
+    return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+
+
+def _run(
+    kernel: Any,
+    group: dict[str, Any],
+    params: list[Any],
+    grads: list[Any],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+) -> None:
+    beta1, beta2 = group["betas"]
+    kernel(
+        params,
+        grads,
+        moments[0],
+        moments[1],
+        moments[2] if group["amsgrad"] else [],
+        steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )
+
+
+class FlatStep:
+    """`step_fused` for parameters, and a state of the optimiser, that lie end to end.
+
+    One call of the kernel on one long vector then makes the step, and takes a gradient that need
+    not be cut into pieces. The parameters and the state stay where the module and the optimiser
+    have them, as views of the vectors, until `release` gives them memory of their own again.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Adam or torch.optim.AdamW
+        For which `can_make` holds.
+    params : sequence of Parameter
+        All of its parameters, in the order of the gradients.
+    """
+
+    def __init__(self, optimizer: Any, params: Sequence[nn.Parameter]) -> None:
+        self.optimizer = optimizer
+        (self.group,) = optimizer.param_groups
+        self.kernel = _kernel(optimizer, self.group)
+        self.params = list(params)
+        self.states = [optimizer.state[p] for p in params]
+        with torch.no_grad():
+            self.flat = torch.cat([p.detach().flatten() for p in params])
+            for p, part in zip(self.params, self._cut(self.flat), strict=True):
+                p.data = part
+            self.moments = []
+            for name in _moments(self.group):
+                moment = torch.cat([state[name].flatten() for state in self.states])
+                self.moments.append([moment])
+                for state, part in zip(self.states, self._cut(moment), strict=True):
+                    state[name] = part
+            self.steps = torch.stack([state["step"] for state in self.states])
+            for state, step in zip(self.states, self.steps, strict=True):
+                state["step"] = step
+        self.pointers = self._pointers()
+
+    @staticmethod
+    def can_make(optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
+        """Whether all that the optimiser moves may lie end to end: the same step for all of it."""
+        groups, state = optimizer.param_groups, optimizer.state
+        if not has_fused_kernel(optimizer) or len(groups) != 1 or _is_watched(optimizer):
+            return False
+        if {*map(id, params)} != {*map(id, groups[0]["params"])}:
+            return False
+        return (
+            all(state.get(p) and p.is_contiguous() for p in params)
+            and sum(p.numel() for p in params) <= FLAT_LIMIT
+            and len({float(state[p]["step"]) for p in params}) == 1
+        )
+
+    def _cut(self, whole: Tensor) -> list[Tensor]:
+        parts = whole.split([p.numel() for p in self.params])
+        return [part.view(p.shape) for p, part in zip(self.params, parts, strict=True)]
+
+    def show(self, grad: Tensor | None) -> None:
+        """Give the parameters their parts of a gradient, for callbacks to see and to change."""
+        parts: Sequence[Tensor | None] = (
+            [None] * len(self.params) if grad is None else self._cut(grad)
+        )
+        for p, part in zip(self.params, parts, strict=True):
+            p.grad = part
+
+    def holds(self, optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
+        """Whether these are still all the parameters, and all is where it was put."""
+        groups, state = optimizer.param_groups, optimizer.state
+        return (
+            len(groups) == 1
+            and groups[0] is self.group
+            and not _is_watched(optimizer)
+            and [*map(id, params)] == [*map(id, self.params)]
+            and all(state.get(p) is s for p, s in zip(params, self.states, strict=True))
+            and self._pointers() == self.pointers
+        )
+
+    def _pointers(self) -> list[int]:
+        tensors = [p.data for p in self.params]
+        tensors += [s[name] for s in self.states for name in (*_moments(self.group), "step")]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def seen(self, grad: Tensor) -> Tensor | None:
+        """Return what callbacks have made of a gradient; None if only `optimizer.step` will do."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if len(grads) < len(self.params) or not self.holds(self.optimizer, self.params):
+            return None
+        if all(g._base is grad for g in grads):
+            return grad
+        return torch.cat([g.flatten() for g in grads])
+
+    def step(self, grad: Tensor) -> None:
+        """Make a step for the gradients of all parameters, end to end."""
+        self.steps += 1
+        _run(self.kernel, self.group, [self.flat], [grad], self.moments, [self.steps[0]])
+
+    def release(self) -> None:
+        """Undo the sharing of memory, which would multiply what is pickled."""
+        for p, state in zip(self.params, self.states, strict=True):
+            p.data = p.data.clone()
+            state.update({name: value.clone() for name, value in state.items()})
