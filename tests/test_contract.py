@@ -413,10 +413,11 @@ class Always:
 
     def __init__(self, tasks):
         self.tasks = tasks
-        self.asked = []
+        self.asked, self.n_tasks = [], []
 
     def sample(self, n_tasks, random_state=None):
         self.asked.append(random_state)
+        self.n_tasks.append(n_tasks)
         return [self.tasks[j % len(self.tasks)] for j in range(n_tasks)]
 
 
@@ -448,7 +449,9 @@ def test_a_distribution_is_asked_for_fresh_tasks_reproducibly():
     for distribution in (first, again):
         MAMLRegressor(**SMALL).fit(distribution)
     assert first.asked == again.asked
-    assert len(set(first.asked)) >= SMALL["max_iter"]
+    assert len(set(first.asked)) == len(first.asked)
+    # for many updates at a time, and once for the tasks to validate on
+    assert sum(first.n_tasks[1:]) >= SMALL["max_iter"] * SMALL["meta_batch_size"]
 
 
 def test_a_distribution_can_be_fitted_and_scored():
