@@ -33,6 +33,7 @@ from sklearn_maml._validation import (
     did_you_mean,
     keeps_state_on_error,
 )
+from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     CHUNK,
     Adapted,
@@ -208,11 +209,14 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         """
         self._validate_params()
         self._check_parameter_names()
+        processes = find_processes()
         continued = bool(self.warm_start) and hasattr(self, "net_")
         if continued:  # the same tasks are held out; episodes follow the count of updates
             seed = self._score_seed
         else:
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            if processes is not None and self.random_state is None:
+                seed = processes.agree_on_seed(seed)
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
             if y is not None or groups is not None:
@@ -227,7 +231,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        self._meta_train(source, seed, continued, (X, y, metadata))
+        self._meta_train(source, seed, continued, (X, y, metadata), processes)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -290,7 +294,14 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             )
         return CollectionSource(self, tasks, seed, continued)
 
-    def _meta_train(self, source: Any, seed: int, continued: bool, data: tuple[Any, ...]) -> None:
+    def _meta_train(
+        self,
+        source: Any,
+        seed: int,
+        continued: bool,
+        data: tuple[Any, ...],
+        processes: Processes | None,
+    ) -> None:
         # imported when needed: adapting and predicting do without skorch
         from skorch.callbacks import LRScheduler
 
@@ -318,6 +329,17 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         engine = self._make_engine(learner.module)
         self._rung = "auto"
         net.engine = engine
+        if processes is not None:
+            tasks = source.tasks
+            processes.compare(
+                the_tasks_in_X_y_and_groups=(tasks.X, tasks.y, tasks.codes, tasks.ids),
+                the_seeds_from_random_state=seed,
+                the_parameters_of_the_estimator=self._comparable_params(),
+                the_initial_weights_of_the_module=[
+                    p.detach().cpu().numpy() for p in learner.parameters()
+                ],
+            )
+            net.engine = processes.share(engine, net)
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
         if source.single:
@@ -347,10 +369,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         stream = TaskStream(source.draw, source.n_train, net.batch_size, seed)
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
+        rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
         with (
-            _SeededTorch(self.device_, seed + (net.update_ if continued else 0))
+            _SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
             if random
-            else contextlib.nullcontext()
+            else contextlib.nullcontext(),
+            processes or contextlib.nullcontext(),
         ):
             net.partial_fit(stream)
         if HAS_SKLEARN_CALLBACKS:
@@ -364,6 +388,16 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._learner = learner
         self.history_ = net.history
         self.n_iter_ = net.update_
+
+    def _comparable_params(self) -> dict[str, Any]:
+        """Return the parameters that have values equal in every process that was given the same."""
+        return {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            # objects hash by identity; where a process prints, or computes, is its own matter
+            if name not in ("callbacks", "device", "random_state", "verbose")
+            and isinstance(value, (str, int, float, bool, list, tuple, type(None)))
+        }
 
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"inner_loop"},
     {"modules"},
     {"engine"},
+    {"distributed"},
     {"_progress"},
     {"outer_loop"},
     {"sources"},
