@@ -215,8 +215,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             seed = self._score_seed
         else:
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-            if processes is not None and self.random_state is None:
-                seed = processes.agree_on_seed(seed)
+        if processes is not None:
+            given = continued or self.random_state is not None
+            seed = processes.agree_on_seed(seed, given)
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
             if y is not None or groups is not None:
@@ -377,9 +378,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             processes or contextlib.nullcontext(),
         ):
             net.partial_fit(stream)
+            copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
-        copy_buffers(engine.module, learner.module)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = None

@@ -83,11 +83,16 @@ class Processes:
         self.left = False  # whether this process, or another, has announced its end
         self.net: Any = None
 
-    def agree_on_seed(self, seed: int) -> int:
-        """Take the seed of the first process."""
-        shared = [seed]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+    def agree_on_seed(self, seed: int, given: bool) -> int:
+        """Take the seed of the first process, unless the user gave one to all of them."""
+        seeds: list[Any] = [None] * self.size
+        dist.all_gather_object(seeds, (seed, given))
+        if len({was_given for _, was_given in seeds}) > 1:
+            raise ValueError(
+                "random_state was given to some of the processes of this fit and not to others. "
+                "Give all of them the same."
+            )
+        return seed if given else int(seeds[0][0])
 
     def compare(self, **values: Any) -> None:
         """Refuse to start where something differs between the processes.

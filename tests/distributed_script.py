@@ -13,6 +13,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from sklearn.model_selection import GridSearchCV, GroupKFold
 from skorch.callbacks import Callback, EpochScoring
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, distributed
@@ -81,6 +82,8 @@ def fits():
     scoring = EpochScoring("neg_mean_squared_error", on_train=True, name="score")
     one = regressor(meta_batch_size=1, callbacks=[scoring], max_iter=20).fit(X, y, groups=task)
     found["one task"] = {**outcome(one), "score": one.history_[:, "score"]}
+    search = GridSearchCV(regressor(task_column=1, max_iter=3), {"steps": [0, 2]}, cv=GroupKFold(2))
+    found["search"] = outcome(search.fit(np.c_[X, task], y, groups=task).best_estimator_)
     X32, y32, _ = tasks(np.float32)
     found["float32"] = outcome(regressor(max_iter=20).fit(X32, y32, groups=task))
     continued = regressor(max_iter=10, warm_start=True).fit(X, y, groups=task)
@@ -101,6 +104,7 @@ def shared_only(rank):
     other = {
         "data": (regressor(), X + rank),
         "seed": (regressor(random_state=rank), X),
+        "seed of one": (regressor(random_state=rank or None), X),
         "parameter": (regressor(alpha=0.01 + rank), X),
         "weights": (regressor(module=module(rank)), X),
     }

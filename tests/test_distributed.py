@@ -63,7 +63,16 @@ def one_process(script):
     return script.fits()
 
 
-CASES = ["float64", "gradient", "early stopping", "one task", "float32", "warm start", "classifier"]
+CASES = [
+    "float64",
+    "search",
+    "gradient",
+    "early stopping",
+    "one task",
+    "float32",
+    "warm start",
+    "classifier",
+]
 
 
 def largest_difference(a, b):
@@ -116,7 +125,8 @@ def test_gradients_that_are_not_averaged_are_noticed(ranks, script):
 def test_what_differs_between_the_processes_is_named_on_all_of_them(ranks, case, named):
     for found in ranks:
         assert named in found[case]
-        assert r"rank(s) [1]" in found[case]
+        assert "rank(s) [1]" in found[case]
+        assert "given to some of the processes" in found["seed of one"]
 
 
 def test_fits_in_single_process_ignore_the_group(ranks):
