@@ -838,6 +838,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         first = first + number * ROWS_AT_A_TIME
         size = np.minimum(np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME, ROWS_AT_A_TIME)
         by_size = np.argsort(size, kind="stable")
+        no_targets = np.zeros(len(rows), dtype=rows.dtype)
         result: np.ndarray | None = None
         start = 0
         while start < len(by_size):
@@ -850,7 +851,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 stop += 1
             chosen = by_size[start:stop]
             place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
-            query = pad_rows(rows, np.zeros(len(rows), dtype=rows.dtype), place, size[chosen])
+            query = pad_rows(rows, no_targets, place, size[chosen])
             query = query.to(self.device_)
             with state.engine.threads(len(place)):
                 output = state.engine.predict(state.adapted.take(piece_task[chosen]), query)
