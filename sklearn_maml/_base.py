@@ -41,7 +41,6 @@ from sklearn_maml.engine import (
     cross_entropy_rows,
     has_dropout,
     is_row_wise,
-    join_adapted,
     restore_diverged,
     squared_error_rows,
 )
@@ -709,7 +708,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
         engine = self._make_engine(self.module_, self._rung)
-        parts = []
+        adapted: Adapted | None = None
+        diverged = False
         for start in range(0, len(by_size), CHUNK):
             chosen = by_size[start : start + CHUNK]
             support = pad_rows(
@@ -720,17 +720,20 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 sample_weight,
             )
             with engine.threads(support.X.shape[0] * support.X.shape[1]):
-                parts.append(
-                    engine.adapt(
-                        self._learner.meta_params(),
-                        support.to(self.device_),
-                        alpha=float(self.alpha),
-                        steps=steps,
-                    )
+                part = engine.adapt(
+                    self._learner.meta_params(),
+                    support.to(self.device_),
+                    alpha=float(self.alpha),
+                    steps=steps,
                 )
+            # a sum is not finite where a term is not; a closer look at all tasks costs more
+            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
+            # written to its place at once: of many tasks, two copies would not fit
+            adapted = _place(part, adapted, chosen, tasks.n_tasks)
+        assert adapted is not None
         self._remember_rung(engine)
-        adapted = join_adapted(parts, np.argsort(by_size))
-        restore_diverged(adapted, self.module_, float(self.alpha))
+        if diverged:
+            restore_diverged(adapted, self.module_, float(self.alpha))
         ids = None if tasks.spelling == "single" else tasks.ids
         return State(engine, adapted, ids, **extra)
 
@@ -1030,6 +1033,22 @@ def transform_rows(pipeline: Pipeline, X: Any) -> Any:
         if step is not None and step != "passthrough":
             X = step.transform(X)
     return X
+
+
+def _place(part: Adapted, whole: Adapted | None, tasks: np.ndarray, n_tasks: int) -> Adapted:
+    """Write adapted parameters of some tasks to their places among those of all."""
+    if len(tasks) == n_tasks and (np.diff(tasks) == 1).all():
+        return part
+
+    def room(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.new_empty(n_tasks, *t.shape[1:]) for name, t in parts.items()}
+
+    if whole is None:
+        whole = Adapted(room(part.params), part.shared, room(part.statistics))
+    for to, some in ((whole.params, part.params), (whole.statistics, part.statistics)):
+        for name, values in some.items():
+            to[name].index_copy_(0, torch.as_tensor(tasks, device=values.device), values)
+    return whole
 
 
 def _as_is(values: np.ndarray) -> np.ndarray:
