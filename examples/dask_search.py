@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
     X, y, task = make_sinusoid_tasks(n_tasks=100, n_rows=20, random_state=0)
     X = np.column_stack([X, task])
     search = GridSearchCV(
-        MAMLRegressor(task_column=1, max_iter=50, random_state=0),
+        MAMLRegressor(task_column=1, max_iter=30, random_state=0),
         {"alpha": [0.01, 0.1], "steps": [1, 5]},
         cv=GroupKFold(3),
     )
-    X_new, y_new, shop = make_sinusoid_tasks(n_tasks=4000, n_rows=20, random_state=1)
+    X_new, y_new, shop = make_sinusoid_tasks(n_tasks=3000, n_rows=20, random_state=1)
     X_new = np.column_stack([X_new, shop])
     support = np.arange(len(X_new)) % 20 < 10
 

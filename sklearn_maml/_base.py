@@ -205,6 +205,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         -----
         SingleTaskWarning
             If there is no task information: all rows are then one task.
+
+        Notes
+        -----
+        In a `torch.distributed` process group of several processes every one has to call `fit`
+        with the same data; they share the tasks of each meta-batch and end with the same
+        parameters, see `sklearn_maml.distributed`.
         """
         self._validate_params()
         self._check_parameter_names()

@@ -5,6 +5,15 @@ ordinary `fit`, with the same data and parameters in every process. Every proces
 meta-batches, computes losses and meta-gradient of its share of the tasks, and all take the mean
 over all tasks, so each makes the update that one process alone would make.
 
+What is the same everywhere: the parameters, the losses of the history and so every decision made
+on them. What is not: modules that draw random numbers (dropout) draw others in each process. With
+`random_state=None` the seed of the first process is taken.
+
+A process that is interrupted, or that a callback stops or an error ends, announces it, and the fit
+of the others ends too: as if interrupted, or with an error. One that is killed or that fails before
+meta-training cannot; the others then fail when its connection is closed or, at the latest, after
+the `timeout` given to ``init_process_group``.
+
 Why not `DistributedDataParallel` or skorch's `AccelerateMixin`, which wraps modules in it: both
 average gradients in hooks of ``loss.backward()`` of a wrapped module. A meta-gradient never passes
 there: parameters flow as dicts through the engine, which returns the gradient. They also deal out

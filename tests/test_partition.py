@@ -61,10 +61,21 @@ def test_partitions_give_what_one_batch_gives(regressor, new, tasks_per_partitio
     np.testing.assert_allclose(predicted, as_one_batch(regressor, new), rtol=1e-9)
 
 
-@pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_predictions_do_not_depend_on_the_backend_to_the_bit(regressor, new, backend):
+@pytest.fixture(params=["loky", "threading", "dask"])
+def two_workers(request):
+    """Make a context in which joblib works with two workers."""
+    # made when it is entered: parallel_config acts as soon as it exists
+    if request.param != "dask":
+        yield lambda: joblib.parallel_config(request.param, n_jobs=2)
+        return
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(n_workers=2, processes=False, dashboard_address=None):
+        yield lambda: joblib.parallel_config("dask")
+
+
+def test_predictions_do_not_depend_on_the_backend_to_the_bit(regressor, new, two_workers):
     serial = adapt_predict(regressor, **new, tasks_per_partition=9)
-    with joblib.parallel_config(backend, n_jobs=2):
+    with two_workers():
         np.testing.assert_array_equal(
             adapt_predict(regressor, **new, tasks_per_partition=9), serial
         )
@@ -165,8 +176,7 @@ def test_query_rows_of_tasks_without_support_are_refused(regressor, new):
 # --- searches
 
 
-@pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_a_search_gives_the_serial_results_to_the_bit(backend):
+def test_a_search_gives_the_serial_results_to_the_bit(two_workers):
     X, y, task = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
     search = GridSearchCV(
         MAMLRegressor(max_iter=10, task_column=1, random_state=0),
@@ -174,7 +184,7 @@ def test_a_search_gives_the_serial_results_to_the_bit(backend):
         cv=GroupKFold(2),
     )
     serial = search.fit(np.c_[X, task], y, groups=task).cv_results_["mean_test_score"]
-    with joblib.parallel_config(backend, n_jobs=2):
+    with two_workers():
         parallel = search.fit(np.c_[X, task], y, groups=task).cv_results_["mean_test_score"]
     np.testing.assert_array_equal(parallel, serial)
     assert len(np.unique(serial)) == len(serial)
@@ -193,6 +203,7 @@ def load_example(name):
     return module
 
 
+@pytest.mark.slow  # its workers are processes that import everything
 def test_the_dask_example_gives_the_serial_results(capsys):
     pytest.importorskip("distributed")
     load_example("dask_search").main([])
