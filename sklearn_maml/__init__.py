@@ -3,6 +3,7 @@
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, adapt
 from sklearn_maml.metrics import task_scorer, task_scores
+from sklearn_maml.partition import adapt_predict
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "MAMLClassifier",
     "MAMLRegressor",
     "adapt",
+    "adapt_predict",
     "task_scorer",
     "task_scores",
 ]

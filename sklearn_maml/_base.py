@@ -33,6 +33,7 @@ from sklearn_maml._validation import (
     did_you_mean,
     keeps_state_on_error,
 )
+from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     ADAPTING_REPAYS,
     CHUNK,
@@ -43,7 +44,6 @@ from sklearn_maml.engine import (
     cross_entropy_rows,
     has_dropout,
     is_row_wise,
-    join_adapted,
     restore_diverged,
     squared_error_rows,
 )
@@ -212,14 +212,24 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         -----
         SingleTaskWarning
             If there is no task information: all rows are then one task.
+
+        Notes
+        -----
+        In a `torch.distributed` process group of several processes every one has to call `fit`
+        with the same data; they share the tasks of each meta-batch and end with the same
+        parameters, see `sklearn_maml.distributed`.
         """
         self._validate_params()
         self._check_parameter_names()
+        processes = find_processes()
         continued = bool(self.warm_start) and hasattr(self, "net_")
         if continued:  # the same tasks are held out; episodes follow the count of updates
             seed = self._score_seed
         else:
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if processes is not None:
+            given = continued or self.random_state is not None
+            seed = processes.agree_on_seed(seed, given)
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
             if y is not None or groups is not None:
@@ -234,7 +244,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        self._meta_train(source, seed, continued, (X, y, metadata))
+        self._meta_train(source, seed, continued, (X, y, metadata), processes)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -297,7 +307,14 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             )
         return CollectionSource(self, tasks, seed, continued)
 
-    def _meta_train(self, source: Any, seed: int, continued: bool, data: tuple[Any, ...]) -> None:
+    def _meta_train(
+        self,
+        source: Any,
+        seed: int,
+        continued: bool,
+        data: tuple[Any, ...],
+        processes: Processes | None,
+    ) -> None:
         # imported when needed: adapting and predicting do without skorch
         from skorch.callbacks import LRScheduler
 
@@ -325,6 +342,17 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         engine = self._make_engine(learner.module)
         self._rung = "auto"
         net.engine = engine
+        if processes is not None:
+            tasks = source.tasks
+            processes.compare(
+                the_tasks_in_X_y_and_groups=(tasks.X, tasks.y, tasks.codes, tasks.ids),
+                the_seeds_from_random_state=seed,
+                the_parameters_of_the_estimator=self._comparable_params(),
+                the_initial_weights_of_the_module=[
+                    p.detach().cpu().numpy() for p in learner.parameters()
+                ],
+            )
+            net.engine = processes.share(engine, net)
         net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
         net.max_iter = self.max_iter
         if source.single:
@@ -358,15 +386,17 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
+        rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
         with (
-            _SeededTorch(self.device_, seed + (net.update_ if continued else 0))
+            _SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
             if random
-            else contextlib.nullcontext()
+            else contextlib.nullcontext(),
+            processes or contextlib.nullcontext(),
         ):
             net.partial_fit(stream)
+            copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
-        copy_buffers(engine.module, learner.module)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = None
@@ -375,6 +405,16 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._learner = learner
         self.history_ = net.history
         self.n_iter_ = net.update_
+
+    def _comparable_params(self) -> dict[str, Any]:
+        """Return the parameters that have values equal in every process that was given the same."""
+        return {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            # objects hash by identity; where a process prints, or computes, is its own matter
+            if name not in ("callbacks", "device", "random_state", "verbose")
+            and isinstance(value, (str, int, float, bool, list, tuple, type(None)))
+        }
 
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar
@@ -700,7 +740,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         engine = self._make_engine(self.module_, self._rung)
         most = int(tasks.sizes.max()) if len(by_size) else 0
         engine.prepare(engine.stacked_seconds(len(by_size), most, steps), ADAPTING_REPAYS)
-        parts = []
+        adapted: Adapted | None = None
+        diverged = False
         at_a_time = self._chunk(engine)
         for start in range(0, len(by_size), at_a_time):
             chosen = by_size[start : start + at_a_time]
@@ -712,17 +753,20 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 sample_weight,
             )
             with engine.threads(support.X.shape[0] * support.X.shape[1]):
-                parts.append(
-                    engine.adapt(
-                        self._learner.meta_params(),
-                        support.to(self.device_),
-                        alpha=float(self.alpha),
-                        steps=steps,
-                    )
+                part = engine.adapt(
+                    self._learner.meta_params(),
+                    support.to(self.device_),
+                    alpha=float(self.alpha),
+                    steps=steps,
                 )
+            # a sum is not finite where a term is not; a closer look at all tasks costs more
+            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
+            # written to its place at once: of many tasks, two copies would not fit
+            adapted = _place(part, adapted, chosen, tasks.n_tasks)
+        assert adapted is not None
         self._remember_rung(engine)
-        adapted = join_adapted(parts, np.argsort(by_size))
-        restore_diverged(adapted, self.module_, float(self.alpha))
+        if diverged:
+            restore_diverged(adapted, self.module_, float(self.alpha))
         ids = None if tasks.spelling == "single" else tasks.ids
         return State(engine, adapted, ids, **extra)
 
@@ -830,6 +874,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         first = first + number * ROWS_AT_A_TIME
         size = np.minimum(np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME, ROWS_AT_A_TIME)
         by_size = np.argsort(size, kind="stable")
+        no_targets = np.zeros(len(rows), dtype=rows.dtype)
         result: np.ndarray | None = None
         start = 0
         at_a_time = self._chunk(state.engine)
@@ -843,7 +888,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 stop += 1
             chosen = by_size[start:stop]
             place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
-            query = pad_rows(rows, np.zeros(len(rows), dtype=rows.dtype), place, size[chosen])
+            query = pad_rows(rows, no_targets, place, size[chosen])
             query = query.to(self.device_)
             with state.engine.threads(len(place)):
                 output = state.engine.predict(state.adapted.take(piece_task[chosen]), query)
@@ -1022,6 +1067,22 @@ def transform_rows(pipeline: Pipeline, X: Any) -> Any:
         if step is not None and step != "passthrough":
             X = step.transform(X)
     return X
+
+
+def _place(part: Adapted, whole: Adapted | None, tasks: np.ndarray, n_tasks: int) -> Adapted:
+    """Write adapted parameters of some tasks to their places among those of all."""
+    if len(tasks) == n_tasks and (np.diff(tasks) == 1).all():
+        return part
+
+    def room(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.new_empty(n_tasks, *t.shape[1:]) for name, t in parts.items()}
+
+    if whole is None:
+        whole = Adapted(room(part.params), part.shared, room(part.statistics))
+    for to, some in ((whole.params, part.params), (whole.statistics, part.statistics)):
+        for name, values in some.items():
+            to[name].index_copy_(0, torch.as_tensor(tasks, device=values.device), values)
+    return whole
 
 
 def _as_is(values: np.ndarray) -> np.ndarray:

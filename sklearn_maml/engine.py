@@ -54,7 +54,6 @@ __all__ = [
     "cross_entropy_rows",
     "has_dropout",
     "is_row_wise",
-    "join_adapted",
     "rate_key",
     "restore_diverged",
     "squared_error_rows",
@@ -1003,30 +1002,9 @@ def _equal_shapes(batch: Any) -> list[np.ndarray] | None:
     return [np.flatnonzero(inverse == k) for k in range(inverse.max() + 1)]
 
 
-def join_adapted(parts: list[Adapted], order: np.ndarray) -> Adapted:
-    """Concatenate chunks of adapted tasks and put the tasks in order."""
-    if len(parts) == 1 and (np.diff(order) == 1).all():
-        return parts[0]
-    in_order = bool((np.diff(order) == 1).all())
-    index = torch.as_tensor(order)
-
-    def cat(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        joined = {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
-        return joined if in_order else {name: t[index.to(t.device)] for name, t in joined.items()}
-
-    return Adapted(
-        cat([part.params for part in parts]),
-        parts[0].shared,
-        cat([part.statistics for part in parts]),
-    )
-
-
 def restore_diverged(adapted: Adapted, module: nn.Module, alpha: float) -> None:
     """Give tasks whose adaptation is not finite the initialisation back, and say so."""
-    total = torch.stack([p.flatten(1).sum(1) for p in adapted.params.values()]).sum(0)
-    if torch.isfinite(total).all():
-        return
-    finite = torch.stack(  # a sum may also overflow
+    finite = torch.stack(
         [torch.isfinite(p).flatten(1).all(1) for p in adapted.params.values()]
     ).all(0)
     diverged = torch.nonzero(~finite).flatten()

@@ -234,7 +234,7 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     return concatenate_rows(parts_X), np.concatenate(parts_y), codes, in_query
 
 
-def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, np.ndarray]:
+def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, Any]:
     """Take the task ids out of X.
 
     Parameters
@@ -246,16 +246,17 @@ def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, np.ndarray]:
     Returns
     -------
     X : same type, without the column
-    ids : ndarray of shape (n_rows,)
+    ids : array-like of shape (n_rows,)
+        For `encode_ids`.
     """
     if is_frame(X):
         columns = list(X.columns)
         if task_column in columns:
-            ids = np.asarray(X[task_column])
+            ids = X[task_column]
             rest = [name for name in columns if name != task_column]
             return X[rest], ids
         if task_column in list(getattr(getattr(X, "index", None), "names", [])):
-            return X, np.asarray(X.index.get_level_values(task_column))
+            return X, X.index.get_level_values(task_column)
         if isinstance(task_column, (int, np.integer)) and -len(columns) <= task_column < len(
             columns
         ):
@@ -300,7 +301,10 @@ def _is_missing(ids: np.ndarray) -> bool:
 
 def encode_ids(ids: Any, n_rows: int, name: str = "groups") -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted distinct task ids and each row's position among them."""
-    ids = np.asarray(ids)
+    # a column of a pandas frame is hashed where it lies; as an array, strings become objects
+    column = ids if hasattr(ids, "factorize") and ids.ndim == 1 else None
+    if column is None:
+        ids = np.asarray(ids)
     if ids.ndim == 2 and ids.shape[1] == 1:
         ids = ids[:, 0]
     if ids.ndim != 1:
@@ -311,19 +315,44 @@ def encode_ids(ids: Any, n_rows: int, name: str = "groups") -> tuple[np.ndarray,
         raise ValueError(
             f"{name} must have one task id per row: got {len(ids)} ids for {n_rows} rows of X."
         )
-    if _is_missing(ids):
+    if column is not None:
+        codes, distinct = column.factorize()
+        distinct = np.asarray(distinct)
+        missing = bool((codes < 0).any()) or _is_missing(distinct)
+    elif ids.dtype.kind in "OUS":
+        codes, distinct = _factorize(ids)
+        missing = _is_missing(distinct)
+    else:
+        missing = _is_missing(ids)
+        distinct, codes = np.unique(ids, return_inverse=True)
+    if missing:
         raise ValueError(
             f"{name} contains missing values (NaN or None). Every row needs a task id: drop the "
             "rows or fill the ids in."
         )
     try:
-        distinct, codes = np.unique(ids, return_inverse=True)
+        order = np.argsort(distinct)
     except TypeError:  # ids of several types cannot be sorted: keep the order of appearance
-        position: dict[Hashable, int] = {}
-        codes = np.array([position.setdefault(value, len(position)) for value in ids.tolist()])
-        distinct = np.empty(len(position), dtype=object)
-        distinct[:] = list(position)
-    return distinct, codes.reshape(-1)
+        return distinct, codes
+    rank = np.empty(len(order), dtype=np.intp)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[codes.reshape(-1)]
+
+
+def _factorize(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each id among the distinct ones, and these, in the order of appearance.
+
+    Strings sort slowly: `numpy.unique` would sort those of all rows.
+    """
+    position: dict[Hashable, int] = {}
+    codes = np.fromiter(
+        (position.setdefault(value, len(position)) for value in ids.tolist()),
+        dtype=np.intp,
+        count=len(ids),
+    )
+    distinct = np.empty(len(position), dtype=ids.dtype)
+    distinct[:] = list(position)
+    return codes, distinct
 
 
 def validate_rows(

@@ -24,12 +24,12 @@ LAYERS: list[set[str]] = [
     {"inner_loop"},
     {"modules", "native"},
     {"engine"},
-    {"_progress", "optimizers"},
+    {"_progress", "optimizers", "distributed"},
     {"outer_loop"},
     {"sources"},
     {"_base"},
     {"estimators"},
-    {"few_shot", "metrics", "datasets", "inspection"},
+    {"few_shot", "metrics", "partition", "datasets", "inspection"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Stricter than their place in the order.

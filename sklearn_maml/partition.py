@@ -1,0 +1,193 @@
+"""Batched adaptation in partitions: many tasks in bounded memory, over joblib's backends."""
+
+from __future__ import annotations
+
+import copy
+import numbers
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed
+from sklearn.pipeline import Pipeline
+from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
+
+from sklearn_maml._base import BaseMAML, find_prior, transform_rows
+from sklearn_maml.tasks import encode_ids, is_frame, split_task_column
+
+__all__ = ["adapt_predict"]
+
+
+def adapt_predict(
+    estimator: Any,
+    X_support: Any,
+    y_support: Any,
+    X_query: Any,
+    *,
+    groups_support: Any = None,
+    groups_query: Any = None,
+    n_jobs: int | None = None,
+    tasks_per_partition: int = 1000,
+) -> Any:
+    """Adapt to many tasks and predict their query rows, a partition of the tasks at a time.
+
+    Gives what ``adapt(X_support, y_support, groups).predict(X_query, groups)`` gives, to rounding,
+    but keeps the adapted parameters of one partition for each job at a time and none afterwards:
+    beyond the data and the predictions, memory does not grow with the number of tasks except for
+    8 bytes a row that say where it belongs (16 with `groups`).
+
+    Parameters
+    ----------
+    estimator : estimator
+        What `adapt` takes: a meta-fitted `MAMLRegressor` or `MAMLClassifier`, or a fitted Pipeline,
+        search or FewShot estimator made of one. It is not changed.
+    X_support : array-like or data frame of shape (n_support, n_features)
+        Support rows of all tasks.
+    y_support : array-like of shape (n_support,) or (n_support, n_outputs)
+        Their targets.
+    X_query : array-like or data frame of shape (n_queries, n_features)
+        Rows to predict, in any order. Each has to belong to a task with support rows.
+    groups_support, groups_query : array-like of shape (n_support,) and (n_queries,), default=None
+        Task id of each row; None takes them from the `task_column` of the estimator.
+    n_jobs : int or None, default=None
+        Partitions worked on at a time, as in joblib: None is 1 unless inside a
+        ``joblib.parallel_config`` context, which also chooses the backend (processes, threads,
+        a Dask cluster). The predictions do not depend on it.
+    tasks_per_partition : int, default=1000
+        Tasks of a partition. The memory of one is that of its rows and of as many copies of the
+        adapted parameters as it has tasks.
+
+    Returns
+    -------
+    y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
+        Predictions, in the order of the rows of `X_query`.
+
+    Raises
+    ------
+    ValueError
+        If there is no task information, or a query row's task has no support rows.
+
+    See Also
+    --------
+    adapt : Keeps the adapted parameters, to predict with them again and again.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLRegressor, adapt_predict
+    >>> from sklearn_maml.datasets import make_sinusoid_tasks
+    >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
+    >>> reg = MAMLRegressor(max_iter=10, random_state=0).fit(X, y, groups=task)
+    >>> X_new, y_new, shop = make_sinusoid_tasks(n_tasks=300, n_rows=10, random_state=1)
+    >>> adapt_predict(
+    ...     reg, X_new[::2], y_new[::2], X_new[1::2],
+    ...     groups_support=shop[::2], groups_query=shop[1::2], tasks_per_partition=100,
+    ... ).shape
+    (1500,)
+    """
+    check_scalar(tasks_per_partition, "tasks_per_partition", numbers.Integral, min_val=1)
+    model = find_prior(estimator)
+    task_column = _last_step(model).task_column
+    X_support, y_support, X_query = (
+        part if hasattr(part, "shape") else np.asarray(part)
+        for part in (X_support, y_support, X_query)
+    )
+    check_consistent_length(X_support, y_support)
+    by_column = groups_support is None and groups_query is None
+    ids, task = encode_ids(*_ids_of(X_support, groups_support, task_column, "groups_support"))
+    query_ids, query_task = encode_ids(*_ids_of(X_query, groups_query, task_column, "groups_query"))
+    position: dict[Hashable, int] = {name: j for j, name in enumerate(ids.tolist())}
+    unknown = [name for name in query_ids.tolist() if name not in position]
+    if unknown:
+        raise ValueError(
+            f"X_query has rows of {len(unknown)} task(s) without support rows, such as "
+            f"{unknown[:3]}. Give support rows of these tasks, or leave their query rows out."
+        )
+    # as small as they can be: these are the one thing that grows with the data
+    task = task.astype(np.int32)
+    query_task = np.array([position[name] for name in query_ids.tolist()], dtype=np.int32)[
+        query_task
+    ]
+    n_partitions = -(-len(ids) // tasks_per_partition)
+    supports = _partition(task // tasks_per_partition, n_partitions)
+    queries = _partition(query_task // tasks_per_partition, n_partitions)
+    passed = (None, None) if by_column else (task, query_task)
+    del task, query_task
+
+    def jobs() -> Iterator[Any]:
+        # the rows of a partition are copied when its turn comes
+        for support, query in zip(supports, queries, strict=True):
+            if len(query):
+                yield delayed(_adapt_predict)(
+                    model,
+                    _safe_indexing(X_support, support),
+                    _safe_indexing(y_support, support),
+                    _safe_indexing(X_query, query),
+                    None if passed[0] is None else passed[0][support],
+                    None if passed[1] is None else passed[1][query],
+                )
+
+    model = _without_adapted_tasks(model)
+    parts = Parallel(n_jobs=n_jobs)(jobs())
+    values = np.concatenate(parts)
+    del parts
+    predicted = np.empty_like(values)
+    predicted[np.concatenate(queries)] = values
+    return predicted
+
+
+def _adapt_predict(
+    model: Any, X_support: Any, y_support: Any, X_query: Any, task: Any, query_task: Any
+) -> np.ndarray:
+    """Work on one partition."""
+    last = _last_step(model)
+    if isinstance(model, Pipeline):
+        X_support, X_query = (transform_rows(model, part) for part in (X_support, X_query))
+    adapted = copy.copy(last).adapt(X_support, y_support, groups=task)
+    return np.asarray(adapted.predict(X_query, groups=query_task))
+
+
+def _last_step(model: Any) -> BaseMAML:
+    while isinstance(model, Pipeline):
+        model = find_prior(model.steps[-1][1])
+    assert isinstance(model, BaseMAML)
+    return model
+
+
+def _without_adapted_tasks(model: Any) -> Any:
+    """Copy that is small to send: without the parameters of tasks adapted to before."""
+    slim = copy.copy(model)
+    if isinstance(model, Pipeline):
+        name, last = model.steps[-1]
+        slim.steps = [*model.steps[:-1], (name, _without_adapted_tasks(find_prior(last)))]
+    else:
+        vars(slim).pop("_state", None)
+    return slim
+
+
+def _ids_of(X: Any, groups: Any, task_column: Any, name: str) -> tuple[Any, int, str]:
+    """Task ids of rows, the number of rows, and where the ids come from."""
+    n_rows = int(X.shape[0])
+    if groups is not None:
+        if task_column is not None:
+            raise ValueError(
+                f"Got task_column={task_column!r} and {name}: the tasks are given twice. Leave "
+                "one of the two out."
+            )
+        return groups, n_rows, name
+    if task_column is None:
+        raise ValueError(
+            f"{name} is required: the estimator has no task_column that tells the task of each "
+            "row. Pass the task id of each row, or fit with task_column."
+        )
+    name = f"the task column {task_column!r}"
+    if is_frame(X) and task_column in list(X.columns):
+        return X[task_column], n_rows, name  # no copy of the rest
+    return split_task_column(X, task_column)[1], n_rows, name
+
+
+def _partition(number: np.ndarray, n_partitions: int) -> list[np.ndarray]:
+    """Positions of the rows of each partition, in the order of the rows."""
+    order = np.argsort(number, kind="stable")
+    if len(order) <= np.iinfo(np.uint32).max:
+        order = order.astype(np.uint32)
+    return np.split(order, np.cumsum(np.bincount(number, minlength=n_partitions))[:-1])
