@@ -362,7 +362,7 @@ class Kernel:
         make = query.X.new_empty if query.lengths is None else query.X.new_zeros
         outputs = make((*query.X.shape[:2], self.n_outputs))
         grad = query.X.new_empty(sum(self._counts))
-        by_rates = [torch.empty_like(grad) for _ in rates] if rate_grads else []
+        by_rates = grad.new_empty(len(rates), len(grad)) if rate_grads else None
         work = len(query) * (
             support.X.shape[1] * steps * (9 if second_order else 3) + 3 * query.X.shape[1]
         )
@@ -376,14 +376,9 @@ class Kernel:
             [_address(losses), _address(outputs)],
             self._tensors(params, keep),
             self._rates(rates, keep),
-            [
-                self._places([grad], keep),
-                self._places(by_rates, keep) if by_rates else 0,
-                0,
-                0,
-            ],
+            [_address(grad), _address(by_rates), len(grad), 0, 0],
         )
-        return losses, outputs, grad, [self.views(g) for g in by_rates]
+        return losses, outputs, grad, [] if by_rates is None else [*map(self.views, by_rates)]
 
     def adapt(
         self,
@@ -421,7 +416,7 @@ class Kernel:
             [0, 0],
             self._tensors(params, keep),
             self._rates(rates, keep),
-            [0, 0, *self._own(result, keep)],
+            [0, 0, 0, *self._own(result, keep)],
         )
         return result
 
@@ -448,7 +443,7 @@ class Kernel:
             [0, _address(outputs)],
             self._tensors(shared, keep),
             0,
-            [0, 0, *self._own(own, keep)],
+            [0, 0, 0, *self._own(own, keep)],
         )
         return outputs
 
@@ -520,15 +515,6 @@ class Kernel:
             for part in rates
             for name in self.layout.tensors
         ]
-        return self._addresses(values, keep)
-
-    def _places(self, flats: list[Tensor], keep: list[Any]) -> int:
-        values = []
-        for flat in flats:
-            at = flat.data_ptr()
-            for name, count in zip(self.layout.tensors, self._counts, strict=True):
-                values.append(at if name else 0)
-                at += count * flat.element_size()
         return self._addresses(values, keep)
 
     def _own(self, own: Params, keep: list[Any]) -> list[int]:

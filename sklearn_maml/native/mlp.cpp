@@ -336,9 +336,10 @@ struct Layer {
     real slope;
     bool has_bias, by_input; // by_input: weights are kept as [in, out padded], else [out, in padded]
     i64 weight, bias;        // offsets in packed parameters
+    i64 turned;              // offset of the transposed weights, beside them
 };
 struct Net {
-    i64 n_layers, packed, widest;
+    i64 n_layers, packed, turned, widest;
     bool classes;
     Layer layer[MAX_LAYERS];
     const Layer &last() const { return layer[n_layers - 1]; }
@@ -352,7 +353,7 @@ static void describe(const i64 *sizes, const double *slopes, Net &net) {
     net.n_layers = sizes[0];
     net.classes = sizes[1];
     net.widest = 0;
-    i64 at = 0;
+    i64 at = 0, turned = 0;
     for (i64 l = 0; l < net.n_layers; l++) {
         const i64 *s = sizes + 2 + 4 * l;
         Layer &y = net.layer[l];
@@ -362,10 +363,12 @@ static void describe(const i64 *sizes, const double *slopes, Net &net) {
         y.by_input = y.in * y.op <= y.out * y.ip; // the layout with less padding
         y.weight = at, at += weight_rows(y) * weight_stride(y);
         y.bias = at, at += y.op;
+        y.turned = turned, turned += (y.by_input ? y.out : y.in) * pad(weight_rows(y));
         if (y.ip > net.widest) net.widest = y.ip;
         if (y.op > net.widest) net.widest = y.op;
     }
     net.packed = at;
+    net.turned = turned;
 }
 
 // Natural tensors (weight and bias of each layer in turn) <-> packed; null ones are left alone
@@ -441,38 +444,47 @@ struct Set {
     const i64 *label;
 };
 
-// transposed weights; returns the end of them
-static real *turn_weights(const Layer &y, const real *theta, real *scratch) {
-    transpose<true>(weight_rows(y), y.by_input ? y.out : y.in, theta + y.weight, weight_stride(y), scratch,
-                    pad(weight_rows(y)));
-    return scratch + (y.by_input ? y.out : y.in) * pad(weight_rows(y));
+// Packed parameters, and the transposes of those weights that are needed the other way round.
+struct Theta {
+    real *packed, *turned;
+};
+enum Way { FORWARD = 1, BACKWARD = 2 };
+
+// transposes for passes in these ways; the first layer is never gone through backwards
+static void turn_weights(const Net &net, const Theta &theta, int ways) {
+    for (i64 l = 0; l < net.n_layers; l++) {
+        const Layer &y = net.layer[l];
+        bool needed = y.by_input ? ways & BACKWARD && l > 0 : ways & FORWARD;
+        i64 m = weight_rows(y), n = y.by_input ? y.out : y.in;
+        if (needed && m > FEW)
+            transpose<true>(m, n, theta.packed + y.weight, weight_stride(y), theta.turned + y.turned, pad(m));
+    }
 }
 
 // out[m, .] = init + x W for the weights as they are stored, or their transpose; plus the same of x2
-static void times_weights(const Layer &y, bool transposed, i64 m, i64 stride, const real *x, const real *theta,
-                          const real *x2, const real *theta2, const real *init, i64 ldi, real *out, real *scratch) {
-    Product q = {weight_rows(y), stride, 1, weight_stride(y), {x, x2}, {theta + y.weight, theta2 + y.weight}, 0};
+static void times_weights(const Layer &y, bool transposed, i64 m, i64 stride, const real *x, const Theta &theta,
+                          const real *x2, const Theta &theta2, const real *init, real *out) {
+    Product q = {weight_rows(y), stride, 1, weight_stride(y),
+                 {x, x2}, {theta.packed + y.weight, theta2.packed + y.weight}, 0};
     i64 columns = y.by_input ? y.out : y.in, n = transposed ? weight_rows(y) : columns;
-    if (!transposed) return multiply(m, n, q, init, ldi, out, pad(n));
-    if (n <= FEW) return multiply_rows(m, n, columns, q, init, ldi, out, pad(n));
-    q.k = columns, q.ldb = pad(n);
-    q.b[0] = scratch;
-    scratch = turn_weights(y, theta, scratch);
-    q.b[1] = scratch;
-    if (x2) turn_weights(y, theta2, scratch);
-    multiply(m, n, q, init, ldi, out, pad(n));
+    if (transposed && n <= FEW) return multiply_rows(m, n, columns, q, init, 0, out, pad(n));
+    if (transposed) {
+        q.k = columns, q.ldb = pad(n);
+        q.b[0] = theta.turned + y.turned, q.b[1] = theta2.turned + y.turned;
+    }
+    multiply(m, n, q, init, 0, out, pad(n));
 }
 
-// out[rows, layer's outputs] = init + x W^T (+ x2 W2^T)
-static void apply(const Layer &y, i64 rows, i64 stride, const real *x, const real *theta, const real *x2,
-                  const real *theta2, const real *init, i64 ldi, real *out, real *scratch) {
-    times_weights(y, !y.by_input, rows, stride, x, theta, x2, theta2, init, ldi, out, scratch);
+// out[rows, layer's outputs] = bias + x W^T (+ x2 W2^T)
+static void apply(const Layer &y, i64 rows, i64 stride, const real *x, const Theta &theta, const real *x2,
+                  const Theta &theta2, real *out) {
+    times_weights(y, !y.by_input, rows, stride, x, theta, x2, theta2, theta.packed + y.bias, out);
 }
 
 // out[rows, layer's inputs] = d W (+ d2 W2)
-static void apply_back(const Layer &y, i64 rows, const real *d, const real *theta, const real *d2,
-                       const real *theta2, real *out, real *scratch) {
-    times_weights(y, y.by_input, rows, y.op, d, theta, d2, theta2, 0, 0, out, scratch);
+static void apply_back(const Layer &y, i64 rows, const real *d, const Theta &theta, const real *d2,
+                       const Theta &theta2, real *out) {
+    times_weights(y, y.by_input, rows, y.op, d, theta, d2, theta2, 0, out);
 }
 
 // grad's weights = init's (null for zero) + x^T d (+ x2^T d2)
@@ -493,15 +505,14 @@ static void bias_grad(const Layer &y, i64 rows, const real *d, const real *init,
     }
 }
 
-static void forward(const Net &net, const real *theta, const Set &set, Pass &pass, real *scratch) {
+static void forward(const Net &net, const Theta &theta, const Set &set, Pass &pass) {
     pass.x[0] = (real *)set.X;
     for (i64 l = 1; l <= net.n_layers; l++) {
         const Layer &y = net.layer[l - 1];
-        apply(y, set.rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], theta, 0, 0, theta + y.bias, 0, pass.z[l],
-              scratch);
+        apply(y, set.rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], theta, 0, theta, pass.z[l]);
         if (y.act == IDENTITY) continue;
         maps[y.act].forward(set.rows * y.op, y.slope, pass.z[l], pass.x[l]);
-        if (y.out < y.op) // padding stays zero whatever the activation makes of zero
+        if (y.out < y.op && (y.act == SIGMOID || y.act == SOFTPLUS)) // padding stays zero
             for (i64 i = 0; i < set.rows; i++)
                 memset(pass.x[l] + i * y.op + y.out, 0, (y.op - y.out) * sizeof(real));
     }
@@ -516,7 +527,7 @@ static inline real largest(const real *o, i64 n) {
 // loss of the set and its derivative by the outputs; classes' probabilities go to `prob`
 static real loss(const Net &net, const Set &set, const real *out, real *prob, real *d) {
     const Layer &y = net.last();
-    real total = 0, even = (real)1 / set.rows;
+    real total = 0, even = (real)1 / set.rows, share = (real)1 / y.out;
     if (!net.classes) {
         for (i64 i = 0; i < set.rows; i++) {
             const real *o = out + i * y.op, *t = set.y + i * y.out;
@@ -525,9 +536,9 @@ static real loss(const Net &net, const Set &set, const real *out, real *prob, re
             for (i64 j = 0; j < y.out; j++) {
                 real e = o[j] - t[j];
                 square += e * e;
-                g[j] = 2 * w / y.out * e;
+                g[j] = 2 * w * share * e;
             }
-            total += w * (square / y.out);
+            total += w * share * square;
         }
         return total;
     }
@@ -555,7 +566,7 @@ static real loss(const Net &net, const Set &set, const real *out, real *prob, re
 // change of that derivative when the outputs change by r
 static void loss_change(const Net &net, const Set &set, const real *prob, const real *r, real *d) {
     const Layer &y = net.last();
-    real even = (real)1 / set.rows;
+    real even = (real)1 / set.rows, share = (real)1 / y.out;
     for (i64 i = 0; i < set.rows; i++) {
         const real *p = prob + i * y.op, *q = r + i * y.op;
         real w = set.weight ? set.weight[i] : even, *g = d + i * y.op, mean = 0;
@@ -564,12 +575,12 @@ static void loss_change(const Net &net, const Set &set, const real *prob, const 
             for (i64 j = 0; j < y.out; j++) mean += p[j] * q[j];
             for (i64 j = 0; j < y.out; j++) g[j] = w * p[j] * (q[j] - mean);
         } else
-            for (i64 j = 0; j < y.out; j++) g[j] = 2 * w / y.out * q[j];
+            for (i64 j = 0; j < y.out; j++) g[j] = 2 * w * share * q[j];
     }
 }
 
 // gradient at theta, after `forward`; returns the loss
-static real backward(const Net &net, const real *theta, const Set &set, Pass &pass, real *grad, real *scratch) {
+static real backward(const Net &net, const Theta &theta, const Set &set, Pass &pass, real *grad) {
     i64 n = net.n_layers;
     real value = loss(net, set, pass.x[n], pass.prob, pass.dx[n]);
     for (i64 l = n; l >= 1; l--) {
@@ -578,19 +589,18 @@ static real backward(const Net &net, const real *theta, const Set &set, Pass &pa
             maps[y.act].scale(set.rows * y.op, y.slope, pass.z[l], pass.x[l], pass.dx[l], pass.dz[l]);
         weight_grad(y, set.rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], pass.dz[l], 0, 0, 0, grad);
         bias_grad(y, set.rows, pass.dz[l], 0, grad);
-        if (l > 1) apply_back(y, set.rows, pass.dz[l], theta, 0, 0, pass.dx[l - 1], scratch);
+        if (l > 1) apply_back(y, set.rows, pass.dz[l], theta, 0, theta, pass.dx[l - 1]);
     }
     return value;
 }
 
 // v += H u, with the Hessian at theta; `pass` is what forward and backward left, r holds the changes
-static void add_curvature(const Net &net, const real *theta, const real *u, const Set &set, const Pass &pass,
-                          Pass &r, real *v, real *scratch) {
+static void add_curvature(const Net &net, const Theta &theta, const Theta &u, const Set &set, const Pass &pass,
+                          Pass &r, real *v) {
     i64 n = net.n_layers, rows = set.rows;
     for (i64 l = 1; l <= n; l++) {
         const Layer &y = net.layer[l - 1];
-        apply(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], u, l > 1 ? r.x[l - 1] : 0, theta, u + y.bias, 0,
-              r.z[l], scratch);
+        apply(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], u, l > 1 ? r.x[l - 1] : 0, theta, r.z[l]);
         if (y.act != IDENTITY) maps[y.act].scale(rows * y.op, y.slope, pass.z[l], pass.x[l], r.z[l], r.x[l]);
     }
     loss_change(net, set, pass.prob, r.x[n], r.dx[n]);
@@ -603,7 +613,7 @@ static void add_curvature(const Net &net, const real *theta, const real *u, cons
         weight_grad(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], r.dz[l], l > 1 ? r.x[l - 1] : 0, pass.dz[l],
                     v, v);
         bias_grad(y, rows, r.dz[l], v, v);
-        if (l > 1) apply_back(y, rows, r.dz[l], theta, pass.dz[l], u, r.dx[l - 1], scratch);
+        if (l > 1) apply_back(y, rows, r.dz[l], theta, pass.dz[l], u, r.dx[l - 1]);
     }
 }
 
@@ -657,20 +667,26 @@ static void step(i64 n, const real *theta, const real *rate, const real *grad, r
 
 static void write_rows(const Net &net, const Set &set, const real *x, real *out) {
     const Layer &y = net.last();
-    for (i64 i = 0; i < set.rows; i++) memcpy(out + i * y.out, x + i * y.op, y.out * sizeof(real));
+    for (i64 i = 0; i < set.rows; i++)
+        for (i64 j = 0; j < y.out; j++) out[i * y.out + j] = x[i * y.op + j];
 }
 
 struct MetaSpace {
-    real *Xs, *Xq, *theta, *kept, *v, *u, *scratch;
+    real *Xs, *Xq, *kept, *v;
+    Theta *theta, u;
     Pass query, change, *passes;
     void place(const Job &job, i64 n_passes, Arena &a) {
         const Net &net = job.net;
         Xs = a.take(job.support.width * net.layer[0].ip);
         Xq = a.take(job.query.width * net.layer[0].ip);
-        theta = a.take((job.steps + 1) * net.packed);
+        for (i64 k = 0; k <= job.steps; k++) {
+            bool again = job.second_order && !job.recompute; // the transposes serve the sweep, too
+            theta[k].packed = a.take(net.packed);
+            theta[k].turned = again || k == 0 ? a.take(net.turned) : theta[0].turned;
+        }
         kept = a.take((job.rate_grads ? job.steps : 1) * net.packed);
-        v = a.take(net.packed), u = a.take(net.packed);
-        scratch = a.take(2 * net.widest * net.widest);
+        v = a.take(net.packed);
+        u.packed = a.take(net.packed), u.turned = a.take(net.turned);
         for (i64 k = 0; k < n_passes; k++) passes[k].place(net, job.support.width, false, a);
         query.place(net, job.query.width, false, a);
         change.place(net, job.support.width, true, a);
@@ -683,28 +699,34 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
     const i64 n_passes = job.second_order && !job.recompute && K ? K : 1;
     MetaSpace s;
     s.passes = (Pass *)malloc(n_passes * sizeof(Pass));
-    if (!s.passes) return false;
+    s.theta = (Theta *)malloc((K + 1) * sizeof(Theta));
     arena.measures = true, arena.used = 0;
-    s.place(job, n_passes, arena);
-    if (!arena.reserve()) { free(s.passes); return false; }
+    if (s.passes && s.theta) s.place(job, n_passes, arena);
+    if (!s.passes || !s.theta || !arena.reserve()) {
+        free(s.passes), free(s.theta);
+        return false;
+    }
     s.place(job, n_passes, arena);
     real *total = job.grads + block * size;
     memset(total, 0, size * sizeof(real));
     real *rate_total = job.rate_grads ? job.rate_grads + block * job.n_rates * size : 0;
     if (rate_total) memset(rate_total, 0, job.n_rates * size * sizeof(real));
-    memcpy(s.theta, job.theta, size * sizeof(real));
+    const bool keeps = job.second_order && !job.recompute;
+    memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
+    turn_weights(net, s.theta[0], FORWARD | BACKWARD);
     for (i64 j = begin; j < end; j++) {
         Set support = task(net, job.support, j, s.Xs), query = task(net, job.query, j, s.Xq);
         for (i64 k = 0; k < K; k++) {
-            real *theta = s.theta + k * size, *grad = s.kept + (rate_total ? k * size : 0);
+            real *grad = s.kept + (rate_total ? k * size : 0);
             Pass &pass = s.passes[k < n_passes ? k : 0];
-            forward(net, theta, support, pass, s.scratch);
-            backward(net, theta, support, pass, grad, s.scratch);
-            step(size, theta, rate(job, k), grad, theta + size);
+            if (k == 0 && !keeps && j > begin) turn_weights(net, s.theta[0], FORWARD | BACKWARD);
+            forward(net, s.theta[k], support, pass);
+            backward(net, s.theta[k], support, pass, grad);
+            step(size, s.theta[k].packed, rate(job, k), grad, s.theta[k + 1].packed);
+            turn_weights(net, s.theta[k + 1], FORWARD | BACKWARD);
         }
-        real *theta = s.theta + K * size;
-        forward(net, theta, query, s.query, s.scratch);
-        job.losses[j] = backward(net, theta, query, s.query, s.v, s.scratch);
+        forward(net, s.theta[K], query, s.query);
+        job.losses[j] = backward(net, s.theta[K], query, s.query, s.v);
         write_rows(net, query, s.query.x[net.n_layers], job.outputs + j * job.query.width * net.last().out);
         for (i64 k = K - 1; k >= 0; k--) {
             if (rate_total) {
@@ -712,18 +734,21 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
                 for (i64 i = 0; i < size; i += V) store(to + i, load(to + i) - load(s.v + i) * load(grad + i));
             }
             if (!job.second_order) continue;
-            real *at = s.theta + k * size, *r = rate(job, k);
+            const Theta &at = s.theta[k];
+            real *r = rate(job, k);
             Pass &pass = s.passes[k < n_passes ? k : 0];
             if (job.recompute) {
-                forward(net, at, support, pass, s.scratch);
-                backward(net, at, support, pass, s.u, s.scratch);
+                turn_weights(net, at, FORWARD | BACKWARD);
+                forward(net, at, support, pass);
+                backward(net, at, support, pass, s.u.packed);
             }
-            for (i64 i = 0; i < size; i += V) store(s.u + i, -load(r + i) * load(s.v + i));
-            add_curvature(net, at, s.u, support, pass, s.change, s.v, s.scratch);
+            for (i64 i = 0; i < size; i += V) store(s.u.packed + i, -load(r + i) * load(s.v + i));
+            turn_weights(net, s.u, FORWARD | BACKWARD);
+            add_curvature(net, at, s.u, support, pass, s.change, s.v);
         }
         for (i64 i = 0; i < size; i += V) store(total + i, load(total + i) + load(s.v + i));
     }
-    free(s.passes);
+    free(s.passes), free(s.theta);
     return true;
 }
 
@@ -735,26 +760,28 @@ static void own_tensors(const Job &job, i64 j, real **tensors) {
 static bool adapt_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
     const Net &net = job.net;
     const i64 size = net.packed;
-    real *X = 0, *theta = 0, *grad = 0, *scratch = 0, *tensors[2 * MAX_LAYERS];
+    real *X = 0, *grad = 0, *scratch = 0, *tensors[2 * MAX_LAYERS];
+    Theta theta = {0, 0};
     Pass pass;
     for (int round = 0; round < 2; round++) {
         if (round == 0) arena.measures = true, arena.used = 0;
         if (round == 1 && !arena.reserve()) return false;
         X = arena.take(job.support.width * net.layer[0].ip);
-        theta = arena.take(size), grad = arena.take(size);
-        scratch = arena.take(2 * net.widest * net.widest);
+        theta.packed = arena.take(size), theta.turned = arena.take(net.turned), grad = arena.take(size);
+        scratch = arena.take(net.widest * net.widest);
         pass.place(net, job.support.width, false, arena);
     }
     for (i64 j = begin; j < end; j++) {
         Set support = task(net, job.support, j, X);
-        memcpy(theta, job.theta, size * sizeof(real));
+        memcpy(theta.packed, job.theta, size * sizeof(real));
         for (i64 k = 0; k < job.steps; k++) {
-            forward(net, theta, support, pass, scratch);
-            backward(net, theta, support, pass, grad, scratch);
-            step(size, theta, rate(job, k), grad, theta);
+            turn_weights(net, theta, FORWARD | BACKWARD);
+            forward(net, theta, support, pass);
+            backward(net, theta, support, pass, grad);
+            step(size, theta.packed, rate(job, k), grad, theta.packed);
         }
         own_tensors(job, j, tensors);
-        unpack(net, theta, tensors, scratch);
+        unpack(net, theta.packed, tensors, scratch);
     }
     return true;
 }
@@ -764,27 +791,28 @@ enum { ROWS_AT_A_TIME = 128 }; // of a prediction
 static bool predict_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
     const Net &net = job.net;
     const i64 width = job.query.width, chunk = width < ROWS_AT_A_TIME ? width : ROWS_AT_A_TIME;
-    real *X = 0, *theta = 0, *scratch = 0, *tensors[2 * MAX_LAYERS];
+    real *X = 0, *tensors[2 * MAX_LAYERS];
+    Theta theta = {0, 0};
     Pass pass;
     for (int round = 0; round < 2; round++) {
         if (round == 0) arena.measures = true, arena.used = 0;
         if (round == 1 && !arena.reserve()) return false;
         X = arena.take(chunk * net.layer[0].ip);
-        theta = arena.take(net.packed);
-        scratch = arena.take(2 * net.widest * net.widest);
+        theta.packed = arena.take(net.packed), theta.turned = arena.take(net.turned);
         pass.place(net, chunk, false, arena);
     }
-    memcpy(theta, job.theta, net.packed * sizeof(real));
+    memcpy(theta.packed, job.theta, net.packed * sizeof(real));
     for (i64 j = begin; j < end; j++) {
         own_tensors(job, j, tensors);
-        pack(net, tensors, theta); // leaves what the tasks share
+        pack(net, tensors, theta.packed); // leaves what the tasks share
+        turn_weights(net, theta, FORWARD);
         i64 rows = job.query.lengths ? job.query.lengths[j] : width;
         for (i64 i = 0; i < rows; i += chunk) {
             Set set;
             set.rows = rows - i < chunk ? rows - i : chunk;
             const Layer &first = net.layer[0];
             set.X = place_inputs(first, set.rows, job.query.X + (j * width + i) * first.in, X, set.stride);
-            forward(net, theta, set, pass, scratch);
+            forward(net, theta, set, pass);
             write_rows(net, set, pass.x[net.n_layers], job.outputs + (j * width + i) * net.last().out);
         }
     }
@@ -823,7 +851,7 @@ enum Argument {
     N_TASKS, STEPS, N_RATES, SECOND_ORDER, RECOMPUTE, N_THREADS,
     SUPPORT_X, SUPPORT_Y, SUPPORT_WEIGHT, SUPPORT_LENGTHS, SUPPORT_WIDTH,
     QUERY_X, QUERY_Y, QUERY_WEIGHT, QUERY_LENGTHS, QUERY_WIDTH,
-    LOSSES, OUTPUTS, SIZES, SLOPES, THETA, RATES, GRADS, RATE_GRADS, OWN, OWN_STRIDES,
+    LOSSES, OUTPUTS, SIZES, SLOPES, THETA, RATES, GRADS, RATE_GRADS, N_WEIGHTS, OWN, OWN_STRIDES,
 };
 
 static Rows rows_of(const Net &net, const i64 *a) {
@@ -853,8 +881,14 @@ static bool start(const i64 *a, Job &job) {
     return true;
 }
 
-// sum of the blocks' gradients, over the number of tasks, into natural tensors
-static void finish(const Job &job, real *parts, i64 stride, real *const *tensors, real *scratch) {
+// sum of the blocks' gradients, over the number of tasks, into natural tensors end to end
+static void finish(const Job &job, real *parts, i64 stride, real *flat, real *scratch) {
+    real *tensors[2 * MAX_LAYERS];
+    for (i64 l = 0; l < job.net.n_layers; l++) {
+        const Layer &y = job.net.layer[l];
+        tensors[2 * l] = flat, flat += y.in * y.out;
+        tensors[2 * l + 1] = y.has_bias ? flat : 0, flat += y.has_bias ? y.out : 0;
+    }
     for (i64 b = 1; b < job.n_blocks; b++)
         for (i64 i = 0; i < job.net.packed; i += V)
             store(parts + i, load(parts + i) + load(parts + b * stride + i));
@@ -876,10 +910,10 @@ extern "C" int meta_step(const i64 *a) {
         if (n_rate_grads) job.rate_grads = rate_grads;
         job.run = meta_tasks;
         done = run_blocks(job, a[N_THREADS]);
-        finish(job, job.grads, size, (real *const *)a[GRADS], scratch);
+        finish(job, job.grads, size, (real *)a[GRADS], scratch);
         for (i64 k = 0; k < n_rate_grads; k++)
             finish(job, rate_grads + k * size, job.n_rates * size,
-                   (real *const *)a[RATE_GRADS] + 2 * job.net.n_layers * k, scratch);
+                   (real *)a[RATE_GRADS] + k * a[N_WEIGHTS], scratch);
     }
     free(p);
     free(job.theta);
