@@ -3,7 +3,7 @@
 A convolution is one third of a family that differentiation does not leave: the output is linear
 in the input and in the weights, and so are both of its gradients, which are convolutions again.
 The three are written here as autograd functions that call each other, so every order of
-derivative is exact, and each of them picks the fastest way for its shapes (`_way`). Inputs and
+derivative is exact, and each of them picks the faster way for its shapes (`_gathers`). Inputs and
 weights have a leading task axis, (n_tasks, n_rows, channels, height, width), and lie in memory
 with the channels last.
 """
@@ -41,10 +41,12 @@ ACTIVATION_BYTES = 2**21
 # Multiply-adds of one task below which a batched matrix product over gathered patches beats one
 # convolution call a task: products run at about 100 GFLOP/s, convolutions at 200, but each call
 # costs some 25 microseconds, mostly to reorder the weights (5 rows, 64 -> 64 channels, 32 tasks:
-# 4x4 0.6 ms against 1.4, 7x7 2.1 ms against 1.7).
+# 4x4 0.6 ms against 1.4, 7x7 2.1 ms against 1.7); the gradient of the weights costs more of them
+# (7x7 2.1 ms against 2.7, 14x14 7.1 against 6.2).
 SMALL_CONVOLUTION = 2e6
-# input channels below which the gradients are better taken from patches, whatever the size: the
-# convolution kernels vectorise over 16 channels
+SMALL_WEIGHT_GRADIENT = 4e6
+# input channels below which the gradient of the input is taken from patches, whatever the size:
+# the convolution kernels vectorise over 16 channels
 FEW_CHANNELS = 16
 
 _sums = threading.local()
@@ -90,14 +92,24 @@ def _is_shared(weight: Tensor) -> bool:
     return len(weight) > 1 and weight.stride(0) == 0
 
 
-def _way(x_shape: tuple[int, ...], weight: Tensor, out_shape: tuple[int, ...]) -> str:
-    """How to compute a product: "once" for all tasks, "each" task or from "patches"."""
+def _gathers(
+    weight: Tensor,
+    out_shape: tuple[int, ...],
+    *,
+    once: bool,
+    small: float = SMALL_CONVOLUTION,
+    few: int = 0,
+) -> bool:
+    """Whether to multiply matrices of gathered patches rather than call convolutions.
+
+    `once` says that one convolution would do for all tasks, so that its overhead counts once.
+    """
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return "patches"
+        return True  # elsewhere batched products are the better ones
     if not torch.backends.mkldnn.is_available():
-        return "patches"
-    work = math.prod(out_shape[1:]) * weight[0, 0].numel()
-    return "patches" if work < SMALL_CONVOLUTION or x_shape[2] < FEW_CHANNELS else "each"
+        return True
+    work = math.prod(out_shape if once else out_shape[1:]) * weight[0, 0].numel()
+    return work < small or weight.shape[2] < few
 
 
 def _patches(x: Tensor, kernel: tuple[int, int], size: tuple[int, int], g: Geometry) -> Tensor:
@@ -152,15 +164,19 @@ def _convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         (x.shape[3 + a] + 2 * g[1][a] - kernel[a]) // g[0][a] + 1 for a in range(2)
     )  # fmt: skip
     out_shape = (n_tasks, n_rows, weight.shape[1], *size)
-    way = _way(tuple(x.shape), weight, out_shape)
-    if way == "patches":
+    shared = _is_shared(weight)
+    if _gathers(weight, out_shape, once=shared):
         out = _patches(x, kernel, (size[0], size[1]), g) @ _matrix(weight).transpose(1, 2)
         return out.unflatten(1, (n_rows, *size)).movedim(-1, 2)
-    if _is_shared(weight):
+    if shared:
         out = torch.conv2d(x.flatten(0, 1), weight[0], None, *g)
     else:
-        out = torch.cat([torch.conv2d(x[t], weight[t], None, *g) for t in range(n_tasks)])
+        out = _join([torch.conv2d(x[t], weight[t], None, *g) for t in range(n_tasks)])
     return out.unflatten(0, (n_tasks, n_rows))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gradients(
@@ -181,7 +197,7 @@ def _blank(like: Tensor, n_rows: int, shape: tuple[int, ...]) -> Tensor:
 def _input_gradient(gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry) -> Tensor:
     """Transpose of `_convolve` with respect to its input."""
     n_tasks, n_rows = shape[:2]
-    if _way(shape, weight, tuple(gy.shape)) == "patches":
+    if _gathers(weight, tuple(gy.shape), once=_is_shared(weight), few=FEW_CHANNELS):
         kernel, size = (weight.shape[3], weight.shape[4]), (gy.shape[3], gy.shape[4])
         return _scatter(_rows_matrix(gy) @ _matrix(weight), shape, kernel, size, g)
     mask = [True, False, False]
@@ -190,7 +206,7 @@ def _input_gradient(gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geome
         gx = _gradients(gy.flatten(0, 1), like, weight[0], g, mask)[0]
     else:
         like = _blank(gy, n_rows, shape)
-        gx = torch.cat([_gradients(gy[t], like, weight[t], g, mask)[0] for t in range(n_tasks)])
+        gx = _join([_gradients(gy[t], like, weight[t], g, mask)[0] for t in range(n_tasks)])
     return gx.unflatten(0, (n_tasks, n_rows))
 
 
@@ -200,19 +216,23 @@ def _weight_gradient(
     """Transpose of `_convolve` with respect to weights like `like`."""
     n_tasks = len(x)
     channels, *kernel = like.shape[2:]
-    if _way(tuple(x.shape), like, tuple(gy.shape)) == "patches":
+    if _gathers(like, tuple(gy.shape), once=only_sum, small=SMALL_WEIGHT_GRADIENT):
         patches = _patches(x, (kernel[0], kernel[1]), (gy.shape[3], gy.shape[4]), g)
         matrix = _rows_matrix(gy)
         if only_sum:
             patches, matrix = patches.flatten(0, 1).unsqueeze(0), matrix.flatten(0, 1).unsqueeze(0)
-        gw = (matrix.transpose(1, 2) @ patches).unflatten(2, (*kernel, channels)).movedim(-1, 2)
+        if channels < FEW_CHANNELS:  # the transposed product takes a quarter of the time
+            gw = (patches.transpose(1, 2) @ matrix).transpose(1, 2).contiguous()
+        else:
+            gw = matrix.transpose(1, 2) @ patches
+        gw = gw.unflatten(2, (*kernel, channels)).movedim(-1, 2)
     elif only_sum:
         mask = [False, True, False]
         gw = _gradients(gy.flatten(0, 1), x.flatten(0, 1), like[0], g, mask)[1].unsqueeze(0)
     else:
         mask = [False, True, False]
         parts = [_gradients(gy[t], x[t], like[t], g, mask)[1] for t in range(n_tasks)]
-        gw = torch.cat(parts).unflatten(0, (n_tasks, like.shape[1]))
+        gw = _join(parts).unflatten(0, (n_tasks, like.shape[1]))
     return (gw / n_tasks).expand(like.shape) if only_sum else gw
 
 
@@ -277,6 +297,79 @@ class _WeightGradient(torch.autograd.Function):
         return ggy, gx, None, None
 
 
+# -- batch norm ------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    """Batch norm of (n_tasks, n, channels) over n, with an affine map or without, maybe a ReLU.
+
+    Written out because autograd takes four times the passes over the activations. With z the
+    normalised input, s the factor it is scaled by and <.> the mean over n, the gradient is
+    ``s (gy - <gy> - z <gy z>)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> Tensor:
+        z = x - x.mean(1, keepdim=True)
+        y = z.square()  # a buffer that the output takes over
+        inverse = (y.mean(1, keepdim=True) + eps).rsqrt_()
+        z *= inverse
+        if weight is None or bias is None:
+            y.copy_(z)
+        else:
+            torch.addcmul(bias.unsqueeze(1), z, weight.unsqueeze(1), out=y)
+        if relu:
+            y.clamp_min_(0.0)
+        ctx.save_for_backward(x, weight, z, inverse, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, weight, z, inverse, y = ctx.saved_tensors
+        if y is not None:
+            gy = torch.ops.aten.threshold_backward(gy, y.detach(), 0.0)
+        gx, gw, gb = _NormGradient.apply(gy, x, weight, z, inverse)
+        return (gx, None, None, None, None) if weight is None else (gx, gw, gb, None, None)
+
+
+class _NormGradient(torch.autograd.Function):
+    """Gradients of `_Norm` before its ReLU; differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor | None, z: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = gy.shape[1]
+        gx = gy * z
+        gb, gw = gy.sum(1, keepdim=True), gx.sum(1, keepdim=True)
+        scale = inverse if weight is None else inverse * weight.unsqueeze(1)
+        torch.addcmul(gb * scale / -n, z, gw * scale / -n, out=gx).addcmul_(gy, scale)
+        ctx.save_for_backward(gy, weight, z, inverse, gb / n, gw / n)
+        return gx, gw.squeeze(1), gb.squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, v: Tensor, v_weight: Tensor, v_bias: Tensor) -> Any:
+        # the means over n: <v>, <v z>, <v gy>, <gy>, <gy z>
+        gy, weight, z, inverse, g, gz = ctx.saved_tensors
+        buffer = v * z
+        mean, vz = v.mean(1, keepdim=True), buffer.mean(1, keepdim=True)
+        vg = torch.mul(v, gy, out=buffer).mean(1, keepdim=True)
+        scale = inverse if weight is None else inverse * weight.unsqueeze(1)
+        q, p = v_weight.unsqueeze(1), v_bias.unsqueeze(1)
+        curvature = vg - mean * g - vz * gz
+        ggy = torch.addcmul(p - scale * mean, v, scale, out=buffer).addcmul_(z, q - scale * vz)
+        on_gy, on_v = q - scale * vz, -scale * gz  # derivative by z
+        average = on_gy * g + on_v * mean
+        slope = on_gy * gz + on_v * vz + scale * curvature
+        gx = torch.addcmul(-inverse * average, gy, inverse * on_gy)
+        gx.addcmul_(v, inverse * on_v).addcmul_(z, -inverse * slope)
+        gw = None if weight is None else (gy.shape[1] * inverse * curvature).squeeze(1)
+        return ggy, gx, gw, None, None
+
+
 # -- layers ----------------------------------------------------------------------------------------
 
 
@@ -303,27 +396,29 @@ def _conv(name: str, layer: nn.Conv2d, norm: str | None) -> Layer:
     return forward
 
 
-def _batch_norm(name: str, layer: nn.Module) -> Layer:
+def _batch_norm(name: str, layer: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool) -> Layer:
     """Normalise with the statistics of each task's rows, or with those among the parameters."""
 
     def forward(params: Params, x: Tensor) -> Tensor:
-        axes = [axis for axis in range(1, x.ndim) if axis != 2]
+        shape = x.movedim(2, -1).shape
+        rows = x.movedim(2, -1).flatten(1, -2)  # (n_tasks, positions, channels)
+        weight = bias = None
+        if layer.affine:
+            weight, bias = params[f"{name}weight"], params[f"{name}bias"]
         if f"{name}running_mean" in params:
-            centred = x - _per_channel(params[f"{name}running_mean"], x)
-            variance = _per_channel(params[f"{name}running_var"], x)
+            scale = (params[f"{name}running_var"] + layer.eps).rsqrt()
+            scale = scale if weight is None else scale * weight
+            rows = (rows - params[f"{name}running_mean"].unsqueeze(1)) * scale.unsqueeze(1)
+            rows = rows if bias is None else rows + bias.unsqueeze(1)
+            rows = rows.relu() if relu else rows
         else:
-            if x[0].numel() == x.shape[2]:
+            if rows.shape[1] == 1:
                 raise ValueError(
                     "Expected more than 1 value per channel when training, got input size "
                     f"{tuple(x.shape[1:])}"
                 )
-            centred = x - x.mean(axes, keepdim=True)
-            variance = centred.square().mean(axes, keepdim=True)
-        scale = (variance + layer.eps).rsqrt()
-        if not layer.affine:
-            return centred * scale
-        scale = scale * _per_channel(params[f"{name}weight"], x)
-        return torch.addcmul(_per_channel(params[f"{name}bias"], x), centred, scale)
+            rows = _Norm.apply(rows, weight, bias, layer.eps, relu)
+        return rows.view(shape).movedim(-1, 2)
 
     return forward
 
@@ -418,11 +513,15 @@ def conv_forward(
         if next(m.children(), None) is None and type(m) is not nn.Sequential
     ]
     layers: list[Layer] = []
-    for (name, m), (follower, after) in itertools.zip_longest(named, named[1:], fillvalue=("", None)):
+    for k, (name, m) in enumerate(named):
+        before = type(named[k - 1][1]) if k else None
+        follower, after = named[k + 1] if k + 1 < len(named) else ("", None)
         if type(m) is nn.Conv2d:
             layers.append(_conv(name, m, follower if type(after) is nn.BatchNorm2d else None))
         elif type(m) in NORMS:
-            layers.append(_batch_norm(name, m))
+            layers.append(_batch_norm(name, m, relu=type(after) is nn.ReLU))
+        elif type(m) is nn.ReLU and before in NORMS:
+            pass  # done by the norm
         elif type(m) is nn.Linear:
             layers.append(_linear(name, m.bias is not None))
         elif type(m) is nn.Flatten:
