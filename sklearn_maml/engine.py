@@ -36,6 +36,7 @@ from sklearn_maml.conv import (
     conv_forward,
     gradient_now,
     is_conv_net,
+    keep_memory,
     spread,
     tasks_at_a_time,
 )
@@ -243,7 +244,7 @@ def private_copy(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module)
     for m in module.modules():
         if type(m) in ELEMENTWISE and hasattr(m, "inplace"):
-            m.inplace = False
+            vars(m)["inplace"] = False
         if isinstance(m, _BatchNorm):
             m.track_running_stats = False
             m.running_mean = m.running_var = m.num_batches_tracked = None
@@ -291,7 +292,7 @@ class Engine:
         if rung == "auto":
             rung = "stacked" if _is_stackable(module) else "vmap"
         self.rung = rung
-        self._convolves = rung == "stacked" and is_conv_net(self.module)
+        self._convolves: bool = rung == "stacked" and is_conv_net(self.module)
         if rung == "stacked":
             self._forward = _stacked_forward(self.module)
         # frozen parameters need not be among the meta-parameters
@@ -426,11 +427,20 @@ class Engine:
             if self.rung == "stacked":
                 self.module.eval()
                 stacked = {
-                    **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
+                    **spread(adapted.shared, len(query)),
                     **adapted.params,
                     **adapted.statistics,
                 }
-                return self._forward(stacked, query.X)
+                if not self._convolves:
+                    return self._forward(stacked, query.X)
+                step = tasks_at_a_time(self.module, query.X)
+                parts = [slice(start, start + step) for start in range(0, len(query), step)]
+                return torch.cat(
+                    [
+                        self._forward({n: p[k] for n, p in stacked.items()}, query.X[k])
+                        for k in parts
+                    ]
+                )
             module = self._for_prediction()
             # attention takes a fast path in evaluation that vmap cannot batch
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
@@ -467,6 +477,7 @@ class Engine:
         pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
         if self._convolves:
             X = batch.support.X if isinstance(batch, EpisodeBatch) else batch.X
+            keep_memory()
             step = tasks_at_a_time(self.module, X)
             pieces = [
                 which[start : start + step]
@@ -580,9 +591,10 @@ class Engine:
         """Query loss that holds the activations of a few tasks only."""
 
         def loss(params: Params, tasks: slice) -> tuple[Tensor, Any]:
-            rows = query.take(np.arange(len(query))[tasks])
-            output = _fit_outputs(self._forward(params, rows.X), rows.y)
-            losses = mean_loss(self.row_loss(output, rows.y), rows.weight)
+            y = query.y[tasks]
+            output = _fit_outputs(self._forward(params, query.X[tasks]), y)
+            weight = None if query.weight is None else query.weight[tasks]
+            losses = mean_loss(self.row_loss(output, y), weight)
             return losses.sum(), (losses.detach(), output.detach())
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
