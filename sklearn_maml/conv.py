@@ -326,6 +326,7 @@ class _Norm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> Tensor:
         z = x - x.mean(1, keepdim=True)
+        z -= z.mean(1, keepdim=True)  # what rounding left, which would move every ReLU alike
         y = z.square()  # a buffer that the output takes over
         inverse = (y.mean(1, keepdim=True) + eps).rsqrt_()
         z *= inverse
