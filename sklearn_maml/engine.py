@@ -6,8 +6,9 @@ Its rungs give the same numbers, in float64 to rounding:
     Multilayer perceptrons on the CPU: compiled kernels with a hand-derived reverse sweep. Taken
     when the work at hand repays the seconds of compiling them (once for a machine).
 ``stacked``
-    Sequences of linear, elementwise and layer-norm layers: every task's parameters are stacked
-    and a layer is one batched matrix product. Plain autograd, no `vmap`.
+    Sequences of linear, elementwise and layer-norm layers, and of 2-D convolutions (see `conv`):
+    every task's parameters are stacked and a layer is one batched product. Plain autograd, no
+    `vmap`.
 ``vmap``
     Any module `torch.func` can transform: ``vmap(grad(...))`` over tasks.
 ``loop``
@@ -33,6 +34,15 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sklearn_maml.conv import (
+    ConvAutograd,
+    conv_forward,
+    gradient_now,
+    is_conv_net,
+    keep_memory,
+    spread,
+    tasks_at_a_time,
+)
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import (
@@ -191,7 +201,7 @@ def _is_stackable(module: nn.Module) -> bool:
         list(module.named_parameters(remove_duplicate=False))
     ):
         return False  # tied weights
-    return all(
+    return is_conv_net(module) or all(
         type(m) in (nn.Linear, nn.Sequential, *ELEMENTWISE)
         or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
         for m in module.modules()
@@ -200,6 +210,8 @@ def _is_stackable(module: nn.Module) -> bool:
 
 def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
     """Forward pass of a stackable module for parameters with a leading task axis."""
+    if is_conv_net(module):
+        return conv_forward(module, ELEMENTWISE)
     layers: list[Callable[[Params, Tensor], Tensor]] = []
 
     def linear(name: str, has_bias: bool) -> Callable[[Params, Tensor], Tensor]:
@@ -248,10 +260,13 @@ def private_copy(module: nn.Module) -> nn.Module:
 
     Batch-norm layers normalise with the statistics of the set at hand while parameters adapt;
     predictions use those of the support set (see `Engine.predict`), so that they do not depend on
-    which rows are predicted together. Running averages over tasks are not used.
+    which rows are predicted together. Running averages over tasks are not used. Layers do not
+    work in place, where they would overwrite what derivatives need.
     """
     module = copy.deepcopy(module)
     for m in module.modules():
+        if type(m) in ELEMENTWISE and hasattr(m, "inplace"):
+            vars(m)["inplace"] = False
         if isinstance(m, _BatchNorm):
             m.track_running_stats = False
             m.running_mean = m.running_var = m.num_batches_tracked = None
@@ -313,6 +328,7 @@ class Engine:
         self.rung = rung
         if rung in ("auto", "native"):
             self.rung = "stacked" if stackable else "vmap"
+        self._convolves = self.rung == "stacked" and is_conv_net(self.module)
         if self.rung == "stacked":
             self._forward = _stacked_forward(self.module)
         if rung == "native":
@@ -590,10 +606,20 @@ class Engine:
             if self.rung in ("stacked", "native"):
                 self.module.eval()
                 stacked = {
-                    **{n: p.expand(len(query), *p.shape) for n, p in adapted.shared.items()},
+                    **spread(adapted.shared, len(query)),
                     **adapted.params,
+                    **adapted.statistics,
                 }
-                return self._forward(stacked, query.X)
+                if not self._convolves:
+                    return self._forward(stacked, query.X)
+                step = tasks_at_a_time(self.module, query.X)
+                parts = [slice(start, start + step) for start in range(0, len(query), step)]
+                return torch.cat(
+                    [
+                        self._forward({n: p[k] for n, p in stacked.items()}, query.X[k])
+                        for k in parts
+                    ]
+                )
             module = self._for_prediction()
             # attention takes a fast path in evaluation that vmap cannot batch
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
@@ -664,11 +690,21 @@ class Engine:
         if rung == "vmap" and len(batch) == 1:
             rung = "loop"  # vmap costs more than it saves for one task
         pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
+        if self._convolves:
+            X = batch.support.X if isinstance(batch, EpisodeBatch) else batch.X
+            keep_memory()
+            step = tasks_at_a_time(self.module, X)
+            pieces = [
+                which[start : start + step]
+                for which in pieces or [np.arange(len(batch))]
+                for start in range(0, len(which), step)
+            ]
         try:
             if pieces is None:
                 return run(batch, rung)
             parts = [
-                run(_take(batch, which), "loop" if len(which) == 1 else rung) for which in pieces
+                run(_take(batch, which), rung if len(which) > 1 or self._convolves else "loop")
+                for which in pieces
             ]
             return join(parts, pieces)
         except (RuntimeError, NotImplementedError) as error:
@@ -768,7 +804,7 @@ class Engine:
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
     ) -> MetaStep:
         n_tasks = len(batch)
-        diff = Autograd()
+        diff = ConvAutograd() if self._convolves else Autograd()
         inner, query_loss, value_and_grad = self._objective(
             self._forward,
             batch.support,
@@ -776,13 +812,34 @@ class Engine:
             alpha,
             steps,
             diff,
-            lambda params: {n: p.expand(n_tasks, *p.shape) for n, p in params.items()},
+            lambda params: spread(params, n_tasks),
             batched=True,
         )
+        # other meta-gradients may differentiate the query loss twice
+        if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder):
+            query_loss = self._query_loss_in_pieces(batch.query)
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(
             meta_params, inner, query_loss, value_and_grad
         )
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
+
+    def _query_loss_in_pieces(self, query: Rows) -> Callable[[Params], tuple[Tensor, Any]]:
+        """Query loss that holds the activations of a few tasks only."""
+
+        def loss(params: Params, tasks: slice) -> tuple[Tensor, Any]:
+            y = query.y[tasks]
+            output = _fit_outputs(self._forward(params, query.X[tasks]), y)
+            weight = None if query.weight is None else query.weight[tasks]
+            losses = mean_loss(self.row_loss(output, y), weight)
+            return losses.sum(), (losses.detach(), output.detach())
+
+        def query_loss(params: Params) -> tuple[Tensor, Any]:
+            step = tasks_at_a_time(self.module, query.X)
+            total, parts = gradient_now(loss, params, len(query), step)
+            losses, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
+            return total, (losses, outputs)
+
+        return query_loss
 
     def _meta_step_loop(
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
@@ -867,10 +924,9 @@ class Engine:
 
         if rung == "stacked":
             n_tasks = len(support)
-            wide = {n: p.expand(n_tasks, *p.shape) for n, p in shared.items()}
-            start = {n: p.expand(n_tasks, *p.shape) for n, p in fast.items()}
+            wide = spread(shared, n_tasks)
             return inner(
-                start,
+                spread(fast, n_tasks),
                 lambda p: loss(self._forward, support, {**wide, **p}),
                 differentiator=Autograd(),
                 batched=True,

@@ -295,15 +295,15 @@ MODULES = {
         "vmap",
     ),
     "batch norm 1d, not affine": (lambda: batch_norm_1d(affine=False), (3,), "vmap"),
-    "batch norm 2d": (lambda: conv(nn.BatchNorm2d(4)), (1, 4, 4), "vmap"),
+    "batch norm 2d": (lambda: conv(nn.BatchNorm2d(4)), (1, 4, 4), "stacked"),
     "batch norm 2d, no running statistics": (
         lambda: conv(nn.BatchNorm2d(4, track_running_stats=False)),
         (1, 4, 4),
-        "vmap",
+        "stacked",
     ),
     "instance norm": (lambda: conv(nn.InstanceNorm2d(4, affine=True)), (1, 4, 4), "vmap"),
     "group norm": (lambda: conv(nn.GroupNorm(2, 4)), (1, 4, 4), "vmap"),
-    "conv": (conv, (1, 4, 4), "vmap"),
+    "conv": (conv, (1, 4, 4), "stacked"),
     "conv and max pool": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 2, 3, padding=1),
@@ -313,7 +313,7 @@ MODULES = {
             nn.Linear(8, 2),
         ),
         (1, 4, 4),
-        "vmap",
+        "stacked",
     ),
 }
 

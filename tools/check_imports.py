@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"episodes"},
     {"update_rules", "meta_gradients"},
     {"inner_loop"},
-    {"modules", "native"},
+    {"modules", "native", "conv"},
     {"engine"},
     {"_progress", "optimizers", "distributed"},
     {"outer_loop"},

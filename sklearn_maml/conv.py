@@ -1,0 +1,640 @@
+"""Small convolutional networks over a batch of tasks, each task with weights of its own.
+
+A convolution is one third of a family that differentiation does not leave: the output is linear
+in the input and in the weights, and so are both of its gradients, which are convolutions again.
+The three are written here as autograd functions that call each other, so every order of
+derivative is exact, and each of them picks the faster way for its shapes (`_gathers`). Inputs and
+weights have a leading task axis, (n_tasks, n_rows, channels, height, width), and lie in memory
+with the channels last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sklearn_maml.inner_loop import Autograd
+
+__all__ = [
+    "ConvAutograd",
+    "conv_forward",
+    "gradient_now",
+    "is_conv_net",
+    "keep_memory",
+    "spread",
+    "tasks_at_a_time",
+]
+
+Params = dict[str, Tensor]
+Layer = Callable[[Params, Tensor], Tensor]
+# stride and padding
+Geometry = tuple[tuple[int, int], tuple[int, int]]
+
+ROW_WISE_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+# Bytes of the largest activation of the tasks that run together. Beyond the caches a pass over
+# an activation costs several times as much; with less the overhead of the calls shows (a
+# meta-step of conv4 with 1, 2, 4 and 8 MiB: 220, 178, 164, 184 ms).
+ACTIVATION_BYTES = 2**22
+
+# Just below 32 MiB, the largest block whose release teaches glibc's allocator to keep freed memory
+# of that size. Before, it returned activations to the system and fetched them anew: 16,000 to
+# 50,000 page faults a meta-step, a tenth of its time.
+KEPT_BYTES = 2**25 - 2**16
+
+# Multiply-adds of one task below which a batched matrix product over gathered patches beats one
+# convolution call a task: products run at about 100 GFLOP/s, convolutions at 200, but each call
+# costs some 25 microseconds, mostly to reorder the weights (5 rows, 64 -> 64 channels, 32 tasks:
+# 4x4 0.6 ms against 1.4, 7x7 2.1 ms against 1.7); the gradient of the weights costs more of them
+# (7x7 2.1 ms against 2.7, 14x14 7.1 against 6.2).
+SMALL_CONVOLUTION = 2e6
+SMALL_WEIGHT_GRADIENT = 4e6
+# input channels below which the gradient of the input is taken from patches, whatever the size:
+# the convolution kernels vectorise over 16 channels
+FEW_CHANNELS = 16
+
+_sums = threading.local()
+
+
+@contextlib.contextmanager
+def _only_sums() -> Iterator[None]:
+    """Promise that gradients of weights the tasks share are summed over the tasks anyway."""
+    before = getattr(_sums, "only", False)
+    _sums.only = True
+    try:
+        yield
+    finally:
+        _sums.only = before
+
+
+class ConvAutograd(Autograd):
+    """Plain reverse mode that asks for no gradient of each task where the tasks share weights."""
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at `params`, and its outputs."""
+        leaves = self.cut(params)
+        with torch.enable_grad():
+            loss, aux = function(leaves)
+            with _only_sums():
+                grads = torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+        return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
+
+
+# -- the three products ----------------------------------------------------------------------------
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Lay the last three axes, (channels, height, width), out with the channels last."""
+    if x.shape[-3] == 1:  # a stride that says so too, by which torch chooses the layout of results
+        return x.squeeze(-3).contiguous().unsqueeze(-1).movedim(-1, -3)
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def _is_shared(weight: Tensor) -> bool:
+    return len(weight) > 1 and weight.stride(0) == 0
+
+
+def _gathers(
+    weight: Tensor,
+    out_shape: tuple[int, ...],
+    *,
+    once: bool,
+    small: float = SMALL_CONVOLUTION,
+    few: int = 0,
+) -> bool:
+    """Whether to multiply matrices of gathered patches rather than call convolutions.
+
+    `once` says that one convolution would do for all tasks, so that its overhead counts once.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return True  # elsewhere batched products are the better ones
+    if not torch.backends.mkldnn.is_available():
+        return True
+    work = math.prod(out_shape if once else out_shape[1:]) * weight[0, 0].numel()
+    return work < small or weight.shape[2] < few
+
+
+def _patches(x: Tensor, kernel: tuple[int, int], size: tuple[int, int], g: Geometry) -> Tensor:
+    """Gather what each output position sees, (n_tasks, positions, kernel * channels)."""
+    (sh, sw), (ph, pw) = g
+    rows = x.movedim(2, -1)  # channels last
+    if ph or pw:
+        rows = functional.pad(rows, (0, 0, pw, pw, ph, ph))
+    t, r, h, w, c = rows.stride()
+    n_tasks, n_rows, channels = x.shape[:3]
+    windows = rows.as_strided(
+        (n_tasks, n_rows, *size, *kernel, channels), (t, r, sh * h, sw * w, h, w, c)
+    )
+    return windows.reshape(n_tasks, n_rows * math.prod(size), math.prod(kernel) * channels)
+
+
+def _scatter(
+    patches: Tensor,
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    size: tuple[int, int],
+    g: Geometry,
+) -> Tensor:
+    """Add patches up where they were gathered, the transpose of `_patches`."""
+    (sh, sw), (ph, pw) = g
+    n_tasks, n_rows, channels, height, width = shape
+    patches = patches.view(n_tasks, n_rows, *size, *kernel, channels)
+    out = patches.new_zeros(n_tasks, n_rows, height + 2 * ph, width + 2 * pw, channels)
+    for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
+        rows = slice(i, i + sh * (size[0] - 1) + 1, sh)
+        columns = slice(j, j + sw * (size[1] - 1) + 1, sw)
+        out[:, :, rows, columns] += patches[:, :, :, :, i, j]
+    inner = out[:, :, ph : ph + height, pw : pw + width]
+    return inner.contiguous().movedim(-1, 2)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Weights as matrices (n_tasks, out_channels, kernel * channels)."""
+    return weight.movedim(2, -1).flatten(2)
+
+
+def _rows_matrix(y: Tensor) -> Tensor:
+    """View outputs as matrices (n_tasks, positions, channels)."""
+    return y.movedim(2, -1).flatten(1, 3)
+
+
+def _convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """Compute outputs, (n_tasks, n_rows, out_channels, height, width)."""
+    n_tasks, n_rows = x.shape[:2]
+    kernel = (weight.shape[3], weight.shape[4])
+    size = tuple(
+        (x.shape[3 + a] + 2 * g[1][a] - kernel[a]) // g[0][a] + 1 for a in range(2)
+    )  # fmt: skip
+    out_shape = (n_tasks, n_rows, weight.shape[1], *size)
+    shared = _is_shared(weight)
+    if _gathers(weight, out_shape, once=shared):
+        out = _patches(x, kernel, (size[0], size[1]), g) @ _matrix(weight).transpose(1, 2)
+        return out.unflatten(1, (n_rows, *size)).movedim(-1, 2)
+    if shared:
+        out = torch.conv2d(x.flatten(0, 1), weight[0], None, *g)
+    else:
+        out = _join([torch.conv2d(x[t], weight[t], None, *g) for t in range(n_tasks)])
+    return out.unflatten(0, (n_tasks, n_rows))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _gradients(
+    gy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        gy, x, weight, None, *g, (1, 1), False, (0, 0), 1, mask
+    )
+    return result
+
+
+def _blank(like: Tensor, n_rows: int, shape: tuple[int, ...]) -> Tensor:
+    """Stand in for an input of which only the shape and the layout matter."""
+    channels, height, width = shape[2:]
+    return like.new_empty(n_rows, height, width, channels).movedim(-1, 1)
+
+
+def _input_gradient(gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry) -> Tensor:
+    """Transpose of `_convolve` with respect to its input."""
+    n_tasks, n_rows = shape[:2]
+    if _gathers(weight, tuple(gy.shape), once=_is_shared(weight), few=FEW_CHANNELS):
+        kernel, size = (weight.shape[3], weight.shape[4]), (gy.shape[3], gy.shape[4])
+        return _scatter(_rows_matrix(gy) @ _matrix(weight), shape, kernel, size, g)
+    mask = [True, False, False]
+    if _is_shared(weight):
+        like = _blank(gy, n_tasks * n_rows, shape)
+        gx = _gradients(gy.flatten(0, 1), like, weight[0], g, mask)[0]
+    else:
+        like = _blank(gy, n_rows, shape)
+        gx = _join([_gradients(gy[t], like, weight[t], g, mask)[0] for t in range(n_tasks)])
+    return gx.unflatten(0, (n_tasks, n_rows))
+
+
+def _weight_gradient(gy: Tensor, x: Tensor, like: Tensor, g: Geometry, only_sum: bool) -> Tensor:
+    """Transpose of `_convolve` with respect to weights like `like`."""
+    n_tasks = len(x)
+    channels, *kernel = like.shape[2:]
+    if _gathers(like, tuple(gy.shape), once=only_sum, small=SMALL_WEIGHT_GRADIENT):
+        patches = _patches(x, (kernel[0], kernel[1]), (gy.shape[3], gy.shape[4]), g)
+        matrix = _rows_matrix(gy)
+        if only_sum:
+            patches, matrix = patches.flatten(0, 1).unsqueeze(0), matrix.flatten(0, 1).unsqueeze(0)
+        if channels < FEW_CHANNELS:  # the transposed product takes a quarter of the time
+            gw = (patches.transpose(1, 2) @ matrix).transpose(1, 2).contiguous()
+        else:
+            gw = matrix.transpose(1, 2) @ patches
+        gw = gw.unflatten(2, (*kernel, channels)).movedim(-1, 2)
+    elif only_sum:
+        mask = [False, True, False]
+        gw = _gradients(gy.flatten(0, 1), x.flatten(0, 1), like[0], g, mask)[1].unsqueeze(0)
+    else:
+        mask = [False, True, False]
+        parts = [_gradients(gy[t], x[t], like[t], g, mask)[1] for t in range(n_tasks)]
+        gw = _join(parts).unflatten(0, (n_tasks, like.shape[1]))
+    return (gw / n_tasks).expand(like.shape) if only_sum else gw
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = g
+        return _convolve(x, weight, g)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        gy = _channels_last(gy)
+        gx = gw = None
+        if ctx.needs_input_grad[0]:
+            gx = _InputGradient.apply(gy, weight, tuple(x.shape), ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            gw = _WeightGradient.apply(gy, x, weight.detach(), ctx.geometry)
+        return gx, gw, None
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry
+    ) -> Tensor:
+        ctx.save_for_backward(gy, weight)
+        ctx.geometry = g
+        return _input_gradient(gy, weight, shape, g)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        gy, weight = ctx.saved_tensors
+        v = _channels_last(v)
+        ggy = gw = None
+        if ctx.needs_input_grad[0]:
+            ggy = _Convolution.apply(v, weight, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            gw = _WeightGradient.apply(gy, v, weight.detach(), ctx.geometry)
+        return ggy, gw, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, g: Geometry) -> Tensor:
+        ctx.save_for_backward(gy, x)
+        ctx.geometry = g
+        # a sum spread over the tasks: whoever adds the tasks' gradients up gets the same
+        only_sum = getattr(_sums, "only", False) and _is_shared(like)
+        return _weight_gradient(gy, x, like, g, only_sum)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        gy, x = ctx.saved_tensors
+        v = _channels_last(v)
+        ggy = gx = None
+        if ctx.needs_input_grad[0]:
+            ggy = _Convolution.apply(x, v, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            gx = _InputGradient.apply(gy, v, tuple(x.shape), ctx.geometry)
+        return ggy, gx, None, None
+
+
+# -- batch norm ------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    """Batch norm of (n_tasks, n, channels) over n, with an affine map or without, maybe a ReLU.
+
+    Written out because autograd takes four times the passes over the activations. With z the
+    normalised input, s the factor it is scaled by and <.> the mean over n, the gradient is
+    ``s (gy - <gy> - z <gy z>)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> Tensor:
+        z = x - x.mean(1, keepdim=True)
+        z -= z.mean(1, keepdim=True)  # what rounding left, which would move every ReLU alike
+        y = z.square()  # a buffer that the output takes over
+        inverse = (y.mean(1, keepdim=True) + eps).rsqrt_()
+        z *= inverse
+        if weight is None or bias is None:
+            y.copy_(z)
+        else:
+            torch.addcmul(bias.unsqueeze(1), z, weight.unsqueeze(1), out=y)
+        if relu:
+            y.clamp_min_(0.0)
+        ctx.save_for_backward(x, weight, z, inverse, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, weight, z, inverse, y = ctx.saved_tensors
+        if y is not None:
+            gy = torch.ops.aten.threshold_backward(gy, y.detach(), 0.0)
+        gx, gw, gb = _NormGradient.apply(gy, x, weight, z, inverse)
+        return (gx, None, None, None, None) if weight is None else (gx, gw, gb, None, None)
+
+
+class _NormGradient(torch.autograd.Function):
+    """Gradients of `_Norm` before its ReLU; differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor | None, z: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = gy.shape[1]
+        gx = gy * z
+        gb, gw = gy.sum(1, keepdim=True), gx.sum(1, keepdim=True)
+        scale = inverse if weight is None else inverse * weight.unsqueeze(1)
+        torch.addcmul(gb * scale / -n, z, gw * scale / -n, out=gx).addcmul_(gy, scale)
+        ctx.save_for_backward(gy, weight, z, inverse, gb / n, gw / n)
+        return gx, gw.squeeze(1), gb.squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, v: Tensor, v_weight: Tensor, v_bias: Tensor) -> Any:
+        # the means over n: <v>, <v z>, <v gy>, <gy>, <gy z>
+        gy, weight, z, inverse, g, gz = ctx.saved_tensors
+        buffer = v * z
+        mean, vz = v.mean(1, keepdim=True), buffer.mean(1, keepdim=True)
+        vg = torch.mul(v, gy, out=buffer).mean(1, keepdim=True)
+        scale = inverse if weight is None else inverse * weight.unsqueeze(1)
+        q, p = v_weight.unsqueeze(1), v_bias.unsqueeze(1)
+        curvature = vg - mean * g - vz * gz
+        ggy = torch.addcmul(p - scale * mean, v, scale, out=buffer).addcmul_(z, q - scale * vz)
+        on_gy, on_v = q - scale * vz, -scale * gz  # derivative by z
+        average = on_gy * g + on_v * mean
+        slope = on_gy * gz + on_v * vz + scale * curvature
+        gx = torch.addcmul(-inverse * average, gy, inverse * on_gy)
+        gx.addcmul_(v, inverse * on_v).addcmul_(z, -inverse * slope)
+        gw = None if weight is None else (gy.shape[1] * inverse * curvature).squeeze(1)
+        return ggy, gx, gw, None, None
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def _per_channel(p: Tensor, like: Tensor) -> Tensor:
+    """View a parameter (n_tasks, channels) so that it broadcasts over rows and positions."""
+    return p.reshape(p.shape[0], 1, p.shape[1], *[1] * (like.ndim - 3))
+
+
+def _conv(name: str, layer: nn.Conv2d, norm: str | None) -> Layer:
+    """`norm` names the batch norm that follows at once, if any."""
+    (sh, sw), padding = layer.stride, layer.padding
+    assert not isinstance(padding, str)
+    geometry = ((sh, sw), (padding[0], padding[1]))
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        weight = params[f"{name}weight"]
+        if not _is_shared(weight):  # what the tasks share is laid out by `spread`
+            weight = _channels_last(weight)
+        x = _Convolution.apply(_channels_last(x), weight, geometry)
+        # a constant of a channel vanishes when the statistics of the batch are taken out
+        if layer.bias is None or (norm is not None and f"{norm}running_mean" not in params):
+            return x
+        return x + _per_channel(params[f"{name}bias"], x)
+
+    return forward
+
+
+def _batch_norm(name: str, layer: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool) -> Layer:
+    """Normalise with the statistics of each task's rows, or with those among the parameters."""
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        shape = x.movedim(2, -1).shape
+        rows = x.movedim(2, -1).flatten(1, -2)  # (n_tasks, positions, channels)
+        weight = bias = None
+        if layer.affine:
+            weight, bias = params[f"{name}weight"], params[f"{name}bias"]
+        if f"{name}running_mean" in params:
+            scale = (params[f"{name}running_var"] + layer.eps).rsqrt()
+            scale = scale if weight is None else scale * weight
+            rows = (rows - params[f"{name}running_mean"].unsqueeze(1)) * scale.unsqueeze(1)
+            rows = rows if bias is None else rows + bias.unsqueeze(1)
+            rows = rows.relu() if relu else rows
+        else:
+            if rows.shape[1] == 1:
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got input size "
+                    f"{tuple(x.shape[1:])}"
+                )
+            rows = _Norm.apply(rows, weight, bias, layer.eps, relu)
+        return rows.view(shape).movedim(-1, 2)
+
+    return forward
+
+
+def _linear(name: str, has_bias: bool) -> Layer:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        rows = x.flatten(1, -2)
+        weight = params[f"{name}weight"].transpose(1, 2)
+        if has_bias:
+            out = torch.baddbmm(params[f"{name}bias"].unsqueeze(1), rows, weight)
+        else:
+            out = torch.bmm(rows, weight)
+        return out.unflatten(1, x.shape[1:-1])
+
+    return forward
+
+
+def _flatten(layer: nn.Flatten) -> Layer:
+    # axes of a task's rows are one further on here
+    start, end = (axis + 1 if axis >= 0 else axis for axis in (layer.start_dim, layer.end_dim))
+    return lambda params, x: x.flatten(start, end)
+
+
+def _pool(layer: nn.Module) -> Layer:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        out: Tensor = layer(x.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2])
+
+    return forward
+
+
+def _elementwise(layer: nn.Module) -> Layer:
+    return lambda params, x: layer(x)
+
+
+def _unknown(layer: nn.Module) -> Layer:
+    # one task after another: exactly what the loop computes, whatever the layer does with rows;
+    # vmap inside plain autograd has second derivatives that are wrong, silently
+    return lambda params, x: torch.stack([layer(rows.contiguous()) for rows in x])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is known, or has neither parameters nor buffers nor layers inside."""
+    if type(layer) is nn.Conv2d:
+        return (
+            layer.groups == 1
+            and layer.dilation == (1, 1)
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+    if type(layer) in (nn.Linear, *NORMS):
+        return True
+    if type(layer) is nn.Flatten:
+        return layer.start_dim != 0
+    if type(layer) in (nn.MaxPool2d, nn.AdaptiveMaxPool2d):
+        return not layer.return_indices
+    return not list(layer.parameters()) and not list(layer.buffers())
+
+
+def is_conv_net(module: nn.Module) -> bool:
+    """Whether a module is a sequence with 2-D convolutions that `conv_forward` can run.
+
+    Hooks, parametrizations and tied weights are for the caller to exclude.
+    """
+    if type(module) is not nn.Sequential:
+        return False
+    containers = [m for m in module.modules() if next(m.children(), None) is not None]
+    leaves = [m for m in module.modules() if next(m.children(), None) is None]
+    return (
+        all(type(m) is nn.Sequential for m in containers)
+        and any(type(m) is nn.Conv2d for m in leaves)
+        and all(_is_plain(m) for m in leaves)
+    )
+
+
+def conv_forward(
+    module: nn.Module, elementwise: tuple[type[nn.Module], ...]
+) -> Callable[[Params, Tensor], Tensor]:
+    """Forward pass of a net that `is_conv_net` accepts, for parameters with a leading task axis.
+
+    Parameters
+    ----------
+    module : Sequential
+        Its batch norms use batch statistics unless the parameters hold ``running_mean`` and
+        ``running_var`` of the layer, each (n_tasks, n_channels).
+    elementwise : tuple of types
+        Layers to apply to all tasks at once.
+
+    Returns
+    -------
+    forward : callable (params, x) -> output
+    """
+    named = [
+        (f"{name}.", m)
+        for name, m in module.named_modules(remove_duplicate=False)
+        if next(m.children(), None) is None and type(m) is not nn.Sequential
+    ]
+    layers: list[Layer] = []
+    for k, (name, m) in enumerate(named):
+        before = type(named[k - 1][1]) if k else None
+        follower, after = named[k + 1] if k + 1 < len(named) else ("", None)
+        if type(m) is nn.Conv2d:
+            layers.append(_conv(name, m, follower if type(after) is nn.BatchNorm2d else None))
+        elif type(m) in NORMS:
+            layers.append(_batch_norm(name, m, relu=type(after) is nn.ReLU))
+        elif type(m) is nn.ReLU and before in NORMS:
+            pass  # done by the norm
+        elif type(m) is nn.Linear:
+            layers.append(_linear(name, m.bias is not None))
+        elif type(m) is nn.Flatten:
+            layers.append(_flatten(m))
+        elif type(m) in ROW_WISE_POOLS:
+            layers.append(_pool(m))
+        elif type(m) in elementwise:
+            layers.append(_elementwise(m))
+        else:
+            layers.append(_unknown(m))
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(params, x)
+        return x
+
+    return forward
+
+
+def spread(params: Params, n_tasks: int) -> Params:
+    """Give parameters that the tasks share a task axis, without copies."""
+    return {
+        name: (_channels_last(p) if p.ndim == 4 else p).expand(n_tasks, *p.shape)
+        for name, p in params.items()
+    }
+
+
+def tasks_at_a_time(module: nn.Module, X: Tensor) -> int:
+    """Return how many tasks to run together; X is (n_tasks, n_rows, *features)."""
+    first = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+    positions = math.prod(X.shape[-2:]) / math.prod(first.stride)
+    widest = max(positions * first.out_channels, math.prod(X.shape[2:]))
+    return max(1, int(ACTIVATION_BYTES / (X.element_size() * X.shape[1] * widest)))
+
+
+def keep_memory() -> None:
+    """Have the allocator keep the memory of freed activations for the next ones."""
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
+
+
+# -- the query set ---------------------------------------------------------------------------------
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients have been computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        return None, None, *(scale * g for g in ctx.grads)
+
+
+def gradient_now(
+    loss: Callable[[Params, slice], tuple[Tensor, Any]], params: Params, n_tasks: int, step: int
+) -> tuple[Tensor, list[Any]]:
+    """Sum of a loss over tasks that takes its gradients along, a few tasks at a time.
+
+    The activations of some tasks are gone before those of the next are computed. The gradients
+    are exact to first order and not differentiable again.
+
+    Parameters
+    ----------
+    loss : callable (params, tasks) -> (loss, aux)
+        Sum of the losses of these tasks with their parameters.
+    params : dict of str to Tensor of shape (n_tasks, ...)
+    n_tasks, step : int
+
+    Returns
+    -------
+    loss : Tensor
+    aux : list of what `loss` returned beside
+    """
+    total, parts, auxiliary = None, [], []
+    names = [name for name, p in params.items() if p.requires_grad]
+    for start in range(0, n_tasks, step):
+        tasks = slice(start, start + step)
+        own = {name: p.detach()[tasks] for name, p in params.items()}
+        for name in names:
+            own[name].requires_grad_()
+        with torch.enable_grad():
+            value, aux = loss(own, tasks)
+        with _only_sums():
+            parts.append(
+                torch.autograd.grad(
+                    value, [own[n] for n in names], allow_unused=True, materialize_grads=True
+                )
+            )
+        total = value.detach() if total is None else total + value.detach()
+        auxiliary.append(aux)
+    grads = [torch.cat(g) if len(g) > 1 else g[0] for g in zip(*parts, strict=True)]
+    assert total is not None
+    return _Known.apply(total, grads, *(params[n] for n in names)), auxiliary
