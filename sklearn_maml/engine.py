@@ -1,6 +1,6 @@
 """The engine: runs the inner loop over a batch of tasks.
 
-Three rungs give the same numbers, in float64 to rounding:
+These rungs give the same numbers, in float64 to rounding:
 
 ``stacked``
     Sequences of linear, elementwise and layer-norm layers: every task's parameters are stacked
@@ -9,6 +9,9 @@ Three rungs give the same numbers, in float64 to rounding:
     Any module `torch.func` can transform: ``vmap(grad(...))`` over tasks.
 ``loop``
     One task after another with plain autograd; runs every module.
+
+A long fit climbs one rung further: the ``vmap`` step is recorded once as a flat graph, and the
+graph is run (see `traced`). It agrees with the ``vmap`` step to the last bit or is not used.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import Autograd, Differentiator, Functorch, adapt, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient
+from sklearn_maml.traced import Tracer, Untraceable, module_key, settings_key
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
@@ -253,8 +257,16 @@ class Engine:
     meta_gradient : MetaGradient
     adapted : sequence of str
         Names of the parameters that adapt.
-    rung : {"auto", "loop", "vmap", "stacked"}
-        How tasks are batched; "auto" takes the fastest that works.
+    rung : {"auto", "loop", "vmap", "stacked", "traced"}
+        How tasks are batched; "auto" takes the fastest that works and traces meta-steps when
+        enough are to come (see `expected_steps`), "traced" traces them at once.
+
+    Attributes
+    ----------
+    expected_steps : int
+        Meta-steps to come, as far as the caller knows; 0 (the default) traces none.
+    tracer : Tracer
+        What is traced, or why nothing is.
     """
 
     def __init__(
@@ -274,6 +286,10 @@ class Engine:
         self.adapted = frozenset(adapted)
         self.pads = is_row_wise(module)
         self.fallback_reason: str | None = None
+        self.tracer = Tracer(*(0, 1) if rung == "traced" else ())
+        self._traces = False
+        if rung == "traced":
+            rung = "vmap"
         if rung == "auto":
             rung = "stacked" if _is_stackable(module) else "vmap"
         self.rung = rung
@@ -298,6 +314,15 @@ class Engine:
         self.__dict__.update(state)
         if self.rung == "stacked":
             self._forward = _stacked_forward(self.module)
+
+    @property
+    def expected_steps(self) -> int:
+        """Meta-steps to come, as far as the caller knows."""
+        return self.tracer.updates_left
+
+    @expected_steps.setter
+    def expected_steps(self, value: int) -> None:
+        self.tracer.updates_left = value
 
     def threads(self, n_rows: int) -> Any:
         """Context that limits torch to one thread if passes over `n_rows` rows are small.
@@ -326,10 +351,15 @@ class Engine:
         steps : int
         """
         self.module.train()
+        self._traces = self.tracer.begin_update()
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
                 return self._meta_step_loop(meta_params, part, alpha, steps)
+            if self._traces:
+                step = self._meta_step_traced(meta_params, part, alpha, steps)
+                if step is not None:
+                    return step
             if rung == "vmap":
                 return self._meta_step_vmap(meta_params, part, alpha, steps)
             return self._meta_step_stacked(meta_params, part, alpha, steps)
@@ -602,6 +632,57 @@ class Engine:
             one_task, in_dims=in_dims, randomness="different"
         )(*sets)
         return MetaStep(losses, {n: g.mean(0) for n, g in grads.items()}, outputs)
+
+    def _meta_step_traced(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep | None:
+        """Run the ``vmap`` step as a flat graph; None where it is not traced."""
+        fixed = {**self._frozen, **dict(self.module.named_buffers())}
+        sets = [
+            rows for part in (batch.support, batch.query) for rows in (part.X, part.y, part.weight)
+        ]
+        given = [t for t in sets if t is not None]
+        shape = (
+            alpha,
+            steps,
+            self._attends,
+            *(t if t is None else (t.shape, t.dtype) for t in sets),
+        )
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            values = iter(tensors)
+            params = {name: next(values) for name in meta_params}
+            # frozen parameters and buffers are arguments too: their values differ between fits
+            engine = copy.copy(self)
+            engine._frozen = {name: next(values) for name in fixed}
+            rows: list[Any] = [None if t is None else next(values) for t in sets]
+            episodes = EpisodeBatch(Rows(*rows[:3]), Rows(*rows[3:]))
+            step = engine._meta_step_vmap(params, episodes, alpha, steps)
+            return [step.losses, step.outputs, *(step.grads[name] for name in meta_params)]
+
+        def settings() -> Any:
+            objects = (self.rule, self.meta_gradient)
+            return (
+                *shape, tuple(meta_params), tuple(fixed), self.adapted, self.row_loss,
+                *(settings_key([type(o), vars(o)]) for o in objects),
+                module_key(self.module),
+            )  # fmt: skip
+
+        inputs = [*meta_params.values(), *fixed.values(), *given]
+        try:
+            outputs = self.tracer.run(function, inputs, shape=shape, settings=settings)
+        except Untraceable as error:
+            reason, outputs = error.args
+            warnings.warn(
+                f"The meta-steps of {type(self.module).__name__} cannot be traced, so they run "
+                f"untraced, slower and with the same results. Reason: {reason}",
+                EngineFallbackWarning,
+                stacklevel=2,
+            )
+        if outputs is None:
+            return None
+        losses, output, *grads = outputs
+        return MetaStep(losses, dict(zip(meta_params, grads, strict=True)), output)
 
     def _call_module(self, params: Params, x: Tensor) -> Tensor:
         with self._second_derivatives():

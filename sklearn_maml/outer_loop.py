@@ -335,6 +335,7 @@ class MetaNet(NeuralNet):
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
+        self.engine.expected_steps = self.max_iter
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
         self.notify("on_train_begin", X=X, y=y)
