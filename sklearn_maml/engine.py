@@ -11,7 +11,7 @@ These rungs give the same numbers, in float64 to rounding:
     One task after another with plain autograd; runs every module.
 
 A long fit climbs one rung further: the ``vmap`` step is recorded once as a flat graph, and the
-graph is run (see `traced`). It agrees with the ``vmap`` step to the last bit or is not used.
+graph is run (see `traced`), after it has been found to give the numbers of the ``vmap`` step.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ ROW_WISE = (
     nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.Embedding,
     nn.InstanceNorm1d, nn.InstanceNorm2d,
 )  # fmt: skip
+RECURRENT = (nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
 def squared_error_rows(output: Tensor, y: Tensor) -> Tensor:
@@ -303,6 +304,9 @@ class Engine:
             isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
             for m in self.module.modules()
         )
+        # torch's recurrent layers add to products of their weights in place, which vmap can do
+        # only if the weights differ between tasks
+        self._per_task = any(isinstance(m, RECURRENT) for m in self.module.modules())
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -450,10 +454,12 @@ class Engine:
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
             if batches and (self.pads or query.lengths is None):
                 try:
+                    shared, axis = self._spread(adapted.shared, len(query))
                     return torch.func.vmap(
-                        lambda p, b, x: functional_call(module, {**adapted.shared, **p, **b}, (x,)),
+                        lambda s, p, b, x: functional_call(module, {**s, **p, **b}, (x,)),
+                        in_dims=(axis, 0, 0, 0),
                         randomness="different",
-                    )(adapted.params, adapted.statistics, query.X)
+                    )(shared, adapted.params, adapted.statistics, query.X)
                 except RuntimeError as error:
                     outputs = self._predict_loop(module, adapted, query)
                     self._fall_back(error)  # not before the loop has shown that it works
@@ -610,7 +616,7 @@ class Engine:
     ) -> MetaStep:
         diff = Functorch()
 
-        def one_task(support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
+        def one_task(params: Params, support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
             inner, query_loss = self._objective(
                 self._call_module,
                 Rows(*support),
@@ -622,15 +628,16 @@ class Engine:
                 batched=False,
             )
             grads, (_, aux) = self.meta_gradient.loss_and_grad(
-                meta_params, inner, query_loss, diff.value_and_grad
+                params, inner, query_loss, diff.value_and_grad
             )
             return grads, aux
 
         sets = [(rows.X, rows.y, rows.weight) for rows in (batch.support, batch.query)]
         in_dims = tuple((0, 0, None if part[2] is None else 0) for part in sets)
+        params, axis = self._spread(meta_params, len(batch))
         grads, (losses, outputs) = torch.func.vmap(
-            one_task, in_dims=in_dims, randomness="different"
-        )(*sets)
+            one_task, in_dims=(axis, *in_dims), randomness="different"
+        )(params, *sets)
         return MetaStep(losses, {n: g.mean(0) for n, g in grads.items()}, outputs)
 
     def _meta_step_traced(
@@ -684,6 +691,12 @@ class Engine:
         losses, output, *grads = outputs
         return MetaStep(losses, dict(zip(meta_params, grads, strict=True)), output)
 
+    def _spread(self, params: Params, n_tasks: int) -> tuple[Params, int | None]:
+        """Parameters as vmap needs them and their task axis; None where tasks share them."""
+        if not self._per_task:
+            return params, None
+        return {name: p.expand(n_tasks, *p.shape) for name, p in params.items()}, 0
+
     def _call_module(self, params: Params, x: Tensor) -> Tensor:
         with self._second_derivatives():
             return functional_call(self.module, params, (x,))
@@ -721,7 +734,9 @@ class Engine:
                 batched=True,
             )
 
-        def one_task(rows: Rows, differentiator: Differentiator) -> Params:
+        def one_task(
+            fast: Params, shared: Params, rows: Rows, differentiator: Differentiator
+        ) -> Params:
             return inner(
                 fast,
                 lambda p: loss(self._call_module, rows, {**shared, **p}),
@@ -732,12 +747,13 @@ class Engine:
         if rung == "vmap":
             sets = (support.X, support.y, support.weight)
             in_dims = (0, 0, None if support.weight is None else 0)
+            (fast, axis), (shared, _) = (self._spread(p, len(support)) for p in (fast, shared))
             return torch.func.vmap(
-                lambda *rows: one_task(Rows(*rows), Functorch()),
-                in_dims=in_dims,
+                lambda fast, shared, *rows: one_task(fast, shared, Rows(*rows), Functorch()),
+                in_dims=(axis, axis, *in_dims),
                 randomness="different",
-            )(*sets)
-        tasks = [one_task(support.task(j), Autograd()) for j in range(len(support))]
+            )(fast, shared, *sets)
+        tasks = [one_task(fast, shared, support.task(j), Autograd()) for j in range(len(support))]
         return {name: torch.stack([task[name] for task in tasks]) for name in fast}
 
     # -- batch norm ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import random
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -240,6 +241,9 @@ def settings_key(value: Any) -> Hashable:
         return (type(value), *((settings_key(k), settings_key(v)) for k, v in value.items()))
     if isinstance(value, set | frozenset):
         return type(value), frozenset(map(settings_key, value))
+    if isinstance(value, Tensor | weakref.ref):
+        # recurrent layers keep their weights in a list too; any other use is not recorded
+        return Tensor
     return _Identity(value)
 
 
