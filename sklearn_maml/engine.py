@@ -10,7 +10,7 @@ These rungs give the same numbers, in float64 to rounding:
 ``loop``
     One task after another with plain autograd; runs every module.
 
-A long fit climbs one rung further: the ``vmap`` step is recorded once as a flat graph, and the
+A long fit climbs further: the ``vmap`` step is recorded once as a flat graph, and the
 graph is run (see `traced`), after it has been found to give the numbers of the ``vmap`` step.
 """
 

@@ -347,6 +347,8 @@ class MetaNet(NeuralNet):
         except KeyboardInterrupt as error:
             if not _raised_by_callback(error):
                 self._interrupted()
+        finally:
+            self.engine.tracer.finish()
         if self.beta_decay:
             for group in self.optimizer_.param_groups:
                 group["lr"] = group["base_lr"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import random
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+
+from sklearn_maml.compiled import Compilation, Uncompilable
+from sklearn_maml.exceptions import EngineFallbackWarning
 
 __all__ = ["Tracer", "Untraceable", "module_key", "settings_key", "trace"]
 
@@ -27,6 +31,9 @@ __all__ = ["Tracer", "Untraceable", "module_key", "settings_key", "trace"]
 MIN_UPDATES = 1000
 # Times a shape has to be seen first: one-off shapes are never traced
 MIN_SEEN = 3
+# Updates still to come from which a step is compiled beside the fit, and after how many of them
+# the library is used; 12 to 21 s of another core, for 0.3 ms and more saved of each update.
+COMPILE_FROM, COMPILE_DELAY = 100_000, 20_000
 # graphs kept in the process, and traced by one fit
 MAX_GRAPHS, MAX_GRAPHS_PER_FIT = 64, 16
 # Elements of a constant that is computed when the graph is built; larger ones cost memory
@@ -80,6 +87,9 @@ class Tracer:
         Updates to come on a shape from which it is traced.
     min_seen : int
         Times a shape is seen before it is traced.
+    compile_from, compile_delay : int
+        Updates to come on a shape from which it is compiled too, and how many updates later the
+        library is used. It is waited for then: when it is used does not depend on the clock.
 
     Attributes
     ----------
@@ -89,9 +99,25 @@ class Tracer:
         Why nothing is traced any more.
     n_traced : int
         Shapes that run traced.
+    compiled : bool
+        Whether a library is in use.
+    uncompiled_reason : str or None
+        Why nothing is compiled.
     """
 
-    def __init__(self, min_updates: int = MIN_UPDATES, min_seen: int = MIN_SEEN) -> None:
+    def __init__(
+        self,
+        min_updates: int = MIN_UPDATES,
+        min_seen: int = MIN_SEEN,
+        compile_from: int = COMPILE_FROM,
+        compile_delay: int = COMPILE_DELAY,
+    ) -> None:
+        self.compile_from = compile_from
+        self.compile_delay = compile_delay
+        self.compiled = False
+        self.uncompiled_reason: str | None = None
+        self._compilation: Compilation | None = None
+        self._due: tuple[Hashable, int] | None = None  # its shape, and the update to use it from
         self.min_updates = min_updates
         self.min_seen = min_seen
         self.updates_left = 0
@@ -102,7 +128,8 @@ class Tracer:
 
     def __getstate__(self) -> dict[str, Any]:
         # what has been seen belongs to the fit, and graphs cannot be pickled
-        return {**self.__dict__, "_seen": collections.Counter(), "_graphs": {}, "_updates": 0}
+        fresh = {"_seen": collections.Counter(), "_graphs": {}, "_updates": 0}
+        return {**self.__dict__, **fresh, "_compilation": None, "_due": None, "compiled": False}
 
     @property
     def n_traced(self) -> int:
@@ -144,7 +171,10 @@ class Tracer:
         """
         graph = self._graphs.get(shape)
         if graph is not None:
-            return graph(*inputs)
+            outputs = graph(*inputs)
+            if self._due is not None and self._due[0] == shape and self._updates >= self._due[1]:
+                self._use_library(shape, inputs, outputs)
+            return outputs
         if self.reason is not None or len(self._graphs) >= MAX_GRAPHS_PER_FIT:
             return None
         self._seen[shape] += 1
@@ -168,12 +198,63 @@ class Tracer:
                 return _same(_generator_states(inputs), end) and _close(got, expected)
 
             self._graphs[shape] = _shared_graph(key, function, inputs, agrees)
+            if self.updates_left * seen >= self.compile_from * self._updates:
+                self._start_compiling(shape, function, inputs)
         except Untraceable as error:
             self.reason = str(error)
             raise Untraceable(self.reason, expected) from error
         finally:
             _restore(inputs, end)
         return expected
+
+    def _start_compiling(
+        self, shape: Hashable, function: Function, inputs: Sequence[Tensor]
+    ) -> None:
+        if self._due is not None:
+            return  # one shape of a fit, the first
+        self._due = (shape, self._updates + self.compile_delay)
+        try:
+            graph = record(function, inputs)
+            if any(map(_is_random, graph.graph.nodes)):
+                raise Uncompilable("it draws random numbers")
+            self._compilation = Compilation(graph, inputs)
+        except Uncompilable as error:
+            self._give_up_compiling(error)
+
+    def _use_library(
+        self, shape: Hashable, inputs: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        """Run the library from the next update on, if it gives the numbers of this one."""
+        self._due = (None, 0)
+        if self._compilation is None:
+            return
+        try:
+            library = self._compilation.result()
+            if not _close(library(*inputs), expected):
+                raise Uncompilable("the library gives other numbers than the module")
+        except (Uncompilable, RuntimeError) as error:
+            self._give_up_compiling(error)
+        else:
+            self._graphs[shape] = library
+            self.compiled = True
+        self._compilation = None
+
+    def _give_up_compiling(self, error: Exception) -> None:
+        self.uncompiled_reason = _first_line(error)
+        warnings.warn(
+            "The meta-steps run traced but cannot be compiled, so they are slower, with the same "
+            f"results. Reason: {self.uncompiled_reason}",
+            EngineFallbackWarning,
+            stacklevel=4,
+        )
+
+    def finish(self) -> None:
+        """Expect no more updates; end a compilation that is under way."""
+        self.updates_left = 0
+        self._due = None
+        if self._compilation is not None:
+            self._compilation.abandon()
+            self._compilation = None
 
 
 _cache: collections.OrderedDict[Hashable, Function] = collections.OrderedDict()

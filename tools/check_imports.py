@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"update_rules", "meta_gradients"},
     {"inner_loop"},
     {"modules"},
+    {"compiled"},
     {"traced"},
     {"engine"},
     {"_progress"},
