@@ -35,7 +35,6 @@ from torch.func import functional_call
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
-from sklearn_maml.engine import FIT_REPAYS
 from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, MetaNet, TaskStream, use_batch
 
 # name: layer sizes, tasks, support rows, query rows, inner steps, alpha, whether classification
@@ -113,8 +112,8 @@ class LibraryStep:
         self.net = self.estimator.net_
         self.net.engine = self.estimator._make_engine(self.estimator.module_)
         n_rows = sum(batches[0][k].shape[1] for k in (0, 2))
-        update = self.net.engine.stacked_seconds(len(batches[0][0]), n_rows, steps)
-        self.net.engine.prepare(20_000 * update, FIT_REPAYS)  # as a long fit would
+        sizes = {"n_tasks": len(batches[0][0]), "n_rows": n_rows, "steps": steps}
+        self.net.engine.expect(1_000, 20_000, **sizes)  # in the middle of a long fit
         self.alpha, self.steps = alpha, steps
 
         def rows(X: np.ndarray, y: np.ndarray) -> Rows:

@@ -35,9 +35,7 @@ from sklearn_maml._validation import (
 )
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
-    ADAPTING_REPAYS,
     CHUNK,
-    FIT_REPAYS,
     NATIVE_CHUNK,
     Adapted,
     Engine,
@@ -361,8 +359,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         net.rows_per_task = source.rows_per_task
-        update = 2 * engine.stacked_seconds(net.batch_size, source.rows_per_task, self.steps)
-        engine.prepare(net.max_iter * update, FIT_REPAYS)
         net.max_grad_norm = self.max_grad_norm
         # a scheduler that the user passed decides alone
         scheduled = any(
@@ -739,7 +735,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         by_size = np.argsort(tasks.sizes, kind="stable")
         engine = self._make_engine(self.module_, self._rung)
         most = int(tasks.sizes.max()) if len(by_size) else 0
-        engine.prepare(engine.stacked_seconds(len(by_size), most, steps), ADAPTING_REPAYS)
+        engine.expect_tasks(len(by_size), most, steps)
         adapted: Adapted | None = None
         diverged = False
         at_a_time = self._chunk(engine)

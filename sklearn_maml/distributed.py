@@ -208,6 +208,10 @@ class SharedEngine:
         """As `Engine.threads`."""
         return self.engine.threads(n_rows)
 
+    def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
+        """As `Engine.expect`."""
+        self.engine.expect(first_update, n_updates, **sizes)
+
     def meta_step(self, meta_params: dict[str, Tensor], batch: Any, **options: Any) -> MetaStep:
         """As `Engine.meta_step`."""
         return self._share(

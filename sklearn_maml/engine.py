@@ -13,6 +13,9 @@ Its rungs give the same numbers, in float64 to rounding:
     Any module `torch.func` can transform: ``vmap(grad(...))`` over tasks.
 ``loop``
     One task after another with plain autograd; runs every module.
+
+A long fit climbs further: the ``vmap`` step is recorded once as a flat graph, and the
+graph is run (see `traced`), after it has been found to give the numbers of the ``vmap`` step.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ from sklearn_maml.inner_loop import (
     mean_loss,
 )
 from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
-from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, describe
+from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, build, describe
+from sklearn_maml.traced import Tracer, Untraceable, module_key, settings_key
 from sklearn_maml.update_rules import UpdateRule, has_linear_rates
 
 __all__ = [
@@ -81,10 +85,12 @@ CHUNK = 128
 # the same for the compiled kernels, which take one task after another anyway
 NATIVE_CHUNK = 4096
 
-# seconds of work on the stacked rung that repay compiling kernels. It is estimated from sizes alone
-# (never measured), so that the same fit takes the same rung, and gives the same bits, every time.
-FIT_REPAYS = 0.5
-ADAPTING_REPAYS = 0.02
+# A fit of a multilayer perceptron climbs to the compiled kernels after so many updates and,
+# roughly, seconds on the stacked rung; they take a second to compile, once for a machine. Adapting
+# climbs for so much work in one call. The seconds are estimated from sizes and never measured, so
+# that the same call takes the same rung, and gives the same bits, every time.
+CLIMB_UPDATES, CLIMB_SECONDS = 64, 0.25
+ADAPTING_SECONDS = 0.02
 
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -98,6 +104,7 @@ ROW_WISE = (
     nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.Embedding,
     nn.InstanceNorm1d, nn.InstanceNorm2d,
 )  # fmt: skip
+RECURRENT = (nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
 def squared_error_rows(output: Tensor, y: Tensor) -> Tensor:
@@ -290,14 +297,20 @@ class Engine:
     meta_gradient : MetaGradient
     adapted : sequence of str
         Names of the parameters that adapt.
-    rung : {"auto", "loop", "vmap", "stacked", "native"}
-        How tasks are batched; "auto" takes the fastest that works at once, and `prepare` the
-        compiled one. "native" compiles if need be.
+    rung : {"auto", "loop", "vmap", "stacked", "traced", "native"}
+        How tasks are batched. "auto" starts on the fastest that works at once, and climbs to
+        "traced" or "native" where the updates to come repay it (see `expect`). "traced" and
+        "native" are ready from the start.
     checkpoint_steps : bool
         Whether second-order meta-gradients compute the graph of each inner step anew.
     max_tasks_in_memory : int or None
         Largest number of tasks that `meta_step` and `evaluate` run at once; the compiled kernels
         run one at a time (and thread) anyway.
+
+    Attributes
+    ----------
+    tracer : Tracer
+        What is traced, or why nothing is.
     """
 
     def __init__(
@@ -325,7 +338,11 @@ class Engine:
         self._layout = self._native_layout() if stackable else None
         self._kernel: Kernel | None = None
         self._rates: tuple[float, list[Params]] | None = None
-        self.rung = rung
+        self._update = self._end = 0
+        self._climbs_at: int | None = None
+        self.tracer = Tracer(*(0, 1) if rung == "traced" else ())
+        self._traces = False
+        self.rung = "vmap" if rung == "traced" else rung
         if rung in ("auto", "native"):
             self.rung = "stacked" if stackable else "vmap"
         self._convolves = self.rung == "stacked" and is_conv_net(self.module)
@@ -341,6 +358,9 @@ class Engine:
             isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
             for m in self.module.modules()
         )
+        # torch's recurrent layers add to products of their weights in place, which vmap can do
+        # only if the weights differ between tasks
+        self._per_task = any(isinstance(m, RECURRENT) for m in self.module.modules())
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,35 +391,50 @@ class Engine:
             return None
         return describe(self.module)
 
-    def stacked_seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
-        """Rough time of a pass of `steps` inner steps on the stacked rung, from sizes alone.
+    def expect(
+        self, first_update: int, n_updates: int, *, n_tasks: int, n_rows: int, steps: int
+    ) -> None:
+        """Prepare for meta-steps to come: climb where enough of them are.
+
+        The compiled kernels take over at an update that depends on sizes alone, so fits of
+        different lengths, interrupted and continued ones take the same steps. Meanwhile they are
+        compiled, if they are not in the cache.
 
         Parameters
         ----------
-        n_tasks : int
-        n_rows : int
-            Of a task.
-        steps : int
+        first_update, n_updates : int
+            Updates made before, and to come at most.
+        n_tasks, n_rows, steps : int
+            Size of a meta-batch, rows of one of its tasks, and inner steps.
         """
-        if self._layout is None:
-            return 0.0
+        self._update, self._end = first_update, first_update + n_updates
+        if self._layout is None or not self._on_cpu:
+            self.tracer.updates_left = 0 if self._convolves else n_updates
+            return
+        if self.rung != "stacked":
+            return
+        seconds = 2 * self._stacked_seconds(n_tasks, n_rows, steps)
+        self._climbs_at = max(CLIMB_UPDATES, round(CLIMB_SECONDS / seconds))
+        if self._end > self._climbs_at:
+            build(next(self.module.parameters()).dtype)
+
+    def expect_tasks(self, n_tasks: int, n_rows: int, steps: int) -> None:
+        """Prepare for adapting to so many tasks: compile if that repays."""
+        if self._layout is None or self.rung != "stacked" or not self._on_cpu:
+            return
+        if self._stacked_seconds(n_tasks, n_rows, steps) >= ADAPTING_SECONDS:
+            self._compile()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return next(self.module.parameters()).device.type == "cpu"
+
+    def _stacked_seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
+        """Rough time of adapting on the stacked rung, from sizes alone."""
+        assert self._layout is not None
         dispatch = 1e-4 * len(self._layout.sizes) * -(-n_tasks // CHUNK)
         arithmetic = 3e-11 * n_tasks * n_rows * self._layout.n_weights
         return (steps + 1) * (dispatch + 3 * arithmetic)
-
-    def prepare(self, seconds: float, repays: float) -> None:
-        """Climb to the compiled rung if so many seconds of work on the stacked one repay it.
-
-        Parameters
-        ----------
-        seconds : float
-        repays : float
-            Seconds from which on compiling is worth while.
-        """
-        covered = self._layout is not None and self.rung == "stacked"
-        on_cpu = next(self.module.parameters()).device.type == "cpu"
-        if covered and on_cpu and seconds >= repays:
-            self._compile()
 
     def _compile(self) -> None:
         if self._layout is None:
@@ -414,6 +449,7 @@ class Engine:
                 "The compiled kernels for multilayer perceptrons cannot be used, so fits take "
                 f"several times as long, with the same results. Reason: {error}."
             )
+            self.tracer.updates_left = self._end - self._update  # the next best
 
     def _linear_rates(self, fast: Params, alpha: float, learned: Params) -> list[Params]:
         if learned:
@@ -498,13 +534,22 @@ class Engine:
             If the memory did not suffice, so that fewer tasks are run at once from now on; or if
             tasks are run one after another because the module cannot be batched.
         """
+        if self._climbs_at is not None and self._update >= self._climbs_at:
+            self._climbs_at = None
+            self._compile()
+        self._update += 1
         if self._kernel is not None and self._kernel.takes(batch.support, batch.query):
             return self._meta_step_native(meta_params, batch, alpha, steps)
         self.module.train()
+        self._traces = self.tracer.begin_update()
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
                 return self._meta_step_loop(meta_params, part, alpha, steps)
+            if self._traces:
+                step = self._meta_step_traced(meta_params, part, alpha, steps)
+                if step is not None:
+                    return step
             if rung == "vmap":
                 return self._meta_step_vmap(meta_params, part, alpha, steps)
             return self._meta_step_stacked(meta_params, part, alpha, steps)
@@ -625,10 +670,12 @@ class Engine:
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
             if batches and (self.pads or query.lengths is None):
                 try:
+                    shared, axis = self._spread(adapted.shared, len(query))
                     return torch.func.vmap(
-                        lambda p, b, x: functional_call(module, {**adapted.shared, **p, **b}, (x,)),
+                        lambda s, p, b, x: functional_call(module, {**s, **p, **b}, (x,)),
+                        in_dims=(axis, 0, 0, 0),
                         randomness="different",
-                    )(adapted.params, adapted.statistics, query.X)
+                    )(shared, adapted.params, adapted.statistics, query.X)
                 except RuntimeError as error:
                     outputs = self._predict_loop(module, adapted, query)
                     self._fall_back(error)  # not before the loop has shown that it works
@@ -873,7 +920,7 @@ class Engine:
     ) -> MetaStep:
         diff = Functorch()
 
-        def one_task(support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
+        def one_task(params: Params, support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
             inner, query_loss, value_and_grad = self._objective(
                 self._call_module,
                 Rows(*support),
@@ -885,16 +932,74 @@ class Engine:
                 batched=False,
             )
             grads, (_, aux) = self.meta_gradient.loss_and_grad(
-                meta_params, inner, query_loss, value_and_grad
+                params, inner, query_loss, value_and_grad
             )
             return grads, aux
 
         sets = [(rows.X, rows.y, rows.weight) for rows in (batch.support, batch.query)]
         in_dims = tuple((0, 0, None if part[2] is None else 0) for part in sets)
+        params, axis = self._spread(meta_params, len(batch))
         grads, (losses, outputs) = torch.func.vmap(
-            one_task, in_dims=in_dims, randomness="different"
-        )(*sets)
+            one_task, in_dims=(axis, *in_dims), randomness="different"
+        )(params, *sets)
         return MetaStep(losses, {n: g.mean(0) for n, g in grads.items()}, outputs)
+
+    def _meta_step_traced(
+        self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
+    ) -> MetaStep | None:
+        """Run the ``vmap`` step as a flat graph; None where it is not traced."""
+        fixed = {**self._frozen, **dict(self.module.named_buffers())}
+        sets = [
+            rows for part in (batch.support, batch.query) for rows in (part.X, part.y, part.weight)
+        ]
+        given = [t for t in sets if t is not None]
+        shape = (
+            alpha,
+            steps,
+            self._attends,
+            *(t if t is None else (t.shape, t.dtype) for t in sets),
+        )
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            values = iter(tensors)
+            params = {name: next(values) for name in meta_params}
+            # frozen parameters and buffers are arguments too: their values differ between fits
+            engine = copy.copy(self)
+            engine._frozen = {name: next(values) for name in fixed}
+            rows: list[Any] = [None if t is None else next(values) for t in sets]
+            episodes = EpisodeBatch(Rows(*rows[:3]), Rows(*rows[3:]))
+            step = engine._meta_step_vmap(params, episodes, alpha, steps)
+            return [step.losses, step.outputs, *(step.grads[name] for name in meta_params)]
+
+        def settings() -> Any:
+            objects = (self.rule, self.meta_gradient)
+            return (
+                *shape, tuple(meta_params), tuple(fixed), self.adapted, self.row_loss,
+                *(settings_key([type(o), vars(o)]) for o in objects),
+                module_key(self.module),
+            )  # fmt: skip
+
+        inputs = [*meta_params.values(), *fixed.values(), *given]
+        try:
+            outputs = self.tracer.run(function, inputs, shape=shape, settings=settings)
+        except Untraceable as error:
+            reason, outputs = error.args
+            warnings.warn(
+                f"The meta-steps of {type(self.module).__name__} cannot be traced, so they run "
+                f"untraced, slower and with the same results. Reason: {reason}",
+                EngineFallbackWarning,
+                stacklevel=2,
+            )
+        if outputs is None:
+            return None
+        losses, output, *grads = outputs
+        return MetaStep(losses, dict(zip(meta_params, grads, strict=True)), output)
+
+    def _spread(self, params: Params, n_tasks: int) -> tuple[Params, int | None]:
+        """Parameters as vmap needs them and their task axis; None where tasks share them."""
+        if not self._per_task:
+            return params, None
+        return {name: p.expand(n_tasks, *p.shape) for name, p in params.items()}, 0
 
     def _call_module(self, params: Params, x: Tensor) -> Tensor:
         with self._second_derivatives():
@@ -932,7 +1037,9 @@ class Engine:
                 batched=True,
             )
 
-        def one_task(rows: Rows, differentiator: Differentiator) -> Params:
+        def one_task(
+            fast: Params, shared: Params, rows: Rows, differentiator: Differentiator
+        ) -> Params:
             return inner(
                 fast,
                 lambda p: loss(self._call_module, rows, {**shared, **p}),
@@ -943,12 +1050,13 @@ class Engine:
         if rung == "vmap":
             sets = (support.X, support.y, support.weight)
             in_dims = (0, 0, None if support.weight is None else 0)
+            (fast, axis), (shared, _) = (self._spread(p, len(support)) for p in (fast, shared))
             return torch.func.vmap(
-                lambda *rows: one_task(Rows(*rows), Functorch()),
-                in_dims=in_dims,
+                lambda fast, shared, *rows: one_task(fast, shared, Rows(*rows), Functorch()),
+                in_dims=(axis, axis, *in_dims),
                 randomness="different",
-            )(*sets)
-        tasks = [one_task(support.task(j), Autograd()) for j in range(len(support))]
+            )(fast, shared, *sets)
+        tasks = [one_task(fast, shared, support.task(j), Autograd()) for j in range(len(support))]
         return {name: torch.stack([task[name] for task in tasks]) for name in fast}
 
     # -- batch norm ------------------------------------------------------------------------------

@@ -534,6 +534,13 @@ class MetaNet(NeuralNet):
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
+        self.engine.expect(
+            self.update_,
+            self.max_iter,
+            n_tasks=X.batch_size,
+            n_rows=self.rows_per_task,
+            steps=self.steps,
+        )
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
         self.notify("on_train_begin", X=X, y=y)
@@ -545,6 +552,8 @@ class MetaNet(NeuralNet):
         except KeyboardInterrupt as error:
             if not _raised_by_callback(error):
                 self._interrupted()
+        finally:
+            self.engine.tracer.finish()
         if self.beta_decay:
             for group in self.optimizer_.param_groups:
                 group["lr"] = group["base_lr"]

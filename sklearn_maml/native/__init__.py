@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.episodes import Rows
 
-__all__ = ["Kernel", "Layout", "NativeUnavailableError", "describe"]
+__all__ = ["Kernel", "Layout", "NativeUnavailableError", "build", "describe"]
 
 Params = dict[str, Tensor]
 
@@ -55,17 +55,26 @@ class _Build:
         self._library: ctypes.CDLL | None = None
         self._failure: str | None = None
 
-    def library(self) -> ctypes.CDLL:
-        """Return the library; waits until it is compiled."""
+    @property
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._library is not None or self._failure is not None
+
+    def attempt(self) -> None:
+        """Compile and load, once."""
         with self._lock:
-            if self._library is None and self._failure is None:
+            if not self.done:
                 try:
                     self._library = self._load()
                 except (NativeUnavailableError, OSError, subprocess.TimeoutExpired) as error:
                     self._failure = str(error)
-            if self._library is None:
-                raise NativeUnavailableError(self._failure)
-            return self._library
+
+    def library(self) -> ctypes.CDLL:
+        """Return the library; waits until it is compiled."""
+        self.attempt()
+        if self._library is None:
+            raise NativeUnavailableError(self._failure)
+        return self._library
 
     def _load(self) -> ctypes.CDLL:
         path = self._path()
@@ -108,6 +117,13 @@ class _Build:
 
 
 _builds = {dtype: _Build(dtype) for dtype in TYPES}
+
+
+def build(dtype: torch.dtype) -> None:
+    """Compile the kernels for a number type in the background, unless that is done."""
+    if not _builds[dtype].done:
+        # not a daemon: a process that ends meanwhile leaves a finished library
+        threading.Thread(target=_builds[dtype].attempt, name="sklearn_maml build").start()
 
 
 def _compiler() -> str:
