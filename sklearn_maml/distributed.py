@@ -212,6 +212,10 @@ class SharedEngine:
         """As `Engine.expect`."""
         self.engine.expect(first_update, n_updates, **sizes)
 
+    def finish(self) -> None:
+        """As `Engine.finish`."""
+        self.engine.finish()
+
     def meta_step(self, meta_params: dict[str, Tensor], batch: Any, **options: Any) -> MetaStep:
         """As `Engine.meta_step`."""
         return self._share(

@@ -338,6 +338,8 @@ class Engine:
         self._layout = self._native_layout() if stackable else None
         self._kernel: Kernel | None = None
         self._rates: tuple[float, list[Params]] | None = None
+        # the meta-parameters of the last compiled step, sorted: mostly the same ones come again
+        self._parts: tuple[list[int], Params, Params, Params, Params] | None = None
         self._update = self._end = 0
         self._climbs_at: int | None = None
         self.tracer = Tracer(*(0, 1) if rung == "traced" else ())
@@ -364,7 +366,7 @@ class Engine:
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forward": None, "_kernel": None, "_rates": None}
+        return {**self.__dict__, "_forward": None, "_kernel": None, "_rates": None, "_parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -418,6 +420,10 @@ class Engine:
         if self._end > self._climbs_at:
             build(next(self.module.parameters()).dtype)
 
+    def finish(self) -> None:
+        """Give up what is prepared in the background: no more meta-steps come."""
+        self.tracer.finish()
+
     def expect_tasks(self, n_tasks: int, n_rows: int, steps: int) -> None:
         """Prepare for adapting to so many tasks: compile if that repays."""
         if self._layout is None or self.rung != "stacked" or not self._on_cpu:
@@ -467,10 +473,13 @@ class Engine:
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
     ) -> MetaStep:
         assert self._kernel is not None
-        params, learned = self._split(meta_params)
-        fast, shared = self._partition(params)
+        these = [*map(id, meta_params.values())]
+        if self._parts is None or self._parts[0] != these:
+            params, learned = self._split(meta_params)
+            self._parts = (these, params, learned, *self._partition(params))
+        _, params, learned, fast, shared = self._parts
         leaves = {name: r.detach().requires_grad_() for name, r in learned.items()}
-        with torch.enable_grad():
+        with torch.enable_grad() if leaves else contextlib.nullcontext():
             rates = self._linear_rates(fast, alpha, leaves)
         losses, outputs, flat, by_rates = self._kernel.meta_step(
             {**shared, **fast},

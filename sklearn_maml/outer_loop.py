@@ -553,7 +553,7 @@ class MetaNet(NeuralNet):
             if not _raised_by_callback(error):
                 self._interrupted()
         finally:
-            self.engine.tracer.finish()
+            self.engine.finish()
         if self.beta_decay:
             for group in self.optimizer_.param_groups:
                 group["lr"] = group["base_lr"]
