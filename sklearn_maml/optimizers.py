@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-__all__ = ["FlatStep", "can_fuse", "has_fused_kernel", "step_fused"]
+__all__ = ["FlatStep", "can_fuse", "has_fused_kernel", "step_fused", "without_compiler"]
 
 # most parameters of a network that are laid end to end: a larger one gains nothing
 FLAT_LIMIT = 2**18
 
+# where torch keeps what it made of a method that its compiler is to leave alone
+_EXEMPT = "__dynamo_disable"
 _KINDS = (torch.optim.Adam, torch.optim.AdamW)
 # settings with which torch's own code has to run
 _OTHER_CODE = ("foreach", "capturable", "differentiable")
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Make and load optimisers without an import of torch's compiler, which takes a second.
+
+    torch keeps its compiler out of some methods of optimisers by a wrapper that imports it. Where
+    nobody has, there is nothing to keep out.
+    """
+    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+    methods = [getattr(torch.optim.Optimizer, name, None) for name in names]
+    wrapped = [getattr(method, "__wrapped__", None) for method in methods]
+    untouched = [f for f in wrapped if f is not None and not hasattr(f, _EXEMPT)]
+    if "torch._dynamo" in sys.modules:
+        untouched = []
+    for function in untouched:
+        setattr(function, _EXEMPT, function)
+    try:
+        yield
+    finally:
+        for function in untouched:
+            delattr(function, _EXEMPT)
 
 
 def can_fuse(
@@ -36,6 +62,7 @@ def has_fused_kernel(optimizer: torch.optim.Optimizer) -> bool:
     groups = optimizer.param_groups
     return (
         type(optimizer) in _KINDS
+        and hasattr(optimizer, "_init_group")
         and all(group["fused"] and not any(group.get(k) for k in _OTHER_CODE) for group in groups)
         and {p.device.type for group in groups for p in group["params"]} == {"cpu"}
         and len({p.dtype for group in groups for p in group["params"]}) == 1
@@ -65,8 +92,8 @@ def step_fused(optimizer: Any) -> None:
     state = optimizer.state
     moving = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
     if not all(state[p] for params in moving for p in params):
-        optimizer.step()  # makes the state
-        return
+        for group in optimizer.param_groups:
+            optimizer._init_group(group, [], [], [], [], [], [])  # makes the state
     with torch.no_grad():
         for group, params in zip(optimizer.param_groups, moving, strict=True):
             if not params:

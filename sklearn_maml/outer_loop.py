@@ -26,7 +26,7 @@ from sklearn_maml.exceptions import (
     MetaTrainingError,
     NonFiniteStepWarning,
 )
-from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused
+from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
@@ -314,7 +314,8 @@ class MetaNet(NeuralNet):
 
     def initialize(self) -> MetaNet:
         """Initialise module, optimiser, callbacks and the counters of the run."""
-        super().initialize()
+        with without_compiler():
+            super().initialize()
         self.update_ = 0
         self.non_finite_ = 0
         self._prepared: _Prepared | None = None
@@ -331,7 +332,8 @@ class MetaNet(NeuralNet):
                 {name: value for name, value in group.items() if name != "params"}
                 for group in self.optimizer_.param_groups
             ]
-            self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
+            with without_compiler():
+                self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
             for group, own in zip(self.optimizer_.param_groups, settings, strict=True):
                 group.update(own)  # rates and the like are those of now
 

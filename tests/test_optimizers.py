@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -15,7 +17,13 @@ from torch import nn
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import Engine
-from sklearn_maml.optimizers import FlatStep, can_fuse, has_fused_kernel, step_fused
+from sklearn_maml.optimizers import (
+    FlatStep,
+    can_fuse,
+    has_fused_kernel,
+    step_fused,
+    without_compiler,
+)
 
 SHAPES = [(5, 3), (5,), (2, 5), (1,)]
 OPTIONS = [
@@ -292,3 +300,31 @@ def test_the_parameters_of_a_fitted_estimator_have_memory_of_their_own():
         assert sum(s["exp_avg"].untyped_storage().nbytes() for s in states) == 8 * sum(
             p.numel() for p in parameters
         )
+
+
+FIT = """
+import sys
+import numpy as np
+import sklearn_maml
+assert "skorch" not in sys.modules, "skorch is imported too early"
+X = np.random.default_rng(0).normal(size=(10, 8, 2))
+reg = sklearn_maml.MAMLRegressor(max_iter=60, hidden_layer_sizes=(4,), steps=1, warm_start=True)
+reg.fit(X, X.sum(-1)).set_params(max_iter=10).fit(X, X.sum(-1))
+assert "torch._dynamo" not in sys.modules, "a fit has imported torch's compiler"
+import torch
+torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+assert "torch._dynamo" in sys.modules, "torch does not behave as without_compiler expects"
+"""
+
+
+def test_a_fit_does_not_import_torchs_compiler():
+    # an import of a second; in a process of its own, since others may have imported it here
+    subprocess.run([sys.executable, "-W", "error", "-c", FIT], check=True)
+
+
+def test_methods_of_optimisers_are_put_back_as_they_were():
+    method = torch.optim.Optimizer.add_param_group.__wrapped__
+    before = dict(vars(method))
+    with without_compiler():
+        torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    assert vars(method) == before
