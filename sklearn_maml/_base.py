@@ -167,6 +167,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "normalize_y": ["boolean"],
         "checkpoint_steps": ["boolean"],
         "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "precision": [StrOptions({"full", "tf32", "bf16"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -711,6 +712,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             rung=rung,
             checkpoint_steps=bool(self.checkpoint_steps),
             max_tasks_in_memory=self.max_tasks_in_memory,
+            precision=self.precision,
         )
 
     def _chunk(self, engine: Engine) -> int:

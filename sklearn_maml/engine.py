@@ -25,7 +25,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -306,6 +306,8 @@ class Engine:
     max_tasks_in_memory : int or None
         Largest number of tasks that `meta_step` and `evaluate` run at once; the compiled kernels
         run one at a time (and thread) anyway.
+    precision : {"full", "tf32", "bf16"}
+        Numbers of the layers' matrix products.
 
     Attributes
     ----------
@@ -324,6 +326,7 @@ class Engine:
         rung: str = "auto",
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
+        precision: str = "full",
     ) -> None:
         self.module = private_copy(module)
         self.row_loss = row_loss
@@ -333,9 +336,12 @@ class Engine:
         self.pads = is_row_wise(module)
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.precision = precision
         self.fallback_reason: str | None = None
-        stackable = _is_stackable(module)
-        self._layout = self._native_layout() if stackable else None
+        rounds = precision == "bf16"
+        # the layers written out for convolutions choose their own kernels
+        stackable = _is_stackable(module) and not (rounds and is_conv_net(self.module))
+        self._layout = self._native_layout() if stackable and not rounds else None
         self._kernel: Kernel | None = None
         self._rates: tuple[float, list[Params]] | None = None
         # the meta-parameters of the last compiled step, sorted: mostly the same ones come again
@@ -349,7 +355,7 @@ class Engine:
             self.rung = "stacked" if stackable else "vmap"
         self._convolves = self.rung == "stacked" and is_conv_net(self.module)
         if self.rung == "stacked":
-            self._forward = _stacked_forward(self.module)
+            self._forward = self._rounded(_stacked_forward(self.module))
         if rung == "native":
             self._compile()
         # frozen parameters need not be among the meta-parameters
@@ -371,7 +377,7 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.rung in ("stacked", "native"):
-            self._forward = _stacked_forward(self.module)
+            self._forward = self._rounded(_stacked_forward(self.module))
         if self.rung == "native":
             self.rung = "stacked"
             self._compile()
@@ -514,8 +520,11 @@ class Engine:
     def threads(self, n_rows: int) -> Any:
         """Context that limits torch to one thread if passes over `n_rows` rows are small.
 
-        The limit holds for the calling thread alone.
+        The limit holds for the calling thread alone. On CUDA, the context sets the precision
+        "tf32", which holds for the process.
         """
+        if self.precision == "tf32" and not self._on_cpu:
+            return _tf32()
         spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
         work = n_rows * sum(p.numel() for p in self.module.parameters())
         if spatial or work > SMALL_WORK or next(self.module.parameters()).device.type != "cpu":
@@ -681,7 +690,7 @@ class Engine:
                 try:
                     shared, axis = self._spread(adapted.shared, len(query))
                     return torch.func.vmap(
-                        lambda s, p, b, x: functional_call(module, {**s, **p, **b}, (x,)),
+                        lambda s, p, b, x: self._run_module(module, {**s, **p, **b}, x),
                         in_dims=(axis, 0, 0, 0),
                         randomness="different",
                     )(shared, adapted.params, adapted.statistics, query.X)
@@ -696,7 +705,7 @@ class Engine:
         outputs = []
         for j in range(len(query)):
             params, statistics = adapted.task(j)
-            out = functional_call(module, {**params, **statistics}, (query.task(j).X,))
+            out = self._run_module(module, {**params, **statistics}, query.task(j).X)
             outputs.append(
                 functional.pad(out.movedim(0, -1), (0, width - out.shape[0])).movedim(-1, 0)
             )
@@ -966,6 +975,7 @@ class Engine:
             alpha,
             steps,
             self._attends,
+            self.precision,
             *(t if t is None else (t.shape, t.dtype) for t in sets),
         )
 
@@ -1012,7 +1022,24 @@ class Engine:
 
     def _call_module(self, params: Params, x: Tensor) -> Tensor:
         with self._second_derivatives():
-            return functional_call(self.module, params, (x,))
+            return self._run_module(self.module, params, x)
+
+    def _run_module(self, module: nn.Module, params: Params, x: Tensor) -> Tensor:
+        return self._rounded(lambda params, x: functional_call(module, params, (x,)))(params, x)
+
+    def _rounded(
+        self, forward: Callable[[Params, Tensor], Tensor]
+    ) -> Callable[[Params, Tensor], Tensor]:
+        """Forward pass with its matrix products in bfloat16, if that is the precision."""
+        if self.precision != "bf16":
+            return forward
+
+        def rounded(params: Params, x: Tensor) -> Tensor:
+            # no cache of rounded parameters: it would outlive the transforms of torch.func
+            with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+                return forward(params, x).to(x.dtype)
+
+        return rounded
 
     def _second_derivatives(self) -> Any:
         """Context in which attention runs on its one kernel that has a second derivative."""
@@ -1122,6 +1149,18 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, EngineFallbackWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @functools.cache

@@ -95,6 +95,10 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
         meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
         at once, and in smaller chunks (with a warning) after it ran out of memory.
+    precision : {"full", "tf32", "bf16"}, default="full"
+        Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
+        float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
+        keeps parameters, losses and inner steps in those of X. float64 is never rounded.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -213,6 +217,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         optimizer: Any = "adam",
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
+        precision: str = "full",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -244,6 +249,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.optimizer = optimizer
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.precision = precision
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -413,6 +419,10 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
         meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
         at once, and in smaller chunks (with a warning) after it ran out of memory.
+    precision : {"full", "tf32", "bf16"}, default="full"
+        Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
+        float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
+        keeps parameters, losses and inner steps in those of X. float64 is never rounded.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -534,6 +544,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         optimizer: Any = "adam",
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
+        precision: str = "full",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -565,6 +576,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.optimizer = optimizer
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
+        self.precision = precision
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column

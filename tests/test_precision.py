@@ -1,0 +1,128 @@
+"""The option `precision`: layers in rounded numbers, everything else in those of X."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_maml import MAMLRegressor
+from sklearn_maml.datasets import make_sinusoid_tasks
+from sklearn_maml.engine import Engine
+
+X, Y, G = make_sinusoid_tasks(n_tasks=12, n_rows=20, random_state=0)
+X32, Y32 = X.astype(np.float32), Y.astype(np.float32)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(h))
+
+
+MODULES = {
+    "stacked": None,
+    "vmap": Residual,
+    "convolutions": nn.Sequential(
+        nn.Unflatten(1, (1, 1, 1)), nn.Conv2d(1, 8, 1), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1)
+    ),
+}
+
+
+def fitted(X, y, **changed):
+    settings = {"hidden_layer_sizes": (16,), "steps": 2, "max_iter": 3, "random_state": 0}
+    reg = MAMLRegressor(**{**settings, "early_stopping": False, "beta": 0.01, **changed})
+    return reg.fit(X, y, groups=G)
+
+
+def gradient_of(reg, precision):
+    """Parameters after one meta-update of plain descent."""
+    changed = {"optimizer": "sgd", "beta_decay": 0.0, "max_iter": 1}
+    reg.set_params(precision=precision, **changed).fit(X32, Y32, groups=G)
+    return torch.cat([p.detach().flatten() for p in reg.module_.parameters()])
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_bf16_rounds_the_layers_and_keeps_the_type_of_the_data(module):
+    full = fitted(X32, Y32, module=module)
+    rounded = fitted(X32, Y32, module=module, precision="bf16")
+    assert all(p.dtype == torch.float32 for p in rounded.module_.parameters())
+    exact, near = (reg.adapt(X32[:10], Y32[:10]).predict(X32[10:20]) for reg in (full, rounded))
+    assert near.dtype == np.float32
+    difference = np.abs(near - exact).max() / np.abs(exact).max()
+    assert 0 < difference < 0.1  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_the_meta_gradient_in_bf16_is_near_the_exact_one(module):
+    reg = MAMLRegressor(
+        module=module, hidden_layer_sizes=(16,), steps=2, early_stopping=False, random_state=0
+    )
+    start, exact, near = (
+        gradient_of(reg.set_params(beta=beta), precision)
+        for beta, precision in ((1e-12, "full"), (1.0, "full"), (1.0, "bf16"))
+    )
+    error = (near - exact).norm() / (exact - start).norm()
+    assert 0 < error < 0.05
+
+
+def test_float64_is_never_rounded():
+    full, rounded = fitted(X, Y), fitted(X, Y, precision="bf16")
+    for a, b in zip(full.module_.parameters(), rounded.module_.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_tf32_changes_nothing_on_the_cpu():
+    full, rounded = fitted(X32, Y32), fitted(X32, Y32, precision="tf32")
+    for a, b in zip(full.module_.parameters(), rounded.module_.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision"):
+        fitted(X32, Y32, precision="half")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tf32_holds_for_the_fit_alone():
+    seen = []
+    original = Engine.meta_step
+
+    def spy(self, *args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "meta_step", spy)
+        fitted(X32, Y32, precision="tf32", device="cuda")
+    assert set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_are_captured_as_cuda_graphs(monkeypatch):
+    from sklearn_maml import traced
+
+    made = []
+    original = traced.CudaGraph.__init__
+
+    def spy(self, *args):
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(traced.CudaGraph, "__init__", spy)
+    long = {"max_iter": 1100, "n_shots": 5, "n_queries": 5, "device": "cuda"}
+    reg = fitted(X32, Y32, **long)
+    assert made
+    # the same fit without a record
+    monkeypatch.setattr(traced.Tracer.__init__, "__defaults__", (10**9, 3, 10**9, 1))
+    plain = fitted(X32, Y32, **long)
+    for a, b in zip(reg.module_.parameters(), plain.module_.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)
