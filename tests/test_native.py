@@ -1,0 +1,654 @@
+"""The compiled kernels give the numbers of the plain loop, or the engine does without them."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import os
+import pickle
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from test_engine import Tied, meta_params_of
+from torch import nn
+
+from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, engine, native
+from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.exceptions import EngineFallbackWarning
+from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
+from sklearn_maml.modules import adapted_names
+from sklearn_maml.update_rules import SGD, MetaSGD
+
+
+def has_compiler():
+    try:
+        native._compiler()
+    except native.NativeUnavailableError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+
+# of float64; float32 differs by rounding, which curvature amplifies
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+# --- helpers
+
+
+def mlp(sizes, activation=nn.Tanh, *, bias=True, dtype=torch.float64, seed=0):
+    """Build a perceptron whose biases are not small."""
+    layers = []
+    for n_inputs, n_outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(n_inputs, n_outputs, bias=bias), activation()]
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Sequential(*layers[:-1]).to(dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(draw / (p.shape[1] ** 0.5 if p.ndim == 2 else 2))
+    return module
+
+
+def make_rows(rng, n_tasks, width, sizes, classes, dtype, *, ragged=False, weighted=False):
+    X = torch.as_tensor(rng.normal(size=(n_tasks, width, sizes[0]))).to(dtype)
+    if classes:
+        y = torch.as_tensor(rng.integers(0, sizes[-1], (n_tasks, width)))
+    else:
+        y = torch.as_tensor(rng.normal(size=(n_tasks, width, sizes[-1]))).to(dtype)
+    if not ragged and not weighted:
+        return Rows(X, y)
+    lengths = np.full(n_tasks, width)
+    if ragged:
+        lengths = rng.integers(1, width + 1, n_tasks)
+        lengths[-1] = width
+    weight = rng.uniform(0.5, 2, (n_tasks, width)) if weighted else np.ones((n_tasks, width))
+    weight = weight * (np.arange(width) < lengths[:, None])
+    weight = torch.as_tensor(weight / weight.sum(1, keepdims=True)).to(dtype)
+    return Rows(X, y, weight, lengths if ragged else None)
+
+
+def make_batch(sizes, n_tasks=5, *, classes=False, dtype=torch.float64, widths=(7, 9), **options):
+    rng = np.random.default_rng(0)
+    return EpisodeBatch(
+        *(make_rows(rng, n_tasks, w, sizes, classes, dtype, **options) for w in widths)
+    )
+
+
+def make_engine(module, rung, *, classes=False, order=2, rule=None, adapted="all", **options):
+    return Engine(
+        module,
+        row_loss=cross_entropy_rows if classes else squared_error_rows,
+        rule=rule or SGD(),
+        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
+        adapted=adapted_names(module, adapted),
+        rung=rung,
+        **options,
+    )
+
+
+def meta_params(runner, module):
+    """Parameters of the module and of the rule, with rates away from those they start with."""
+    params = meta_params_of(module)
+    fast = {n: p.detach() for n, p in module.named_parameters() if n in runner.adapted}
+    generator = torch.Generator().manual_seed(1)
+    for name, r in runner.rule.initial_rates(fast).items():
+        drawn = torch.randn(r.shape, generator=generator, dtype=r.dtype)
+        params[f"rule.{rate_key(name)}"] = 0.3 * drawn
+    return params
+
+
+def everything(module, batch, rung, *, alpha=0.2, steps=3, **options):
+    """Run the three entry points."""
+    runner = make_engine(module, rung, **options)
+    assert runner.rung == rung
+    params = meta_params(runner, module)
+    step = runner.meta_step(params, batch, alpha=alpha, steps=steps)
+    adapted = runner.adapt(params, batch.support, alpha=alpha, steps=steps)
+    predicted = runner.predict(adapted, batch.query)
+    return {
+        "losses": step.losses,
+        "outputs": batch.query.real(step.outputs),
+        "adapted": adapted.params,
+        "predicted": batch.query.real(predicted),
+        "grads": step.grads,
+    }
+
+
+def assert_same(got, expected, tolerance, where=""):
+    """Compare tensors by norm."""
+    if isinstance(expected, dict):
+        assert sorted(got) == sorted(expected), where
+        for name, value in expected.items():
+            assert_same(got[name], value, tolerance, f"{where} {name}")
+        return
+    assert got.shape == expected.shape, where
+    assert got.dtype == expected.dtype, where
+    assert torch.isfinite(expected).all(), where
+    error = torch.linalg.vector_norm(got - expected)
+    # of very small gradients, the rounding of what they are sums of counts
+    scale = torch.linalg.vector_norm(expected) + 1e-3 * expected.numel() ** 0.5
+    assert float(error / scale) <= tolerance, where
+
+
+def assert_equals_loop(module, batch, **options):
+    tolerance = TOLERANCES[batch.query.X.dtype]
+    got, expected = (everything(module, batch, rung, **options) for rung in ("native", "loop"))
+    assert_same(got, expected, tolerance)
+
+
+def assert_bits(got, expected):
+    if isinstance(expected, dict):
+        assert sorted(got) == sorted(expected)
+        for name, value in expected.items():
+            assert_bits(got[name], value)
+        return
+    assert torch.equal(got, expected)
+
+
+# --- equal to the loop
+
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "Tanh": nn.Tanh,
+    "Sigmoid": nn.Sigmoid,
+    "ELU": lambda: nn.ELU(0.7),
+    "SELU": nn.SELU,
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "Softplus": nn.Softplus,
+    "Softsign": nn.Softsign,
+}
+
+
+def test_every_activation_of_the_kernels_is_tested():
+    assert {build().__class__ for build in ACTIVATIONS.values()} == set(native._ACTIVATIONS)
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["squared error", "cross-entropy"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, dtype, classes):
+    sizes = (3, 17, 5, 4)
+    module = mlp(sizes, ACTIVATIONS[name], dtype=dtype)
+    batch = make_batch(sizes, classes=classes, dtype=dtype, ragged=True)
+    assert_equals_loop(module, batch, classes=classes)
+
+
+def test_an_activation_after_the_last_layer():
+    for activation in ACTIVATIONS.values():
+        module = mlp((3, 5, 2))
+        module.append(activation())
+        assert_equals_loop(module, make_batch((3, 5, 2)))
+
+
+def test_large_inputs_of_activations():
+    """Where exponentials overflow, and softplus is linear."""
+    for name, activation in ACTIVATIONS.items():
+        module = mlp((3, 6, 2), activation)
+        batch = make_batch((3, 6, 2))
+        for rows in (batch.support, batch.query):
+            rows.X.mul_(300.0)
+        got, expected = (
+            everything(module, batch, rung, steps=1, alpha=1e-7) for rung in ("native", "loop")
+        )
+        assert_same(got, expected, 1e-9, name)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1),
+        (5, 1),
+        (3, 64),
+        (1, 40, 40, 1),
+        (3, 1, 3),
+        (16, 16, 16),
+        (17, 3, 100, 2),
+        (100, 33, 16, 5),
+        (2, 130, 7),
+        (20, 9, 31, 8, 3),
+    ],
+    ids=str,
+)
+def test_depths_and_widths(sizes, dtype, bias):
+    module = mlp(sizes, bias=bias, dtype=dtype)
+    batch = make_batch(sizes, 3, dtype=dtype, widths=(5, 11))
+    assert_equals_loop(module, batch, steps=2, alpha=0.05)
+
+
+def test_some_layers_without_bias_and_without_activation():
+    module = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 6, bias=False), nn.Identity()),
+        nn.Linear(6, 5),
+        nn.SiLU(),
+        nn.Linear(5, 2, bias=False),
+    ).double()
+    assert_equals_loop(module, make_batch((3, 2)))
+    assert_equals_loop(nn.Linear(3, 2).double(), make_batch((3, 2)))
+
+
+OPTIONS = {
+    "no steps": {"steps": 0},
+    "one step": {"steps": 1},
+    "five steps": {"steps": 5},
+    "first order": {"order": 1},
+    "head": {"adapted": "head"},
+    "body": {"adapted": "body"},
+    "head, first order": {"adapted": "head", "order": 1},
+    "rates of weights": {"rule": MetaSGD()},
+    "rates of tensors": {"rule": MetaSGD(per="tensor")},
+    "rates, first order": {"rule": MetaSGD(), "order": 1},
+    "rates, head": {"rule": MetaSGD(), "adapted": "head"},
+    "rates, no steps": {"rule": MetaSGD(), "steps": 0},
+    "recomputed": {"checkpoint_steps": True, "steps": 4},
+    "recomputed, rates": {"checkpoint_steps": True, "rule": MetaSGD(per="tensor")},
+    "recomputed, first order": {"checkpoint_steps": True, "order": 1},
+}
+ROWS = {
+    "equal": {},
+    "ragged": {"ragged": True},
+    "weighted": {"weighted": True},
+    "both": {"ragged": True, "weighted": True},
+}
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["squared error", "cross-entropy"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, rows, classes):
+    sizes = (3, 10, 6, 3)
+    batch = make_batch(sizes, classes=classes, **ROWS[rows])
+    assert_equals_loop(mlp(sizes), batch, classes=classes, **OPTIONS[options])
+
+
+def test_options_in_float32():
+    sizes = (3, 10, 6, 3)
+    batch = make_batch(sizes, dtype=torch.float32, ragged=True)
+    for options in OPTIONS.values():
+        assert_equals_loop(mlp(sizes, dtype=torch.float32), batch, **options)
+
+
+def test_frozen_parameters():
+    module = mlp((3, 8, 5, 2))
+    module[0].weight.requires_grad_(False)
+    module[4].bias.requires_grad_(False)
+    batch = make_batch((3, 2), ragged=True)
+    assert_equals_loop(module, batch)
+    assert_equals_loop(module, batch, order=1, rule=MetaSGD())
+    got = everything(module, batch, "native")
+    assert set(got["grads"]) == set(meta_params_of(module))
+
+
+@pytest.mark.parametrize("n_tasks", [1, 7, 8, 9, 25, 300])
+def test_sums_over_blocks_of_tasks(n_tasks):
+    batch = make_batch((3, 6, 2), n_tasks, ragged=n_tasks > 1)
+    assert_equals_loop(mlp((3, 6, 2)), batch, rule=MetaSGD(), steps=2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_threads_change_no_bit(dtype, monkeypatch):
+    sizes, module = (3, 17, 2), mlp((3, 17, 2), dtype=dtype)
+    batch = make_batch(sizes, 70, dtype=dtype, ragged=True)
+    monkeypatch.setattr(native, "PARALLEL_WORK", 0)
+    results = []
+    for n_threads in (1, 2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        results.append(everything(module, batch, "native", rule=MetaSGD()))
+    for result in results[1:]:
+        assert_bits(result, results[0])
+
+
+def test_arrays_that_do_not_lie_in_order_in_memory():
+    def scatter(tensor):
+        wide = tensor.new_full((*tensor.shape, 2), -7)
+        wide[..., 0] = tensor
+        return wide[..., 0]
+
+    module, batch = mlp((3, 8, 2)), make_batch((3, 2), ragged=True)
+    expected = everything(module, batch, "native", rule=MetaSGD())
+    for p in module.parameters():
+        p.data = scatter(p.data)
+    scattered = [
+        Rows(
+            scatter(rows.X), scatter(rows.y), scatter(rows.weight), np.repeat(rows.lengths, 2)[::2]
+        )
+        for rows in (batch.support, batch.query)
+    ]
+    batch = EpisodeBatch(*scattered)
+    assert not batch.support.X.is_contiguous()
+    assert_bits(everything(module, batch, "native", rule=MetaSGD()), expected)
+
+
+def test_padding_may_hold_anything():
+    sizes = (3, 6, 2)
+    for classes in (False, True):
+        batch = make_batch(sizes, classes=classes, ragged=True)
+        expected = everything(mlp(sizes), batch, "native", classes=classes)
+        for rows in (batch.support, batch.query):
+            padding = np.arange(rows.X.shape[1]) >= rows.lengths[:, None]
+            rows.X[torch.as_tensor(padding)] = np.nan
+            rows.y[torch.as_tensor(padding)] = 10**9
+        assert_bits(everything(mlp(sizes), batch, "native", classes=classes), expected)
+
+
+def test_tasks_do_not_depend_on_their_batch():
+    sizes = (3, 17, 4)
+    batch = make_batch(sizes, 20, classes=True)
+    whole = everything(mlp(sizes), batch, "native", classes=True)
+    which = np.array([13])
+    alone = EpisodeBatch(batch.support.take(which), batch.query.take(which))
+    single = everything(mlp(sizes), alone, "native", classes=True)
+    assert torch.equal(single["losses"][0], whole["losses"][13])
+    for name, p in single["adapted"].items():
+        assert torch.equal(p[0], whole["adapted"][name][13])
+
+
+def test_predictions_of_many_rows():
+    sizes = (3, 17, 2)
+    module, batch = mlp(sizes), make_batch(sizes, 2, widths=(5, 300), ragged=True)
+    assert_equals_loop(module, batch)
+
+
+# --- numbers that are not finite, or not valid
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["support", "query"])
+@pytest.mark.parametrize("sizes", [(3, 6, 2), (20, 20, 2), (9, 2)], ids=str)
+def test_inputs_that_are_not_finite_have_losses_as_in_the_loop(sizes, where, value):
+    for activation in (nn.ReLU, nn.Tanh):
+        batch = make_batch(sizes, 4, widths=(4, 4))
+        getattr(batch, where).X[1, 2, 0] = value
+        module = mlp(sizes, activation)
+        losses, finite = [], []
+        for rung in ("native", "loop"):
+            runner = make_engine(module, rung)
+            step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+            losses.append(step.losses)
+            finite.append({name: bool(g.isfinite().all()) for name, g in step.grads.items()})
+        assert torch.equal(losses[0].isfinite(), losses[1].isfinite())
+        assert_same(losses[0][[0, 2, 3]], losses[1][[0, 2, 3]], 1e-11)
+        assert finite[0] == finite[1]
+
+
+def test_inner_steps_that_diverge_do_so_in_the_loop_too():
+    module, batch = mlp((3, 6, 2), nn.ReLU), make_batch((3, 6, 2), 4)
+    batch.support.X[1] *= 1e60
+    got = []
+    for rung in ("native", "loop"):
+        runner = make_engine(module, rung)
+        adapted = runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=4)
+        got.append([bool(torch.isfinite(p[j]).all()) for p in adapted.params.values()
+                    for j in range(4)])
+    assert got[0] == got[1]
+    assert not all(got[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_cross_entropy_of_huge_logits(dtype):
+    sizes = (3, 5)
+    module = mlp(sizes, dtype=dtype)
+    batch = make_batch(sizes, classes=True, dtype=dtype)
+    with torch.no_grad():
+        module[0].weight.mul_(1e4)
+    got, expected = (
+        everything(module, batch, rung, classes=True, steps=1, alpha=1e-3)
+        for rung in ("native", "loop")
+    )
+    assert float(expected["losses"].min()) > 100
+    assert_same(got, expected, TOLERANCES[dtype])
+
+
+def test_labels_of_no_class_give_nan():
+    sizes = (3, 6, 4)
+    module = mlp(sizes)
+    for where, label in itertools.product(("support", "query"), (-1, 4, 2**62, -(2**63))):
+        batch = make_batch(sizes, 9, classes=True)
+        getattr(batch, where).y[3, 1] = label
+        runner = make_engine(module, "native", classes=True)
+        step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        others = [j for j in range(9) if j != 3]
+        assert step.losses[3].isnan()
+        assert step.losses[others].isfinite().all()
+        assert all(g.isnan().any() for g in step.grads.values())
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("rule", [SGD(), MetaSGD()], ids=["SGD", "MetaSGD"])
+def test_the_meta_gradient_is_that_of_finite_differences(rule):
+    sizes = (3, 5, 3)
+    module, batch = mlp(sizes), make_batch(sizes, classes=True, weighted=True)
+    runner = make_engine(module, "native", classes=True, rule=rule)
+    params = meta_params(runner, module)
+    grads = runner.meta_step(params, batch, alpha=0.4, steps=3).grads
+
+    def loss(shift):
+        shifted = {name: p + shift * direction[name] for name, p in params.items()}
+        return runner.meta_step(shifted, batch, alpha=0.4, steps=3).losses.mean()
+
+    generator = torch.Generator().manual_seed(2)
+    for only in (None, *params):
+        direction = {
+            name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            * (only in (None, name))
+            for name, p in params.items()
+        }
+        slope = sum((grads[name] * d).sum() for name, d in direction.items())
+        h = 1e-5
+        assert float((loss(h) - loss(-h)) / (2 * h)) == pytest.approx(float(slope), rel=1e-6)
+
+    first = make_engine(module, "native", classes=True, rule=rule, order=1)
+    other = first.meta_step(params, batch, alpha=0.4, steps=3).grads
+    name = "module.0.weight"
+    assert float((other[name] - grads[name]).norm() / grads[name].norm()) > 0.01
+
+
+# --- what is not covered
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(SGD):
+    def step(self, k, params, grads, **options):
+        return super().step(k, params, {n: g / 2 for n, g in grads.items()}, **options)
+
+
+class OtherGradient(SecondOrder):
+    pass
+
+
+def hooked():
+    module = mlp((3, 4, 2))
+    module[0].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    return module
+
+
+def mixed():
+    module = mlp((3, 4, 2))
+    module[2].float()
+    return module
+
+
+UNCOVERED = {
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Linear(4, 2)),
+    "layer norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
+    "tied weights": Tied,
+    "hooks": hooked,
+    "GELU of tanh": lambda: mlp((3, 4, 2), lambda: nn.GELU(approximate="tanh")),
+    "negative slope": lambda: mlp((3, 4, 2), lambda: nn.LeakyReLU(-0.1)),
+    "negative ELU": lambda: mlp((3, 4, 2), lambda: nn.ELU(-0.5)),
+    "other softplus": lambda: mlp((3, 4, 2), lambda: nn.Softplus(beta=2)),
+    "other activation": lambda: mlp((3, 4, 2), nn.Mish),
+    "activation first": lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 2)),
+    "two activations": lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Sigmoid()),
+    "a class of one's own": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Renamed(4, 2)),
+    "very deep": lambda: mlp([3] * 33 + [2]),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_modules_that_are_not_covered_run_elsewhere(name):
+    module, batch = UNCOVERED[name]().double(), make_batch((3, 2))
+    runner = make_engine(module, "auto")
+    assert runner._layout is None
+    runner.expect(0, 10**6, n_tasks=5, n_rows=16, steps=2)
+    params = meta_params_of(module)
+    got, expected = (
+        r.meta_step(params, batch, alpha=0.1, steps=2)
+        for r in (runner, make_engine(module, "loop"))
+    )
+    assert runner._kernel is None
+    assert_same(got.grads, expected.grads, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": Halved()}, {"rule": SGD(max_grad_norm=0.1)}, {"rule": MetaSGD(max_grad_norm=0.1)}],
+    ids=["a step of one's own", "clipped", "clipped rates"],
+)
+def test_rules_that_are_not_covered_run_elsewhere(options):
+    module, batch = mlp((3, 4, 2)), make_batch((3, 2))
+    runner = make_engine(module, "auto", **options)
+    assert runner._layout is None
+    got, expected = (
+        r.meta_step(meta_params(r, module), batch, alpha=0.5, steps=2)
+        for r in (runner, make_engine(module, "loop", **options))
+    )
+    assert_same(got.grads, expected.grads, 1e-11)
+    with pytest.raises(ValueError, match="do not cover"):
+        make_engine(module, "native", **options)
+
+
+def test_losses_gradients_and_types_that_are_not_covered():
+    def engine_of(module, **options):
+        given = {
+            "row_loss": squared_error_rows,
+            "rule": SGD(),
+            "meta_gradient": SecondOrder(),
+            "adapted": adapted_names(module, "all"),
+        }
+        return Engine(module, **(given | options))
+
+    module = mlp((3, 4, 2))
+    assert engine_of(module)._layout is not None
+    assert engine_of(module, meta_gradient=OtherGradient())._layout is None
+    assert engine_of(module, row_loss=lambda o, y: (o - y).abs().mean(-1))._layout is None
+    assert engine_of(module.half())._layout is None
+    assert native.describe(mixed()) is None
+
+
+def test_layers_that_do_not_fit_are_left_to_torch():
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(4, 2))
+    assert native.describe(module) is None
+    module = mlp((3, 5, 2))
+    module[0].weight = nn.Parameter(torch.zeros(5, 2).double())
+    assert native.describe(module) is None
+    module = mlp((3, 5, 2))
+    module[0].bias = nn.Parameter(torch.zeros(1).double())
+    assert native.describe(module) is None
+
+
+def test_rows_that_are_not_covered_run_elsewhere():
+    module = mlp((3, 4, 2))
+    runner = make_engine(module, "native")
+    batch = make_batch((3, 2))
+    kernel = runner._kernel
+    assert kernel.takes(batch.support, batch.query)
+    for rows in (
+        Rows(batch.query.X.float(), batch.query.y),
+        Rows(batch.query.X, batch.query.y.float()),
+        Rows(batch.query.X, batch.query.y[..., :1]),
+        Rows(batch.query.X[..., :2], batch.query.y),
+        Rows(batch.query.X[:, None], batch.query.y),
+        Rows(batch.query.X, batch.query.y, torch.ones(5, 9)),
+        Rows(batch.query.X, batch.query.y, torch.ones(5, 8).double()),
+    ):
+        assert not kernel.takes(rows)
+
+
+class FixedRates(SGD):
+    """A rule of one's own, with rates of each step."""
+
+    def __init__(self, rates=(0.1, 0.3), make=torch.full_like):
+        super().__init__()
+        self.rates = rates
+        self.make = make
+
+    def step(self, k, params, grads, *, state, **options):
+        rate = self.rates[k % len(self.rates)]
+        return {name: p - rate * grads[name] for name, p in params.items()}, state
+
+    def linear_rates(self, params, *, alpha, rates):
+        return [{name: self.make(p, r) for name, p in params.items()} for r in self.rates]
+
+
+def test_rules_of_ones_own_with_rates_of_each_step():
+    assert_equals_loop(mlp((3, 6, 2)), make_batch((3, 2)), rule=FixedRates(), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (FixedRates(make=lambda p, r: torch.tensor(r).double()), r"rate of '0.weight'.*shape \(\)"),
+        (FixedRates(make=lambda p, r: torch.full(p.shape, r)), "torch.float32.*torch.float64"),
+        (FixedRates(rates=()), "linear_rates is empty"),
+    ],
+    ids=["shape", "type", "none"],
+)
+def test_rates_that_do_not_fit_the_parameters_are_refused(rule, message):
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    runner = make_engine(module, "native", rule=rule)
+    with pytest.raises(ValueError, match=message):
+        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+    with pytest.raises(ValueError, match=message):
+        runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=2)
+
+
+def test_an_empty_batch_does_no_harm():
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    none = np.array([], dtype=int)
+    empty = EpisodeBatch(batch.support.take(none), batch.query.take(none))
+    runner = make_engine(module, "native")
+    step = runner.meta_step(meta_params_of(module), empty, alpha=0.1, steps=2)
+    assert step.losses.shape == (0,)
+    assert all(g.isnan().all() for g in step.grads.values())
+
+
+def test_running_out_of_memory_is_said(monkeypatch):
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    runner = make_engine(module, "native")
+    with pytest.raises(MemoryError, match="not enough memory"):
+        # the memory of so many steps is asked for at once
+        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2**45)
+
+
+def test_wide_inputs_take_memory_in_proportion():
+    """Transposes of weights are as large as the weights, not as the square of the widest layer."""
+    module = mlp((400_000, 2), dtype=torch.float32)
+    assert_equals_loop(
+        module, make_batch((400_000, 2), 1, dtype=torch.float32, widths=(2, 2)), steps=1, alpha=1e-6
+    )
