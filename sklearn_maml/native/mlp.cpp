@@ -24,7 +24,7 @@ typedef int64_t i64;
 #else
 #define F(name) name##f
 #endif
-#if HAS_VECTOR_MATH // glibc's libmvec: loops over these are vectorised
+#if HAS_VECTOR_MATH && !defined(__clang__) // glibc's libmvec: loops over these are vectorised
 #define VECTORISED(name) extern "C" __attribute__((simd("notinbranch"))) real F(name)(real) noexcept;
 VECTORISED(exp)
 VECTORISED(tanh)
@@ -215,7 +215,7 @@ static void copy_rows(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd
 
 // A B^T of matrices with few rows in B: products of rows, without their padding, which is 0 only as
 // long as everything is finite (0 * inf is not)
-enum { FEW = 4 };
+enum { FEW = V < 4 ? V : 4 }; // one vector of results
 static void multiply_rows(i64 m, i64 n, i64 k, const Product &q, const real *init, i64 ldi, real *c, i64 ldc) {
     const i64 last = pad(k) - V;
     lanes used;
