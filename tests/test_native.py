@@ -7,10 +7,7 @@ import ctypes
 import itertools
 import os
 import pickle
-import shutil
 import stat
-import subprocess
-import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +16,10 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, GroupKFold
 from test_engine import Tied, meta_params_of
 from torch import nn
 
@@ -397,8 +395,9 @@ def test_inner_steps_that_diverge_do_so_in_the_loop_too():
     for rung in ("native", "loop"):
         runner = make_engine(module, rung)
         adapted = runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=4)
-        got.append([bool(torch.isfinite(p[j]).all()) for p in adapted.params.values()
-                    for j in range(4)])
+        got.append(
+            [bool(torch.isfinite(p[j]).all()) for p in adapted.params.values() for j in range(4)]
+        )
     assert got[0] == got[1]
     assert not all(got[0])
 
@@ -450,8 +449,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(rule):
     generator = torch.Generator().manual_seed(2)
     for only in (None, *params):
         direction = {
-            name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            * (only in (None, name))
+            name: torch.randn(p.shape, generator=generator, dtype=p.dtype) * (only in (None, name))
             for name, p in params.items()
         }
         slope = sum((grads[name] * d).sum() for name, d in direction.items())
@@ -652,3 +650,453 @@ def test_wide_inputs_take_memory_in_proportion():
     assert_equals_loop(
         module, make_batch((400_000, 2), 1, dtype=torch.float32, widths=(2, 2)), steps=1, alpha=1e-6
     )
+
+
+# --- building
+
+PLAIN = ["-O0", "-shared", "-fPIC", "-pthread"]  # compiles in no time
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """As in a process that has not needed the kernels yet, with a cache folder of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder))
+    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
+    monkeypatch.setattr(native, "_flags", lambda: [PLAIN])
+    monkeypatch.setattr(engine, "_warned", set())
+    native._cache_folder.cache_clear()
+    yield folder
+    native._cache_folder.cache_clear()
+
+
+def run_step(rung="native", dtype=torch.float64):
+    module, batch = mlp((3, 6, 4), dtype=dtype), make_batch((3, 4), dtype=dtype)
+    runner = make_engine(module, rung)
+    return runner, runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+
+
+def assert_the_loops_numbers(step):
+    assert_same(step.grads, run_step("loop")[1].grads, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_without_options_for_the_processor_at_hand(dtype, monkeypatch):
+    """On x86 vectors have 16 bytes then, as everywhere on ARM."""
+    flags = native._flags()[-1]
+    monkeypatch.setattr(native, "_flags", lambda: [flags])
+    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype)})
+    for sizes in ((3, 6, 4), (17, 5, 3), (20, 9, 2), (4, 40, 1), (3, 17, 5)):
+        batch = make_batch(sizes, 3, dtype=dtype)
+        assert_equals_loop(mlp(sizes, dtype=dtype), batch)
+
+
+def test_a_library_is_compiled_once_and_kept(nothing_built, monkeypatch):
+    run_step()
+    (library,) = nothing_built.iterdir()
+    assert stat.S_IMODE(nothing_built.stat().st_mode) == 0o700
+    monkeypatch.setattr(native, "_builds", {torch.float64: native._Build(torch.float64)})
+    monkeypatch.setattr(native._Build, "_compile", None)
+    assert_the_loops_numbers(run_step()[1])
+    assert list(nothing_built.iterdir()) == [library]
+
+
+def test_a_damaged_library_is_compiled_anew(nothing_built):
+    build = native._builds[torch.float64]
+    path = build._path()
+    path.write_bytes(b"not a library")
+    assert_the_loops_numbers(run_step()[1])
+    assert path.stat().st_size > 1000
+
+
+def test_options_that_a_compiler_lacks_are_left_out(nothing_built, monkeypatch):
+    monkeypatch.setattr(native, "_flags", lambda: [[*PLAIN, "-fno-such-option"], PLAIN])
+    runner, _ = run_step()
+    assert runner.rung == "native"
+
+
+def test_functions_that_a_library_lacks_are_missed_when_it_is_built():
+    """Where libmvec is old; otherwise other options would not be tried."""
+    for flags in native._flags():
+        assert ("-DHAS_VECTOR_MATH=1" in flags) == ("-Wl,-z,defs" in flags)
+
+
+def test_builds_at_the_same_time_do_not_disturb_each_other(nothing_built):
+    builds = [native._Build(torch.float64) for _ in range(4)]  # as those of processes
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(native._Build.library, builds))
+    assert all(isinstance(library, ctypes.CDLL) for library in libraries)
+    assert len(list(nothing_built.iterdir())) == 1
+
+
+def test_a_build_in_the_background_is_waited_for(nothing_built):
+    native.build(torch.float64)
+    assert run_step()[0].rung == "native"
+    n_threads = threading.active_count()
+    native.build(torch.float64)
+    assert threading.active_count() <= n_threads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_process_forked_while_a_build_runs_does_not_wait_for_it():
+    with native._builds[torch.float32]._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(not native._builds[torch.float32]._lock.acquire(timeout=5))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+
+
+def failing_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'mlp.cpp: fatal error: out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def useless_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def slow_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "BUILD_SECONDS", 0.05)
+
+
+def windows(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.sys, "platform", "win32")
+
+
+UNAVAILABLE = {
+    "no C\\+\\+ compiler was found": no_compiler,
+    "the C\\+\\+ compiler failed: mlp.cpp: fatal error: out of luck": failing_compiler,
+    "file too short": useless_compiler,
+    "timed out": slow_compiler,
+    "not supported on Windows": windows,
+}
+
+
+@pytest.mark.parametrize("reason", UNAVAILABLE)
+def test_without_kernels_one_warning_says_why(reason, nothing_built, monkeypatch, tmp_path):
+    UNAVAILABLE[reason](monkeypatch, tmp_path)
+    with pytest.warns(EngineFallbackWarning, match=f"same results. Reason: .*{reason}") as caught:
+        runner, step = run_step()
+    assert len(caught) == 1
+    assert runner.rung == "stacked"
+    assert_the_loops_numbers(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_the_loops_numbers(run_step()[1])
+
+
+def not_a_folder(monkeypatch, folder):
+    folder.parent.joinpath("file").write_text("")
+    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder.parent / "file" / "cache"))
+
+
+def open_to_all(monkeypatch, folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def of_somebody_else(monkeypatch, folder):
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+
+
+def read_only(monkeypatch, folder):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+
+def no_home(monkeypatch, folder):
+    def fail(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SKLEARN_MAML_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", fail)
+
+
+@pytest.mark.parametrize(
+    "obstacle", [not_a_folder, open_to_all, of_somebody_else, read_only, no_home]
+)
+def test_a_folder_that_cannot_be_used_or_trusted_is_not(obstacle, nothing_built, monkeypatch):
+    obstacle(monkeypatch, nothing_built)
+    assert_the_loops_numbers(run_step()[1])
+    assert not nothing_built.is_dir() or not list(nothing_built.iterdir())
+    temporary = native._temporary[-1]
+    assert native._cache_folder() == Path(temporary.name)
+    assert len(list(Path(temporary.name).iterdir())) == 1
+    assert stat.S_IMODE(Path(temporary.name).stat().st_mode) == 0o700
+    temporary.cleanup()
+
+
+def test_the_cache_folder_follows_the_environment(nothing_built, monkeypatch, tmp_path):
+    monkeypatch.delenv("SKLEARN_MAML_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert native._cache_folder() == tmp_path / "caches" / "sklearn_maml"
+    native._cache_folder.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert native._cache_folder() == tmp_path / ".cache" / "sklearn_maml"
+
+
+# --- estimators
+
+RNG = np.random.default_rng(0)
+GROUPS = np.repeat(np.arange(12), 12)
+X_ALL = RNG.normal(size=(144, 3))
+Y_ALL = np.sin(X_ALL @ RNG.normal(size=(3, 12)))[np.arange(144), GROUPS]
+
+
+def regressor(**options):
+    given = {
+        "hidden_layer_sizes": (8,),
+        "activation": "tanh",
+        "steps": 1,
+        "meta_batch_size": 4,
+        "n_shots": 4,
+        "max_iter": 100,
+        "beta_decay": 0.0,
+        "random_state": 0,
+    }
+    return MAMLRegressor(**(given | options))
+
+
+def fit(**options):
+    return regressor(**options).fit(X_ALL, Y_ALL, groups=GROUPS)
+
+
+def coefficients(reg):
+    return torch.cat([p.detach().flatten() for p in reg.module_.parameters()])
+
+
+@pytest.fixture
+def climbing(monkeypatch):
+    """Fits climb early."""
+    monkeypatch.setattr(engine, "CLIMB_UPDATES", 30)
+    monkeypatch.setattr(engine, "CLIMB_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "CLIMB_UPDATES", 30)
+        patch.setattr(engine, "CLIMB_SECONDS", 0.0)
+        reg = fit()
+    assert reg._rung == "native"
+    return reg
+
+
+def count_steps(monkeypatch):
+    calls = []
+    run = native.Kernel.meta_step
+
+    def counted(self, *args, **options):
+        calls.append(self)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(native.Kernel, "meta_step", counted)
+    return calls
+
+
+def test_a_fit_climbs_at_a_fixed_update_and_learns_the_same(climbing, monkeypatch):
+    options = {"module": mlp((3, 8, 1)), "early_stopping": False}
+    calls = count_steps(monkeypatch)
+    reg = fit(**options)
+    assert len(calls) == 100 - 30
+    assert reg._rung == "native"
+    monkeypatch.setattr(engine, "CLIMB_UPDATES", 1000)
+    other = fit(**options)
+    assert other._rung == "auto"
+    assert len(calls) == 70
+    torch.testing.assert_close(coefficients(reg), coefficients(other), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "meta-sgd"])
+def test_fits_are_reproducible_and_can_be_continued(rule, climbing):
+    options = {"update_rule": rule, "early_stopping": False}
+    whole = fit(max_iter=120, **options)
+    assert torch.equal(coefficients(whole), coefficients(fit(max_iter=120, **options)))
+    for first in (20, 30, 60, 100):
+        parts = fit(max_iter=first, warm_start=True, **options)
+        parts.set_params(max_iter=120 - first).fit(X_ALL, Y_ALL, groups=GROUPS)
+        assert torch.equal(coefficients(parts), coefficients(whole)), first
+
+
+def test_a_continued_fit_is_validated_as_a_whole_one(climbing):
+    whole = fit(max_iter=100)
+    parts = fit(max_iter=50, warm_start=True).fit(X_ALL, Y_ALL, groups=GROUPS)
+    for fact in ("train_loss", "valid_loss", "valid_loss_before"):
+        assert parts.history_[:, fact] == whole.history_[:, fact], fact
+
+
+def test_a_fit_that_stopped_early_is_a_shorter_fit(climbing):
+    early = fit(max_iter=1000, early_stopping=True, n_iter_no_change=1, beta=0.1)
+    assert 30 < early.n_iter_ < 1000
+    shorter = fit(max_iter=early.n_iter_, early_stopping=True, n_iter_no_change=1, beta=0.1)
+    assert torch.equal(coefficients(early), coefficients(shorter))
+
+
+def test_short_fits_and_small_adaptations_compile_nothing(monkeypatch):
+    def refuse(self):
+        raise AssertionError("compiles")
+
+    for name in ("attempt", "library"):
+        monkeypatch.setattr(native._Build, name, refuse)
+    for options in ({}, {"hidden_layer_sizes": (64, 64), "meta_batch_size": 25, "steps": 5}):
+        reg = fit(max_iter=50, **options)
+        reg.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
+        assert reg._rung == "auto"
+
+
+def test_the_state_of_the_cache_does_not_matter(climbing, nothing_built, monkeypatch):
+    cold = fit()
+    assert len(list(nothing_built.iterdir())) == 1
+    fresh = {dtype: native._Build(dtype) for dtype in TOLERANCES}
+    monkeypatch.setattr(native, "_builds", fresh)
+    in_folder = fit()
+    in_process = fit()
+    assert cold._rung == in_folder._rung == in_process._rung == "native"
+    assert torch.equal(coefficients(cold), coefficients(in_folder))
+    assert torch.equal(coefficients(cold), coefficients(in_process))
+
+
+def test_fits_and_copies_without_a_compiler(fitted, climbing, nothing_built, monkeypatch):
+    data = pickle.dumps(fitted)
+    no_compiler(monkeypatch, None)
+
+    def use():
+        copies = [pickle.loads(data), copy.deepcopy(fitted)]
+        adapted = [twin.adapt(X_ALL, Y_ALL, groups=GROUPS) for twin in copies]
+        return fit(), [twin.predict(X_ALL, groups=GROUPS) for twin in adapted]
+
+    with pytest.warns(EngineFallbackWarning, match="no C\\+\\+ compiler") as caught:
+        reg, got = use()
+    assert len(caught) == 1
+    assert reg._rung == "auto"
+    torch.testing.assert_close(coefficients(reg), coefficients(fitted), rtol=1e-3, atol=1e-4)
+    assert np.array_equal(*got)
+    monkeypatch.undo()
+    native._cache_folder.cache_clear()
+    expected = fitted.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-4, atol=1e-5)
+
+
+COPIES = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_adapt_and_predict_with_the_same_bits(how, fitted):
+    fitted.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    expected = fitted.predict(X_ALL, groups=GROUPS)
+    twin = COPIES[how](fitted)
+    assert np.array_equal(twin.predict(X_ALL, groups=GROUPS), expected)
+    twin.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    assert np.array_equal(twin.predict(X_ALL, groups=GROUPS), expected)
+
+
+def test_a_clone_begins_anew(fitted):
+    twin = clone(fitted)
+    assert not hasattr(twin, "module_")
+    assert fit(max_iter=10)._rung == "auto"
+
+
+def test_an_engine_on_the_kernels_can_be_copied():
+    runner, step = run_step()
+    module, batch = mlp((3, 6, 4)), make_batch((3, 4))
+    for twin in (pickle.loads(pickle.dumps(runner)), copy.deepcopy(runner), copy.copy(runner)):
+        assert twin.rung == "native"
+        again = twin.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        assert_bits(again.grads, step.grads)
+
+
+def test_adapting_to_much_climbs_and_to_little_does_not():
+    reg = fit(max_iter=5, hidden_layer_sizes=(32, 32))
+    reg.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    few = reg.predict(X_ALL, groups=GROUPS)
+    assert reg._rung == "auto"
+    n = 400
+    X, y = np.tile(X_ALL, (n, 1)), np.tile(Y_ALL, n)
+    groups = (12 * np.arange(n)[:, None] + GROUPS).ravel()
+    reg.adapt(X, y, groups=groups)
+    assert reg._rung == "native"
+    many = reg.predict(X[:144], groups=groups[:144])
+    np.testing.assert_allclose(many, few, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other(fitted):
+    tasks = list(zip(np.split(X_ALL, 12), np.split(Y_ALL, 12), strict=True))
+    expected = [adapt(fitted, *task).predict(X_ALL) for task in tasks]
+    fitted.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    together = fitted.predict(X_ALL, groups=GROUPS)
+
+    def work(i):
+        own = adapt(fitted, *tasks[i % 12]).predict(X_ALL)
+        shared = fitted.predict(X_ALL, groups=GROUPS)
+        return np.array_equal(own, expected[i % 12]) and np.array_equal(shared, together)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(48)))
+
+
+def test_an_engine_shared_by_threads_gives_the_bits_of_one(monkeypatch):
+    module, batch = mlp((3, 17, 5)), make_batch((3, 5), 30)
+    monkeypatch.setattr(native, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    runner = make_engine(module, "native")
+    params = meta_params_of(module)
+
+    def work(alpha):
+        return runner.meta_step(params, batch, alpha=alpha, steps=3).grads
+
+    alphas = [0.1, 0.2, 0.3] * 10
+    expected = {alpha: work(alpha) for alpha in set(alphas)}
+    with ThreadPoolExecutor(8) as pool:
+        for alpha, grads in zip(alphas, pool.map(work, alphas), strict=True):
+            assert_bits(grads, expected[alpha])
+
+
+def test_classifiers_climb_too(climbing):
+    labels = np.tile([0, 1], 72)
+    options = {"hidden_layer_sizes": (8,), "steps": 1, "meta_batch_size": 4, "n_shots": 2}
+    clf = MAMLClassifier(max_iter=60, n_ways=2, n_queries=2, random_state=0, **options)
+    clf.fit(X_ALL, labels, groups=GROUPS)
+    assert clf._rung == "native"
+    probabilities = clf.adapt(X_ALL[:12], labels[:12]).predict_proba(X_ALL)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
+def predict_elsewhere(reg):
+    return adapt(reg, X_ALL[:12], Y_ALL[:12]).predict(X_ALL)
+
+
+def test_workers_of_joblib(fitted):
+    # long enough to climb without help: workers import the package afresh
+    reg = regressor(max_iter=330)
+    scores = []
+    with sklearn.config_context(enable_metadata_routing=True):
+        for n_jobs in (2, 1):
+            options = {"cv": GroupKFold(2), "refit": n_jobs == 1, "error_score": "raise"}
+            search = GridSearchCV(reg, {"alpha": [0.1]}, n_jobs=n_jobs, **options)
+            search.fit(X_ALL, Y_ALL, groups=GROUPS)
+            scores.append(search.cv_results_["mean_test_score"])
+    assert search.best_estimator_._rung == "native"
+    np.testing.assert_array_equal(*scores)
+    expected = predict_elsewhere(fitted)
+    for got in joblib.Parallel(n_jobs=2)(joblib.delayed(predict_elsewhere)(fitted) for _ in "ab"):
+        np.testing.assert_array_equal(got, expected)
