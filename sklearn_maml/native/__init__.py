@@ -7,6 +7,7 @@ second or two, and kept in a cache folder: ``$SKLEARN_MAML_CACHE``, or ``sklearn
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -76,10 +77,20 @@ class _Build:
             raise NativeUnavailableError(self._failure)
         return self._library
 
+    def after_fork(self) -> None:
+        """Forget, in a new process, that a thread of the old one was at work."""
+        self._lock = threading.Lock()
+
     def _load(self) -> ctypes.CDLL:
         path = self._path()
-        if not path.exists():
-            self._compile(path)
+        if path.exists():
+            with contextlib.suppress(OSError):  # a damaged file is replaced
+                return self._open(path)
+        self._compile(path)
+        return self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         for name in ("meta_step", "adapt", "predict"):
             getattr(library, name).argtypes = [ctypes.c_void_p]
@@ -117,6 +128,9 @@ class _Build:
 
 
 _builds = {dtype: _Build(dtype) for dtype in TYPES}
+if hasattr(os, "register_at_fork"):
+    for _one in _builds.values():
+        os.register_at_fork(after_in_child=_one.after_fork)
 
 
 def build(dtype: torch.dtype) -> None:
@@ -140,8 +154,11 @@ def _flags() -> list[list[str]]:
     """Return sets of compiler options, to be tried in turn."""
     plain = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
     native = [*plain, "-march=native"]
-    vector_math = [[*native, "-DHAS_VECTOR_MATH=1"]] if sys.platform == "linux" else []
-    return [*vector_math, native, plain]
+    if sys.platform != "linux":
+        return [native, plain]
+    # what an old libmvec lacks is to be missed now, not when the library is loaded
+    vector_math = [*native, "-DHAS_VECTOR_MATH=1", "-Wl,-z,defs"]
+    return [vector_math, native, plain]
 
 
 @functools.cache
@@ -157,16 +174,15 @@ def _cpu() -> str:
 
 @functools.cache
 def _cache_folder() -> Path:
-    asked = os.environ.get("SKLEARN_MAML_CACHE")
-    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = Path(asked) if asked else parent / "sklearn_maml"
+    asked, parent = (os.environ.get(name) for name in ("SKLEARN_MAML_CACHE", "XDG_CACHE_HOME"))
     try:
+        folder = Path(asked or os.path.join(parent or "~/.cache", "sklearn_maml")).expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = folder.stat()
         # code is loaded from here: nobody else may be able to put some in
         if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where there is no home folder
         pass
     temporary = tempfile.TemporaryDirectory(prefix="sklearn_maml-")
     _temporary.append(temporary)  # removed when the process ends
@@ -247,6 +263,8 @@ def describe(module: nn.Module) -> Layout | None:
     layout : Layout or None
         None if the kernels do not cover the module.
     """
+    if len({(p.dtype, p.device) for p in module.parameters()}) > 1:
+        return None
     sizes: list[tuple[int, int, int, int]] = []
     slopes: list[float] = []
     tensors: list[str | None] = []
@@ -257,7 +275,15 @@ def describe(module: nn.Module) -> Layout | None:
             continue
         if type(layer) is nn.Linear:
             bias = layer.bias is not None
-            sizes.append((layer.in_features, layer.out_features, 0, int(bias)))
+            size = (layer.in_features, layer.out_features)
+            # a weight may have been replaced; layers that do not fit are for torch to refuse
+            if (
+                layer.weight.shape != size[::-1]
+                or (bias and layer.bias.shape != size[1:])
+                or (sizes and sizes[-1][1] != size[0])
+            ):
+                return None
+            sizes.append((*size, 0, int(bias)))
             slopes.append(0.0)
             tensors += [f"{prefix}weight", f"{prefix}bias" if bias else None]
             shapes += [tuple(layer.weight.shape), tuple(layer.bias.shape) if bias else ()]
@@ -329,9 +355,13 @@ class Kernel:
         tail = () if self.classification else (self.n_outputs,)
         return all(
             self.takes_inputs(rows.X)
+            and rows.y.device.type == "cpu"
             and rows.y.dtype == y_type
             and rows.y.shape == (*rows.X.shape[:2], *tail)
-            and (rows.weight is None or rows.weight.dtype == self.dtype)
+            and (
+                rows.weight is None
+                or (rows.weight.dtype == self.dtype and rows.weight.shape == rows.X.shape[:2])
+            )
             for rows in sets
         )
 
@@ -432,7 +462,7 @@ class Kernel:
             [0, 0],
             self._tensors(params, keep),
             self._rates(rates, keep),
-            [0, 0, 0, *self._own(result, keep)],
+            [0, 0, 0, *self._own(result, len(support), keep)],
         )
         return result
 
@@ -459,7 +489,7 @@ class Kernel:
             [0, _address(outputs)],
             self._tensors(shared, keep),
             0,
-            [0, 0, 0, *self._own(own, keep)],
+            [0, 0, 0, *self._own(own, len(query), keep)],
         )
         return outputs
 
@@ -505,7 +535,7 @@ class Kernel:
         weight = 0 if rows.weight is None else self._hold(rows.weight, keep)
         lengths = 0
         if rows.lengths is not None:
-            counts = torch.as_tensor(rows.lengths, dtype=torch.int64)
+            counts = torch.as_tensor(rows.lengths, dtype=torch.int64).contiguous()
             keep.append(counts)
             lengths = counts.data_ptr()
         y = self._hold(rows.y, keep)
@@ -516,26 +546,38 @@ class Kernel:
         keep.append(array)
         return ctypes.addressof(array)
 
+    def _places(
+        self, tensors: Params, keep: list[Any], what: str, n_tasks: tuple[int, ...] = ()
+    ) -> list[int]:
+        """Addresses of named tensors, 0 for absent ones. What is read there must be there."""
+        places = []
+        for name, shape in zip(self.layout.tensors, self.layout.shapes, strict=True):
+            tensor = None if name is None else tensors.get(name)
+            if tensor is None:
+                places.append(0)
+                continue
+            expected = (*n_tasks, *shape)
+            if tensor.shape != expected or tensor.dtype != self.dtype or not tensor.is_cpu:
+                raise ValueError(
+                    f"The {what} of {name!r} is a tensor of shape {tuple(tensor.shape)} and type "
+                    f"{tensor.dtype} on {tensor.device}; expected shape {expected} and type "
+                    f"{self.dtype} on the CPU."
+                )
+            places.append(self._hold(tensor, keep))
+        return places
+
     def _tensors(self, params: Params, keep: list[Any]) -> int:
-        return self._addresses(
-            [
-                0 if name is None or name not in params else self._hold(params[name], keep)
-                for name in self.layout.tensors
-            ],
-            keep,
-        )
+        return self._addresses(self._places(params, keep, "value"), keep)
 
     def _rates(self, rates: Sequence[Params], keep: list[Any]) -> int:
-        values = [
-            0 if name is None or name not in part else self._hold(part[name], keep)
-            for part in rates
-            for name in self.layout.tensors
-        ]
+        if not rates:
+            raise ValueError("The update rule's linear_rates is empty; expected at least one dict.")
+        values = [place for part in rates for place in self._places(part, keep, "rate")]
         return self._addresses(values, keep)
 
-    def _own(self, own: Params, keep: list[Any]) -> list[int]:
+    def _own(self, own: Params, n_tasks: int, keep: list[Any]) -> list[int]:
         names = self.layout.tensors
-        places = [self._hold(own[n], keep) if n in own else 0 for n in names]
+        places = self._places(own, keep, "value", (n_tasks,))
         strides = [
             count if name in own else 0 for name, count in zip(names, self._counts, strict=True)
         ]

@@ -24,7 +24,7 @@ typedef int64_t i64;
 #else
 #define F(name) name##f
 #endif
-#if HAS_VECTOR_MATH // glibc's libmvec: loops over these are vectorised
+#if HAS_VECTOR_MATH && !defined(__clang__) // glibc's libmvec: loops over these are vectorised
 #define VECTORISED(name) extern "C" __attribute__((simd("notinbranch"))) real F(name)(real) noexcept;
 VECTORISED(exp)
 VECTORISED(tanh)
@@ -50,13 +50,13 @@ static inline vec load(const real *p) { return *(const vec *)p; }
 static inline void store(real *p, vec x) { *(vec *)p = x; }
 static inline vec splat(real a) { return a - (vec){}; }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define HAS_SHUFFLE 1
 #if REAL_IS_DOUBLE
 typedef i64 lanes __attribute__((vector_size(VECTOR_BYTES)));
 #else
 typedef int32_t lanes __attribute__((vector_size(VECTOR_BYTES)));
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define HAS_SHUFFLE 1
 #endif
 
 static inline real sum(vec x) {
@@ -213,15 +213,22 @@ static void copy_rows(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd
     }
 }
 
-// A B^T of matrices with few rows in B: products of rows
-enum { FEW = 4 };
+// A B^T of matrices with few rows in B: products of rows, without their padding, which is 0 only as
+// long as everything is finite (0 * inf is not)
+enum { FEW = V < 4 ? V : 4 }; // one vector of results
 static void multiply_rows(i64 m, i64 n, i64 k, const Product &q, const real *init, i64 ldi, real *c, i64 ldc) {
+    const i64 last = pad(k) - V;
+    lanes used;
+    for (int t = 0; t < V; t++) used[t] = last + t < k ? -1 : 0;
     for (i64 i = 0; i < m; i++) {
         vec out = init ? load(init + i * ldi) : (vec){};
         for (i64 j = 0; j < n; j++) {
             vec acc = {};
-            for (int s = 0; s < 2 && q.a[s]; s++)
-                for (i64 p = 0; p < pad(k); p += V) acc += load(q.a[s] + i * q.rs + p) * load(q.b[s] + j * q.ldb + p);
+            for (int s = 0; s < 2 && q.a[s]; s++) {
+                const real *a = q.a[s] + i * q.rs, *b = q.b[s] + j * q.ldb;
+                for (i64 p = 0; p < last; p += V) acc += load(a + p) * load(b + p);
+                acc += (vec)((lanes)load(a + last) & used) * (vec)((lanes)load(b + last) & used);
+            }
             out[j] += sum(acc);
         }
         store(c + i * ldc, out);
@@ -339,7 +346,7 @@ struct Layer {
     i64 turned;              // offset of the transposed weights, beside them
 };
 struct Net {
-    i64 n_layers, packed, turned, widest;
+    i64 n_layers, packed, turned, scratch; // sizes of packed parameters, their transposes, a transpose
     bool classes;
     Layer layer[MAX_LAYERS];
     const Layer &last() const { return layer[n_layers - 1]; }
@@ -352,7 +359,7 @@ static i64 weight_stride(const Layer &l) { return l.by_input ? l.op : l.ip; }
 static void describe(const i64 *sizes, const double *slopes, Net &net) {
     net.n_layers = sizes[0];
     net.classes = sizes[1];
-    net.widest = 0;
+    net.scratch = 0;
     i64 at = 0, turned = 0;
     for (i64 l = 0; l < net.n_layers; l++) {
         const i64 *s = sizes + 2 + 4 * l;
@@ -364,8 +371,7 @@ static void describe(const i64 *sizes, const double *slopes, Net &net) {
         y.weight = at, at += weight_rows(y) * weight_stride(y);
         y.bias = at, at += y.op;
         y.turned = turned, turned += (y.by_input ? y.out : y.in) * pad(weight_rows(y));
-        if (y.ip > net.widest) net.widest = y.ip;
-        if (y.op > net.widest) net.widest = y.op;
+        if (y.by_input && y.out * y.ip > net.scratch) net.scratch = y.out * y.ip;
     }
     net.packed = at;
     net.turned = turned;
@@ -411,12 +417,15 @@ struct Arena {
         size_t needed = used;
         measures = false, used = 0;
         if (needed <= size) return true;
-        free(begin);
-        begin = 0, size = 0;
+        release();
         void *p = 0;
         if (posix_memalign(&p, 64, needed)) return false;
         begin = (char *)p, size = needed;
         return true;
+    }
+    void release() {
+        free(begin);
+        begin = 0, size = 0;
     }
     ~Arena() { free(begin); }
 };
@@ -556,7 +565,11 @@ static real loss(const Net &net, const Set &set, const real *out, real *prob, re
         store(g + y.op - V, (vec){});
         for (i64 j = 0; j < y.out; j++) g[j] = w * p[j];
         i64 label = set.label[i];
-        if (label < 0 || label >= y.out) return NAN;
+        if (label < 0 || label >= y.out) { // no such class: everything that follows is NaN
+            for (i64 j = 0; j < y.out; j++) p[j] = g[j] = NAN;
+            total = NAN;
+            continue;
+        }
         g[label] -= w;
         total -= w * (o[label] - largest(o, y.out) - F(log)(norm)); // the probability itself may underflow
     }
@@ -768,7 +781,7 @@ static bool adapt_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
         if (round == 1 && !arena.reserve()) return false;
         X = arena.take(job.support.width * net.layer[0].ip);
         theta.packed = arena.take(size), theta.turned = arena.take(net.turned), grad = arena.take(size);
-        scratch = arena.take(net.widest * net.widest);
+        scratch = arena.take(net.scratch);
         pass.place(net, job.support.width, false, arena);
     }
     for (i64 j = begin; j < end; j++) {
@@ -819,17 +832,21 @@ static bool predict_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena)
     return true;
 }
 
+// kept from call to call, unless it is so large that getting it anew costs little beside its use
+enum { KEPT_BYTES = 1 << 25 };
 static thread_local Arena arena_of_thread;
 
 static void *work(void *p) {
     Job &job = *(Job *)p;
     for (;;) {
         i64 b = __atomic_fetch_add(&job.next_block, 1, __ATOMIC_RELAXED);
-        if (b >= job.n_blocks) return 0;
+        if (b >= job.n_blocks) break;
         // the blocks do not depend on the number of threads, so neither do the sums
         i64 begin = b * job.n_tasks / job.n_blocks, end = (b + 1) * job.n_tasks / job.n_blocks;
         if (!job.run(job, begin, end, b, arena_of_thread)) __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
     }
+    if (arena_of_thread.size > KEPT_BYTES) arena_of_thread.release();
+    return 0;
 }
 
 static bool run_blocks(Job &job, i64 n_threads) {
@@ -871,6 +888,7 @@ static bool start(const i64 *a, Job &job) {
     job.grads = job.rate_grads = 0;
     job.n_blocks = (job.n_tasks + TASKS_PER_BLOCK - 1) / TASKS_PER_BLOCK;
     if (job.n_blocks > MAX_BLOCKS) job.n_blocks = MAX_BLOCKS;
+    if (job.n_blocks < 1) job.n_blocks = 1; // no tasks: sums of nothing
     void *p = 0;
     if (posix_memalign(&p, 64, (1 + job.n_rates) * net.packed * sizeof(real))) return false;
     job.theta = (real *)p, job.rates = job.theta + net.packed;
@@ -903,7 +921,7 @@ extern "C" int meta_step(const i64 *a) {
     const i64 size = job.net.packed, n_rate_grads = a[RATE_GRADS] ? job.n_rates : 0;
     void *p = 0;
     bool done = !posix_memalign(
-        &p, 64, ((1 + n_rate_grads) * job.n_blocks * size + job.net.widest * job.net.widest) * sizeof(real));
+        &p, 64, ((1 + n_rate_grads) * job.n_blocks * size + job.net.scratch) * sizeof(real));
     if (done) {
         job.grads = (real *)p;
         real *rate_grads = job.grads + job.n_blocks * size, *scratch = rate_grads + n_rate_grads * job.n_blocks * size;

@@ -1,0 +1,1102 @@
+"""The compiled kernels give the numbers of the plain loop, or the engine does without them."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import os
+import pickle
+import stat
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import sklearn
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from test_engine import Tied, meta_params_of
+from torch import nn
+
+from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, engine, native
+from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.exceptions import EngineFallbackWarning
+from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
+from sklearn_maml.modules import adapted_names
+from sklearn_maml.update_rules import SGD, MetaSGD
+
+
+def has_compiler():
+    try:
+        native._compiler()
+    except native.NativeUnavailableError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+
+# of float64; float32 differs by rounding, which curvature amplifies
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+# --- helpers
+
+
+def mlp(sizes, activation=nn.Tanh, *, bias=True, dtype=torch.float64, seed=0):
+    """Build a perceptron whose biases are not small."""
+    layers = []
+    for n_inputs, n_outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(n_inputs, n_outputs, bias=bias), activation()]
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Sequential(*layers[:-1]).to(dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(draw / (p.shape[1] ** 0.5 if p.ndim == 2 else 2))
+    return module
+
+
+def make_rows(rng, n_tasks, width, sizes, classes, dtype, *, ragged=False, weighted=False):
+    X = torch.as_tensor(rng.normal(size=(n_tasks, width, sizes[0]))).to(dtype)
+    if classes:
+        y = torch.as_tensor(rng.integers(0, sizes[-1], (n_tasks, width)))
+    else:
+        y = torch.as_tensor(rng.normal(size=(n_tasks, width, sizes[-1]))).to(dtype)
+    if not ragged and not weighted:
+        return Rows(X, y)
+    lengths = np.full(n_tasks, width)
+    if ragged:
+        lengths = rng.integers(1, width + 1, n_tasks)
+        lengths[-1] = width
+    weight = rng.uniform(0.5, 2, (n_tasks, width)) if weighted else np.ones((n_tasks, width))
+    weight = weight * (np.arange(width) < lengths[:, None])
+    weight = torch.as_tensor(weight / weight.sum(1, keepdims=True)).to(dtype)
+    return Rows(X, y, weight, lengths if ragged else None)
+
+
+def make_batch(sizes, n_tasks=5, *, classes=False, dtype=torch.float64, widths=(7, 9), **options):
+    rng = np.random.default_rng(0)
+    return EpisodeBatch(
+        *(make_rows(rng, n_tasks, w, sizes, classes, dtype, **options) for w in widths)
+    )
+
+
+def make_engine(module, rung, *, classes=False, order=2, rule=None, adapted="all", **options):
+    return Engine(
+        module,
+        row_loss=cross_entropy_rows if classes else squared_error_rows,
+        rule=rule or SGD(),
+        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
+        adapted=adapted_names(module, adapted),
+        rung=rung,
+        **options,
+    )
+
+
+def meta_params(runner, module):
+    """Parameters of the module and of the rule, with rates away from those they start with."""
+    params = meta_params_of(module)
+    fast = {n: p.detach() for n, p in module.named_parameters() if n in runner.adapted}
+    generator = torch.Generator().manual_seed(1)
+    for name, r in runner.rule.initial_rates(fast).items():
+        drawn = torch.randn(r.shape, generator=generator, dtype=r.dtype)
+        params[f"rule.{rate_key(name)}"] = 0.3 * drawn
+    return params
+
+
+def everything(module, batch, rung, *, alpha=0.2, steps=3, **options):
+    """Run the three entry points."""
+    runner = make_engine(module, rung, **options)
+    assert runner.rung == rung
+    params = meta_params(runner, module)
+    step = runner.meta_step(params, batch, alpha=alpha, steps=steps)
+    adapted = runner.adapt(params, batch.support, alpha=alpha, steps=steps)
+    predicted = runner.predict(adapted, batch.query)
+    return {
+        "losses": step.losses,
+        "outputs": batch.query.real(step.outputs),
+        "adapted": adapted.params,
+        "predicted": batch.query.real(predicted),
+        "grads": step.grads,
+    }
+
+
+def assert_same(got, expected, tolerance, where=""):
+    """Compare tensors by norm."""
+    if isinstance(expected, dict):
+        assert sorted(got) == sorted(expected), where
+        for name, value in expected.items():
+            assert_same(got[name], value, tolerance, f"{where} {name}")
+        return
+    assert got.shape == expected.shape, where
+    assert got.dtype == expected.dtype, where
+    assert torch.isfinite(expected).all(), where
+    error = torch.linalg.vector_norm(got - expected)
+    # of very small gradients, the rounding of what they are sums of counts
+    scale = torch.linalg.vector_norm(expected) + 1e-3 * expected.numel() ** 0.5
+    assert float(error / scale) <= tolerance, where
+
+
+def assert_equals_loop(module, batch, **options):
+    tolerance = TOLERANCES[batch.query.X.dtype]
+    got, expected = (everything(module, batch, rung, **options) for rung in ("native", "loop"))
+    assert_same(got, expected, tolerance)
+
+
+def assert_bits(got, expected):
+    if isinstance(expected, dict):
+        assert sorted(got) == sorted(expected)
+        for name, value in expected.items():
+            assert_bits(got[name], value)
+        return
+    assert torch.equal(got, expected)
+
+
+# --- equal to the loop
+
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "Tanh": nn.Tanh,
+    "Sigmoid": nn.Sigmoid,
+    "ELU": lambda: nn.ELU(0.7),
+    "SELU": nn.SELU,
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "Softplus": nn.Softplus,
+    "Softsign": nn.Softsign,
+}
+
+
+def test_every_activation_of_the_kernels_is_tested():
+    assert {build().__class__ for build in ACTIVATIONS.values()} == set(native._ACTIVATIONS)
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["squared error", "cross-entropy"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, dtype, classes):
+    sizes = (3, 17, 5, 4)
+    module = mlp(sizes, ACTIVATIONS[name], dtype=dtype)
+    batch = make_batch(sizes, classes=classes, dtype=dtype, ragged=True)
+    assert_equals_loop(module, batch, classes=classes)
+
+
+def test_an_activation_after_the_last_layer():
+    for activation in ACTIVATIONS.values():
+        module = mlp((3, 5, 2))
+        module.append(activation())
+        assert_equals_loop(module, make_batch((3, 5, 2)))
+
+
+def test_large_inputs_of_activations():
+    """Where exponentials overflow, and softplus is linear."""
+    for name, activation in ACTIVATIONS.items():
+        module = mlp((3, 6, 2), activation)
+        batch = make_batch((3, 6, 2))
+        for rows in (batch.support, batch.query):
+            rows.X.mul_(300.0)
+        got, expected = (
+            everything(module, batch, rung, steps=1, alpha=1e-7) for rung in ("native", "loop")
+        )
+        assert_same(got, expected, 1e-9, name)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1),
+        (5, 1),
+        (3, 64),
+        (1, 40, 40, 1),
+        (3, 1, 3),
+        (16, 16, 16),
+        (17, 3, 100, 2),
+        (100, 33, 16, 5),
+        (2, 130, 7),
+        (20, 9, 31, 8, 3),
+    ],
+    ids=str,
+)
+def test_depths_and_widths(sizes, dtype, bias):
+    module = mlp(sizes, bias=bias, dtype=dtype)
+    batch = make_batch(sizes, 3, dtype=dtype, widths=(5, 11))
+    assert_equals_loop(module, batch, steps=2, alpha=0.05)
+
+
+def test_some_layers_without_bias_and_without_activation():
+    module = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 6, bias=False), nn.Identity()),
+        nn.Linear(6, 5),
+        nn.SiLU(),
+        nn.Linear(5, 2, bias=False),
+    ).double()
+    assert_equals_loop(module, make_batch((3, 2)))
+    assert_equals_loop(nn.Linear(3, 2).double(), make_batch((3, 2)))
+
+
+OPTIONS = {
+    "no steps": {"steps": 0},
+    "one step": {"steps": 1},
+    "five steps": {"steps": 5},
+    "first order": {"order": 1},
+    "head": {"adapted": "head"},
+    "body": {"adapted": "body"},
+    "head, first order": {"adapted": "head", "order": 1},
+    "rates of weights": {"rule": MetaSGD()},
+    "rates of tensors": {"rule": MetaSGD(per="tensor")},
+    "rates, first order": {"rule": MetaSGD(), "order": 1},
+    "rates, head": {"rule": MetaSGD(), "adapted": "head"},
+    "rates, no steps": {"rule": MetaSGD(), "steps": 0},
+    "recomputed": {"checkpoint_steps": True, "steps": 4},
+    "recomputed, rates": {"checkpoint_steps": True, "rule": MetaSGD(per="tensor")},
+    "recomputed, first order": {"checkpoint_steps": True, "order": 1},
+}
+ROWS = {
+    "equal": {},
+    "ragged": {"ragged": True},
+    "weighted": {"weighted": True},
+    "both": {"ragged": True, "weighted": True},
+}
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["squared error", "cross-entropy"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, rows, classes):
+    sizes = (3, 10, 6, 3)
+    batch = make_batch(sizes, classes=classes, **ROWS[rows])
+    assert_equals_loop(mlp(sizes), batch, classes=classes, **OPTIONS[options])
+
+
+def test_options_in_float32():
+    sizes = (3, 10, 6, 3)
+    batch = make_batch(sizes, dtype=torch.float32, ragged=True)
+    for options in OPTIONS.values():
+        assert_equals_loop(mlp(sizes, dtype=torch.float32), batch, **options)
+
+
+def test_frozen_parameters():
+    module = mlp((3, 8, 5, 2))
+    module[0].weight.requires_grad_(False)
+    module[4].bias.requires_grad_(False)
+    batch = make_batch((3, 2), ragged=True)
+    assert_equals_loop(module, batch)
+    assert_equals_loop(module, batch, order=1, rule=MetaSGD())
+    got = everything(module, batch, "native")
+    assert set(got["grads"]) == set(meta_params_of(module))
+
+
+@pytest.mark.parametrize("n_tasks", [1, 7, 8, 9, 25, 300])
+def test_sums_over_blocks_of_tasks(n_tasks):
+    batch = make_batch((3, 6, 2), n_tasks, ragged=n_tasks > 1)
+    assert_equals_loop(mlp((3, 6, 2)), batch, rule=MetaSGD(), steps=2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_threads_change_no_bit(dtype, monkeypatch):
+    sizes, module = (3, 17, 2), mlp((3, 17, 2), dtype=dtype)
+    batch = make_batch(sizes, 70, dtype=dtype, ragged=True)
+    monkeypatch.setattr(native, "PARALLEL_WORK", 0)
+    results = []
+    for n_threads in (1, 2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        results.append(everything(module, batch, "native", rule=MetaSGD()))
+    for result in results[1:]:
+        assert_bits(result, results[0])
+
+
+def test_arrays_that_do_not_lie_in_order_in_memory():
+    def scatter(tensor):
+        wide = tensor.new_full((*tensor.shape, 2), -7)
+        wide[..., 0] = tensor
+        return wide[..., 0]
+
+    module, batch = mlp((3, 8, 2)), make_batch((3, 2), ragged=True)
+    expected = everything(module, batch, "native", rule=MetaSGD())
+    for p in module.parameters():
+        p.data = scatter(p.data)
+    scattered = [
+        Rows(
+            scatter(rows.X), scatter(rows.y), scatter(rows.weight), np.repeat(rows.lengths, 2)[::2]
+        )
+        for rows in (batch.support, batch.query)
+    ]
+    batch = EpisodeBatch(*scattered)
+    assert not batch.support.X.is_contiguous()
+    assert_bits(everything(module, batch, "native", rule=MetaSGD()), expected)
+
+
+def test_padding_may_hold_anything():
+    sizes = (3, 6, 2)
+    for classes in (False, True):
+        batch = make_batch(sizes, classes=classes, ragged=True)
+        expected = everything(mlp(sizes), batch, "native", classes=classes)
+        for rows in (batch.support, batch.query):
+            padding = np.arange(rows.X.shape[1]) >= rows.lengths[:, None]
+            rows.X[torch.as_tensor(padding)] = np.nan
+            rows.y[torch.as_tensor(padding)] = 10**9
+        assert_bits(everything(mlp(sizes), batch, "native", classes=classes), expected)
+
+
+def test_tasks_do_not_depend_on_their_batch():
+    sizes = (3, 17, 4)
+    batch = make_batch(sizes, 20, classes=True)
+    whole = everything(mlp(sizes), batch, "native", classes=True)
+    which = np.array([13])
+    alone = EpisodeBatch(batch.support.take(which), batch.query.take(which))
+    single = everything(mlp(sizes), alone, "native", classes=True)
+    assert torch.equal(single["losses"][0], whole["losses"][13])
+    for name, p in single["adapted"].items():
+        assert torch.equal(p[0], whole["adapted"][name][13])
+
+
+def test_predictions_of_many_rows():
+    sizes = (3, 17, 2)
+    module, batch = mlp(sizes), make_batch(sizes, 2, widths=(5, 300), ragged=True)
+    assert_equals_loop(module, batch)
+
+
+# --- numbers that are not finite, or not valid
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["support", "query"])
+@pytest.mark.parametrize("sizes", [(3, 6, 2), (20, 20, 2), (9, 2)], ids=str)
+def test_inputs_that_are_not_finite_have_losses_as_in_the_loop(sizes, where, value):
+    for activation in (nn.ReLU, nn.Tanh):
+        batch = make_batch(sizes, 4, widths=(4, 4))
+        getattr(batch, where).X[1, 2, 0] = value
+        module = mlp(sizes, activation)
+        losses, finite = [], []
+        for rung in ("native", "loop"):
+            runner = make_engine(module, rung)
+            step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+            losses.append(step.losses)
+            finite.append({name: bool(g.isfinite().all()) for name, g in step.grads.items()})
+        assert torch.equal(losses[0].isfinite(), losses[1].isfinite())
+        assert_same(losses[0][[0, 2, 3]], losses[1][[0, 2, 3]], 1e-11)
+        assert finite[0] == finite[1]
+
+
+def test_inner_steps_that_diverge_do_so_in_the_loop_too():
+    module, batch = mlp((3, 6, 2), nn.ReLU), make_batch((3, 6, 2), 4)
+    batch.support.X[1] *= 1e60
+    got = []
+    for rung in ("native", "loop"):
+        runner = make_engine(module, rung)
+        adapted = runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=4)
+        got.append(
+            [bool(torch.isfinite(p[j]).all()) for p in adapted.params.values() for j in range(4)]
+        )
+    assert got[0] == got[1]
+    assert not all(got[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_cross_entropy_of_huge_logits(dtype):
+    sizes = (3, 5)
+    module = mlp(sizes, dtype=dtype)
+    batch = make_batch(sizes, classes=True, dtype=dtype)
+    with torch.no_grad():
+        module[0].weight.mul_(1e4)
+    got, expected = (
+        everything(module, batch, rung, classes=True, steps=1, alpha=1e-3)
+        for rung in ("native", "loop")
+    )
+    assert float(expected["losses"].min()) > 100
+    assert_same(got, expected, TOLERANCES[dtype])
+
+
+def test_labels_of_no_class_give_nan():
+    sizes = (3, 6, 4)
+    module = mlp(sizes)
+    for where, label in itertools.product(("support", "query"), (-1, 4, 2**62, -(2**63))):
+        batch = make_batch(sizes, 9, classes=True)
+        getattr(batch, where).y[3, 1] = label
+        runner = make_engine(module, "native", classes=True)
+        step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        others = [j for j in range(9) if j != 3]
+        assert step.losses[3].isnan()
+        assert step.losses[others].isfinite().all()
+        assert all(g.isnan().any() for g in step.grads.values())
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("rule", [SGD(), MetaSGD()], ids=["SGD", "MetaSGD"])
+def test_the_meta_gradient_is_that_of_finite_differences(rule):
+    sizes = (3, 5, 3)
+    module, batch = mlp(sizes), make_batch(sizes, classes=True, weighted=True)
+    runner = make_engine(module, "native", classes=True, rule=rule)
+    params = meta_params(runner, module)
+    grads = runner.meta_step(params, batch, alpha=0.4, steps=3).grads
+
+    def loss(shift):
+        shifted = {name: p + shift * direction[name] for name, p in params.items()}
+        return runner.meta_step(shifted, batch, alpha=0.4, steps=3).losses.mean()
+
+    generator = torch.Generator().manual_seed(2)
+    for only in (None, *params):
+        direction = {
+            name: torch.randn(p.shape, generator=generator, dtype=p.dtype) * (only in (None, name))
+            for name, p in params.items()
+        }
+        slope = sum((grads[name] * d).sum() for name, d in direction.items())
+        h = 1e-5
+        assert float((loss(h) - loss(-h)) / (2 * h)) == pytest.approx(float(slope), rel=1e-6)
+
+    first = make_engine(module, "native", classes=True, rule=rule, order=1)
+    other = first.meta_step(params, batch, alpha=0.4, steps=3).grads
+    name = "module.0.weight"
+    assert float((other[name] - grads[name]).norm() / grads[name].norm()) > 0.01
+
+
+# --- what is not covered
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(SGD):
+    def step(self, k, params, grads, **options):
+        return super().step(k, params, {n: g / 2 for n, g in grads.items()}, **options)
+
+
+class OtherGradient(SecondOrder):
+    pass
+
+
+def hooked():
+    module = mlp((3, 4, 2))
+    module[0].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    return module
+
+
+def mixed():
+    module = mlp((3, 4, 2))
+    module[2].float()
+    return module
+
+
+UNCOVERED = {
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Linear(4, 2)),
+    "layer norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
+    "tied weights": Tied,
+    "hooks": hooked,
+    "GELU of tanh": lambda: mlp((3, 4, 2), lambda: nn.GELU(approximate="tanh")),
+    "negative slope": lambda: mlp((3, 4, 2), lambda: nn.LeakyReLU(-0.1)),
+    "negative ELU": lambda: mlp((3, 4, 2), lambda: nn.ELU(-0.5)),
+    "other softplus": lambda: mlp((3, 4, 2), lambda: nn.Softplus(beta=2)),
+    "other activation": lambda: mlp((3, 4, 2), nn.Mish),
+    "activation first": lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 2)),
+    "two activations": lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Sigmoid()),
+    "a class of one's own": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Renamed(4, 2)),
+    "very deep": lambda: mlp([3] * 33 + [2]),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_modules_that_are_not_covered_run_elsewhere(name):
+    module, batch = UNCOVERED[name]().double(), make_batch((3, 2))
+    runner = make_engine(module, "auto")
+    assert runner._layout is None
+    runner.expect(0, 10**6, n_tasks=5, n_rows=16, steps=2)
+    params = meta_params_of(module)
+    got, expected = (
+        r.meta_step(params, batch, alpha=0.1, steps=2)
+        for r in (runner, make_engine(module, "loop"))
+    )
+    assert runner._kernel is None
+    assert_same(got.grads, expected.grads, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": Halved()}, {"rule": SGD(max_grad_norm=0.1)}, {"rule": MetaSGD(max_grad_norm=0.1)}],
+    ids=["a step of one's own", "clipped", "clipped rates"],
+)
+def test_rules_that_are_not_covered_run_elsewhere(options):
+    module, batch = mlp((3, 4, 2)), make_batch((3, 2))
+    runner = make_engine(module, "auto", **options)
+    assert runner._layout is None
+    got, expected = (
+        r.meta_step(meta_params(r, module), batch, alpha=0.5, steps=2)
+        for r in (runner, make_engine(module, "loop", **options))
+    )
+    assert_same(got.grads, expected.grads, 1e-11)
+    with pytest.raises(ValueError, match="do not cover"):
+        make_engine(module, "native", **options)
+
+
+def test_losses_gradients_and_types_that_are_not_covered():
+    def engine_of(module, **options):
+        given = {
+            "row_loss": squared_error_rows,
+            "rule": SGD(),
+            "meta_gradient": SecondOrder(),
+            "adapted": adapted_names(module, "all"),
+        }
+        return Engine(module, **(given | options))
+
+    module = mlp((3, 4, 2))
+    assert engine_of(module)._layout is not None
+    assert engine_of(module, meta_gradient=OtherGradient())._layout is None
+    assert engine_of(module, row_loss=lambda o, y: (o - y).abs().mean(-1))._layout is None
+    assert engine_of(module.half())._layout is None
+    assert native.describe(mixed()) is None
+
+
+def test_layers_that_do_not_fit_are_left_to_torch():
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(4, 2))
+    assert native.describe(module) is None
+    module = mlp((3, 5, 2))
+    module[0].weight = nn.Parameter(torch.zeros(5, 2).double())
+    assert native.describe(module) is None
+    module = mlp((3, 5, 2))
+    module[0].bias = nn.Parameter(torch.zeros(1).double())
+    assert native.describe(module) is None
+
+
+def test_rows_that_are_not_covered_run_elsewhere():
+    module = mlp((3, 4, 2))
+    runner = make_engine(module, "native")
+    batch = make_batch((3, 2))
+    kernel = runner._kernel
+    assert kernel.takes(batch.support, batch.query)
+    for rows in (
+        Rows(batch.query.X.float(), batch.query.y),
+        Rows(batch.query.X, batch.query.y.float()),
+        Rows(batch.query.X, batch.query.y[..., :1]),
+        Rows(batch.query.X[..., :2], batch.query.y),
+        Rows(batch.query.X[:, None], batch.query.y),
+        Rows(batch.query.X, batch.query.y, torch.ones(5, 9)),
+        Rows(batch.query.X, batch.query.y, torch.ones(5, 8).double()),
+    ):
+        assert not kernel.takes(rows)
+
+
+class FixedRates(SGD):
+    """A rule of one's own, with rates of each step."""
+
+    def __init__(self, rates=(0.1, 0.3), make=torch.full_like):
+        super().__init__()
+        self.rates = rates
+        self.make = make
+
+    def step(self, k, params, grads, *, state, **options):
+        rate = self.rates[k % len(self.rates)]
+        return {name: p - rate * grads[name] for name, p in params.items()}, state
+
+    def linear_rates(self, params, *, alpha, rates):
+        return [{name: self.make(p, r) for name, p in params.items()} for r in self.rates]
+
+
+def test_rules_of_ones_own_with_rates_of_each_step():
+    assert_equals_loop(mlp((3, 6, 2)), make_batch((3, 2)), rule=FixedRates(), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (FixedRates(make=lambda p, r: torch.tensor(r).double()), r"rate of '0.weight'.*shape \(\)"),
+        (FixedRates(make=lambda p, r: torch.full(p.shape, r)), "torch.float32.*torch.float64"),
+        (FixedRates(rates=()), "linear_rates is empty"),
+    ],
+    ids=["shape", "type", "none"],
+)
+def test_rates_that_do_not_fit_the_parameters_are_refused(rule, message):
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    runner = make_engine(module, "native", rule=rule)
+    with pytest.raises(ValueError, match=message):
+        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+    with pytest.raises(ValueError, match=message):
+        runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=2)
+
+
+def test_an_empty_batch_does_no_harm():
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    none = np.array([], dtype=int)
+    empty = EpisodeBatch(batch.support.take(none), batch.query.take(none))
+    runner = make_engine(module, "native")
+    step = runner.meta_step(meta_params_of(module), empty, alpha=0.1, steps=2)
+    assert step.losses.shape == (0,)
+    assert all(g.isnan().all() for g in step.grads.values())
+
+
+def test_running_out_of_memory_is_said(monkeypatch):
+    module, batch = mlp((3, 6, 2)), make_batch((3, 2))
+    runner = make_engine(module, "native")
+    with pytest.raises(MemoryError, match="not enough memory"):
+        # the memory of so many steps is asked for at once
+        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2**45)
+
+
+def test_wide_inputs_take_memory_in_proportion():
+    """Transposes of weights are as large as the weights, not as the square of the widest layer."""
+    module = mlp((400_000, 2), dtype=torch.float32)
+    assert_equals_loop(
+        module, make_batch((400_000, 2), 1, dtype=torch.float32, widths=(2, 2)), steps=1, alpha=1e-6
+    )
+
+
+# --- building
+
+PLAIN = ["-O0", "-shared", "-fPIC", "-pthread"]  # compiles in no time
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """As in a process that has not needed the kernels yet, with a cache folder of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder))
+    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
+    monkeypatch.setattr(native, "_flags", lambda: [PLAIN])
+    monkeypatch.setattr(engine, "_warned", set())
+    native._cache_folder.cache_clear()
+    yield folder
+    native._cache_folder.cache_clear()
+
+
+def run_step(rung="native", dtype=torch.float64):
+    module, batch = mlp((3, 6, 4), dtype=dtype), make_batch((3, 4), dtype=dtype)
+    runner = make_engine(module, rung)
+    return runner, runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+
+
+def assert_the_loops_numbers(step):
+    assert_same(step.grads, run_step("loop")[1].grads, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_without_options_for_the_processor_at_hand(dtype, monkeypatch):
+    """On x86 vectors have 16 bytes then, as everywhere on ARM."""
+    flags = native._flags()[-1]
+    monkeypatch.setattr(native, "_flags", lambda: [flags])
+    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype)})
+    for sizes in ((3, 6, 4), (17, 5, 3), (20, 9, 2), (4, 40, 1), (3, 17, 5)):
+        batch = make_batch(sizes, 3, dtype=dtype)
+        assert_equals_loop(mlp(sizes, dtype=dtype), batch)
+
+
+def test_a_library_is_compiled_once_and_kept(nothing_built, monkeypatch):
+    run_step()
+    (library,) = nothing_built.iterdir()
+    assert stat.S_IMODE(nothing_built.stat().st_mode) == 0o700
+    monkeypatch.setattr(native, "_builds", {torch.float64: native._Build(torch.float64)})
+    monkeypatch.setattr(native._Build, "_compile", None)
+    assert_the_loops_numbers(run_step()[1])
+    assert list(nothing_built.iterdir()) == [library]
+
+
+def test_a_damaged_library_is_compiled_anew(nothing_built):
+    build = native._builds[torch.float64]
+    path = build._path()
+    path.write_bytes(b"not a library")
+    assert_the_loops_numbers(run_step()[1])
+    assert path.stat().st_size > 1000
+
+
+def test_options_that_a_compiler_lacks_are_left_out(nothing_built, monkeypatch):
+    monkeypatch.setattr(native, "_flags", lambda: [[*PLAIN, "-fno-such-option"], PLAIN])
+    runner, _ = run_step()
+    assert runner.rung == "native"
+
+
+def test_functions_that_a_library_lacks_are_missed_when_it_is_built():
+    """Where libmvec is old; otherwise other options would not be tried."""
+    for flags in native._flags():
+        assert ("-DHAS_VECTOR_MATH=1" in flags) == ("-Wl,-z,defs" in flags)
+
+
+def test_builds_at_the_same_time_do_not_disturb_each_other(nothing_built):
+    builds = [native._Build(torch.float64) for _ in range(4)]  # as those of processes
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(native._Build.library, builds))
+    assert all(isinstance(library, ctypes.CDLL) for library in libraries)
+    assert len(list(nothing_built.iterdir())) == 1
+
+
+def test_a_build_in_the_background_is_waited_for(nothing_built):
+    native.build(torch.float64)
+    assert run_step()[0].rung == "native"
+    n_threads = threading.active_count()
+    native.build(torch.float64)
+    assert threading.active_count() <= n_threads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_process_forked_while_a_build_runs_does_not_wait_for_it():
+    with native._builds[torch.float32]._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(not native._builds[torch.float32]._lock.acquire(timeout=5))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+
+
+def failing_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'mlp.cpp: fatal error: out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def useless_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def slow_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "BUILD_SECONDS", 0.05)
+
+
+def windows(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.sys, "platform", "win32")
+
+
+UNAVAILABLE = {
+    "no C\\+\\+ compiler was found": no_compiler,
+    "the C\\+\\+ compiler failed: mlp.cpp: fatal error: out of luck": failing_compiler,
+    "file too short": useless_compiler,
+    "timed out": slow_compiler,
+    "not supported on Windows": windows,
+}
+
+
+@pytest.mark.parametrize("reason", UNAVAILABLE)
+def test_without_kernels_one_warning_says_why(reason, nothing_built, monkeypatch, tmp_path):
+    UNAVAILABLE[reason](monkeypatch, tmp_path)
+    with pytest.warns(EngineFallbackWarning, match=f"same results. Reason: .*{reason}") as caught:
+        runner, step = run_step()
+    assert len(caught) == 1
+    assert runner.rung == "stacked"
+    assert_the_loops_numbers(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_the_loops_numbers(run_step()[1])
+
+
+def not_a_folder(monkeypatch, folder):
+    folder.parent.joinpath("file").write_text("")
+    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder.parent / "file" / "cache"))
+
+
+def open_to_all(monkeypatch, folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def of_somebody_else(monkeypatch, folder):
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+
+
+def read_only(monkeypatch, folder):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+
+def no_home(monkeypatch, folder):
+    def fail(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SKLEARN_MAML_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", fail)
+
+
+@pytest.mark.parametrize(
+    "obstacle", [not_a_folder, open_to_all, of_somebody_else, read_only, no_home]
+)
+def test_a_folder_that_cannot_be_used_or_trusted_is_not(obstacle, nothing_built, monkeypatch):
+    obstacle(monkeypatch, nothing_built)
+    assert_the_loops_numbers(run_step()[1])
+    assert not nothing_built.is_dir() or not list(nothing_built.iterdir())
+    temporary = native._temporary[-1]
+    assert native._cache_folder() == Path(temporary.name)
+    assert len(list(Path(temporary.name).iterdir())) == 1
+    assert stat.S_IMODE(Path(temporary.name).stat().st_mode) == 0o700
+    temporary.cleanup()
+
+
+def test_the_cache_folder_follows_the_environment(nothing_built, monkeypatch, tmp_path):
+    monkeypatch.delenv("SKLEARN_MAML_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert native._cache_folder() == tmp_path / "caches" / "sklearn_maml"
+    native._cache_folder.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert native._cache_folder() == tmp_path / ".cache" / "sklearn_maml"
+
+
+# --- estimators
+
+RNG = np.random.default_rng(0)
+GROUPS = np.repeat(np.arange(12), 12)
+X_ALL = RNG.normal(size=(144, 3))
+Y_ALL = np.sin(X_ALL @ RNG.normal(size=(3, 12)))[np.arange(144), GROUPS]
+
+
+def regressor(**options):
+    given = {
+        "hidden_layer_sizes": (8,),
+        "activation": "tanh",
+        "steps": 1,
+        "meta_batch_size": 4,
+        "n_shots": 4,
+        "max_iter": 100,
+        "beta_decay": 0.0,
+        "random_state": 0,
+    }
+    return MAMLRegressor(**(given | options))
+
+
+def fit(**options):
+    return regressor(**options).fit(X_ALL, Y_ALL, groups=GROUPS)
+
+
+def coefficients(reg):
+    return torch.cat([p.detach().flatten() for p in reg.module_.parameters()])
+
+
+@pytest.fixture
+def climbing(monkeypatch):
+    """Fits climb early."""
+    monkeypatch.setattr(engine, "CLIMB_UPDATES", 30)
+    monkeypatch.setattr(engine, "CLIMB_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "CLIMB_UPDATES", 30)
+        patch.setattr(engine, "CLIMB_SECONDS", 0.0)
+        reg = fit()
+    assert reg._rung == "native"
+    return reg
+
+
+def count_steps(monkeypatch):
+    calls = []
+    run = native.Kernel.meta_step
+
+    def counted(self, *args, **options):
+        calls.append(self)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(native.Kernel, "meta_step", counted)
+    return calls
+
+
+def test_a_fit_climbs_at_a_fixed_update_and_learns_the_same(climbing, monkeypatch):
+    options = {"module": mlp((3, 8, 1)), "early_stopping": False}
+    calls = count_steps(monkeypatch)
+    reg = fit(**options)
+    assert len(calls) == 100 - 30
+    assert reg._rung == "native"
+    monkeypatch.setattr(engine, "CLIMB_UPDATES", 1000)
+    other = fit(**options)
+    assert other._rung == "auto"
+    assert len(calls) == 70
+    torch.testing.assert_close(coefficients(reg), coefficients(other), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "meta-sgd"])
+def test_fits_are_reproducible_and_can_be_continued(rule, climbing):
+    options = {"update_rule": rule, "early_stopping": False}
+    whole = fit(max_iter=120, **options)
+    assert torch.equal(coefficients(whole), coefficients(fit(max_iter=120, **options)))
+    for first in (20, 30, 60, 100):
+        parts = fit(max_iter=first, warm_start=True, **options)
+        parts.set_params(max_iter=120 - first).fit(X_ALL, Y_ALL, groups=GROUPS)
+        assert torch.equal(coefficients(parts), coefficients(whole)), first
+
+
+def test_a_continued_fit_is_validated_as_a_whole_one(climbing):
+    whole = fit(max_iter=100)
+    parts = fit(max_iter=50, warm_start=True).fit(X_ALL, Y_ALL, groups=GROUPS)
+    for fact in ("train_loss", "valid_loss", "valid_loss_before"):
+        assert parts.history_[:, fact] == whole.history_[:, fact], fact
+
+
+def test_a_fit_that_stopped_early_is_a_shorter_fit(climbing):
+    early = fit(max_iter=1000, early_stopping=True, n_iter_no_change=1, beta=0.1)
+    assert 30 < early.n_iter_ < 1000
+    shorter = fit(max_iter=early.n_iter_, early_stopping=True, n_iter_no_change=1, beta=0.1)
+    assert torch.equal(coefficients(early), coefficients(shorter))
+
+
+def test_short_fits_and_small_adaptations_compile_nothing(monkeypatch):
+    def refuse(self):
+        raise AssertionError("compiles")
+
+    for name in ("attempt", "library"):
+        monkeypatch.setattr(native._Build, name, refuse)
+    for options in ({}, {"hidden_layer_sizes": (64, 64), "meta_batch_size": 25, "steps": 5}):
+        reg = fit(max_iter=50, **options)
+        reg.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
+        assert reg._rung == "auto"
+
+
+def test_the_state_of_the_cache_does_not_matter(climbing, nothing_built, monkeypatch):
+    cold = fit()
+    assert len(list(nothing_built.iterdir())) == 1
+    fresh = {dtype: native._Build(dtype) for dtype in TOLERANCES}
+    monkeypatch.setattr(native, "_builds", fresh)
+    in_folder = fit()
+    in_process = fit()
+    assert cold._rung == in_folder._rung == in_process._rung == "native"
+    assert torch.equal(coefficients(cold), coefficients(in_folder))
+    assert torch.equal(coefficients(cold), coefficients(in_process))
+
+
+def test_fits_and_copies_without_a_compiler(fitted, climbing, nothing_built, monkeypatch):
+    data = pickle.dumps(fitted)
+    no_compiler(monkeypatch, None)
+
+    def use():
+        copies = [pickle.loads(data), copy.deepcopy(fitted)]
+        adapted = [twin.adapt(X_ALL, Y_ALL, groups=GROUPS) for twin in copies]
+        return fit(), [twin.predict(X_ALL, groups=GROUPS) for twin in adapted]
+
+    with pytest.warns(EngineFallbackWarning, match="no C\\+\\+ compiler") as caught:
+        reg, got = use()
+    assert len(caught) == 1
+    assert reg._rung == "auto"
+    torch.testing.assert_close(coefficients(reg), coefficients(fitted), rtol=1e-3, atol=1e-4)
+    assert np.array_equal(*got)
+    monkeypatch.undo()
+    native._cache_folder.cache_clear()
+    expected = fitted.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-4, atol=1e-5)
+
+
+COPIES = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_adapt_and_predict_with_the_same_bits(how, fitted):
+    fitted.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    expected = fitted.predict(X_ALL, groups=GROUPS)
+    twin = COPIES[how](fitted)
+    assert np.array_equal(twin.predict(X_ALL, groups=GROUPS), expected)
+    twin.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    assert np.array_equal(twin.predict(X_ALL, groups=GROUPS), expected)
+
+
+def test_a_clone_begins_anew(fitted):
+    twin = clone(fitted)
+    assert not hasattr(twin, "module_")
+    assert fit(max_iter=10)._rung == "auto"
+
+
+def test_an_engine_on_the_kernels_can_be_copied():
+    runner, step = run_step()
+    module, batch = mlp((3, 6, 4)), make_batch((3, 4))
+    for twin in (pickle.loads(pickle.dumps(runner)), copy.deepcopy(runner), copy.copy(runner)):
+        assert twin.rung == "native"
+        again = twin.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        assert_bits(again.grads, step.grads)
+
+
+def test_adapting_to_much_climbs_and_to_little_does_not():
+    reg = fit(max_iter=5, hidden_layer_sizes=(32, 32))
+    reg.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    few = reg.predict(X_ALL, groups=GROUPS)
+    assert reg._rung == "auto"
+    n = 400
+    X, y = np.tile(X_ALL, (n, 1)), np.tile(Y_ALL, n)
+    groups = (12 * np.arange(n)[:, None] + GROUPS).ravel()
+    reg.adapt(X, y, groups=groups)
+    assert reg._rung == "native"
+    many = reg.predict(X[:144], groups=groups[:144])
+    np.testing.assert_allclose(many, few, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other(fitted):
+    tasks = list(zip(np.split(X_ALL, 12), np.split(Y_ALL, 12), strict=True))
+    expected = [adapt(fitted, *task).predict(X_ALL) for task in tasks]
+    fitted.adapt(X_ALL, Y_ALL, groups=GROUPS)
+    together = fitted.predict(X_ALL, groups=GROUPS)
+
+    def work(i):
+        own = adapt(fitted, *tasks[i % 12]).predict(X_ALL)
+        shared = fitted.predict(X_ALL, groups=GROUPS)
+        return np.array_equal(own, expected[i % 12]) and np.array_equal(shared, together)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(48)))
+
+
+def test_an_engine_shared_by_threads_gives_the_bits_of_one(monkeypatch):
+    module, batch = mlp((3, 17, 5)), make_batch((3, 5), 30)
+    monkeypatch.setattr(native, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    runner = make_engine(module, "native")
+    params = meta_params_of(module)
+
+    def work(alpha):
+        return runner.meta_step(params, batch, alpha=alpha, steps=3).grads
+
+    alphas = [0.1, 0.2, 0.3] * 10
+    expected = {alpha: work(alpha) for alpha in set(alphas)}
+    with ThreadPoolExecutor(8) as pool:
+        for alpha, grads in zip(alphas, pool.map(work, alphas), strict=True):
+            assert_bits(grads, expected[alpha])
+
+
+def test_classifiers_climb_too(climbing):
+    labels = np.tile([0, 1], 72)
+    options = {"hidden_layer_sizes": (8,), "steps": 1, "meta_batch_size": 4, "n_shots": 2}
+    clf = MAMLClassifier(max_iter=60, n_ways=2, n_queries=2, random_state=0, **options)
+    clf.fit(X_ALL, labels, groups=GROUPS)
+    assert clf._rung == "native"
+    probabilities = clf.adapt(X_ALL[:12], labels[:12]).predict_proba(X_ALL)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
+def predict_elsewhere(reg):
+    return adapt(reg, X_ALL[:12], Y_ALL[:12]).predict(X_ALL)
+
+
+def test_workers_of_joblib(fitted):
+    # long enough to climb without help: workers import the package afresh
+    reg = regressor(max_iter=330)
+    scores = []
+    with sklearn.config_context(enable_metadata_routing=True):
+        for n_jobs in (2, 1):
+            options = {"cv": GroupKFold(2), "refit": n_jobs == 1, "error_score": "raise"}
+            search = GridSearchCV(reg, {"alpha": [0.1]}, n_jobs=n_jobs, **options)
+            search.fit(X_ALL, Y_ALL, groups=GROUPS)
+            scores.append(search.cv_results_["mean_test_score"])
+    assert search.best_estimator_._rung == "native"
+    np.testing.assert_array_equal(*scores)
+    expected = predict_elsewhere(fitted)
+    for got in joblib.Parallel(n_jobs=2)(joblib.delayed(predict_elsewhere)(fitted) for _ in "ab"):
+        np.testing.assert_array_equal(got, expected)
