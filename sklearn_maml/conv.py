@@ -238,25 +238,17 @@ def _gradients(
     return result
 
 
-def _blank(like: Tensor, n_rows: int, shape: tuple[int, ...]) -> Tensor:
-    """Stand in for an input of which only the shape and the layout matter."""
-    channels, height, width = shape[2:]
-    return like.new_empty(n_rows, height, width, channels).movedim(-1, 1)
-
-
-def _input_gradient(gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry) -> Tensor:
-    """Transpose of `_convolve` with respect to its input."""
-    n_tasks, n_rows = shape[:2]
+def _input_gradient(gy: Tensor, weight: Tensor, like: Tensor, g: Geometry) -> Tensor:
+    """Transpose of `_convolve` with respect to inputs like `like`."""
+    n_tasks, n_rows = like.shape[:2]
     if _gathers(weight, tuple(gy.shape), once=_is_shared(weight), few=FEW_CHANNELS):
         kernel, size = (weight.shape[3], weight.shape[4]), (gy.shape[3], gy.shape[4])
-        return _scatter(_rows_matrix(gy) @ _matrix(weight), shape, kernel, size, g)
+        return _scatter(_rows_matrix(gy) @ _matrix(weight), tuple(like.shape), kernel, size, g)
     mask = [True, False, False]
     if _is_shared(weight):
-        like = _blank(gy, n_tasks * n_rows, shape)
-        gx = _gradients(gy.flatten(0, 1), like, weight[0], g, mask)[0]
+        gx = _gradients(gy.flatten(0, 1), like.flatten(0, 1), weight[0], g, mask)[0]
     else:
-        like = _blank(gy, n_rows, shape)
-        gx = _join([_gradients(gy[t], like, weight[t], g, mask)[0] for t in range(n_tasks)])
+        gx = _join([_gradients(gy[t], like[t], weight[t], g, mask)[0] for t in range(n_tasks)])
     return gx.unflatten(0, (n_tasks, n_rows))
 
 
@@ -298,21 +290,19 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gy = _channels_last(gy)
         gx = gw = None
-        if ctx.needs_input_grad[0]:
-            gx = _InputGradient.apply(gy, weight, tuple(x.shape), ctx.geometry)
         if ctx.needs_input_grad[1]:
             gw = _WeightGradient.apply(gy, x, weight.detach(), ctx.geometry)
+        if ctx.needs_input_grad[0]:  # last: it is needed next, and warm then
+            gx = _InputGradient.apply(gy, weight, x.detach(), ctx.geometry)
         return gx, gw, None, None
 
 
 class _InputGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry
-    ) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, weight: Tensor, like: Tensor, g: Geometry) -> Tensor:
         ctx.save_for_backward(gy, weight)
         ctx.geometry = g
-        return _input_gradient(gy, weight, shape, g)
+        return _input_gradient(gy, weight, like, g)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
@@ -343,7 +333,7 @@ class _WeightGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ggy = _Convolution.apply(x, v, ctx.geometry)
         if ctx.needs_input_grad[1]:
-            gx = _InputGradient.apply(gy, v, tuple(x.shape), ctx.geometry)
+            gx = _InputGradient.apply(gy, v, x.detach(), ctx.geometry)
         return ggy, gx, None, None
 
 
