@@ -61,8 +61,11 @@ SMALL_WEIGHT_GRADIENT = 4e6
 # input channels below which the gradient of the input is taken from patches, whatever the size:
 # the convolution kernels vectorise over 16 channels
 FEW_CHANNELS = 16
+# Input channels whose products are added up at a time where rounding matters (`_in_blocks`).
+CHANNEL_BLOCK = 16
 
 _sums = threading.local()
+_order = threading.local()
 
 
 @contextlib.contextmanager
@@ -74,6 +77,17 @@ def _only_sums() -> Iterator[None]:
         yield
     finally:
         _sums.only = before
+
+
+@contextlib.contextmanager
+def _once() -> Iterator[None]:
+    """Promise that what is computed is differentiated once at most, and backward runs once."""
+    before = getattr(_order, "once", False)
+    _order.once = True
+    try:
+        yield
+    finally:
+        _order.once = before
 
 
 class ConvAutograd(Autograd):
@@ -171,7 +185,27 @@ def _rows_matrix(y: Tensor) -> Tensor:
     return y.movedim(2, -1).flatten(1, 3)
 
 
-def _convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+def _convolve_rows(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    return torch.conv2d(x, weight, None, *g)
+
+
+def _in_blocks(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """Convolve some channels at a time.
+
+    The kernels for channels last add all products of an output up in one sequence; with 64
+    channels of 3 x 3 the rounding error of that is twice that of four sums of 16 channels, and
+    so is the chance that a ReLU or a maximum falls on the other side than in exact arithmetic.
+    """
+    out = None
+    pairs = zip(x.split(CHANNEL_BLOCK, 1), weight.split(CHANNEL_BLOCK, 1), strict=True)
+    for part, own in pairs:
+        y = torch.conv2d(_channels_last(part), _channels_last(own), None, *g)
+        out = y if out is None else out.add_(y)
+    assert out is not None
+    return out
+
+
+def _convolve(x: Tensor, weight: Tensor, g: Geometry, in_blocks: bool) -> Tensor:
     """Compute outputs, (n_tasks, n_rows, out_channels, height, width)."""
     n_tasks, n_rows = x.shape[:2]
     kernel = (weight.shape[3], weight.shape[4])
@@ -183,10 +217,11 @@ def _convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if _gathers(weight, out_shape, once=shared):
         out = _patches(x, kernel, (size[0], size[1]), g) @ _matrix(weight).transpose(1, 2)
         return out.unflatten(1, (n_rows, *size)).movedim(-1, 2)
+    convolve = _in_blocks if in_blocks else _convolve_rows
     if shared:
-        out = torch.conv2d(x.flatten(0, 1), weight[0], None, *g)
+        out = convolve(x.flatten(0, 1), weight[0], g)
     else:
-        out = _join([torch.conv2d(x[t], weight[t], None, *g) for t in range(n_tasks)])
+        out = _join([convolve(x[t], weight[t], g) for t in range(n_tasks)])
     return out.unflatten(0, (n_tasks, n_rows))
 
 
@@ -203,25 +238,17 @@ def _gradients(
     return result
 
 
-def _blank(like: Tensor, n_rows: int, shape: tuple[int, ...]) -> Tensor:
-    """Stand in for an input of which only the shape and the layout matter."""
-    channels, height, width = shape[2:]
-    return like.new_empty(n_rows, height, width, channels).movedim(-1, 1)
-
-
-def _input_gradient(gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry) -> Tensor:
-    """Transpose of `_convolve` with respect to its input."""
-    n_tasks, n_rows = shape[:2]
+def _input_gradient(gy: Tensor, weight: Tensor, like: Tensor, g: Geometry) -> Tensor:
+    """Transpose of `_convolve` with respect to inputs like `like`."""
+    n_tasks, n_rows = like.shape[:2]
     if _gathers(weight, tuple(gy.shape), once=_is_shared(weight), few=FEW_CHANNELS):
         kernel, size = (weight.shape[3], weight.shape[4]), (gy.shape[3], gy.shape[4])
-        return _scatter(_rows_matrix(gy) @ _matrix(weight), shape, kernel, size, g)
+        return _scatter(_rows_matrix(gy) @ _matrix(weight), tuple(like.shape), kernel, size, g)
     mask = [True, False, False]
     if _is_shared(weight):
-        like = _blank(gy, n_tasks * n_rows, shape)
-        gx = _gradients(gy.flatten(0, 1), like, weight[0], g, mask)[0]
+        gx = _gradients(gy.flatten(0, 1), like.flatten(0, 1), weight[0], g, mask)[0]
     else:
-        like = _blank(gy, n_rows, shape)
-        gx = _join([_gradients(gy[t], like, weight[t], g, mask)[0] for t in range(n_tasks)])
+        gx = _join([_gradients(gy[t], like[t], weight[t], g, mask)[0] for t in range(n_tasks)])
     return gx.unflatten(0, (n_tasks, n_rows))
 
 
@@ -251,31 +278,31 @@ def _weight_gradient(gy: Tensor, x: Tensor, like: Tensor, g: Geometry, only_sum:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, g: Geometry, in_blocks: bool = False
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = g
-        return _convolve(x, weight, g)
+        return _convolve(x, weight, g, in_blocks)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         gy = _channels_last(gy)
         gx = gw = None
-        if ctx.needs_input_grad[0]:
-            gx = _InputGradient.apply(gy, weight, tuple(x.shape), ctx.geometry)
         if ctx.needs_input_grad[1]:
             gw = _WeightGradient.apply(gy, x, weight.detach(), ctx.geometry)
-        return gx, gw, None
+        if ctx.needs_input_grad[0]:  # last: it is needed next, and warm then
+            gx = _InputGradient.apply(gy, weight, x.detach(), ctx.geometry)
+        return gx, gw, None, None
 
 
 class _InputGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gy: Tensor, weight: Tensor, shape: tuple[int, ...], g: Geometry
-    ) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, weight: Tensor, like: Tensor, g: Geometry) -> Tensor:
         ctx.save_for_backward(gy, weight)
         ctx.geometry = g
-        return _input_gradient(gy, weight, shape, g)
+        return _input_gradient(gy, weight, like, g)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
@@ -306,7 +333,7 @@ class _WeightGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ggy = _Convolution.apply(x, v, ctx.geometry)
         if ctx.needs_input_grad[1]:
-            gx = _InputGradient.apply(gy, v, tuple(x.shape), ctx.geometry)
+            gx = _InputGradient.apply(gy, v, x.detach(), ctx.geometry)
         return ggy, gx, None, None
 
 
@@ -384,6 +411,48 @@ class _NormGradient(torch.autograd.Function):
         return ggy, gx, gw, None, None
 
 
+class _NormOnce(torch.autograd.Function):
+    """`_Norm` within `_once`, in the memory of its input and its output.
+
+    In fresh memory a pass takes three to five times as long, and every pass counts: without
+    second derivatives the normalised input is not needed, and centring it twice, as `_Norm`
+    does, takes a term of the affine map. The input is overwritten by the forward pass, the
+    output and its gradient by the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> Tensor:
+        x = x.detach()
+        x -= x.mean(1, keepdim=True)
+        rest = x.mean(1, keepdim=True)
+        y = x.square()
+        inverse = (y.mean(1, keepdim=True) - rest.square() + eps).rsqrt_()
+        scale = inverse if weight is None else inverse * weight.unsqueeze(1)
+        shift = -rest * scale if bias is None else torch.addcmul(bias.unsqueeze(1), rest, -scale)
+        torch.addcmul(shift, x, scale, out=y)
+        if relu:
+            y.clamp_min_(0.0)
+        ctx.save_for_backward(x, rest, inverse, scale, y)
+        ctx.relu, ctx.affine = relu, weight is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, rest, inverse, scale, y = ctx.saved_tensors
+        gy, y = gy.detach(), y.detach()
+        if ctx.relu:
+            torch.ops.aten.threshold_backward.grad_input(gy, y, 0.0, grad_input=gy)
+        gb = gy.sum(1, keepdim=True)
+        gw = (torch.mul(gy, x, out=y).sum(1, keepdim=True) - rest * gb) * inverse
+        slope = scale * inverse * gw / -gy.shape[1]
+        constant = scale * gb / -gy.shape[1] - rest * slope
+        gx = torch.addcmul(constant, x, slope, out=y).addcmul_(gy, scale)
+        return (gx, gw.squeeze(1), gb.squeeze(1), None, None) if ctx.affine else (gx, *[None] * 4)
+
+
 # -- layers ----------------------------------------------------------------------------------------
 
 
@@ -402,7 +471,9 @@ def _conv(name: str, layer: nn.Conv2d, norm: str | None) -> Layer:
         weight = params[f"{name}weight"]
         if not _is_shared(weight):  # what the tasks share is laid out by `spread`
             weight = _channels_last(weight)
-        x = _Convolution.apply(_channels_last(x), weight, geometry)
+        # where a task is adapted each ReLU counts more, with the fewer rows and in every step
+        in_blocks = torch.is_grad_enabled() and not getattr(_order, "once", False)
+        x = _Convolution.apply(_channels_last(x), weight, geometry, in_blocks)
         # a constant of a channel vanishes when the statistics of the batch are taken out
         if layer.bias is None or (norm is not None and f"{norm}running_mean" not in params):
             return x
@@ -411,8 +482,14 @@ def _conv(name: str, layer: nn.Conv2d, norm: str | None) -> Layer:
     return forward
 
 
-def _batch_norm(name: str, layer: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool) -> Layer:
-    """Normalise with the statistics of each task's rows, or with those among the parameters."""
+def _batch_norm(
+    name: str, layer: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool, alone: bool
+) -> Layer:
+    """Normalise with the statistics of each task's rows, or with those among the parameters.
+
+    `alone` says that nobody else uses the input, the output's gradient, and, after that, the
+    output.
+    """
 
     def forward(params: Params, x: Tensor) -> Tensor:
         shape = x.movedim(2, -1).shape
@@ -432,7 +509,8 @@ def _batch_norm(name: str, layer: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool) -
                     "Expected more than 1 value per channel when training, got input size "
                     f"{tuple(x.shape[1:])}"
                 )
-            rows = _Norm.apply(rows, weight, bias, layer.eps, relu)
+            norm = _NormOnce if alone and getattr(_order, "once", False) else _Norm
+            rows = norm.apply(rows, weight, bias, layer.eps, relu)
         return rows.view(shape).movedim(-1, 2)
 
     return forward
@@ -531,14 +609,18 @@ def conv_forward(
         for name, m in module.named_modules(remove_duplicate=False)
         if next(m.children(), None) is None and type(m) is not nn.Sequential
     ]
+    types = [type(m) for _, m in named]
     layers: list[Layer] = []
     for k, (name, m) in enumerate(named):
-        before = type(named[k - 1][1]) if k else None
+        before = types[k - 1] if k else None
         follower, after = named[k + 1] if k + 1 < len(named) else ("", None)
         if type(m) is nn.Conv2d:
             layers.append(_conv(name, m, follower if type(after) is nn.BatchNorm2d else None))
         elif type(m) in NORMS:
-            layers.append(_batch_norm(name, m, relu=type(after) is nn.ReLU))
+            relu = type(after) is nn.ReLU
+            taker = types[k + 1 + relu] if k + 1 + relu < len(types) else None
+            alone = before is nn.Conv2d and taker in (nn.Conv2d, nn.MaxPool2d)
+            layers.append(_batch_norm(name, m, relu, alone))
         elif type(m) is nn.ReLU and before in NORMS:
             pass  # done by the norm
         elif type(m) is nn.Linear:
@@ -625,7 +707,7 @@ def gradient_now(
         own = {name: p.detach()[tasks] for name, p in params.items()}
         for name in names:
             own[name].requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _once():
             value, aux = loss(own, tasks)
         with _only_sums():
             parts.append(
