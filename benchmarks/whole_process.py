@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -109,7 +110,7 @@ class Sampler:
         return result[0], result[1], result[2], result[3]
 
 
-# -- the three jobs; each returns the mean query loss of the last tenth of the updates --------------
+# -- the three jobs; each returns the mean query loss of the last tenth of the updates ------------
 
 
 def run_ours(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> float:
@@ -147,7 +148,7 @@ def run_jax(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> f
     sizes = (w.n_features, *w.hidden, w.n_outputs)
     rng = np.random.default_rng(1)
     params = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(sizes):
         bound = 1 / np.sqrt(a)
         shapes = ((a, b), (b,))
         params.append([rng.uniform(-bound, bound, s).astype(np.float32) for s in shapes])
@@ -325,10 +326,8 @@ class Cell:
         print(f"\n{self.name}, {self.updates:,} updates  (load {os.getloadavg()[0]:.1f})")
         print(f"{'':14s}{'wall s':>9s}{'CPU s':>9s}{'loss':>9s}  runs")
         for variant, runs in self.runs.items():
-            print(
-                f"{variant:14s}{self.median(variant, 'wall'):9.2f}{self.median(variant, 'cpu'):9.2f}"
-                f"{self.median(variant, 'loss'):9.3f}  {len(runs)}"
-            )
+            wall, cpu, loss = (self.median(variant, kind) for kind in ("wall", "cpu", "loss"))
+            print(f"{variant:14s}{wall:9.2f}{cpu:9.2f}{loss:9.3f}  {len(runs)}")
         plain = [name for name in ("jax", "learn2learn") if name in self.runs]
         cached = [*plain, "jax cached"] if "jax cached" in self.runs else plain
         for variant, rivals in (
@@ -372,7 +371,9 @@ def imports(turns: int, python_path: str) -> None:
     wall, cpu = (
         statistics.median(getattr(a, k) - getattr(b, k) for a, b in pairs) for k in ("wall", "cpu")
     )
-    print(f"  sklearn_maml adds {wall:.2f} s wall, {cpu:.2f} s CPU to torch and sklearn", flush=True)
+    print(
+        f"  sklearn_maml adds {wall:.2f} s wall, {cpu:.2f} s CPU to torch and sklearn", flush=True
+    )
 
 
 def is_installed(module: str) -> bool:
