@@ -77,8 +77,11 @@ lint: $(STAMP) ## check style, types, the import order and docstrings
 	$(BIN)/python tools/check_docstrings.py
 
 .PHONY: bench
-bench: $(STAMP) ## run the benchmarks
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchmarks/run.py
+	@$(BIN)/python benchmarks/run.py --seconds 30 $(ARGS)
+	@$(BIN)/python benchmarks/cost.py --seconds 20 --turns 3
+	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
+	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
 
 .PHONY: clean
 clean: ## remove caches, builds and environments

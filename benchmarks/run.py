@@ -1,10 +1,10 @@
-"""The benchmarks of `make bench`, in about four minutes.
+"""The first benchmarks of `make bench`; `cost.py` and `whole_process.py` are the others.
 
     python benchmarks/run.py [--seconds 60] [--peers FOLDER]
 
 1. A meta-step of the library, as `fit` runs it, against a plain loop over tasks in torch.
 2. Adapting to 1,000 new tasks and predicting: one batched call against one call for each task.
-3. A whole fit of 2,000 updates on sinusoids: where the time goes.
+3. Whole fits on sinusoids: where the time goes.
 4. With --peers, rival libraries, as far as they are installed: FOLDER holds the harness of
    `benchmarks/peers_ours.py`.
 
@@ -54,9 +54,10 @@ def make_mlp(sizes: tuple[int, ...], seed: int = 0) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def make_batch(name: str, seed: int) -> Batch:
+def make_batch(name: str, seed: int, n_tasks: int | None = None) -> Batch:
     """Support X and y, query X and y, with a leading task axis."""
-    sizes, n_tasks, n_support, n_query, _, _, classification = WORKLOADS[name]
+    sizes, usual, n_support, n_query, _, _, classification = WORKLOADS[name]
+    n_tasks = usual if n_tasks is None else n_tasks
     rng = np.random.default_rng(seed)
     rows = n_support + n_query
     if classification:
@@ -218,6 +219,15 @@ class PlainLoop:
         return loss
 
 
+def gradient_error(ours: LibraryStep, loop: PlainLoop) -> float:
+    """Norm of the difference of their meta-gradients, relative to that of the loop's."""
+    _, grads = ours.meta_grad(0)
+    loop.backward(0)
+    pairs = [(grads[n], p.grad.numpy()) for n, p in loop.module.named_parameters()]
+    difference = sum(((a - b) ** 2).sum() for a, b in pairs)
+    return float(np.sqrt(difference / sum((b**2).sum() for _, b in pairs)))
+
+
 def cpu_time(function: Callable[[int], Any], n: int) -> float:
     """Seconds of CPU of one call."""
     start = time.process_time()
@@ -254,11 +264,7 @@ def meta_steps(seconds: float) -> None:
             make_mlp(sizes), batches, alpha=alpha, steps=steps, classification=classification
         )
         loop = PlainLoop(make_mlp(sizes), batches, alpha, steps)
-        _, grads = ours.meta_grad(0)
-        loop.backward(0)
-        pairs = [(grads[n], p.grad.numpy()) for n, p in loop.module.named_parameters()]
-        error = np.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs))
-        error /= np.sqrt(sum((b**2).sum() for _, b in pairs))
+        error = gradient_error(ours, loop)
         a, b = take_turns([ours.step, loop.step], seconds / len(WORKLOADS))
         print(
             f"{name:8s}{1e3 * statistics.median(a):9.2f} ms{1e3 * statistics.median(b):10.2f} ms"
@@ -324,17 +330,17 @@ class Stopwatch:
         setattr(self.owner, self.method, self.original)
 
 
-def whole_fit(updates: int = 2000) -> None:
+FITS: dict[str, dict[str, Any]] = {
+    "default settings (MLP 1-64-64-1)": {},
+    "W1 (MLP 1-40-40-1, 1 step)": {"hidden_layer_sizes": (40, 40), "steps": 1, "alpha": 0.01},
+}
+
+
+def whole_fit(updates: int, settings: dict[str, Any], label: str) -> None:
     """Part 3."""
-    settings: dict[str, Any] = {
-        "steps": 1,
-        "alpha": 0.01,
-        "n_shots": 10,
-        "n_iter_no_change": 10**6,
-        "random_state": 0,
-    }
+    settings = {"n_shots": 10, "random_state": 0, **settings}
     tasks = SinusoidTasks(n_rows=20)
-    MAMLRegressor(max_iter=1, **settings).fit(tasks)  # imports, first-call costs
+    MAMLRegressor(max_iter=300, **settings).fit(tasks)  # imports, first-call costs, compiling
     with (
         Stopwatch(MetaNet, "train_step") as step,
         Stopwatch(MetaNet, "validation_step") as valid,
@@ -344,16 +350,17 @@ def whole_fit(updates: int = 2000) -> None:
         MAMLRegressor(max_iter=updates, **settings).fit(tasks)
         total = time.process_time() - start
     print(
-        f"\nA fit of {updates} updates on sinusoids (25 tasks, K=10, 1 step): {total:.1f} s of CPU"
+        f"\nA fit of {updates:,} updates on sinusoids (25 tasks, K=10), {label}: "
+        f"{total:.1f} s of CPU"
     )
     rest = total - step.total - valid.total - draw.total
-    for label, part in (
+    for name, part in (
         ("meta-steps (gradient, checks, Adam)", step.total),
         ("drawing tasks and episodes", draw.total),
         ("validation after every 50 updates", valid.total),
         ("skorch's loop, callbacks, the rest", rest),
     ):
-        print(f"  {label:38s}{part:7.2f} s {100 * part / total:5.1f} %")
+        print(f"  {name:38s}{part:7.2f} s {100 * part / total:5.1f} %")
     print(f"  outside the meta-steps: {100 * (total - step.total) / total:.1f} %", flush=True)
 
 
@@ -384,7 +391,7 @@ def peers(folder: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of CPU, for each of parts 1, 2")
-    parser.add_argument("--updates", type=int, default=2000, help="of the fit in part 3")
+    parser.add_argument("--updates", type=int, default=2000, help="of each fit in part 3")
     parser.add_argument("--peers", type=Path, help="folder of the harness for other libraries")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -394,7 +401,8 @@ def main() -> None:
     )
     meta_steps(args.seconds)
     many_tasks(args.seconds)
-    whole_fit(args.updates)
+    for label, settings in FITS.items():
+        whole_fit(args.updates, settings, label)
     peers(args.peers)
 
 
