@@ -342,6 +342,7 @@ class Engine:
         # the layers written out for convolutions choose their own kernels
         stackable = _is_stackable(module) and not (rounds and is_conv_net(self.module))
         self._layout = self._native_layout() if stackable and not rounds else None
+        self._n_threads = torch.get_num_threads()  # before a fit of a small network limits it
         self._kernel: Kernel | None = None
         self._rates: tuple[float, list[Params]] | None = None
         # the meta-parameters of the last compiled step, sorted: mostly the same ones come again
@@ -376,6 +377,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._n_threads = torch.get_num_threads()
         if self.rung in ("stacked", "native"):
             self._forward = self._rounded(_stacked_forward(self.module))
         if self.rung == "native":
@@ -454,7 +456,7 @@ class Engine:
         classification = self.row_loss is cross_entropy_rows
         dtype = next(self.module.parameters()).dtype
         try:
-            self._kernel = Kernel(self._layout, classification, dtype)
+            self._kernel = Kernel(self._layout, classification, dtype, self._n_threads)
             self.rung = "native"
         except NativeUnavailableError as error:
             _warn_once(

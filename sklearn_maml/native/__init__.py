@@ -37,7 +37,7 @@ TYPES = {torch.float32: ("float", 0), torch.float64: ("double", 1)}
 MAX_LAYERS = 32  # as in the source
 BUILD_SECONDS = 120
 # floating-point operations of a call from which on it is divided among threads
-PARALLEL_WORK = 2e7
+PARALLEL_WORK = 1e8
 
 
 class NativeUnavailableError(RuntimeError):
@@ -318,6 +318,8 @@ class Kernel:
     classification : bool
         Cross-entropy of logits, instead of the squared error.
     dtype : torch.dtype
+    n_threads : int
+        Among which large batches are divided; the results do not depend on it.
 
     Raises
     ------
@@ -325,7 +327,9 @@ class Kernel:
         If the library cannot be built.
     """
 
-    def __init__(self, layout: Layout, classification: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: Layout, classification: bool, dtype: torch.dtype, n_threads: int = 1
+    ) -> None:
         self._library = _builds[dtype].library()
         self.layout = layout
         self.dtype = dtype
@@ -338,7 +342,7 @@ class Kernel:
             int(torch.Size(shape).numel()) if name else 0
             for name, shape in zip(layout.tensors, layout.shapes, strict=True)
         ]
-        self._n_threads = torch.get_num_threads()
+        self._n_threads = n_threads
 
     def takes_inputs(self, X: Tensor) -> bool:
         """Whether inputs have the type and shape that the kernels are for."""
