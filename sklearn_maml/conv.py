@@ -677,7 +677,16 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> Any:
+        if scale.device.type == "cpu" and scale == 1.0:  # saves a copy of every gradient
+            return None, None, *ctx.grads
         return None, None, *(scale * g for g in ctx.grads)
+
+
+def _empty_like(p: Tensor) -> Tensor:
+    """Memory of its own for each task, laid out as gradients are."""
+    if p.ndim != 5:
+        return p.new_empty(p.shape)
+    return p.movedim(2, -1).new_empty(p.movedim(2, -1).shape).movedim(-1, 2)
 
 
 def gradient_now(
@@ -700,8 +709,12 @@ def gradient_now(
     loss : Tensor
     aux : list of what `loss` returned beside
     """
-    total, parts, auxiliary = None, [], []
+    total, auxiliary = None, []
     names = [name for name, p in params.items() if p.requires_grad]
+    grads: list[Tensor] = []
+    if step < n_tasks:
+        # pieces joined later would be there twice, and `cat` would lay them out anew
+        grads = [_empty_like(params[name]) for name in names]
     for start in range(0, n_tasks, step):
         tasks = slice(start, start + step)
         own = {name: p.detach()[tasks] for name, p in params.items()}
@@ -710,13 +723,15 @@ def gradient_now(
         with torch.enable_grad(), _once():
             value, aux = loss(own, tasks)
         with _only_sums():
-            parts.append(
-                torch.autograd.grad(
-                    value, [own[n] for n in names], allow_unused=True, materialize_grads=True
-                )
+            part = torch.autograd.grad(
+                value, [own[n] for n in names], allow_unused=True, materialize_grads=True
             )
+        if grads:
+            for g, piece in zip(grads, part, strict=True):
+                g[tasks] = piece
+        else:
+            grads = list(part)
         total = value.detach() if total is None else total + value.detach()
         auxiliary.append(aux)
-    grads = [torch.cat(g) if len(g) > 1 else g[0] for g in zip(*parts, strict=True)]
     assert total is not None
     return _Known.apply(total, grads, *(params[n] for n in names)), auxiliary

@@ -251,6 +251,32 @@ def test_batch_norm_passes_gradgradcheck(affine, relu):
     assert torch.autograd.gradgradcheck(normalise, (x, *own))
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_norm_in_place_equals_the_one_that_is_not(affine, relu):
+    generator = torch.Generator().manual_seed(0)
+    x, gy = (torch.randn(2, 6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    own = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    results = []
+    for norm in (conv._Norm, conv._NormOnce):
+        leaves = [p.clone().requires_grad_() for p in (x, *(own if affine else []))]
+        rows = leaves[0] + 100.0  # a mean far from zero, and memory that may be overwritten
+        y = norm.apply(rows, *(leaves[1:] or (None, None)), 1e-5, relu)
+        before = y.detach().clone()
+        results.append([before, *torch.autograd.grad(y, leaves, gy.clone())])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_convolving_some_channels_at_a_time_gives_the_same_numbers():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2 * conv.CHANNEL_BLOCK + 3, 6, 5, generator=generator)
+    w = torch.randn(8, x.shape[1], 3, 2, generator=generator)
+    geometry = ((2, 1), (1, 0))
+    expected = functional.conv2d(x, w, None, *geometry)
+    torch.testing.assert_close(conv._in_blocks(x, w, geometry), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_one_value_per_channel_is_refused():
     module = nn.Sequential(nn.Conv2d(2, 3, SIDE), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
     rng = np.random.default_rng(0)
