@@ -652,6 +652,23 @@ def test_wide_inputs_take_memory_in_proportion():
     )
 
 
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_the_memory_of_large_problems_is_given_back():
+    sizes, dtype = (3, 900, 900, 1), torch.float32
+    module, batch = mlp(sizes, dtype=dtype), make_batch(sizes, 1, dtype=dtype, widths=(2, 2))
+    runner = make_engine(module, "native")
+    params = meta_params_of(module)
+    runner.meta_step(params, batch, alpha=1e-3, steps=1)
+    before = resident_bytes()
+    runner.meta_step(params, batch, alpha=1e-3, steps=30)  # keeps 200 MB, and more, as it runs
+    assert resident_bytes() - before < 60e6
+
+
 # --- building
 
 PLAIN = ["-O0", "-shared", "-fPIC", "-pthread"]  # compiles in no time
