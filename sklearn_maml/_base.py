@@ -735,9 +735,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         targets, extra = self._encode_support(tasks)
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
-        engine = self._make_engine(self.module_, self._rung)
+        compiled = self._rung == "native"
+        # what was changed since (clipping, say) may be nothing for the compiled kernels
+        engine = self._make_engine(self.module_, "auto" if compiled else self._rung)
         most = int(tasks.sizes.max()) if len(by_size) else 0
-        engine.expect_tasks(len(by_size), most, steps)
+        engine.expect_tasks(len(by_size), most, steps, compiled=compiled)
         adapted: Adapted | None = None
         diverged = False
         at_a_time = self._chunk(engine)

@@ -432,11 +432,20 @@ class Engine:
         """Give up what is prepared in the background: no more meta-steps come."""
         self.tracer.finish()
 
-    def expect_tasks(self, n_tasks: int, n_rows: int, steps: int) -> None:
-        """Prepare for adapting to so many tasks: compile if that repays."""
+    def expect_tasks(
+        self, n_tasks: int, n_rows: int, steps: int, *, compiled: bool = False
+    ) -> None:
+        """Prepare for adapting to so many tasks: compile if that repays, or has been done before.
+
+        Parameters
+        ----------
+        n_tasks, n_rows, steps : int
+        compiled : bool
+            Whether the kernels have served the model already.
+        """
         if self._layout is None or self.rung != "stacked" or not self._on_cpu:
             return
-        if self._stacked_seconds(n_tasks, n_rows, steps) >= ADAPTING_SECONDS:
+        if compiled or self._stacked_seconds(n_tasks, n_rows, steps) >= ADAPTING_SECONDS:
             self._compile()
 
     @property

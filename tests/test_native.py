@@ -1027,6 +1027,12 @@ def test_copies_adapt_and_predict_with_the_same_bits(how, fitted):
     assert np.array_equal(twin.predict(X_ALL, groups=GROUPS), expected)
 
 
+def test_a_change_after_the_fit_that_is_not_covered_runs_elsewhere(fitted):
+    expected = predict_elsewhere(fitted)
+    twin = copy.deepcopy(fitted).set_params(update_rule=SGD(max_grad_norm=1e6))
+    np.testing.assert_allclose(predict_elsewhere(twin), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_clone_begins_anew(fitted):
     twin = clone(fitted)
     assert not hasattr(twin, "module_")
