@@ -60,7 +60,7 @@ WORKLOADS = {
 }
 # learn2learn takes minutes for the cells of many updates
 CELLS = "W1:100,W1:1000,W1:20000,W2:2000"
-SLOW = {"W1": 2000, "W2": 500}  # updates from which on learn2learn runs once only
+SLOW = {"W1": 1000, "W2": 500}  # updates from which on learn2learn runs once only
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
