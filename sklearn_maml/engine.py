@@ -475,15 +475,13 @@ class Engine:
             self.tracer.updates_left = self._end - self._update  # the next best
 
     def _linear_rates(self, fast: Params, alpha: float, learned: Params) -> list[Params]:
-        if learned:
-            rates = self.rule.linear_rates(fast, alpha=alpha, rates=learned)
-        elif self._rates is not None and self._rates[0] == alpha:
-            return self._rates[1]
-        else:
-            rates = self.rule.linear_rates(fast, alpha=alpha, rates={})
-            assert rates is not None
-            self._rates = (alpha, rates)
+        kept = self._rates  # read once: other threads may come in between
+        if not learned and kept is not None and kept[0] == alpha:
+            return kept[1]
+        rates = self.rule.linear_rates(fast, alpha=alpha, rates=learned)
         assert rates is not None
+        if not learned:
+            self._rates = (alpha, rates)
         return rates
 
     def _meta_step_native(
@@ -491,10 +489,11 @@ class Engine:
     ) -> MetaStep:
         assert self._kernel is not None
         these = [*map(id, meta_params.values())]
-        if self._parts is None or self._parts[0] != these:
+        parts = self._parts  # read once: other threads may come in between
+        if parts is None or parts[0] != these:
             params, learned = self._split(meta_params)
-            self._parts = (these, params, learned, *self._partition(params))
-        _, params, learned, fast, shared = self._parts
+            self._parts = parts = (these, params, learned, *self._partition(params))
+        _, params, learned, fast, shared = parts
         leaves = {name: r.detach().requires_grad_() for name, r in learned.items()}
         with torch.enable_grad() if leaves else contextlib.nullcontext():
             rates = self._linear_rates(fast, alpha, leaves)
