@@ -37,10 +37,12 @@ from sklearn_maml.update_rules import SGD
 # name: shape of a row, tasks, support rows, query rows, classes, rung of the engine
 WORKLOADS = {
     "MLP": ((64,), 32, 100, 100, 10, "stacked"),
+    "MLP, compiled kernels": ((64,), 32, 100, 100, 10, "native"),
     "conv4": ((1, 28, 28), 4, 5, 25, 5, "auto"),
 }
 TITLES = {
     "MLP": "MLP 64-256-256-10, 32 tasks x (100 + 100) rows",
+    "MLP, compiled kernels": "the same MLP on the compiled kernels",
     "conv4": "conv4, 64 channels, 4 tasks x (5 + 25) images",
 }
 # name: meta-gradient, checkpoint_steps
@@ -61,7 +63,7 @@ ALLOCATOR = {
 def make_module(name: str) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    if name == "MLP":
+    if name != "conv4":
         for a, b in itertools.pairwise((64, 256, 256)):
             layers += [nn.Linear(a, b), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(256, 10))
