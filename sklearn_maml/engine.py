@@ -175,9 +175,12 @@ def _leaf_modules(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether hooks or parametrizations make a layer do something else than its class does."""
+    """Whether anything makes a layer do something else than its class does."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(
-        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+        any(getattr(m, name) for name in hooks)
+        or hasattr(m, "parametrizations")
+        or "forward" in vars(m)
         for m in module.modules()
     )
 

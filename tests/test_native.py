@@ -485,6 +485,18 @@ def hooked():
     return module
 
 
+def hooked_backwards():
+    module = mlp((3, 4, 2))
+    module[2].register_full_backward_hook(lambda layer, by_input, by_output: (3 * by_input[0],))
+    return module
+
+
+def patched():
+    module = mlp((3, 4, 2))
+    module[0].forward = lambda x: torch.cat([x, 2 * x[:, :1]], 1)
+    return module
+
+
 def mixed():
     module = mlp((3, 4, 2))
     module[2].float()
@@ -496,6 +508,8 @@ UNCOVERED = {
     "layer norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
     "tied weights": Tied,
     "hooks": hooked,
+    "backward hooks": hooked_backwards,
+    "forward of an instance": patched,
     "GELU of tanh": lambda: mlp((3, 4, 2), lambda: nn.GELU(approximate="tanh")),
     "negative slope": lambda: mlp((3, 4, 2), lambda: nn.LeakyReLU(-0.1)),
     "negative ELU": lambda: mlp((3, 4, 2), lambda: nn.ELU(-0.5)),
@@ -508,6 +522,7 @@ UNCOVERED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.EngineFallbackWarning")
 @pytest.mark.parametrize("name", UNCOVERED)
 def test_modules_that_are_not_covered_run_elsewhere(name):
     module, batch = UNCOVERED[name]().double(), make_batch((3, 2))
