@@ -57,7 +57,14 @@ from sklearn_maml.inner_loop import (
     mean_loss,
 )
 from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
-from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, build, describe
+from sklearn_maml.native import (
+    Kernel,
+    Layout,
+    NativeUnavailableError,
+    build,
+    cache_problem,
+    describe,
+)
 from sklearn_maml.traced import Tracer, Untraceable, module_key, settings_key
 from sklearn_maml.update_rules import UpdateRule, has_linear_rates
 
@@ -470,6 +477,11 @@ class Engine:
         try:
             self._kernel = Kernel(self._layout, classification, dtype, self._n_threads)
             self.rung = "native"
+            if cache_problem() is not None:
+                _warn_once(
+                    "The compiled kernels cannot be kept, so every process compiles them again. "
+                    f"Reason: {cache_problem()}. Set SKLEARN_MAML_CACHE to a folder of your own."
+                )
         except NativeUnavailableError as error:
             _warn_once(
                 "The compiled kernels for multilayer perceptrons cannot be used, so fits take "

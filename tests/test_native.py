@@ -8,6 +8,7 @@ import itertools
 import os
 import pickle
 import stat
+import tempfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -697,6 +698,7 @@ def nothing_built(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
     monkeypatch.setattr(native, "_flags", lambda: [PLAIN])
     monkeypatch.setattr(engine, "_warned", set())
+    monkeypatch.setattr(native, "_problems", [])
     native._cache_folder.cache_clear()
     yield folder
     native._cache_folder.cache_clear()
@@ -864,13 +866,55 @@ def no_home(monkeypatch, folder):
 )
 def test_a_folder_that_cannot_be_used_or_trusted_is_not(obstacle, nothing_built, monkeypatch):
     obstacle(monkeypatch, nothing_built)
-    assert_the_loops_numbers(run_step()[1])
+    with pytest.warns(EngineFallbackWarning, match="cannot be kept.*SKLEARN_MAML_CACHE"):
+        assert_the_loops_numbers(run_step()[1])
     assert not nothing_built.is_dir() or not list(nothing_built.iterdir())
-    temporary = native._temporary[-1]
-    assert native._cache_folder() == Path(temporary.name)
-    assert len(list(Path(temporary.name).iterdir())) == 1
-    assert stat.S_IMODE(Path(temporary.name).stat().st_mode) == 0o700
-    temporary.cleanup()
+    temporary = native._cache_folder()  # removed when the process ends
+    assert temporary.parent == Path(tempfile.gettempdir())
+    assert len(list(temporary.iterdir())) == 1
+    assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+
+
+def test_a_library_that_is_kept_serves_without_a_compiler(nothing_built, monkeypatch):
+    assert run_step()[0].rung == "native"
+    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    runner, step = run_step()
+    assert runner.rung == "native"
+    assert_the_loops_numbers(step)
+
+
+@pytest.mark.parametrize("how", ["kill -TERM $$", "echo 'Killed signal terminated' >&2; exit 1"])
+def test_a_compiler_that_is_killed_leaves_no_second_choice(
+    how, nothing_built, monkeypatch, tmp_path
+):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\n{how}\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "_flags", lambda: [PLAIN, PLAIN])
+    with pytest.warns(EngineFallbackWarning, match="compiler failed"):
+        assert run_step()[0].rung == "stacked"
+    assert (tmp_path / "runs").read_text() == "run\n"
+    assert not list(nothing_built.iterdir())
+
+
+def test_files_that_killed_builds_left_are_removed(nothing_built):
+    nothing_built.mkdir(mode=0o700)
+    old, new = (nothing_built / f"unfinished-{age}.so" for age in ("old", "new"))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    run_step()
+    assert new.exists()
+    assert not old.exists()
+
+
+def test_cxx_may_have_options(nothing_built, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -DOPTION")
+    assert native._compiler() == ["g++", "-DOPTION"]
+    assert run_step()[0].rung == "native"
 
 
 def test_the_cache_folder_follows_the_environment(nothing_built, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ second or two, and kept in a cache folder: ``$SKLEARN_MAML_CACHE``, or ``sklearn
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -14,11 +15,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.episodes import Rows
 
-__all__ = ["Kernel", "Layout", "NativeUnavailableError", "build", "describe"]
+__all__ = ["Kernel", "Layout", "NativeUnavailableError", "build", "cache_problem", "describe"]
 
 Params = dict[str, Tensor]
 
@@ -82,6 +85,8 @@ class _Build:
         self._lock = threading.Lock()
 
     def _load(self) -> ctypes.CDLL:
+        if sys.platform == "win32":
+            raise NativeUnavailableError("compiled kernels are not supported on Windows")
         path = self._path()
         if path.exists():
             with contextlib.suppress(OSError):  # a damaged file is replaced
@@ -97,34 +102,41 @@ class _Build:
         return library
 
     def _path(self) -> Path:
-        compiler = Path(_compiler()).resolve()
-        state = compiler.stat()
-        version = (compiler, state.st_size, state.st_mtime_ns)
-        key = hashlib.sha256(repr((SOURCE.read_text(), version, _flags(), _cpu())).encode())
+        # not the compiler's: a library serves where none is installed
+        key = hashlib.sha256(repr((SOURCE.read_text(), _flags(), _cpu())).encode())
         return _cache_folder() / f"mlp-{self.real}-{key.hexdigest()[:20]}.so"
 
     def _compile(self, path: Path) -> None:
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        for left in path.parent.glob("unfinished-*"):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 10 * BUILD_SECONDS:
+                    left.unlink()
+        handle, unfinished = tempfile.mkstemp(prefix="unfinished-", suffix=".so", dir=path.parent)
         os.close(handle)
         definitions = [f"-DREAL={self.real}", f"-DREAL_IS_DOUBLE={self.is_double}"]
         try:
             for flags in _flags():
                 libraries = ["-lmvec", "-lm"] if "-DHAS_VECTOR_MATH=1" in flags else ["-lm"]
                 done = subprocess.run(
-                    [_compiler(), *flags, *definitions, str(SOURCE), "-o", unfinished, *libraries],
+                    [*_compiler(), *flags, *definitions, str(SOURCE), "-o", unfinished, *libraries],
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
                     timeout=BUILD_SECONDS,
                     check=False,
+                    start_new_session=True,  # an interrupt is for the fit
                 )
                 if done.returncode == 0:
                     os.replace(unfinished, path)  # whole or not at all, for other processes
                     return
+                if done.returncode < 0 or b"ignal" in done.stderr:
+                    break  # it was killed, which says nothing about the options
         finally:
             Path(unfinished).unlink(missing_ok=True)
         lines = done.stderr.decode(errors="replace").strip().split("\n")
         reason = next((line for line in lines if "error" in line), lines[0])
-        raise NativeUnavailableError(f"the C++ compiler failed: {reason}")
+        raise NativeUnavailableError(
+            f"the C++ compiler failed: {reason or f'exit status {done.returncode}'}"
+        )
 
 
 _builds = {dtype: _Build(dtype) for dtype in TYPES}
@@ -140,13 +152,11 @@ def build(dtype: torch.dtype) -> None:
         threading.Thread(target=_builds[dtype].attempt, name="sklearn_maml build").start()
 
 
-def _compiler() -> str:
-    if sys.platform == "win32":
-        raise NativeUnavailableError("compiled kernels are not supported on Windows")
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
-        path = shutil.which(name)
-        if path is not None:
-            return path
+def _compiler() -> list[str]:
+    asked = shlex.split(os.environ.get("CXX", ""))  # it may be "ccache g++"
+    for command in filter(None, (asked, ["g++"], ["clang++"], ["c++"])):
+        if shutil.which(command[0]) is not None:
+            return command
     raise NativeUnavailableError("no C++ compiler was found (g++, clang++ or $CXX)")
 
 
@@ -175,21 +185,32 @@ def _cpu() -> str:
 @functools.cache
 def _cache_folder() -> Path:
     asked, parent = (os.environ.get(name) for name in ("SKLEARN_MAML_CACHE", "XDG_CACHE_HOME"))
+    folder = None
     try:
         folder = Path(asked or os.path.join(parent or "~/.cache", "sklearn_maml")).expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = folder.stat()
         # code is loaded from here: nobody else may be able to put some in
-        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            reason = "others may write to it"
+        elif not os.access(folder, os.W_OK):
+            reason = "it is not writable"
+        else:
             return folder
-    except (OSError, RuntimeError):  # the latter where there is no home folder
-        pass
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+        reason = str(error)
+    _problems.append(f"{folder or 'The home folder'}: {reason}")
     temporary = tempfile.TemporaryDirectory(prefix="sklearn_maml-")
-    _temporary.append(temporary)  # removed when the process ends
+    atexit.register(temporary.cleanup)
     return Path(temporary.name)
 
 
-_temporary: list[tempfile.TemporaryDirectory[str]] = []
+_problems: list[str] = []
+
+
+def cache_problem() -> str | None:
+    """Return why compiled kernels are not kept; None if they are."""
+    return _problems[-1] if _problems else None
 
 
 # -- networks ------------------------------------------------------------------------------------

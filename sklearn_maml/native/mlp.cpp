@@ -694,7 +694,8 @@ struct MetaSpace {
         Xq = a.take(job.query.width * net.layer[0].ip);
         for (i64 k = 0; k <= job.steps; k++) {
             bool again = job.second_order && !job.recompute; // the transposes serve the sweep, too
-            theta[k].packed = a.take(net.packed);
+            // first order has no use for what it leaves behind
+            theta[k].packed = job.second_order || k == 0 ? a.take(net.packed) : theta[0].packed;
             theta[k].turned = again || k == 0 ? a.take(net.turned) : theta[0].turned;
         }
         kept = a.take((job.rate_grads ? job.steps : 1) * net.packed);
@@ -728,11 +729,14 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
     memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
     turn_weights(net, s.theta[0], FORWARD | BACKWARD);
     for (i64 j = begin; j < end; j++) {
+        if (j > begin && !keeps) { // the task before has overwritten them
+            if (!job.second_order) memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
+            turn_weights(net, s.theta[0], FORWARD | BACKWARD);
+        }
         Set support = task(net, job.support, j, s.Xs), query = task(net, job.query, j, s.Xq);
         for (i64 k = 0; k < K; k++) {
             real *grad = s.kept + (rate_total ? k * size : 0);
             Pass &pass = s.passes[k < n_passes ? k : 0];
-            if (k == 0 && !keeps && j > begin) turn_weights(net, s.theta[0], FORWARD | BACKWARD);
             forward(net, s.theta[k], support, pass);
             backward(net, s.theta[k], support, pass, grad);
             step(size, s.theta[k].packed, rate(job, k), grad, s.theta[k + 1].packed);
