@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from sklearn_maml.inner_loop import Autograd
 
 __all__ = [
     "ConvAutograd",
+    "compose",
     "conv_forward",
     "gradient_now",
     "is_conv_net",
@@ -93,18 +94,9 @@ def _once() -> Iterator[None]:
 class ConvAutograd(Autograd):
     """Plain reverse mode that asks for no gradient of each task where the tasks share weights."""
 
-    def value_and_grad(
-        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
-    ) -> tuple[Params, tuple[Tensor, Any]]:
-        """Gradient of the first output of `function` at `params`, and its outputs."""
-        leaves = self.cut(params)
-        with torch.enable_grad():
-            loss, aux = function(leaves)
-            with _only_sums():
-                grads = torch.autograd.grad(
-                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
-        return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
+    def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+        with _only_sums():
+            return super()._backward(loss, leaves)
 
 
 # -- the three products ----------------------------------------------------------------------------
@@ -633,6 +625,12 @@ def conv_forward(
             layers.append(_elementwise(m))
         else:
             layers.append(_unknown(m))
+
+    return compose(layers)
+
+
+def compose(layers: Sequence[Layer]) -> Layer:
+    """Forward pass of layers one after the other."""
 
     def forward(params: Params, x: Tensor) -> Tensor:
         for layer in layers:

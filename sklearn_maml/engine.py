@@ -39,6 +39,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.conv import (
     ConvAutograd,
+    compose,
     conv_forward,
     gradient_now,
     is_conv_net,
@@ -263,13 +264,7 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
             layers.append(layer_norm(prefix, m))
         elif type(m) is not nn.Sequential:
             layers.append(elementwise(m))
-
-    def forward(params: Params, x: Tensor) -> Tensor:
-        for layer in layers:
-            x = layer(params, x)
-        return x
-
-    return forward
+    return compose(layers)
 
 
 def private_copy(module: nn.Module) -> nn.Module:

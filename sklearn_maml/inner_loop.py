@@ -8,7 +8,7 @@ all call it, each with its own way of differentiating (plain autograd or `torch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,10 +68,11 @@ class Autograd:
         leaves = self.cut(params)
         with torch.enable_grad():
             loss, aux = function(leaves)
-            grads = torch.autograd.grad(
-                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            grads = self._backward(loss, list(leaves.values()))
         return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
+
+    def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
     def vjp(
         self,

@@ -758,7 +758,7 @@ def test_functions_that_a_library_lacks_are_missed_when_it_is_built():
 def test_builds_at_the_same_time_do_not_disturb_each_other(nothing_built):
     builds = [native._Build(torch.float64) for _ in range(4)]  # as those of processes
     with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(native._Build.library, builds))
+        libraries = list(pool.map(native._Build.wait, builds))
     assert all(isinstance(library, ctypes.CDLL) for library in libraries)
     assert len(list(nothing_built.iterdir())) == 1
 
@@ -1028,7 +1028,7 @@ def test_short_fits_and_small_adaptations_compile_nothing(monkeypatch):
     def refuse(self):
         raise AssertionError("compiles")
 
-    for name in ("attempt", "library"):
+    for name in ("attempt", "wait"):
         monkeypatch.setattr(native._Build, name, refuse)
     for options in ({}, {"hidden_layer_sizes": (64, 64), "meta_batch_size": 25, "steps": 5}):
         reg = fit(max_iter=50, **options)

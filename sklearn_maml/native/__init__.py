@@ -73,8 +73,8 @@ class _Build:
                 except (NativeUnavailableError, OSError, subprocess.TimeoutExpired) as error:
                     self._failure = str(error)
 
-    def library(self) -> ctypes.CDLL:
-        """Return the library; waits until it is compiled."""
+    def wait(self) -> ctypes.CDLL:
+        """Return the library, when it is compiled."""
         self.attempt()
         if self._library is None:
             raise NativeUnavailableError(self._failure)
@@ -351,7 +351,7 @@ class Kernel:
     def __init__(
         self, layout: Layout, classification: bool, dtype: torch.dtype, n_threads: int = 1
     ) -> None:
-        self._library = _builds[dtype].library()
+        self._library = _builds[dtype].wait()
         self.layout = layout
         self.dtype = dtype
         self.classification = classification
