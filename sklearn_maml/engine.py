@@ -53,6 +53,7 @@ from sklearn_maml.inner_loop import (
     Autograd,
     Differentiator,
     Functorch,
+    InnerProblem,
     RecomputedSteps,
     adapt,
     mean_loss,
@@ -824,7 +825,7 @@ class Engine:
         shared = {name: p for name, p in params.items() if name not in self.adapted}
         return fast, {**self._frozen, **shared}
 
-    def _objective(
+    def _problem(
         self,
         forward: Callable[[Params, Tensor], Tensor],
         support: Rows,
@@ -834,12 +835,8 @@ class Engine:
         differentiator: Differentiator,
         expand: Callable[[Params], Params],
         batched: bool,
-    ) -> tuple[
-        Callable[..., Params],
-        Callable[[Params], tuple[Tensor, Any]],
-        Callable[..., tuple[Params, tuple[Tensor, Any]]],
-    ]:
-        """Inner loop, query loss and how to differentiate them, for a meta-gradient."""
+    ) -> InnerProblem:
+        """Return the inner problem of these support and query rows, for a meta-gradient."""
 
         def loss_rows(params: Params, rows: Rows) -> tuple[Tensor, Tensor]:
             output = _fit_outputs(forward(params, rows.X), rows.y)
@@ -850,47 +847,34 @@ class Engine:
             fast, shared = self._partition(module_params)
             return expand(fast), expand(shared), rates
 
-        def inner(meta_params: Params, order: int) -> Params:
-            fast, shared, rates = start(meta_params)
-            fast = adapt(
-                fast,
-                lambda p: loss_rows({**shared, **p}, support)[0].sum(),
-                rule=self.rule,
-                alpha=alpha,
-                rates=rates,
-                steps=steps,
-                order=order,
-                differentiator=differentiator,
-                batched=batched,
-            )
-            return {**shared, **fast}
-
         def query_loss(params: Params) -> tuple[Tensor, Any]:
             losses, output = loss_rows(params, query)
             return losses.sum(), (losses.detach(), output.detach())
 
+        problem: dict[str, Any] = {
+            "start": start,
+            "support_loss": lambda params: loss_rows(params, support)[0].sum(),
+            "query_loss": query_loss,
+            "rule": self.rule,
+            "alpha": alpha,
+            "steps": steps,
+            "differentiator": differentiator,
+            "batched": batched,
+            "proximal": self.meta_gradient.proximal,
+            "update": self._update - 1,
+        }
         # without second derivatives there is no graph of the steps that could be saved
         if self.checkpoint_steps and self.meta_gradient.order == 2:
-            recomputed = RecomputedSteps(
-                start,
-                lambda params: loss_rows(params, support)[0].sum(),
-                rule=self.rule,
-                alpha=alpha,
-                steps=steps,
-                differentiator=differentiator,
-                batched=batched,
-                module=self.module,
-                random=not self.pads or has_dropout(self.module),
-            )
-            return recomputed, query_loss, recomputed.value_and_grad
-        return inner, query_loss, differentiator.value_and_grad
+            random = not self.pads or has_dropout(self.module)
+            return RecomputedSteps(**problem, module=self.module, random=random)
+        return InnerProblem(**problem)
 
     def _meta_step_stacked(
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
     ) -> MetaStep:
         n_tasks = len(batch)
         diff = ConvAutograd() if self._convolves else Autograd()
-        inner, query_loss, value_and_grad = self._objective(
+        problem = self._problem(
             self._forward,
             batch.support,
             batch.query,
@@ -902,10 +886,8 @@ class Engine:
         )
         # other meta-gradients may differentiate the query loss twice
         if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder):
-            query_loss = self._query_loss_in_pieces(batch.query)
-        grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(
-            meta_params, inner, query_loss, value_and_grad
-        )
+            problem.query_loss = self._query_loss_in_pieces(batch.query)
+        grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
 
     def _query_loss_in_pieces(self, query: Rows) -> Callable[[Params], tuple[Tensor, Any]]:
@@ -934,7 +916,7 @@ class Engine:
         losses, outputs = [], []
         width = batch.query.X.shape[1]
         for j in range(len(batch)):
-            inner, query_loss, value_and_grad = self._objective(
+            problem = self._problem(
                 self._call_module,
                 batch.support.task(j),
                 batch.query.task(j),
@@ -944,9 +926,7 @@ class Engine:
                 lambda params: params,
                 batched=False,
             )
-            grads, (_, (loss, output)) = self.meta_gradient.loss_and_grad(
-                meta_params, inner, query_loss, value_and_grad
-            )
+            grads, (_, (loss, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
             total = {n: g + total[n] for n, g in grads.items()} if total else grads
             losses.append(loss)
             outputs.append(functional.pad(output, (0, 0, 0, width - output.shape[0])))
@@ -959,7 +939,7 @@ class Engine:
         diff = Functorch()
 
         def one_task(params: Params, support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
-            inner, query_loss, value_and_grad = self._objective(
+            problem = self._problem(
                 self._call_module,
                 Rows(*support),
                 Rows(*query),
@@ -969,9 +949,7 @@ class Engine:
                 lambda params: params,
                 batched=False,
             )
-            grads, (_, aux) = self.meta_gradient.loss_and_grad(
-                params, inner, query_loss, value_and_grad
-            )
+            grads, (_, aux) = self.meta_gradient.loss_and_grad(params, problem)
             return grads, aux
 
         sets = [(rows.X, rows.y, rows.weight) for rows in (batch.support, batch.query)]
@@ -1076,7 +1054,13 @@ class Engine:
         steps: int,
     ) -> Params:
         inner = functools.partial(
-            adapt, rule=self.rule, alpha=alpha, rates=rates, steps=steps, order=0
+            adapt,
+            rule=self.rule,
+            alpha=alpha,
+            rates=rates,
+            steps=steps,
+            order=0,
+            proximal=self.meta_gradient.proximal,
         )
 
         def loss(forward: Callable[..., Tensor], rows: Rows, params: Params) -> Tensor:

@@ -8,6 +8,7 @@ all call it, each with its own way of differentiating (plain autograd or `torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sklearn_maml.update_rules import UpdateRule
 
-__all__ = ["Autograd", "Differentiator", "Functorch", "RecomputedSteps", "adapt", "mean_loss"]
+__all__ = [
+    "Autograd",
+    "Differentiator",
+    "Functorch",
+    "InnerProblem",
+    "RecomputedSteps",
+    "adapt",
+    "mean_loss",
+]
 
 Params = dict[str, Tensor]
 LossFunction = Callable[[Params], Tensor]
@@ -149,6 +158,8 @@ def adapt(
     order: int,
     differentiator: Differentiator,
     batched: bool,
+    proximal: float = 0.0,
+    on_step: Callable[[Params], None] | None = None,
 ) -> Params:
     """Take `steps` inner steps on the support loss (Finn et al. 2017, algorithm 1 line 6).
 
@@ -166,6 +177,10 @@ def adapt(
     differentiator : Differentiator
     batched : bool
         Whether the tensors have a leading task axis.
+    proximal : float
+        Strength of ``proximal / 2 * |params - initialisation|^2``, added to the support loss.
+    on_step : callable params -> None, optional
+        Told of the parameters after every step.
 
     Returns
     -------
@@ -173,6 +188,7 @@ def adapt(
     """
     if order == 0:
         params = differentiator.cut(params)
+    initial = params
     state = rule.start(params)
     for k in range(steps):
         params, state = _step(
@@ -180,15 +196,19 @@ def adapt(
             params,
             state,
             support_loss,
+            initial=initial,
             rule=rule,
             alpha=alpha,
             rates=rates,
             order=order,
             differentiator=differentiator,
             batched=batched,
+            proximal=proximal,
         )
         if order == 0:
             params = differentiator.cut(params)
+        if on_step is not None:
+            on_step(params)
     return {name: p.detach() for name, p in params.items()} if order == 0 else params
 
 
@@ -198,36 +218,105 @@ def _step(
     state: Any,
     support_loss: LossFunction,
     *,
+    initial: Params,
     rule: UpdateRule,
     alpha: float,
     rates: Params,
     order: int,
     differentiator: Differentiator,
     batched: bool,
+    proximal: float,
 ) -> tuple[Params, Any]:
     """Take inner step number `k`; see `adapt`."""
     grads = differentiator.grad(support_loss, params, order)
+    if proximal:
+        grads = {n: g + proximal * (params[n] - initial[n]) for n, g in grads.items()}
     return rule.step(k, params, grads, alpha=alpha, rates=rates, state=state, batched=batched)
 
 
-class RecomputedSteps:
-    """The inner loop for second-order meta-gradients that keep no graph of the inner steps.
+@dataclasses.dataclass
+class InnerProblem:
+    """Adapting to the support sets at hand, and the query loss afterwards.
 
-    Called as a function it is `adapt`, of the meta-parameters. `value_and_grad` stands for
-    `Differentiator.value_and_grad` with functions that adapt by calling this object with the
-    meta-parameters they got. It takes the steps without a graph, keeping the parameters and the
+    This is what a meta-gradient gets to differentiate; it does not know how tasks are batched.
+
+    Attributes
+    ----------
+    start : callable meta_params -> (fast, shared, rates)
+        The parameters that adapt, those that do not, and what the rule learned.
+    support_loss : callable params -> scalar Tensor
+        Of all parameters; the sum over tasks.
+    query_loss : callable params -> (scalar Tensor, aux)
+        Of all parameters; the sum over tasks.
+    rule, alpha, steps, differentiator, batched, proximal : as in `adapt`
+    update : int
+        Meta-updates made before, for gradients that change in the course of the training.
+    """
+
+    start: Callable[[Params], tuple[Params, Params, Params]]
+    support_loss: LossFunction
+    query_loss: Callable[[Params], tuple[Tensor, Any]]
+    rule: UpdateRule
+    alpha: float
+    steps: int
+    differentiator: Differentiator
+    batched: bool
+    proximal: float = 0.0
+    update: int = 0
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How a step is taken: arguments of `adapt`."""
+        return {
+            "rule": self.rule,
+            "alpha": self.alpha,
+            "differentiator": self.differentiator,
+            "batched": self.batched,
+            "proximal": self.proximal,
+        }
+
+    def adapt(
+        self,
+        meta_params: Params,
+        order: int,
+        on_step: Callable[[Params], None] | None = None,
+    ) -> Params:
+        """All parameters after the inner steps; `order` as in `inner_loop.adapt`.
+
+        `on_step` is told of all parameters after every step.
+        """
+        fast, shared, rates = self.start(meta_params)
+        fast = adapt(
+            fast,
+            lambda p: self.support_loss({**shared, **p}),
+            rates=rates,
+            steps=self.steps,
+            order=order,
+            on_step=None if on_step is None else lambda p: on_step({**shared, **p}),
+            **self.how,
+        )
+        return {**shared, **fast}
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at the meta-parameters, and its outputs."""
+        return self.differentiator.value_and_grad(function, params)
+
+
+@dataclasses.dataclass
+class RecomputedSteps(InnerProblem):
+    """The inner problem for second-order meta-gradients that keep no graph of the inner steps.
+
+    `value_and_grad` takes functions that adapt by calling `adapt` with the meta-parameters they
+    got. It takes the steps without a graph, keeping the parameters and the
     state of the rule from before each, and differentiates the function with respect to what it
     adapted to. Then it sweeps back over the steps, building the graph of one at a time, and
     multiplies with the Jacobian of that step (Griewank & Walther 2008, ch. 12: a checkpoint at
     every step).
 
-    Parameters
+    Attributes
     ----------
-    start : callable meta_params -> (fast, shared, rates)
-        The parameters that adapt, those that do not, and what the rule learned.
-    support_loss : callable params -> scalar Tensor
-        Of all parameters.
-    rule, alpha, steps, differentiator, batched : as in `adapt`
     module : Module
         What `support_loss` runs: its buffers must stay as they are.
     random : bool
@@ -235,49 +324,21 @@ class RecomputedSteps:
         sets torch's generators back, so threads must take turns.
     """
 
-    def __init__(
-        self,
-        start: Callable[[Params], tuple[Params, Params, Params]],
-        support_loss: LossFunction,
-        *,
-        rule: UpdateRule,
-        alpha: float,
-        steps: int,
-        differentiator: Differentiator,
-        batched: bool,
-        module: nn.Module,
-        random: bool,
-    ) -> None:
-        self.start = start
-        self.support_loss = support_loss
-        self.rule = rule
-        self.steps = steps
-        self.differentiator = differentiator
-        self.how: dict[str, Any] = {
-            "rule": rule,
-            "alpha": alpha,
-            "differentiator": differentiator,
-            "batched": batched,
-        }
-        self.module = module
-        self.random = random
-        self._given: Params | None = None
-        self._adapted: Params = {}
+    module: nn.Module = dataclasses.field(default_factory=nn.Module)
+    random: bool = False
+    _given: Params | None = None
+    _adapted: Params = dataclasses.field(default_factory=dict)
 
-    def __call__(self, meta_params: Params, order: int) -> Params:
-        """All parameters after `steps` inner steps; `order` as in `adapt`."""
-        fast, shared, rates = self.start(meta_params)
+    def adapt(
+        self,
+        meta_params: Params,
+        order: int,
+        on_step: Callable[[Params], None] | None = None,
+    ) -> Params:
+        """All parameters after the inner steps; see `InnerProblem.adapt`."""
         if meta_params is self._given and order == 2:
-            return {**shared, **self._adapted}
-        fast = adapt(
-            fast,
-            lambda p: self.support_loss({**shared, **p}),
-            rates=rates,
-            steps=self.steps,
-            order=order,
-            **self.how,
-        )
-        return {**shared, **fast}
+            return {**self.start(meta_params)[1], **self._adapted}
+        return super().adapt(meta_params, order, on_step)
 
     def value_and_grad(
         self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
@@ -325,7 +386,7 @@ class RecomputedSteps:
         """Adapt without a graph; return what each step started from, and where they ended."""
         cut = self.differentiator.cut
         fast, shared, rates = self.start(meta)
-        fast = cut(fast)
+        initial = fast = cut(fast)
         state = _cut_state(self.rule.start(fast))
         buffers = [(b, b._version) for b in self.module.buffers()]
         kept = []
@@ -336,6 +397,7 @@ class RecomputedSteps:
                 fast,
                 state,
                 lambda p: self.support_loss({**shared, **p}),
+                initial=initial,
                 rates=rates,
                 order=0,
                 **self.how,
@@ -375,6 +437,7 @@ class RecomputedSteps:
                 own,
                 with_carried(inputs[len(names) : len(names) + len(carried)]),
                 lambda p: self.support_loss({**shared, **p}),
+                initial=own,  # plays no part: `proximal` is 0 where steps are recomputed
                 rates=rates,
                 order=2,
                 **self.how,

@@ -90,13 +90,13 @@ class Regularised(MetaGradient):
 
     order = 2
 
-    def loss_and_grad(self, meta_params, adapt, query_loss, value_and_grad):
+    def loss_and_grad(self, meta_params, problem):
         def loss(meta):
-            near, aux = query_loss(adapt(meta, 2))
-            far, _ = query_loss(adapt({n: 1.1 * p for n, p in meta.items()}, 2))
+            near, aux = problem.query_loss(problem.adapt(meta, 2))
+            far, _ = problem.query_loss(problem.adapt({n: 1.1 * p for n, p in meta.items()}, 2))
             return near + far + sum(p.square().sum() for p in meta.values()), aux
 
-        return value_and_grad(loss, meta_params)
+        return problem.value_and_grad(loss, meta_params)
 
 
 RULES = {
