@@ -168,6 +168,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "checkpoint_steps": ["boolean"],
         "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "precision": [StrOptions({"full", "tf32", "bf16"})],
+        "batch_norm": [StrOptions({"inductive", "transductive"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -668,8 +669,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             if now[name] != self._fit_settings[name]:
                 raise ValueError(
                     f"{name} was changed after fit; what was meta-learned is for another value. "
-                    "Set it back, or fit anew with warm_start=False. Only alpha, steps and "
-                    "adapt_steps may be changed."
+                    "Set it back, or fit anew with warm_start=False. Only alpha, steps, "
+                    "adapt_steps and batch_norm may be changed."
                 )
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
@@ -713,6 +714,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             checkpoint_steps=bool(self.checkpoint_steps),
             max_tasks_in_memory=self.max_tasks_in_memory,
             precision=self.precision,
+            batch_norm=self.batch_norm,
         )
 
     def _chunk(self, engine: Engine) -> int:
@@ -867,12 +869,15 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
         # a task with very many rows is predicted in several pieces
-        n_pieces = -(-counts // ROWS_AT_A_TIME)
+        joined = state.engine.joins_rows(self.batch_norm)
+        n_pieces = np.ones_like(counts) if joined else -(-counts // ROWS_AT_A_TIME)
         piece_task = np.repeat(tasks, n_pieces)
         first = np.repeat(np.cumsum(counts) - counts, n_pieces)
         number = np.arange(len(piece_task)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
         first = first + number * ROWS_AT_A_TIME
-        size = np.minimum(np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME, ROWS_AT_A_TIME)
+        size = np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME
+        if not joined:
+            size = np.minimum(size, ROWS_AT_A_TIME)
         by_size = np.argsort(size, kind="stable")
         no_targets = np.zeros(len(rows), dtype=rows.dtype)
         result: np.ndarray | None = None
@@ -891,7 +896,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             query = pad_rows(rows, no_targets, place, size[chosen])
             query = query.to(self.device_)
             with state.engine.threads(len(place)):
-                output = state.engine.predict(state.adapted.take(piece_task[chosen]), query)
+                output = state.engine.predict(
+                    state.adapted.take(piece_task[chosen]), query, batch_norm=self.batch_norm
+                )
             if output.ndim == 2:
                 output = output.unsqueeze(-1)
             values = query.real(output).cpu().numpy()

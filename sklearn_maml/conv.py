@@ -31,6 +31,7 @@ __all__ = [
     "is_conv_net",
     "keep_memory",
     "spread",
+    "support_first",
     "tasks_at_a_time",
 ]
 
@@ -67,6 +68,7 @@ CHANNEL_BLOCK = 16
 
 _sums = threading.local()
 _order = threading.local()
+_rows = threading.local()
 
 
 @contextlib.contextmanager
@@ -89,6 +91,26 @@ def _once() -> Iterator[None]:
         yield
     finally:
         _order.once = before
+
+
+@contextlib.contextmanager
+def support_first(n_rows: int) -> Iterator[None]:
+    """Say that the first rows of each task are its support set.
+
+    Batch norm then takes the statistics of those rows and normalises all rows with them, and the
+    net returns the outputs of the others, its query rows.
+    """
+    before = _n_support()
+    _rows.support = n_rows
+    try:
+        yield
+    finally:
+        _rows.support = before
+
+
+def _n_support() -> int:
+    """Return the number of support rows that come before the query rows; 0: all are of one set."""
+    return getattr(_rows, "support", 0)
 
 
 class ConvAutograd(Autograd):
@@ -410,39 +432,69 @@ class _NormOnce(torch.autograd.Function):
     second derivatives the normalised input is not needed, and centring it twice, as `_Norm`
     does, takes a term of the affine map. The input is overwritten by the forward pass, the
     output and its gradient by the backward pass.
+
+    The statistics are those of the first `n_own` of the n; the gradient of `_Norm` holds for
+    these, with sums over all n and means over `n_own`, and that of the others is ``s gy``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        relu: bool,
+        n_own: int,
     ) -> Tensor:
         x = x.detach()
-        x -= x.mean(1, keepdim=True)
-        rest = x.mean(1, keepdim=True)
-        y = x.square()
-        inverse = (y.mean(1, keepdim=True) - rest.square() + eps).rsqrt_()
+        own = x[:, :n_own]
+        x -= own.mean(1, keepdim=True)
+        rest = own.mean(1, keepdim=True)
+        y = torch.empty_like(x)
+        square = torch.square(own, out=y[:, :n_own])
+        inverse = (square.mean(1, keepdim=True) - rest.square() + eps).rsqrt_()
         scale = inverse if weight is None else inverse * weight.unsqueeze(1)
         shift = -rest * scale if bias is None else torch.addcmul(bias.unsqueeze(1), rest, -scale)
         torch.addcmul(shift, x, scale, out=y)
         if relu:
             y.clamp_min_(0.0)
         ctx.save_for_backward(x, rest, inverse, scale, y)
-        ctx.relu, ctx.affine = relu, weight is not None
+        ctx.relu, ctx.affine, ctx.n_own = relu, weight is not None, n_own
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         x, rest, inverse, scale, y = ctx.saved_tensors
+        n_own = ctx.n_own
         gy, y = gy.detach(), y.detach()
         if ctx.relu:
             torch.ops.aten.threshold_backward.grad_input(gy, y, 0.0, grad_input=gy)
         gb = gy.sum(1, keepdim=True)
         gw = (torch.mul(gy, x, out=y).sum(1, keepdim=True) - rest * gb) * inverse
-        slope = scale * inverse * gw / -gy.shape[1]
-        constant = scale * gb / -gy.shape[1] - rest * slope
-        gx = torch.addcmul(constant, x, slope, out=y).addcmul_(gy, scale)
-        return (gx, gw.squeeze(1), gb.squeeze(1), None, None) if ctx.affine else (gx, *[None] * 4)
+        slope = scale * inverse * gw / -n_own
+        constant = scale * gb / -n_own - rest * slope
+        own = torch.addcmul(constant, x[:, :n_own], slope, out=y[:, :n_own])
+        own.addcmul_(gy[:, :n_own], scale)
+        if n_own < gy.shape[1]:
+            torch.mul(gy[:, n_own:], scale, out=y[:, n_own:])
+        return (y, gw.squeeze(1), gb.squeeze(1), *[None] * 4) if ctx.affine else (y, *[None] * 6)
+
+
+def _norm_of_all(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, n_own: int
+) -> Tensor:
+    """Normalise all of (n_tasks, n, channels) with the statistics of the first `n_own` of the n.
+
+    Without second derivatives of its own making; in the query set, where few need them.
+    """
+    variance, mean = torch.var_mean(x[:, :n_own], 1, correction=0, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.unsqueeze(1)
+    out = (x - mean) * scale
+    out = out if bias is None else out + bias.unsqueeze(1)
+    return out.relu() if relu else out
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -496,13 +548,20 @@ def _batch_norm(
             rows = rows if bias is None else rows + bias.unsqueeze(1)
             rows = rows.relu() if relu else rows
         else:
-            if rows.shape[1] == 1:
+            n_own = rows.shape[1]
+            if _n_support():
+                n_own = n_own // x.shape[1] * _n_support()
+            if n_own == 1:
                 raise ValueError(
                     "Expected more than 1 value per channel when training, got input size "
                     f"{tuple(x.shape[1:])}"
                 )
-            norm = _NormOnce if alone and getattr(_order, "once", False) else _Norm
-            rows = norm.apply(rows, weight, bias, layer.eps, relu)
+            if alone and getattr(_order, "once", False):
+                rows = _NormOnce.apply(rows, weight, bias, layer.eps, relu, n_own)
+            elif n_own < rows.shape[1]:
+                rows = _norm_of_all(rows, weight, bias, layer.eps, relu, n_own)
+            else:
+                rows = _Norm.apply(rows, weight, bias, layer.eps, relu)
         return rows.view(shape).movedim(-1, 2)
 
     return forward
@@ -539,10 +598,21 @@ def _elementwise(layer: nn.Module) -> Layer:
     return lambda params, x: layer(x)
 
 
-def _unknown(layer: nn.Module) -> Layer:
+def _unknown(layer: nn.Module, has_support: bool) -> Layer:
     # one task after another: exactly what the loop computes, whatever the layer does with rows;
     # vmap inside plain autograd has second derivatives that are wrong, silently
-    return lambda params, x: torch.stack([layer(rows.contiguous()) for rows in x])
+    def forward(params: Params, x: Tensor) -> Tensor:
+        n = _n_support() if has_support else 0
+        sets = [x[:, :n], x[:, n:]] if n else [x]
+        outputs = [torch.stack([layer(rows.contiguous()) for rows in part]) for part in sets]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    return forward
+
+
+def _drop_support(params: Params, x: Tensor) -> Tensor:
+    # with the channels last, so that the gradient lies in memory that way too
+    return x.movedim(2, -1)[:, _n_support() :].movedim(-1, 2) if _n_support() else x
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -587,8 +657,9 @@ def conv_forward(
     Parameters
     ----------
     module : Sequential
-        Its batch norms use batch statistics unless the parameters hold ``running_mean`` and
-        ``running_var`` of the layer, each (n_tasks, n_channels).
+        Its batch norms use the statistics of the rows, or of those that `support_first` names,
+        unless the parameters hold ``running_mean`` and ``running_var`` of the layer, each
+        (n_tasks, n_channels).
     elementwise : tuple of types
         Layers to apply to all tasks at once.
 
@@ -602,6 +673,7 @@ def conv_forward(
         if next(m.children(), None) is None and type(m) is not nn.Sequential
     ]
     types = [type(m) for _, m in named]
+    last_norm = max((k for k, kind in enumerate(types) if kind in NORMS), default=-1)
     layers: list[Layer] = []
     for k, (name, m) in enumerate(named):
         before = types[k - 1] if k else None
@@ -613,6 +685,8 @@ def conv_forward(
             taker = types[k + 1 + relu] if k + 1 + relu < len(types) else None
             alone = before is nn.Conv2d and taker in (nn.Conv2d, nn.MaxPool2d)
             layers.append(_batch_norm(name, m, relu, alone))
+            if k == last_norm:
+                layers.append(_drop_support)
         elif type(m) is nn.ReLU and before in NORMS:
             pass  # done by the norm
         elif type(m) is nn.Linear:
@@ -624,7 +698,7 @@ def conv_forward(
         elif type(m) in elementwise:
             layers.append(_elementwise(m))
         else:
-            layers.append(_unknown(m))
+            layers.append(_unknown(m, has_support=k < last_norm))
 
     return compose(layers)
 
@@ -648,12 +722,15 @@ def spread(params: Params, n_tasks: int) -> Params:
     }
 
 
-def tasks_at_a_time(module: nn.Module, X: Tensor) -> int:
-    """Return how many tasks to run together; X is (n_tasks, n_rows, *features)."""
+def tasks_at_a_time(module: nn.Module, X: Tensor, n_more: int = 0) -> int:
+    """Return how many tasks to run together.
+
+    X is (n_tasks, n_rows, *features); each task has `n_more` rows besides.
+    """
     first = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     positions = math.prod(X.shape[-2:]) / math.prod(first.stride)
     widest = max(positions * first.out_channels, math.prod(X.shape[2:]))
-    return max(1, int(ACTIVATION_BYTES / (X.element_size() * X.shape[1] * widest)))
+    return max(1, int(ACTIVATION_BYTES / (X.element_size() * (X.shape[1] + n_more) * widest)))
 
 
 def keep_memory() -> None:

@@ -37,6 +37,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sklearn_maml.batch_norm import replace_batch_norms, run_on_query
 from sklearn_maml.conv import (
     ConvAutograd,
     compose,
@@ -45,6 +46,7 @@ from sklearn_maml.conv import (
     is_conv_net,
     keep_memory,
     spread,
+    support_first,
     tasks_at_a_time,
 )
 from sklearn_maml.episodes import EpisodeBatch, Rows
@@ -271,10 +273,9 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
 def private_copy(module: nn.Module) -> nn.Module:
     """Copy for the engine's own use, with batch norm on batch statistics.
 
-    Batch-norm layers normalise with the statistics of the set at hand while parameters adapt;
-    predictions use those of the support set (see `Engine.predict`), so that they do not depend on
-    which rows are predicted together. Running averages over tasks are not used. Layers do not
-    work in place, where they would overwrite what derivatives need.
+    Batch-norm layers normalise with the statistics of the rows at hand, unless the engine gives
+    them those of the support set. Running averages over tasks are not used. Layers do not work in
+    place, where they would overwrite what derivatives need.
     """
     module = copy.deepcopy(module)
     for m in module.modules():
@@ -314,6 +315,9 @@ class Engine:
         run one at a time (and thread) anyway.
     precision : {"full", "tf32", "bf16"}
         Numbers of the layers' matrix products.
+    batch_norm : {"inductive", "transductive"}
+        Statistics that batch norm normalises query rows with, in meta-training and predictions:
+        those of the task's support set, or those of its query rows.
 
     Attributes
     ----------
@@ -333,6 +337,7 @@ class Engine:
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
+        batch_norm: str = "inductive",
     ) -> None:
         self.module = private_copy(module)
         self.row_loss = row_loss
@@ -343,6 +348,7 @@ class Engine:
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
+        self.batch_norm = _check_batch_norm(batch_norm)
         self.fallback_reason: str | None = None
         rounds = precision == "bf16"
         # the layers written out for convolutions choose their own kernels
@@ -361,8 +367,11 @@ class Engine:
         if rung in ("auto", "native"):
             self.rung = "stacked" if stackable else "vmap"
         self._convolves = self.rung == "stacked" and is_conv_net(self.module)
+        self._own_norms: list[str] = []  # batch norms that take statistics from nowhere else
         if self.rung == "stacked":
             self._forward = self._rounded(_stacked_forward(self.module))
+        else:
+            self.module, self._own_norms = replace_batch_norms(self.module)
         if rung == "native":
             self._compile()
         # frozen parameters need not be among the meta-parameters
@@ -570,8 +579,9 @@ class Engine:
         Warns
         -----
         EngineFallbackWarning
-            If the memory did not suffice, so that fewer tasks are run at once from now on; or if
-            tasks are run one after another because the module cannot be batched.
+            If the memory did not suffice, so that fewer tasks are run at once from now on; if
+            tasks are run one after another because the module cannot be batched; or if a
+            batch-norm layer of the user's own cannot be given the statistics of the support set.
         """
         if self._climbs_at is not None and self._update >= self._climbs_at:
             self._climbs_at = None
@@ -581,6 +591,16 @@ class Engine:
             return self._meta_step_native(meta_params, batch, alpha, steps)
         self.module.train()
         self._traces = self.tracer.begin_update()
+        if self._own_norms and self.batch_norm == "inductive":
+            warnings.warn(
+                f"The batch-norm layer(s) {self._own_norms} of {type(self.module).__name__} are "
+                "run as they are, so in meta-training they normalise query rows with statistics "
+                "of these rows and not of the support set, as predictions do. Reason: they have "
+                "a forward pass or parametrizations of their own.",
+                EngineFallbackWarning,
+                stacklevel=2,
+            )
+            self._own_norms = []
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
@@ -612,7 +632,8 @@ class Engine:
                 outputs[where, : part.outputs.shape[1]] = part.outputs
             return MetaStep(losses, grads, outputs)
 
-        return self._in_memory(batch, lambda part: self._by_shape(part, run, join), join)
+        with _explaining_one_value(support=batch.support, query=batch.query):
+            return self._in_memory(batch, lambda part: self._by_shape(part, run, join), join)
 
     def evaluate(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
@@ -626,7 +647,8 @@ class Engine:
             ]
             padded = [_pad_rows_to(width, outputs) for _, outputs in parts]
             return torch.cat([losses for losses, _ in parts]), torch.cat(padded)
-        adapted = self.adapt(meta_params, batch.support, alpha=alpha, steps=steps)
+        inductive = self.batch_norm == "inductive"
+        adapted = self._adapt(meta_params, batch.support, alpha, steps, statistics=inductive)
         outputs = self.predict(adapted, batch.query)
         output = _fit_outputs(outputs, batch.query.y)
         return mean_loss(self.row_loss(output, batch.query.y), batch.query.weight), output
@@ -642,6 +664,12 @@ class Engine:
         alpha : float
         steps : int
         """
+        return self._adapt(meta_params, support, alpha, steps, statistics=True)
+
+    def _adapt(
+        self, meta_params: Params, support: Rows, alpha: float, steps: int, *, statistics: bool
+    ) -> Adapted:
+        """Adapt; with the batch-norm statistics of the support sets if these are asked for."""
         module_params, rates = self._split(meta_params)
         fast, shared = self._partition(module_params)
         if self._kernel is not None and self._kernel.takes(support):
@@ -668,22 +696,40 @@ class Engine:
                 for name in parts[0]
             }
 
-        try:
-            params = self._by_shape(support, run, join)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                "Batch norm needs at least 2 values of each channel, and a support set has one "
-                "row. Give more support rows, or use LayerNorm or GroupNorm in the module."
-            ) from error
-        adapted = Adapted(params, shared, {})
-        if self._norms:
-            adapted.statistics = self._support_statistics(adapted, support)
+        with _explaining_one_value(support=support):
+            adapted = Adapted(self._by_shape(support, run, join), shared, {})
+            if self._norms and statistics:
+                adapted.statistics = self._support_statistics(adapted, support)
         return adapted
 
-    def predict(self, adapted: Adapted, query: Rows) -> Tensor:
-        """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows."""
+    def joins_rows(self, batch_norm: str | None = None) -> bool:
+        """Whether predictions of a task's rows depend on each other; see `predict`."""
+        chosen = self.batch_norm if batch_norm is None else _check_batch_norm(batch_norm)
+        return bool(self._norms) and chosen == "transductive"
+
+    def predict(self, adapted: Adapted, query: Rows, *, batch_norm: str | None = None) -> Tensor:
+        """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows.
+
+        Parameters
+        ----------
+        adapted : Adapted
+        query : Rows
+        batch_norm : {"inductive", "transductive"} or None
+            None takes that of the engine.
+        """
+        if not self.joins_rows(batch_norm):
+            return self._predict(adapted, query)
+        adapted = dataclasses.replace(adapted, statistics={})
+        with _explaining_one_value(query=query):
+            pieces = _equal_shapes(query)
+            if pieces is None:
+                return self._predict(adapted, query)
+            parts = [self._predict(adapted.take(k), query.take(k)) for k in pieces]
+        whole = torch.cat([_pad_rows_to(query.X.shape[1], part) for part in parts])
+        return whole[torch.as_tensor(np.argsort(np.concatenate(pieces)), device=whole.device)]
+
+    def _predict(self, adapted: Adapted, query: Rows) -> Tensor:
+        """Predict with the batch-norm statistics among `adapted`, or else those of the rows."""
         if self._kernel is not None and self._kernel.takes_inputs(query.X):
             return self._kernel.predict(adapted.params, adapted.shared, query)
         with torch.no_grad():
@@ -704,7 +750,7 @@ class Engine:
                         for k in parts
                     ]
                 )
-            module = self._for_prediction()
+            module = self._for_prediction(bool(adapted.statistics))
             # attention takes a fast path in evaluation that vmap cannot batch
             batches = self.rung == "vmap" and len(query) > 1 and not self._attends
             if batches and (self.pads or query.lengths is None):
@@ -828,6 +874,7 @@ class Engine:
     def _problem(
         self,
         forward: Callable[[Params, Tensor], Tensor],
+        query_forward: Callable[[Params, Tensor, Tensor], Tensor],
         support: Rows,
         query: Rows,
         alpha: float,
@@ -838,9 +885,12 @@ class Engine:
     ) -> InnerProblem:
         """Return the inner problem of these support and query rows, for a meta-gradient."""
 
-        def loss_rows(params: Params, rows: Rows) -> tuple[Tensor, Tensor]:
-            output = _fit_outputs(forward(params, rows.X), rows.y)
+        def loss_of(output: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+            output = _fit_outputs(output, rows.y)
             return mean_loss(self.row_loss(output, rows.y), rows.weight), output
+
+        def support_loss(params: Params) -> Tensor:
+            return loss_of(forward(params, support.X), support)[0].sum()
 
         def start(meta_params: Params) -> tuple[Params, Params, Params]:
             module_params, rates = self._split(meta_params)
@@ -848,12 +898,12 @@ class Engine:
             return expand(fast), expand(shared), rates
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
-            losses, output = loss_rows(params, query)
+            losses, output = loss_of(query_forward(params, support.X, query.X), query)
             return losses.sum(), (losses.detach(), output.detach())
 
         problem: dict[str, Any] = {
             "start": start,
-            "support_loss": lambda params: loss_rows(params, support)[0].sum(),
+            "support_loss": support_loss,
             "query_loss": query_loss,
             "rule": self.rule,
             "alpha": alpha,
@@ -876,6 +926,7 @@ class Engine:
         diff = ConvAutograd() if self._convolves else Autograd()
         problem = self._problem(
             self._forward,
+            self._stacked_query,
             batch.support,
             batch.query,
             alpha,
@@ -886,22 +937,27 @@ class Engine:
         )
         # other meta-gradients may differentiate the query loss twice
         if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder):
-            problem.query_loss = self._query_loss_in_pieces(batch.query)
+            problem.query_loss = self._query_loss_in_pieces(batch)
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
 
-    def _query_loss_in_pieces(self, query: Rows) -> Callable[[Params], tuple[Tensor, Any]]:
+    def _query_loss_in_pieces(
+        self, batch: EpisodeBatch
+    ) -> Callable[[Params], tuple[Tensor, Any]]:
         """Query loss that holds the activations of a few tasks only."""
+        support, query = batch.support, batch.query
+        n_more = support.X.shape[1] if self._uses_support else 0
 
         def loss(params: Params, tasks: slice) -> tuple[Tensor, Any]:
             y = query.y[tasks]
-            output = _fit_outputs(self._forward(params, query.X[tasks]), y)
+            output = self._stacked_query(params, support.X[tasks], query.X[tasks])
+            output = _fit_outputs(output, y)
             weight = None if query.weight is None else query.weight[tasks]
             losses = mean_loss(self.row_loss(output, y), weight)
             return losses.sum(), (losses.detach(), output.detach())
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
-            step = tasks_at_a_time(self.module, query.X)
+            step = tasks_at_a_time(self.module, query.X, n_more)
             total, parts = gradient_now(loss, params, len(query), step)
             losses, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
             return total, (losses, outputs)
@@ -918,6 +974,7 @@ class Engine:
         for j in range(len(batch)):
             problem = self._problem(
                 self._call_module,
+                self._call_module_on_query,
                 batch.support.task(j),
                 batch.query.task(j),
                 alpha,
@@ -941,6 +998,7 @@ class Engine:
         def one_task(params: Params, support: tuple[Any, ...], query: tuple[Any, ...]) -> Any:
             problem = self._problem(
                 self._call_module,
+                self._call_module_on_query,
                 Rows(*support),
                 Rows(*query),
                 alpha,
@@ -974,6 +1032,7 @@ class Engine:
             steps,
             self._attends,
             self.precision,
+            self.batch_norm,
             *(t if t is None else (t.shape, t.dtype) for t in sets),
         )
 
@@ -1101,15 +1160,34 @@ class Engine:
 
     # -- batch norm ------------------------------------------------------------------------------
 
-    def _for_prediction(self) -> nn.Module:
+    @property
+    def _uses_support(self) -> bool:
+        """Whether query rows are normalised with the statistics of the support set."""
+        return bool(self._norms) and self.batch_norm == "inductive"
+
+    def _stacked_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
+        """Outputs on the query rows of all tasks, on the stacked rung."""
+        if not self._uses_support:
+            return self._forward(params, query_X)
+        with support_first(support_X.shape[1]):
+            return self._forward(params, torch.cat([support_X, query_X], dim=1))
+
+    def _call_module_on_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
+        """Outputs on the query rows of one task."""
+        if not self._uses_support:
+            return self._call_module(params, query_X)
+        return run_on_query(lambda x: self._call_module(params, x), support_X, query_X)
+
+    def _for_prediction(self, takes_statistics: bool) -> nn.Module:
         """Copy of the module, with its parameters shared, that takes batch statistics as buffers.
 
-        A copy for each call, because `functional_call` is not safe on one that threads share.
+        If it takes none, it uses those of the rows. A copy for each call, because
+        `functional_call` is not safe on one that threads share.
         """
         parameters = list(self.module.parameters())
         module = copy.deepcopy(self.module, {id(p): p for p in parameters})
         for m in module.modules():
-            if isinstance(m, _BatchNorm):
+            if takes_statistics and isinstance(m, _BatchNorm):
                 m.track_running_stats = True
                 m.running_mean = parameters[0].new_zeros(m.num_features)
                 m.running_var = parameters[0].new_ones(m.num_features)
@@ -1144,6 +1222,35 @@ class Engine:
             for handle in handles:
                 handle.remove()
         return {name: torch.stack([c[name] for c in collected]) for name in collected[0]}
+
+
+def _check_batch_norm(value: str) -> str:
+    if value not in ("inductive", "transductive"):
+        raise ValueError(
+            f"batch_norm={value!r} is not known. Expected 'inductive' (query rows are normalised "
+            "with the statistics of the support set) or 'transductive' (with their own)."
+        )
+    return value
+
+
+@contextlib.contextmanager
+def _explaining_one_value(**sets: Rows) -> Iterator[None]:
+    """Say which of these sets is too small for batch norm, where one is."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        shortest = {
+            name: rows.X.shape[1] if rows.lengths is None else int(rows.lengths.min())
+            for name, rows in sets.items()
+        }
+        name = min(shortest, key=shortest.__getitem__)
+        instead = " set batch_norm='inductive'," if name == "query" else ""
+        raise ValueError(
+            f"Batch norm needs at least 2 values of each channel, and a {name} set has one row. "
+            f"Give more {name} rows,{instead} or use LayerNorm or GroupNorm in the module."
+        ) from error
 
 
 _warned: set[str] = set()

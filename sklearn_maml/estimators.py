@@ -99,6 +99,12 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
         float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
         keeps parameters, losses and inner steps in those of X. float64 is never rounded.
+    batch_norm : {"inductive", "transductive"}, default="inductive"
+        Statistics that batch-norm layers normalise query rows with, in meta-training, validation
+        and predictions: "inductive" takes those of the task's support set, so that predictions do
+        not depend on which rows are predicted together; "transductive" takes those of the query
+        rows themselves, all rows of the task in one call of `predict` together. May be changed
+        after `fit`.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -166,10 +172,12 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
     little, it makes at most 100 updates, of at most 4 splits each.
 
-    Batch-norm layers normalise with the statistics of the support set while adapting and when
-    predicting, so predictions do not depend on which rows are predicted together. In meta-training
-    the query rows are normalised with statistics of their own, so where support sets are small
-    `torch.nn.LayerNorm` and `torch.nn.GroupNorm` are better choices.
+    Batch-norm layers normalise support rows with the statistics of the support set, at the
+    parameters of each inner step, and query rows as `batch_norm` says. With "inductive" the
+    meta-gradient is that of the loss of what `predict` computes, through the support set's
+    statistics too. With "transductive" a prediction uses the other query rows of its task, which
+    the published scores of [1]_ do; a score then is of sets of rows, and depends on their size and
+    their mix of classes or values. Running averages are not used.
 
     References
     ----------
@@ -218,6 +226,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
+        batch_norm: str = "inductive",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -250,6 +259,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
+        self.batch_norm = batch_norm
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -423,6 +433,12 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
         float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
         keeps parameters, losses and inner steps in those of X. float64 is never rounded.
+    batch_norm : {"inductive", "transductive"}, default="inductive"
+        Statistics that batch-norm layers normalise query rows with, in meta-training, validation
+        and predictions: "inductive" takes those of the task's support set, so that predictions do
+        not depend on which rows are predicted together; "transductive" takes those of the query
+        rows themselves, all rows of the task in one call of `predict` together. May be changed
+        after `fit`.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -489,10 +505,12 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
     little, it makes at most 100 updates, of at most 4 splits each.
 
-    Batch-norm layers normalise with the statistics of the support set while adapting and when
-    predicting, so predictions do not depend on which rows are predicted together. In meta-training
-    the query rows are normalised with statistics of their own, so where support sets are small
-    `torch.nn.LayerNorm` and `torch.nn.GroupNorm` are better choices.
+    Batch-norm layers normalise support rows with the statistics of the support set, at the
+    parameters of each inner step, and query rows as `batch_norm` says. With "inductive" the
+    meta-gradient is that of the loss of what `predict` computes, through the support set's
+    statistics too. With "transductive" a prediction uses the other query rows of its task, which
+    the published scores of [1]_ do; a score then is of sets of rows, and depends on their size and
+    their mix of classes or values. Running averages are not used.
 
     References
     ----------
@@ -545,6 +563,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
+        batch_norm: str = "inductive",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -577,6 +596,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
+        self.batch_norm = batch_norm
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column

@@ -251,17 +251,22 @@ def test_batch_norm_passes_gradgradcheck(affine, relu):
     assert torch.autograd.gradgradcheck(normalise, (x, *own))
 
 
+@pytest.mark.parametrize("n_own", [6, 4], ids=["own statistics", "those of the first rows"])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_batch_norm_in_place_equals_the_one_that_is_not(affine, relu):
+def test_batch_norm_in_place_equals_the_one_that_is_not(affine, relu, n_own):
     generator = torch.Generator().manual_seed(0)
     x, gy = (torch.randn(2, 6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     own = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
     results = []
-    for norm in (conv._Norm, conv._NormOnce):
+    for in_place in (False, True):
         leaves = [p.clone().requires_grad_() for p in (x, *(own if affine else []))]
         rows = leaves[0] + 100.0  # a mean far from zero, and memory that may be overwritten
-        y = norm.apply(rows, *(leaves[1:] or (None, None)), 1e-5, relu)
+        given = (rows, *(leaves[1:] or (None, None)), 1e-5, relu)
+        if in_place:
+            y = conv._NormOnce.apply(*given, n_own)
+        else:
+            y = conv._Norm.apply(*given) if n_own == 6 else conv._norm_of_all(*given, n_own)
         before = y.detach().clone()
         results.append([before, *torch.autograd.grad(y, leaves, gy.clone())])
     for expected, got in zip(*results, strict=True):
@@ -281,5 +286,5 @@ def test_one_value_per_channel_is_refused():
     module = nn.Sequential(nn.Conv2d(2, 3, SIDE), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
     rng = np.random.default_rng(0)
     batch = EpisodeBatch(*(make_rows(rng, 2, 1, 2, torch.float32) for _ in range(2)))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="at least 2 values of each channel"):
         run(module, batch, "auto")

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"episodes"},
     {"update_rules", "meta_gradients"},
     {"inner_loop"},
-    {"modules", "native", "conv", "compiled"},
+    {"modules", "native", "conv", "compiled", "batch_norm"},
     {"traced"},
     {"engine"},
     {"_progress", "optimizers", "distributed"},

@@ -1,0 +1,124 @@
+"""Batch norm whose statistics come from the support set, for modules of any kind.
+
+A module is run twice: on the support set, where each batch-norm layer notes the statistics of its
+input, then on the query rows, which it normalises with them. All of it is differentiable, through
+the statistics too, any number of times and inside `torch.func` transforms. (`conv` has its own.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["TaskBatchNorm", "replace_batch_norms", "run_on_query"]
+
+# of each layer, the mean and the factor to scale by
+Statistics = dict["TaskBatchNorm", tuple[Tensor, Tensor]]
+
+_pass = threading.local()
+
+
+class TaskBatchNorm(_BatchNorm):
+    """Stands for a batch-norm layer; `run_on_query` chooses where its statistics come from.
+
+    It takes over all that the layer has, and is the layer outside of `run_on_query`.
+    """
+
+    kind: Any
+
+    @classmethod
+    def of(cls, layer: _BatchNorm) -> TaskBatchNorm:
+        """Take the place of a layer."""
+        own = cls.__new__(cls)
+        own.__dict__.update(layer.__dict__, kind=type(layer))
+        return own
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        self.kind._check_input_dim(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise with the statistics of the rows, or with those noted on the support set."""
+        noted: Statistics | None = getattr(_pass, "noted", None)
+        if noted is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        # statistics of rounded numbers are not rounded themselves, as in torch's own
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if _pass.notes:
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            if x.numel() == x.shape[1]:
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got input size "
+                    f"{tuple(x.shape)}"
+                )
+            variance, mean = torch.var_mean(wide, dim=axes, correction=0)
+            noted[self] = mean, (variance + self.eps).rsqrt()
+        mean, scale = noted[self]
+        if self.weight is not None:
+            scale = scale * self.weight
+        shape = (-1, *[1] * (x.ndim - 2))
+        out = (wide - mean.view(shape)) * scale.view(shape)
+        if self.bias is not None:
+            out = out + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+@contextlib.contextmanager
+def _noting(noted: Statistics, notes: bool) -> Iterator[None]:
+    before = getattr(_pass, "noted", None), getattr(_pass, "notes", False)
+    _pass.noted, _pass.notes = noted, notes
+    try:
+        yield
+    finally:
+        _pass.noted, _pass.notes = before
+
+
+def run_on_query(
+    forward: Callable[[Tensor], Tensor], support_X: Tensor, query_X: Tensor
+) -> Tensor:
+    """Outputs on query rows, normalised with the statistics of the support set.
+
+    Parameters
+    ----------
+    forward : callable X -> output
+        Runs a module that `replace_batch_norms` has been applied to.
+    support_X, query_X : Tensor of shape (n_rows, *features)
+    """
+    noted: Statistics = {}
+    with _noting(noted, notes=True):
+        forward(support_X)
+    with _noting(noted, notes=False):
+        return forward(query_X)
+
+
+def replace_batch_norms(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Put a `TaskBatchNorm` in the place of each batch-norm layer, in place.
+
+    Returns
+    -------
+    module : Module
+        The same, unless it is a batch-norm layer itself.
+    left : list of str
+        Names of the layers that stay as they are, because they compute something of their own.
+    """
+    left: list[str] = []
+    new: dict[nn.Module, TaskBatchNorm] = {}
+    for name, m in module.named_modules():
+        if not isinstance(m, _BatchNorm):
+            continue
+        plain = type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        if not plain or "forward" in vars(m) or hasattr(m, "parametrizations"):
+            left.append(name)
+        else:
+            new[m] = TaskBatchNorm.of(m)
+    for m in list(module.modules()):
+        for name, child in m._modules.items():
+            if child in new:
+                m._modules[name] = new[child]
+    return new.get(module, module), left
