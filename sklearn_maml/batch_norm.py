@@ -79,10 +79,8 @@ def _noting(noted: Statistics, notes: bool) -> Iterator[None]:
         _pass.noted, _pass.notes = before
 
 
-def run_on_query(
-    forward: Callable[[Tensor], Tensor], support_X: Tensor, query_X: Tensor
-) -> Tensor:
-    """Outputs on query rows, normalised with the statistics of the support set.
+def run_on_query(forward: Callable[[Tensor], Tensor], support_X: Tensor, query_X: Tensor) -> Tensor:
+    """Run query rows through a module, normalised with the statistics of the support set.
 
     Parameters
     ----------

@@ -385,6 +385,10 @@ class Engine:
         # torch's recurrent layers add to products of their weights in place, which vmap can do
         # only if the weights differ between tasks
         self._per_task = any(isinstance(m, RECURRENT) for m in self.module.modules())
+        # what other rungs run without padding; batch norm has its statistics given
+        self._mixes_rows = self._convolves and not all(
+            type(m) in ROW_WISE or isinstance(m, _BatchNorm) for m in _leaf_modules(self.module)
+        )
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -717,9 +721,10 @@ class Engine:
         batch_norm : {"inductive", "transductive"} or None
             None takes that of the engine.
         """
-        if not self.joins_rows(batch_norm):
+        if self.joins_rows(batch_norm):
+            adapted = dataclasses.replace(adapted, statistics={})
+        elif not self._mixes_rows:
             return self._predict(adapted, query)
-        adapted = dataclasses.replace(adapted, statistics={})
         with _explaining_one_value(query=query):
             pieces = _equal_shapes(query)
             if pieces is None:
@@ -941,9 +946,7 @@ class Engine:
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
 
-    def _query_loss_in_pieces(
-        self, batch: EpisodeBatch
-    ) -> Callable[[Params], tuple[Tensor, Any]]:
+    def _query_loss_in_pieces(self, batch: EpisodeBatch) -> Callable[[Params], tuple[Tensor, Any]]:
         """Query loss that holds the activations of a few tasks only."""
         support, query = batch.support, batch.query
         n_more = support.X.shape[1] if self._uses_support else 0
@@ -1166,14 +1169,14 @@ class Engine:
         return bool(self._norms) and self.batch_norm == "inductive"
 
     def _stacked_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
-        """Outputs on the query rows of all tasks, on the stacked rung."""
+        """Return outputs on the query rows of all tasks, on the stacked rung."""
         if not self._uses_support:
             return self._forward(params, query_X)
         with support_first(support_X.shape[1]):
             return self._forward(params, torch.cat([support_X, query_X], dim=1))
 
     def _call_module_on_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
-        """Outputs on the query rows of one task."""
+        """Return outputs on the query rows of one task."""
         if not self._uses_support:
             return self._call_module(params, query_X)
         return run_on_query(lambda x: self._call_module(params, x), support_X, query_X)
