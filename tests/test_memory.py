@@ -427,7 +427,7 @@ def test_chunks_give_the_numbers_of_the_whole_meta_batch(module, rung, sizes, ch
         assert engine.max_tasks_in_memory == size
 
 
-@pytest.mark.parametrize("method", ["_meta_step_stacked", "adapt", "predict"])
+@pytest.mark.parametrize("method", ["_meta_step_stacked", "_adapt", "predict"])
 def test_no_more_tasks_than_asked_for_are_run_at_once(monkeypatch, method):
     seen = []
     record_sizes(monkeypatch, method, seen)
