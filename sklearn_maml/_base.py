@@ -57,6 +57,7 @@ from sklearn_maml.exceptions import (
     SeenTaskWarning,
     SingleTaskWarning,
 )
+from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
 from sklearn_maml.optimizers import can_fuse
@@ -104,6 +105,7 @@ class State:
     ids: np.ndarray | None  # None: one task without an id
     labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
     slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
+    center: np.ndarray | None = None  # with center_y: (n_tasks, n_outputs), in the units of y
 
 
 @dataclasses.dataclass
@@ -165,6 +167,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
         "normalize_y": ["boolean"],
+        "center_y": ["boolean"],
+        "head": [StrOptions({"free", "shared", "zero"})],
         "checkpoint_steps": ["boolean"],
         "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "precision": [StrOptions({"full", "tf32", "bf16"})],
@@ -362,6 +366,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
+        net.symmetric_head = self._symmetric_head(learner)
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
@@ -656,6 +661,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             "update_rule": type(rule),
             "adapted": self.adapted,
             "n_ways": self._n_ways(),
+            "center_y": self._centers_targets(),
+            "head": getattr(self, "head", "free"),
             "hidden_layer_sizes": str(self.hidden_layer_sizes),
             "activation": self.activation,
             "module": self.module if isinstance(self.module, type) else type(self.module),
@@ -665,7 +672,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
         now = self._settings()
-        for name in now if everything else ("update_rule", "adapted", "n_ways"):
+        for name in now if everything else ("update_rule", "adapted", "n_ways", "center_y"):
             if now[name] != self._fit_settings[name]:
                 raise ValueError(
                     f"{name} was changed after fit; what was meta-learned is for another value. "
@@ -734,7 +741,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     ) -> State:
         """Adapt to every task of a collection, a chunk of tasks at a time."""
         self._check_features(tasks.X)
-        targets, extra = self._encode_support(tasks)
+        targets, extra = self._encode_support(tasks, sample_weight)
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
         compiled = self._rung == "native"
@@ -1018,11 +1025,21 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         """Set the fitted attributes that describe the targets."""
         raise NotImplementedError
 
+    def _centers_targets(self) -> bool:
+        """Whether the mean of the support targets of a task is taken from its targets."""
+        return False
+
+    def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
+        """Projection of the meta-parameters in meta-training."""
+        return None
+
     def _encode(self, tasks: TaskCollection) -> TaskCollection:
         """Targets as the losses take them, for episodes."""
         raise NotImplementedError
 
-    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+    def _encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Targets of support sets as the losses take them, and what `State` keeps of them."""
         raise NotImplementedError
 

@@ -155,6 +155,18 @@ def pad_rows(
     )
 
 
+def _centered(batch: EpisodeBatch) -> EpisodeBatch:
+    """Subtract the mean target of the support rows of each task from its targets."""
+    y, weight = batch.support.y, batch.support.weight
+    if weight is None:
+        mean = y.mean(1, keepdim=True)
+    else:
+        mean = (weight.unsqueeze(-1) * y).sum(1, keepdim=True)
+    return EpisodeBatch(
+        *(dataclasses.replace(rows, y=rows.y - mean) for rows in (batch.support, batch.query))
+    )
+
+
 def _is_constant(counts: np.ndarray) -> bool:
     return bool(counts.min() == counts.max())
 
@@ -209,6 +221,8 @@ class EpisodeSampler:
         size for each batch, log-uniformly; classification takes half of the rows.
     n_queries : int or None
         Query rows of an episode (of each class, in classification); None: all that are left.
+    center_y : bool, default=False
+        Whether to subtract the mean target of the support rows from all targets of an episode.
     """
 
     def __init__(
@@ -219,7 +233,9 @@ class EpisodeSampler:
         n_ways: int | None = None,
         n_shots: int | None = None,
         n_queries: int | None = None,
+        center_y: bool = False,
     ) -> None:
+        self.center_y = center_y
         self.tasks = tasks
         self.classification = classification
         self.n_ways = n_ways
@@ -239,7 +255,8 @@ class EpisodeSampler:
         labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
         support = self._gather(draw.support, draw.n_support, labels[0], len(which))
         query = self._gather(draw.query, draw.n_query, labels[1], len(which))
-        return [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
+        batches = [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
+        return [_centered(batch) for batch in batches] if self.center_y else batches
 
     def bytes_of_episode(self) -> int:
         """Rough memory that drawing an episode takes, at most."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy.special import softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
@@ -14,9 +16,12 @@ from sklearn_maml._base import BaseMAML, State
 from sklearn_maml.episodes import (
     name_of,
 )
+from sklearn_maml.heads import SymmetricHead, find_head
+from sklearn_maml.modules import adapted_names
 from sklearn_maml.tasks import (
     TaskCollection,
 )
+from sklearn_maml.update_rules import resolve_update_rule
 
 __all__ = ["MAMLClassifier", "MAMLRegressor"]
 
@@ -84,6 +89,12 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
         training rows. Predictions are in the units of y.
+    center_y : bool, default=False
+        Whether to subtract, in each task, the mean target of its support rows (weighted by
+        `sample_weight`) from its targets, in meta-training as in `adapt`; predictions have it
+        added back. For tasks that differ in level most of all: a fit then does not depend on the
+        levels (the within transformation of panel data [2]_, with the mean of the support rows
+        alone). With `normalize_y` the scale is that of deviations from the means of the tasks.
     optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
         Outer optimiser; ``optimizer__*`` are its parameters.
     checkpoint_steps : bool, default=False
@@ -139,7 +150,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     n_outputs_ : int
         Number of targets.
     y_mean_, y_scale_ : ndarray of shape (n_outputs_,)
-        Mean and scale of the targets.
+        Mean and scale of the targets. With `center_y` the means of the tasks stand in for
+        `y_mean_`, and `y_scale_` is the standard deviation from them.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -183,6 +195,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     ----------
     .. [1] Finn, C., Abbeel, P. & Levine, S. (2017). Model-Agnostic Meta-Learning for Fast
        Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
+    .. [2] Wooldridge, J. M. (2010). Econometric Analysis of Cross Section and Panel Data. MIT
+       Press. Section 10.5.
 
     Examples
     --------
@@ -222,6 +236,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         validation_fraction: float = 0.15,
         n_iter_no_change: int = 20,
         normalize_y: bool = True,
+        center_y: bool = False,
         optimizer: Any = "adam",
         checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
@@ -255,6 +270,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.normalize_y = normalize_y
+        self.center_y = center_y
         self.optimizer = optimizer
         self.checkpoint_steps = checkpoint_steps
         self.max_tasks_in_memory = max_tasks_in_memory
@@ -326,24 +342,46 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
         if self.normalize_y:
             self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
-            spread = np.sqrt(np.average((y - self.y_mean_) ** 2, axis=0, weights=sample_weight))
-            constant = spread <= 10 * np.finfo(y.dtype).eps * np.abs(self.y_mean_)
+            center, level = self.y_mean_, np.abs(self.y_mean_)
+            if self.center_y:
+                means = _task_means(y, tasks, sample_weight)
+                center, level = means[tasks.codes], np.abs(means).max(0)
+            spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
+            constant = spread <= 10 * np.finfo(y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)
 
+    def _centers_targets(self) -> bool:
+        return bool(self.center_y)
+
     def _encode(self, tasks: TaskCollection) -> TaskCollection:
+        y = self._targets(tasks)
+        # with center_y a constant of a task goes with the mean of its support rows; without the
+        # mean of all its rows float32 keeps more digits of what is left
+        mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
+        return tasks.with_y(((y - mean) / self.y_scale_).astype(tasks.X.dtype))
+
+    def _targets(self, tasks: TaskCollection) -> np.ndarray:
         y = tasks.y.reshape(len(tasks.y), -1)
         if y.shape[1] != self.n_outputs_:
             raise ValueError(
                 f"y has {y.shape[1]} output(s), but {type(self).__name__} was meta-fitted on "
                 f"{self.n_outputs_}. Give as many."
             )
-        return tasks.with_y(((y - self.y_mean_) / self.y_scale_).astype(tasks.X.dtype))
+        return y
 
-    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
-        return self._encode(tasks).y, {}
+    def _encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if not self.center_y:
+            return self._encode(tasks).y, {}
+        y = self._targets(tasks)
+        center = _task_means(y, tasks, sample_weight)
+        encoded = ((y - center[tasks.codes]) / self.y_scale_).astype(tasks.X.dtype)
+        return encoded, {"center": center}
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        values = self._outputs(state, rows, codes) * self.y_scale_ + self.y_mean_
+        mean = self.y_mean_ if state.center is None else state.center[codes]
+        values = self._outputs(state, rows, codes) * self.y_scale_ + mean
         values = values.astype(self._dtype, copy=False)
         return values[:, 0] if self._y_is_1d else values
 
@@ -351,6 +389,21 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+def _task_means(
+    y: np.ndarray, tasks: TaskCollection, sample_weight: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean targets (n_tasks, n_outputs) of the rows of each task."""
+    total = np.bincount(tasks.codes, sample_weight, tasks.n_tasks)
+    means = [
+        np.bincount(
+            tasks.codes, column if sample_weight is None else sample_weight * column, tasks.n_tasks
+        )
+        / total
+        for column in y.T
+    ]
+    return np.stack(means, axis=1)
 
 
 class MAMLClassifier(ClassifierMixin, BaseMAML):
@@ -399,6 +452,14 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         characters of an alphabet); every episode draws this many classes of a task, or of the
         whole pool of classes when there is no task information, and assigns them to the outputs
         at random.
+    head : {"free", "shared", "zero"}, default="free"
+        Initialisation of the last layer, a `torch.nn.Linear` with one row for each class.
+        "shared" meta-learns one weight vector and bias for all classes, so that the order in which
+        classes come to the outputs cannot matter (UNICORN-MAML [2]_); "zero" starts the layer from
+        zeros and meta-learns the other layers alone (the zeroing trick of [3]_). Classes are then
+        told apart by the inner steps alone. What is common to all classes drops out of the
+        softmax, so the two give the same predictions, to rounding. What an `update_rule` learns
+        is shared by the classes, too.
     n_shots : int, default=None
         Support rows of each class in meta-training and in `score`. None takes half of the rows, at
         most 20. To search over it, score with ``task_scorer(..., n_shots=K)``: `score` splits by
@@ -516,6 +577,10 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     ----------
     .. [1] Finn, C., Abbeel, P. & Levine, S. (2017). Model-Agnostic Meta-Learning for Fast
        Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
+    .. [2] Ye, H.-J. & Chao, W.-L. (2022). How to Train Your MAML to Excel in Few-Shot
+       Classification. ICLR.
+    .. [3] Kao, C.-H., Chiu, W.-C. & Chen, P.-Y. (2022). MAML is a Noisy Contrastive Learner in
+       Classification. ICLR.
 
     Examples
     --------
@@ -552,6 +617,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         update_rule: Any = "sgd",
         adapted: Any = "all",
         n_ways: int | None = None,
+        head: str = "free",
         n_shots: int | None = None,
         n_queries: int | None = 10,
         meta_batch_size: int = 25,
@@ -585,6 +651,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.update_rule = update_rule
         self.adapted = adapted
         self.n_ways = n_ways
+        self.head = head
         self.n_shots = n_shots
         self.n_queries = n_queries
         self.meta_batch_size = meta_batch_size
@@ -712,6 +779,38 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     def _n_ways(self) -> int | None:
         return self.n_ways
 
+    def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
+        if self.head == "free":
+            return None
+        for name, value in (
+            ("alpha", self.alpha),
+            ("steps", self.steps),
+            ("adapt_steps", self._n_adapt_steps()),
+        ):
+            if not value:
+                raise ValueError(
+                    f"head={self.head!r} starts with equal outputs for all classes, which inner "
+                    f"steps alone tell apart, but {name}={value!r}. Use a positive one in fit, or "
+                    "head='free'."
+                )
+        module = learner.module
+        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        head = find_head(
+            module, self.head, rule, adapted_names(module, self.adapted), self._n_module_outputs()
+        )
+        probe = copy.deepcopy(module).eval()
+        head.project({f"module.{name}": p for name, p in probe.named_parameters()})
+        p = next(probe.parameters())
+        with torch.no_grad():
+            outputs = probe(self._reshape(p.new_zeros(1, *self.feature_shape_)))
+        if not torch.allclose(outputs, outputs[:, :1]):
+            raise ValueError(
+                f"head={self.head!r} found a last layer in {type(module).__name__} that does not "
+                "make its outputs alone: they differ between classes with equal rows. Give the "
+                "module a torch.nn.Linear at its end, all of it trainable, or use head='free'."
+            )
+        return head
+
     def _n_module_outputs(self) -> int:
         return len(self.classes_) if self.n_ways is None else int(self.n_ways)
 
@@ -733,7 +832,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
             )
         return np.searchsorted(self.classes_, y)
 
-    def _encode_support(self, tasks: TaskCollection) -> tuple[np.ndarray, dict[str, Any]]:
+    def _encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         if self.n_ways is None:
             return self._positions(tasks.y), {}
         labels, codes = np.unique(tasks.y, return_inverse=True)

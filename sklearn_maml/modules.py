@@ -11,7 +11,14 @@ from torch import nn
 
 from sklearn_maml._validation import did_you_mean
 
-__all__ = ["ACTIVATIONS", "adapted_names", "build_module", "copy_buffers", "make_mlp"]
+__all__ = [
+    "ACTIVATIONS",
+    "adapted_names",
+    "build_module",
+    "copy_buffers",
+    "head_names",
+    "make_mlp",
+]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -49,12 +56,22 @@ def build_module(module: Any, options: dict[str, Any], sizes: dict[str, int]) ->
         ) from error
 
 
+def _trainable_names(module: nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def head_names(module: nn.Module) -> list[str]:
+    """Names of the parameters of the last layer: of the last trainable ones."""
+    names = _trainable_names(module)
+    return [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
+
+
 def adapted_names(module: nn.Module, adapted: Any) -> list[str]:
     """Names of the parameters that adapt."""
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    names = _trainable_names(module)
     if isinstance(adapted, str) and adapted == "all":
         return names
-    head = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
+    head = head_names(module)
     if isinstance(adapted, str) and adapted == "head":
         return head
     if isinstance(adapted, str) and adapted == "body":

@@ -26,6 +26,7 @@ from sklearn_maml.exceptions import (
     MetaTrainingError,
     NonFiniteStepWarning,
 )
+from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
 from sklearn_maml.update_rules import UpdateRule
 
@@ -265,6 +266,8 @@ class MetaNet(NeuralNet):
         Largest norm of a meta-gradient; a larger one is scaled down.
     rows_per_task : int
         Typical number of rows of an episode, to judge how much work a step is.
+    symmetric_head : SymmetricHead or None
+        Projection of the meta-parameters, made with every meta-update.
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
     **kwargs : dict
@@ -285,6 +288,7 @@ class MetaNet(NeuralNet):
         beta_decay: float = 0.0,
         max_grad_norm: float | None = None,
         rows_per_task: int = 1,
+        symmetric_head: SymmetricHead | None = None,
         epoch_hooks: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
@@ -299,6 +303,7 @@ class MetaNet(NeuralNet):
         self.beta_decay = beta_decay
         self.max_grad_norm = max_grad_norm
         self.rows_per_task = rows_per_task
+        self.symmetric_head = symmetric_head
         self.epoch_hooks = epoch_hooks
         super().__init__(module, criterion=criterion, **kwargs)
 
@@ -382,6 +387,15 @@ class MetaNet(NeuralNet):
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Make one meta-update."""
+        step = self._update(batch, **fit_params)
+        self._project()
+        return step
+
+    def _project(self) -> None:
+        if self.symmetric_head is not None:
+            self.symmetric_head.project(self._prepare().trainable)
+
+    def _update(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         ready = self._prepare()
         if ready.needs_closure:
             step: dict[str, Any] = super().train_step(batch, **fit_params)
@@ -443,6 +457,9 @@ class MetaNet(NeuralNet):
             ready.meta_params, episodes, alpha=self.alpha, steps=self.steps
         )
         loss = step.losses.mean()
+        if self.symmetric_head is not None:
+            in_one_piece = getattr(step, "flat", None) is not None
+            self.symmetric_head.project_gradient(step.grads, in_place=in_one_piece)
         grads = [step.grads[name] for name in ready.trainable]
         # an engine may offer its gradients in one piece too, in the order of `grads`
         whole = getattr(step, "flat", None)
@@ -546,6 +563,7 @@ class MetaNet(NeuralNet):
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
         self.notify("on_train_begin", X=X, y=y)
+        self._project()
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
                 self.fit_loop(X, y, epochs=-(-self.max_iter // UPDATES_PER_EPOCH))
@@ -628,6 +646,7 @@ class MetaNet(NeuralNet):
 
     def track_best(self) -> None:
         """Remember the best parameters by validation loss, and for how long none were better."""
+        self._project()  # callbacks may have changed what is kept
         loss = self.history[-1].get("valid_loss", math.nan)
         if loss < self.best_loss_:
             self.best_loss_ = loss

@@ -49,6 +49,7 @@ class CollectionSource:
             "classification": estimator._classification,
             "n_ways": n_ways,
             "n_shots": estimator.n_shots,
+            "center_y": estimator._centers_targets(),
         }
         training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
         self.draw = training.sample_batches
@@ -106,6 +107,7 @@ class DistributionSource:
             n_ways=n_ways,
             n_shots=n_shots,
             n_queries=n_queries,
+            center_y=estimator._centers_targets(),
         )
 
     def draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"modules", "native", "conv", "compiled", "batch_norm"},
     {"traced"},
     {"engine"},
-    {"_progress", "optimizers", "distributed"},
+    {"_progress", "optimizers", "distributed", "heads"},
     {"outer_loop"},
     {"sources"},
     {"_base"},
