@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -14,7 +15,7 @@ import torch
 from scipy.special import softmax
 from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
-from skorch.callbacks import Callback, EpochTimer, PassthroughScoring, PrintLog
+from skorch.callbacks import Callback, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -340,7 +341,10 @@ class MetaNet(NeuralNet):
             with without_compiler():
                 self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
             for group, own in zip(self.optimizer_.param_groups, settings, strict=True):
-                group.update(own)  # rates and the like are those of now
+                # rates and the like are those of now; none are left of an earlier schedule
+                for name in group.keys() - own.keys() - {"params"}:
+                    del group[name]
+                group.update(own)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -562,7 +566,8 @@ class MetaNet(NeuralNet):
         )
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
-        self.notify("on_train_begin", X=X, y=y)
+        with self._new_schedules():
+            self.notify("on_train_begin", X=X, y=y)
         self._project()
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
@@ -587,6 +592,26 @@ class MetaNet(NeuralNet):
         self._release()
         self.notify("on_train_end", X=X, y=y)
         return self
+
+    @contextlib.contextmanager
+    def _new_schedules(self) -> Iterator[None]:
+        """Let schedules of the rate begin with this fit, as `beta_decay` does.
+
+        skorch's begin where the epochs of the history end, which is the wrong place for a schedule
+        by update, and with a rate that is that of the beginning.
+        """
+        begun = [
+            callback
+            for _, callback in self.callbacks_
+            if isinstance(callback, LRScheduler) and "last_epoch" not in vars(callback)
+        ]
+        for callback in begun:
+            callback.last_epoch = -1
+        try:
+            yield
+        finally:
+            for callback in begun:
+                del callback.last_epoch
 
     def _interrupted(self) -> None:
         self.interrupted_ = True
