@@ -52,7 +52,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
         Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
-        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place.
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
+        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
+        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
     max_grad_norm : float, default=None
         Scale meta-gradients of a larger 2-norm down to this one.
     steps : int, default=10
@@ -432,7 +434,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
         Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
-        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place.
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
+        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
+        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
     max_grad_norm : float, default=None
         Scale meta-gradients of a larger 2-norm down to this one.
     steps : int, default=5

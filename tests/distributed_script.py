@@ -89,7 +89,10 @@ def fits():
     continued = regressor(max_iter=10, warm_start=True).fit(X, y, groups=task)
     found["warm start"] = outcome(continued.fit(X, y, groups=task))
     clf = MAMLClassifier(**{**SETTINGS, "max_iter": 10}, n_ways=2, n_shots=2, random_state=0)
-    found["classifier"] = outcome(clf.fit(np.hstack([X, y[:, None]]), (y > 0) + 2 * (X[:, 0] > 0)))
+    pool = np.hstack([X, y[:, None]]), (y > 0) + 2 * (X[:, 0] > 0)
+    found["classifier"] = outcome(clf.fit(*pool))
+    found["zero head"] = outcome(clf.set_params(head="zero").fit(*pool))
+    found["centred"] = outcome(regressor(center_y=True, max_iter=10).fit(X, y, groups=task))
     return found
 
 

@@ -585,6 +585,7 @@ BAD_PARAMETERS = [
     ("validation_fraction", [0.0, 1.0, -0.1]),
     ("n_iter_no_change", [0]),
     ("normalize_y", ["yes"]),
+    ("center_y", ["yes", None]),
     ("activation", ["rellu", nn.ReLU]),
     ("hidden_layer_sizes", [0, -3, (4, 0), "64", (1.5,)]),
     ("adapted", ["heads", ["nope.*"], ["0.*", "nope"], [], 5, None]),

@@ -72,6 +72,8 @@ CASES = [
     "float32",
     "warm start",
     "classifier",
+    "zero head",
+    "centred",
 ]
 
 
