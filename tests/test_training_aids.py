@@ -254,6 +254,24 @@ def test_callbacks_cannot_break_the_symmetry(head, early_stopping):
 
 
 @pytest.mark.parametrize("head", ["shared", "zero"])
+def test_the_symmetry_holds_after_every_update(head):
+    class Look(Callback):
+        on_grad_computed = Meddle.on_grad_computed
+
+        def on_train_begin(self, net, **kwargs):
+            self.found = []
+
+        def on_batch_end(self, net, training=False, **kwargs):
+            if training:
+                p = net.module_.module[2].weight
+                self.found.append(torch.equal(p, p[:1].expand_as(p)))
+
+    look = Look()
+    classifier(head=head, callbacks=[look])
+    assert look.found == [True] * SMALL["max_iter"]
+
+
+@pytest.mark.parametrize("head", ["shared", "zero"])
 def test_a_symmetric_fit_may_be_continued(head):
     settings = {"head": head, "early_stopping": False, "beta_decay": 0.0}
     whole = classifier(**settings, max_iter=100)
