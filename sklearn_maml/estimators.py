@@ -55,8 +55,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
         with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
         cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
-    max_grad_norm : float, default=None
-        Scale meta-gradients of a larger 2-norm down to this one.
+    max_grad_norm : float, default=1.0
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
+        a rule where the inner steps of a task diverge; a single one can undo many updates.
     steps : int, default=10
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
@@ -224,7 +225,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = 1.0,
         steps: int = 10,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
@@ -437,8 +438,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
         with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
         cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
-    max_grad_norm : float, default=None
-        Scale meta-gradients of a larger 2-norm down to this one.
+    max_grad_norm : float, default=1.0
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
+        a rule where the inner steps of a task diverge; a single one can undo many updates.
     steps : int, default=5
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
@@ -614,7 +616,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = 1.0,
         steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
