@@ -167,7 +167,7 @@ def test_n_iter_counts_meta_updates_exactly(max_iter, early_stopping):
 # --- built-in early stopping
 
 # a rate at which the losses go up and down
-WILD = {"beta": 0.3, "beta_decay": 0.0, "optimizer": "adam"}
+WILD = {"beta": 0.3, "beta_decay": 0.0, "optimizer": "adam", "max_grad_norm": None}
 
 
 @pytest.mark.parametrize("early_stopping", [True, "auto"])
