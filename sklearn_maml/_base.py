@@ -89,10 +89,11 @@ TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch
 ROWS_AT_A_TIME = 4096
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
 SINGLE_TASK_UPDATES = 100
-# Meta-updates before a fit is judged by what adaptation gains. On sinusoids, even at a tenth of
-# the published alpha or of the default beta, the gain is clear of its noise from 100 to 200 on.
-MEMORIZATION_UPDATES = 300
-# part of the loss that has to be gained for sure to count where the gain may also be none
+# A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
+# sinusoids, even at a tenth of the published alpha or of the default beta, the gain then is clear
+# of its noise (1.3 standard errors and more), which that of tasks that are all alike never is.
+MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
+# part of the loss that may be gained at most for the gain to count as none
 NEGLIGIBLE_GAIN = 0.1
 # tasks drawn from a task distribution for `score`
 SCORED_TASKS = 600
@@ -422,7 +423,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         if (
             source.validation is None
             or source.single
-            or source.n_held_out < 2
+            or source.n_held_out < MEMORIZATION_TASKS
             # labels are shuffled in every episode: no function of the features alone fits them
             or self._n_ways() is not None
             # by request, nothing is learned from support sets
@@ -448,14 +449,14 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             f"The {source.n_held_out} held-out tasks gain nothing measurable from their support "
             f"sets: their query loss is {after.mean():.4g} after adapting to them, "
             f"{before.mean():.4g} before, and {others.mean():.4g} after adapting to the support "
-            "set of another task. So one function serves all tasks, whatever their support sets "
-            "say (memorisation, Yin et al. 2020). What to check: "
+            "set of another task. One function serves all tasks so far, whatever their support "
+            "sets say (memorisation, Yin et al. 2020). What to check: "
             f"{rules if self._classification else ''}leave out features that tell the tasks "
             "apart, such as an id; if the tasks do not differ, a pooled model is enough; if they "
             f"do, try another alpha (now {float(self.alpha):g}), more steps (now {self.steps}) or "
             f"more updates (now {self.max_iter}).",
             MemorizationWarning,
-            stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
+            stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
         )
 
     def _comparable_params(self) -> dict[str, Any]:
@@ -1181,15 +1182,15 @@ def _check_query_labels(tasks: TaskCollection) -> None:
 def _gains_nothing(reference: np.ndarray, after: np.ndarray) -> bool:
     """Whether losses of tasks are not below the reference, up to a small part of it.
 
-    The 95 % interval of the mean paired difference has to include 0 (or lie below it) and to end
-    below `NEGLIGIBLE_GAIN`, so that few or noisy tasks prove nothing.
+    The mean paired difference has to be within a standard error of 0, or below it, and the 95 %
+    interval of it has to end below `NEGLIGIBLE_GAIN`, so that few or noisy tasks prove nothing.
     """
     gain = reference - after
     if not np.isfinite(gain).all():
         return False
-    width = stdtrit(len(gain) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(gain))
-    low, high = gain.mean() - width, gain.mean() + width
-    return bool(low <= 0 and high < NEGLIGIBLE_GAIN * reference.mean())
+    error = gain.std(ddof=1) / np.sqrt(len(gain))
+    most = gain.mean() + stdtrit(len(gain) - 1, 0.975) * error
+    return bool(gain.mean() <= error and most < NEGLIGIBLE_GAIN * reference.mean())
 
 
 def _n_rows(X: Any) -> int:

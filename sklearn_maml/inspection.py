@@ -36,9 +36,10 @@ __all__ = [
 
 # told apart by all kinds of colour vision (Okabe & Ito)
 BLUE, RED, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#000000"
+CURVES = [BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 # points of an adaptation curve, and a range of values that asks for a log scale
 CURVE_POINTS = 10
-LOG_RANGE = 20
+LOG_RANGE = 10
 # tasks that can be told apart by their names on an axis, and drawn side by side
 NAMED_TASKS = 12
 # points of a curve against a feature
@@ -225,10 +226,16 @@ class AdaptationCurveDisplay:
         n = self.scores.shape[1]
         label = f"mean of {n} {self.unit}, 95 % interval" if n > 1 else f"one of the {self.unit}"
         label = label if name is None else f"{name}: {label}"
-        first = not self.ax_.lines
-        line_kw = {"marker": "o", "ms": 4, "label": label, **(line_kw or {})}
-        if first:
-            line_kw = {"color": BLUE, **line_kw}
+        # several models may share the axes
+        curves = sum(line.get_gid() == "adaptation curve" for line in self.ax_.lines)
+        line_kw = {
+            "color": CURVES[curves % len(CURVES)],
+            "marker": "o",
+            "ms": 4,
+            "label": label,
+            "gid": "adaptation curve",
+            **(line_kw or {}),
+        }
         (self.line_,) = self.ax_.plot(self.steps, mean, **line_kw)
         self.band_ = None
         if n > 1:
@@ -236,12 +243,12 @@ class AdaptationCurveDisplay:
             self.band_ = self.ax_.fill_between(self.steps, low, high, **band_kw)
         self.trained_line_ = None
         if self.trained_steps is not None:
-            self.trained_line_ = self.ax_.axvline(
-                self.trained_steps,
-                color=BLACK if first else self.line_.get_color(),
-                ls="--",
-                lw=1,
-                label=f"steps in meta-training: {self.trained_steps}",
+            label = f"steps in meta-training: {self.trained_steps}"
+            same = [line for line in self.ax_.lines if line.get_label() == label]
+            self.trained_line_ = (
+                same[0]
+                if same
+                else self.ax_.axvline(self.trained_steps, color=BLACK, ls="--", lw=1, label=label)
             )
         if _asks_for_log(mean) and (low > 0).all():
             self.ax_.set_yscale("log")
@@ -417,7 +424,7 @@ class TaskScoresDisplay:
         self.order_ = np.argsort(-key, kind="stable")
         n = len(self.order_)
         before, after = self.before[self.order_], self.after[self.order_]
-        harmed, place = self.harmed[self.order_], np.arange(n)
+        harmed, place = self.harmed[self.order_], np.arange(1, n + 1)
         size = 20 if n <= 60 else 8
         self.ax_.vlines(
             place, before, after, color=np.where(harmed, RED, "#D0D0D0"), lw=1, alpha=0.7, zorder=1
@@ -427,8 +434,11 @@ class TaskScoresDisplay:
         )
         self.after_ = self.harmed_ = None
         if not harmed.all():
+            label = "after adaptation"
+            if not harmed.any():
+                label += f" (harms none of {n} {self.unit})"
             self.after_ = self.ax_.scatter(
-                place[~harmed], after[~harmed], s=size, color=BLUE, label="after adaptation"
+                place[~harmed], after[~harmed], s=size, color=BLUE, label=label
             )
         if harmed.any():
             self.harmed_ = self.ax_.scatter(
@@ -575,7 +585,16 @@ class MetaTrainingDisplay:
         self.ax_ = ax = _axes(ax, f"{type(self).__name__}.plot")
         self.figure_ = ax.figure
         self.valid_line_ = self.before_line_ = self.kept_line_ = self.skipped_ = None
-        few = {"marker": "o", "ms": 3} if len(self.n_updates) <= 2 * NAMED_TASKS else {}
+        few: dict[str, Any] = {}
+        if len(self.n_updates) <= 2 * NAMED_TASKS:
+            few = {"marker": "o", "ms": 3}
+        (self.train_line_,) = ax.plot(
+            self.n_updates, self.train_loss, color=BLACK, label="training tasks, adapted", **few
+        )
+        if self.valid_loss is not None:
+            (self.valid_line_,) = ax.plot(
+                self.n_updates, self.valid_loss, color=BLUE, label="held-out tasks, adapted", **few
+            )
         if self.valid_loss_before is not None:
             (self.before_line_,) = ax.plot(
                 self.n_updates,
@@ -584,13 +603,6 @@ class MetaTrainingDisplay:
                 ls="--",
                 label="held-out tasks, before adaptation",
                 **few,
-            )
-        (self.train_line_,) = ax.plot(
-            self.n_updates, self.train_loss, color=BLACK, lw=1, label="training tasks", **few
-        )
-        if self.valid_loss is not None:
-            (self.valid_line_,) = ax.plot(
-                self.n_updates, self.valid_loss, color=BLUE, label="held-out tasks", **few
             )
         if self.kept is not None:
             at = int(self.n_updates[self.kept])
@@ -612,7 +624,7 @@ class MetaTrainingDisplay:
             ax.set_yscale("log")
         ax.set_xlabel("Meta-updates")
         ax.set_ylabel(self.loss_name)
-        ax.legend()
+        ax.legend(fontsize="small")
         return self
 
 
@@ -799,7 +811,9 @@ class FewShotFitDisplay:
         caller = f"{type(self).__name__}.plot"
         check_matplotlib_support(caller)
         n_tasks = len(self.curves)
-        self.axes_ = _side_by_side(ax, n_tasks, caller)
+        # one legend for all, where the figure has room for it
+        outside = ax is None and n_tasks > 1
+        self.axes_, n_columns = _side_by_side(ax, n_tasks, caller)
         self.ax_ = self.axes_[0]
         self.figure_ = self.ax_.figure
         self.lines_ = np.empty(self.curves.shape[:2], dtype=object)
@@ -821,9 +835,16 @@ class FewShotFitDisplay:
             )
             if self.tasks is not None:
                 ax.set_title(f"task {self.tasks[j : j + 1].tolist()[0]}", fontsize="medium")
-            ax.set_xlabel(self.feature_name)
-        self.ax_.set_ylabel(self.target_name)
-        self.ax_.legend()
+            if j + n_columns >= n_tasks:
+                ax.set_xlabel(self.feature_name)
+                ax.tick_params(labelbottom=True)
+            if j % n_columns == 0:
+                ax.set_ylabel(self.target_name)
+        if outside:
+            handles, labels = self.ax_.get_legend_handles_labels()
+            self.figure_.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        else:
+            self.ax_.legend()
         return self
 
 
@@ -1061,11 +1082,12 @@ def _axes(ax: Any, caller: str) -> Any:
     return ax
 
 
-def _side_by_side(ax: Any, n_tasks: int, caller: str) -> np.ndarray:
+def _side_by_side(ax: Any, n_tasks: int, caller: str) -> tuple[np.ndarray, int]:
+    """Axes for as many tasks, and how many there are in a row."""
     if ax is None:
         import matplotlib.pyplot as plt
 
-        n_columns = min(n_tasks, 4)
+        n_columns = n_tasks if n_tasks <= 4 else -(-n_tasks // -(-n_tasks // 4))
         n_rows = -(-n_tasks // n_columns)
         size = (6.4, 4.8) if n_tasks == 1 else (3.2 * n_columns, 2.9 * n_rows)
         _, axes = plt.subplots(
@@ -1079,14 +1101,14 @@ def _side_by_side(ax: Any, n_tasks: int, caller: str) -> np.ndarray:
         )
         for empty in axes.flat[n_tasks:]:
             empty.remove()
-        return np.asarray(axes.flat[:n_tasks])
+        return np.asarray(axes.flat[:n_tasks]), n_columns
     axes = np.array([ax], dtype=object).ravel() if not np.iterable(ax) else np.asarray(ax).ravel()
     if len(axes) != n_tasks:
         raise ValueError(
             f"{caller} got {len(axes)} axes for {n_tasks} task(s). Pass an array with one for "
             "each, or leave ax out."
         )
-    return axes
+    return axes, n_tasks
 
 
 def _shades(steps: np.ndarray) -> list[Any]:
