@@ -908,7 +908,7 @@ def class_permutation_audit(
     References
     ----------
     .. [1] Ye, H.-J. & Chao, W.-L. (2022). How to Train Your MAML to Excel in Few-Shot
-       Classification. ICLR. Section 4.
+       Classification. ICLR.
 
     Examples
     --------
