@@ -90,8 +90,8 @@ ROWS_AT_A_TIME = 4096
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
 SINGLE_TASK_UPDATES = 100
 # A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
-# sinusoids, even at a tenth of the published alpha or of the default beta, the gain then is clear
-# of its noise (1.3 standard errors and more), which that of tasks that are all alike never is.
+# sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
+# standard error from there on; see docs/diagnostics.md.
 MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
 # parts of the loss: a gain that is no larger is none, and one that may be, but need not exist, too
 NEGLIGIBLE_GAIN, UNPROVEN_GAIN = 0.02, 0.1
@@ -221,6 +221,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         -----
         SingleTaskWarning
             If there is no task information: all rows are then one task.
+        MemorizationWarning
+            If held-out tasks gain next to nothing from adapting to their own support sets.
 
         Notes
         -----

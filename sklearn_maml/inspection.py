@@ -1122,13 +1122,11 @@ def _shades(steps: np.ndarray) -> list[Any]:
 
 def _one_feature(X: Any, model: Any) -> np.ndarray:
     """Values of the only feature, in the order of a task collection's rows."""
-    maml = _find_maml(model)
     n_features = getattr(model, "n_features_in_", 1)
-    if n_features != 1 or maml.task_column is not None:
-        what = f"task_column={maml.task_column!r}" if n_features == 1 else f"{n_features} features"
+    if n_features != 1:
         raise ValueError(
-            f"FewShotFitDisplay draws a model of one feature, but this one has {what}. Use "
-            "AdaptationCurveDisplay or TaskScoresDisplay."
+            f"FewShotFitDisplay draws a model of one feature, but this one has {n_features} "
+            "features. Use AdaptationCurveDisplay or TaskScoresDisplay."
         )
     if is_task_list(X, None):
         X = concatenate_rows([task[0] for task in X])
