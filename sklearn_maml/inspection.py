@@ -943,10 +943,14 @@ def class_permutation_audit(
     )
     support, rows, codes = _choose_episodes(scored, n_episodes)
     permutations = _draw_permutations(n_ways, n_permutations, np.random.default_rng(seeds[1]))
-    ranks, classes = maml._encode_support(support)
+    # position of each row's class among the sorted classes of its episode
+    labels, positions = np.unique(support.y, return_inverse=True)
+    present = np.zeros((support.n_tasks, len(labels)), dtype=bool)
+    present[support.codes, positions] = True
+    rank_of = present.cumsum(1) - 1
+    ranks = rank_of[support.codes, positions]
+    truth = rank_of[codes, np.searchsorted(labels, scored.tasks.y[rows])]
     query = maml._reshape(scored.tasks.X[rows])
-    # position of each query row's class among the sorted classes of its episode
-    truth = (classes["labels"][classes["slots"][codes]] == scored.tasks.y[rows][:, None]).argmax(1)
     n_query = np.bincount(codes)
     steps = maml._n_adapt_steps()
     accuracy = np.empty((support.n_tasks, len(permutations)))
