@@ -2,6 +2,7 @@
 
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, adapt
+from sklearn_maml.inspection import class_permutation_audit
 from sklearn_maml.metrics import task_scorer, task_scores
 from sklearn_maml.partition import adapt_predict
 
@@ -14,6 +15,7 @@ __all__ = [
     "MAMLRegressor",
     "adapt",
     "adapt_predict",
+    "class_permutation_audit",
     "task_scorer",
     "task_scores",
 ]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
@@ -53,6 +54,7 @@ from sklearn_maml.episodes import (
 )
 from sklearn_maml.exceptions import (
     CutTaskWarning,
+    MemorizationWarning,
     NotAdaptedError,
     SeenTaskWarning,
     SingleTaskWarning,
@@ -88,6 +90,12 @@ TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch
 ROWS_AT_A_TIME = 4096
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
 SINGLE_TASK_UPDATES = 100
+# A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
+# sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
+# standard error from there on; see docs/diagnostics.md.
+MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
+# parts of the loss: a gain that is no larger is none, and one that may be, but need not exist, too
+NEGLIGIBLE_GAIN, UNPROVEN_GAIN = 0.02, 0.1
 # tasks drawn from a task distribution for `score`
 SCORED_TASKS = 600
 # episodes of a score where tasks are drawn from a pool of classes
@@ -113,13 +121,15 @@ class Scored:
     """Episodes of a score: the query rows, and the parameters adapted to each episode.
 
     `task` is the task position of each episode, `rows` the position in `tasks` of each query row,
-    `codes` its episode; `states` has one adapted state for each number of inner steps asked for.
+    `codes` its episode; `support` has the support set of each episode as a task; `states` has one
+    adapted state for each number of inner steps asked for.
     """
 
     tasks: TaskCollection
     task: np.ndarray
     rows: np.ndarray
     codes: np.ndarray
+    support: TaskCollection
     states: list[State]
 
 
@@ -216,6 +226,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         -----
         SingleTaskWarning
             If there is no task information: all rows are then one task.
+        MemorizationWarning
+            If held-out tasks gain next to nothing from adapting to their own support sets.
 
         Notes
         -----
@@ -400,6 +412,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
+        if not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES:
+            self._warn_if_memorized(engine, learner, source)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = None
@@ -408,6 +422,50 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._learner = learner
         self.history_ = net.history
         self.n_iter_ = net.update_
+
+    def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
+        """Warn where held-out tasks gain nothing from their own support sets."""
+        from sklearn_maml.outer_loop import compare_supports
+
+        steps = self._n_adapt_steps()
+        if (
+            source.validation is None
+            or source.single
+            or source.n_held_out < MEMORIZATION_TASKS
+            # labels are shuffled in every episode: no function of the features alone fits them
+            or self._n_ways() is not None
+            # by request, nothing is learned from support sets
+            or 0 in (self.steps, steps, self.alpha)
+            # a search compares its candidates; the one it takes is fitted anew
+            or inside_cross_validation()
+        ):
+            return
+        with engine.threads(len(source.validation[0]) * source.rows_per_task):
+            losses = compare_supports(
+                engine,
+                learner.meta_params(),
+                [batch.to(self.device_) for batch in source.validation],
+                alpha=float(self.alpha),
+                steps=steps,
+            )
+        # validation goes through the tasks in turn
+        before, after, others = losses.reshape(3, -1, source.n_held_out).mean(1)
+        if not (_gains_nothing(before, after) or _gains_nothing(others, after)):
+            return
+        rules = "set n_ways if labels mean something inside a task only; "
+        warnings.warn(
+            f"The {source.n_held_out} held-out tasks gain next to nothing from their support "
+            f"sets: their query loss is {after.mean():.4g} after adapting to them, "
+            f"{before.mean():.4g} before, and {others.mean():.4g} after adapting to the support "
+            "set of another task. One function serves all tasks so far, whatever their support "
+            "sets say (memorisation, Yin et al. 2020). What to check: "
+            f"{rules if self._classification else ''}leave out features that tell the tasks "
+            "apart, such as an id; if the tasks do not differ, a pooled model is enough; if they "
+            f"do, try another alpha (now {float(self.alpha):g}), more steps (now {self.steps}) or "
+            f"more updates (now {self.max_iter}).",
+            MemorizationWarning,
+            stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
+        )
 
     def _comparable_params(self) -> dict[str, Any]:
         """Return the parameters that have values equal in every process that was given the same."""
@@ -978,7 +1036,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         default = self._n_adapt_steps()
         states = [self._adapted_state(support, None, default if s is None else s) for s in steps]
         codes = np.repeat(np.arange(len(which)), split.n_query)
-        return Scored(tasks, which, split.query, codes, states)
+        return Scored(tasks, which, split.query, codes, support, states)
 
     def _warn_if_seen(self, tasks: TaskCollection) -> None:
         if not tasks.named or not self._fingerprints:
@@ -1145,6 +1203,21 @@ def _check_query_labels(tasks: TaskCollection) -> None:
                 f"Task {j} has query rows of the classes {missing[:5].tolist()}, which its support "
                 "set lacks, so no prediction of them can be right. Leave these rows out."
             )
+
+
+def _gains_nothing(reference: np.ndarray, after: np.ndarray) -> bool:
+    """Whether losses of tasks are not below the reference, up to a small part of it.
+
+    The 95 % interval of the mean paired difference has to end below `NEGLIGIBLE_GAIN`; or below
+    `UNPROVEN_GAIN`, with a mean within a standard error of 0. Few or noisy tasks prove nothing.
+    """
+    gain = reference - after
+    if not np.isfinite(gain).all():
+        return False
+    error = gain.std(ddof=1) / np.sqrt(len(gain))
+    most = gain.mean() + stdtrit(len(gain) - 1, 0.975) * error
+    enough = UNPROVEN_GAIN if gain.mean() <= error else NEGLIGIBLE_GAIN
+    return bool(most < enough * reference.mean())
 
 
 def _n_rows(X: Any) -> int:

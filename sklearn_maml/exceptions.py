@@ -9,6 +9,7 @@ __all__ = [
     "CutTaskWarning",
     "EngineFallbackWarning",
     "InterruptedFitWarning",
+    "MemorizationWarning",
     "MetaTrainingError",
     "NonFiniteStepWarning",
     "NotAdaptedError",
@@ -37,6 +38,14 @@ class SeenTaskWarning(UserWarning):
     """Issued when a score was computed on new rows of tasks seen in meta-training.
 
     Such a score measures new rows of known tasks, not performance on new tasks.
+    """
+
+
+class MemorizationWarning(UserWarning):
+    """Issued when held-out tasks gain nothing from adapting to their own support sets.
+
+    One function then serves all tasks (Yin et al. 2020, Meta-Learning without Memorization), which
+    a model without meta-learning would do as well.
     """
 
 

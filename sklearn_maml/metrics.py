@@ -63,9 +63,7 @@ def task_scorer(
             f"average={average!r} is not known; expected 'micro' (pool the query rows) or 'macro' "
             "(average over tasks)."
         )
-    for name, value in (("n_shots", n_shots), ("n_repeats", n_repeats)):
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    _check_counts(n_shots=n_shots, n_repeats=n_repeats)
     get_scorer(scoring)  # an unknown name is reported here
     return TaskScorer(scoring, n_shots, n_repeats, average, random_state)
 
@@ -191,6 +189,12 @@ def task_scores(
         after=after,
         n_queries=np.array([mask.sum() for mask in masks]),
     )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
 
 
 def _score_tasks(

@@ -39,6 +39,7 @@ __all__ = [
     "SklearnCallbacks",
     "TaskStream",
     "ValidateOn",
+    "compare_supports",
     "use_batch",
 ]
 
@@ -747,6 +748,34 @@ def _raised_by_callback(error: KeyboardInterrupt) -> bool:
         return False
     code = trace.tb_frame.f_code
     return code.co_name.startswith("on_") and "net" in code.co_varnames
+
+
+def compare_supports(
+    engine: Any,
+    meta_params: dict[str, Tensor],
+    batches: list[EpisodeBatch],
+    *,
+    alpha: float,
+    steps: int,
+) -> np.ndarray:
+    """Query losses of episodes before adaptation, after it, and after that to another's support.
+
+    Returns
+    -------
+    losses : ndarray of shape (3, n_episodes)
+        Neighbours in a batch, whose support sets are exchanged, are taken to be other tasks.
+    """
+    losses = []
+    for batch in batches:
+        others = batch.support.take(np.roll(np.arange(len(batch)), 1))
+        runs = [(batch, 0), (batch, steps), (EpisodeBatch(others, batch.query), steps)]
+        losses.append(
+            [
+                engine.evaluate(meta_params, episodes, alpha=alpha, steps=n)[0].cpu().numpy()
+                for episodes, n in runs
+            ]
+        )
+    return np.concatenate(losses, axis=1)
 
 
 class ValidateOn:

@@ -57,6 +57,7 @@ class CollectionSource:
         self.n_train = train.n_tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
+        self.n_held_out = 0 if valid is None else valid.n_tasks
         if valid is not None:
             sampler = EpisodeSampler(valid, n_queries=_validation_queries(estimator), **options)
             self.validation = draw_fixed(sampler, seed)
@@ -90,6 +91,7 @@ class DistributionSource:
             + 2 * (tasks.X.nbytes + tasks.y.nbytes) // tasks.n_tasks
         )
         self.validation: Any = None
+        self.n_held_out = tasks.n_tasks
         if estimator.early_stopping:
             self.validation = draw_fixed(self._sampler(tasks, _validation_queries(estimator)), seed)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from numpydoc.validate import validate
 
-MODULES = ["sklearn_maml", "sklearn_maml.datasets"]
+MODULES = ["sklearn_maml", "sklearn_maml.datasets", "sklearn_maml.inspection"]
 # What https://numpydoc.readthedocs.io/en/latest/validation.html calls these.
 ENFORCED = {
     "GL03",  # two blank lines in a row
