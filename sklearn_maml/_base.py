@@ -344,6 +344,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
+        engine.meta_gradient.check_with(
+            learns=len(learner.rule) > 0,
+            all_adapt=len(engine.adapted)
+            == len([p for p in learner.module.parameters() if p.requires_grad]),
+            checkpoint_steps=bool(self.checkpoint_steps),
+        )
         self._rung = "auto"
         net.engine = engine
         if processes is not None:
@@ -367,6 +373,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         net.symmetric_head = self._symmetric_head(learner)
+        net.step_size_at = engine.meta_gradient.step_size_at
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
