@@ -3,10 +3,10 @@
     python benchmarks/memory.py [--steps 1,5,20,50,100] [--plot FILE] [--turns 5]
 
 Second order, with and without `checkpoint_steps`, first order and implicit, for a multilayer
-perceptron and a convolutional network. Every point is one meta-step in a process of its own: the growth of the
-resident memory over what it was before the step, by the kernel's high-water mark (Linux only). The
-allocator is told to give freed blocks back, so that the figures are of memory in use. See
-RESULTS.md for what was measured.
+perceptron and a convolutional network. Every point is one meta-step in a process of its own: the
+growth of the resident memory over what it was before the step, by the kernel's high-water mark
+(Linux only). The allocator is told to give freed blocks back, so that the figures are of memory in
+use. See RESULTS.md for what was measured.
 """
 
 from __future__ import annotations

@@ -379,6 +379,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
             for _, c in net._uniquely_named_callbacks()
         )
+        if scheduled and net.step_size_at(0.0) is not None:
+            raise ValueError(
+                "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
+                "without the optimizer. Leave the scheduler out, or set "
+                "meta_gradient__step_size=None."
+            )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)

@@ -922,6 +922,7 @@ class Engine:
             return expand(fast), expand(shared), rates
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
+            # batch norm takes the statistics of the first minibatch
             losses, output = loss_of(query_forward(params, rows_of_step(0).X, query.X), query)
             return losses.sum(), (losses.detach(), output.detach())
 

@@ -332,9 +332,12 @@ class Implicit(MetaGradient):
     :math:`\sigma` that do not adapt (see `adapted`) get
     :math:`\nabla_\sigma Q - \frac{1}{\lambda} v^\top \nabla_\phi \nabla_\sigma S`. No graph of
     the inner steps is kept, so memory does not grow with their number, and the gradient does not
-    depend on how the solution was reached: rules that learn (``"meta-sgd"``) are refused. It is
-    exact where the inner problem and the linear system are solved: enough `steps` of a rate below
-    ``2 / (lam + curvature)``, and enough `cg_steps`.
+    depend on how the solution was reached: rules that learn (``"meta-sgd"``) are refused.
+
+    It is exact where the inner problem and the linear system are solved: enough `steps` of a rate
+    `alpha` below ``2 / (lam + curvature)``, and enough `cg_steps`. Unlike a gradient through the
+    steps it does not keep meta-training away from initialisations where the curvature is too large
+    for `alpha`, so that it takes a smaller one.
 
     Parameters
     ----------
@@ -443,14 +446,14 @@ class Implicit(MetaGradient):
             inputs = [*fast.values(), *(meta_params[name] for name in others)]
             mixed = problem.pull_back(slope, inputs)(v)[len(names) :]
             for name, m in zip(others, mixed, strict=True):
-                total[name] = grads[name] - m / self.lam
+                total[name] = grads[name] - m / self.proximal
         return {name: total[name] for name in meta_params}, outcome
 
     def _neumann(self, hessian: Callable[[Tensors], Tensors], g: Tensors, batched: bool) -> Tensors:
         """Sum of the Neumann series of (I + H / lam)^-1 g."""
         term, total = g, g
         for _ in range(self.cg_steps):
-            term = [h / -self.lam for h in hessian(term)]
+            term = [h / -self.proximal for h in hessian(term)]
             total = _add(total, term)
         return total
 
@@ -481,7 +484,9 @@ class Implicit(MetaGradient):
         moved = torch.zeros_like(goes_on)
         one, zero = torch.ones_like(square), torch.zeros_like(square)
         for _ in range(self.cg_steps):
-            product = [p + h / self.lam for p, h in zip(direction, hessian(direction), strict=True)]
+            product = [
+                p + h / self.proximal for p, h in zip(direction, hessian(direction), strict=True)
+            ]
             curvature = dot(direction, product)
             # not `curvature > 0`: what is not a number must show in the gradient
             goes_on = goes_on & ~(curvature <= 0) & ~(square <= enough)
