@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -454,7 +454,7 @@ class Implicit(MetaGradient):
         term, total = g, g
         for _ in range(self.cg_steps):
             term = [h / -self.proximal for h in hessian(term)]
-            total = _add(total, term)
+            total = [x + y for x, y in zip(total, term, strict=True)]
         return total
 
     def _conjugate_gradients(
@@ -466,14 +466,16 @@ class Implicit(MetaGradient):
         """
 
         def dot(a: Tensors, b: Tensors) -> Tensor:
-            products = [x * y for x, y in zip(a, b, strict=True)]
-            sums = [p.reshape(len(p), -1).sum(1) if batched else p.sum() for p in products]
-            return torch.stack(sums).sum(0)
+            axes = (len(g[0]), -1) if batched else (-1,)
+            pairs = zip(a, b, strict=True)
+            return torch.stack([(x * y).reshape(axes).sum(-1) for x, y in pairs]).sum(0)
 
-        def scaled(factor: Tensor, a: Tensors) -> Tensors:
-            if not batched:
-                return [factor * x for x in a]
-            return [factor.reshape(-1, *[1] * (x.ndim - 1)) * x for x in a]
+        def plus(a: Tensors, factor: Tensor, b: Tensors) -> Tensors:
+            """Add multiples of `b`, a factor for each task."""
+            pairs = zip(a, b, strict=True)
+            if batched:
+                return [x + factor.reshape(-1, *[1] * (y.ndim - 1)) * y for x, y in pairs]
+            return [x + factor * y for x, y in pairs]
 
         x = [torch.zeros_like(t) for t in g]
         residual = direction = g
@@ -492,13 +494,12 @@ class Implicit(MetaGradient):
             goes_on = goes_on & ~(curvature <= 0) & ~(square <= enough)
             moved = moved | goes_on
             rate = torch.where(goes_on, square / torch.where(goes_on, curvature, one), zero)
-            x = _add(x, scaled(rate, direction))
-            residual = _add(residual, scaled(-rate, product))
+            x = plus(x, rate, direction)
+            residual = plus(residual, -rate, product)
             before, square = square, dot(residual, residual)
             ratio = torch.where(goes_on, square / torch.where(goes_on, before, one), zero)
-            direction = _add(residual, scaled(ratio, direction))
-        first_order = scaled(torch.where(moved, zero, one), g)
-        return _add(x, first_order)
+            direction = plus(residual, ratio, direction)
+        return plus(x, torch.where(moved, zero, one), g)  # the first-order gradient
 
 
 class Reptile(MetaGradient):
@@ -621,10 +622,6 @@ class Reptile(MetaGradient):
                 towards = p - adapted[name]
                 grads[f"module.{name}"] = towards.sum(0) if problem.batched else towards
         return grads, outcome
-
-
-def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
-    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _is_number(value: Any) -> bool:
