@@ -356,6 +356,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
+        engine.meta_gradient.check_with(
+            learns=len(learner.rule) > 0,
+            all_adapt=len(engine.adapted)
+            == len([p for p in learner.module.parameters() if p.requires_grad]),
+            checkpoint_steps=bool(self.checkpoint_steps),
+        )
         self._rung = "auto"
         net.engine = engine
         if processes is not None:
@@ -379,11 +385,18 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         net.symmetric_head = self._symmetric_head(learner)
+        net.step_size_at = engine.meta_gradient.step_size_at
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
             for _, c in net._uniquely_named_callbacks()
         )
+        if scheduled and net.step_size_at(0.0) is not None:
+            raise ValueError(
+                "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
+                "without the optimizer. Leave the scheduler out, or set "
+                "meta_gradient__step_size=None."
+            )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)

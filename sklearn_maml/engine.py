@@ -60,7 +60,7 @@ from sklearn_maml.inner_loop import (
     adapt,
     mean_loss,
 )
-from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
+from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, SecondOrder
 from sklearn_maml.native import (
     Kernel,
     Layout,
@@ -360,6 +360,7 @@ class Engine:
         # the meta-parameters of the last compiled step, sorted: mostly the same ones come again
         self._parts: tuple[list[int], Params, Params, Params, Params] | None = None
         self._update = self._end = 0
+        self._phase: Any = None  # of the meta-gradient, at the last meta-step
         self._climbs_at: int | None = None
         self.tracer = Tracer(*(0, 1) if rung == "traced" else ())
         self._traces = False
@@ -444,6 +445,9 @@ class Engine:
             return
         seconds = 2 * self._stacked_seconds(n_tasks, n_rows, steps)
         self._climbs_at = max(CLIMB_UPDATES, round(CLIMB_SECONDS / seconds))
+        phase, end = self.meta_gradient.phase(first_update)
+        if phase is None and end is not None:  # which the kernels do not cover
+            self._climbs_at = max(self._climbs_at, end)
         if self._end > self._climbs_at:
             build(next(self.module.parameters()).dtype)
 
@@ -527,7 +531,7 @@ class Engine:
             batch.support,
             batch.query,
             steps=steps,
-            second_order=type(self.meta_gradient) is SecondOrder,
+            second_order=self._phase == 2,
             rate_grads=bool(leaves),
             recompute=self.checkpoint_steps,
         )
@@ -590,11 +594,20 @@ class Engine:
         if self._climbs_at is not None and self._update >= self._climbs_at:
             self._climbs_at = None
             self._compile()
+        phase, end = self.meta_gradient.phase(self._update)
+        if phase != self._phase:
+            self.tracer.restart()
+        self._phase = phase
         self._update += 1
-        if self._kernel is not None and self._kernel.takes(batch.support, batch.query):
+        if (
+            self._kernel is not None
+            and phase is not None
+            and self._kernel.takes(batch.support, batch.query)
+        ):
             return self._meta_step_native(meta_params, batch, alpha, steps)
         self.module.train()
-        self._traces = self.tracer.begin_update()
+        others = 0 if end is None else max(self._end - end, 0)
+        self._traces = self.tracer.begin_update(others) and phase is not None
         if self._own_norms and self.batch_norm == "inductive":
             warnings.warn(
                 f"The batch-norm layer(s) {self._own_norms} of {type(self.module).__name__} are "
@@ -605,6 +618,7 @@ class Engine:
                 stacklevel=2,
             )
             self._own_norms = []
+        batch = self.meta_gradient.episodes(batch, steps)
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
@@ -889,13 +903,18 @@ class Engine:
         batched: bool,
     ) -> InnerProblem:
         """Return the inner problem of these support and query rows, for a meta-gradient."""
+        in_minibatches = self.meta_gradient.in_minibatches
+
+        def rows_of_step(k: int) -> Rows:
+            return support.minibatch(k, axis=2 if batched else 1) if in_minibatches else support
 
         def loss_of(output: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
             output = _fit_outputs(output, rows.y)
             return mean_loss(self.row_loss(output, rows.y), rows.weight), output
 
-        def support_loss(params: Params) -> Tensor:
-            return loss_of(forward(params, support.X), support)[0].sum()
+        def loss_of_step(k: int, params: Params) -> Tensor:
+            rows = rows_of_step(k)
+            return loss_of(forward(params, rows.X), rows)[0].sum()
 
         def start(meta_params: Params) -> tuple[Params, Params, Params]:
             module_params, rates = self._split(meta_params)
@@ -903,12 +922,13 @@ class Engine:
             return expand(fast), expand(shared), rates
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
-            losses, output = loss_of(query_forward(params, support.X, query.X), query)
+            # batch norm takes the statistics of the first minibatch
+            losses, output = loss_of(query_forward(params, rows_of_step(0).X, query.X), query)
             return losses.sum(), (losses.detach(), output.detach())
 
         problem: dict[str, Any] = {
             "start": start,
-            "support_loss": support_loss,
+            "support_loss": functools.partial(loss_of_step, 0),
             "query_loss": query_loss,
             "rule": self.rule,
             "alpha": alpha,
@@ -917,9 +937,10 @@ class Engine:
             "batched": batched,
             "proximal": self.meta_gradient.proximal,
             "update": self._update - 1,
+            "loss_of_step": loss_of_step if in_minibatches else None,
         }
         # without second derivatives there is no graph of the steps that could be saved
-        if self.checkpoint_steps and self.meta_gradient.order == 2:
+        if self.checkpoint_steps and self._phase == 2:
             random = not self.pads or has_dropout(self.module)
             return RecomputedSteps(**problem, module=self.module, random=random)
         return InnerProblem(**problem)
@@ -940,8 +961,8 @@ class Engine:
             lambda params: spread(params, n_tasks),
             batched=True,
         )
-        # other meta-gradients may differentiate the query loss twice
-        if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder):
+        # meta-gradients of users may differentiate the query loss twice
+        if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder, Implicit):
             problem.query_loss = self._query_loss_in_pieces(batch)
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
@@ -1036,6 +1057,7 @@ class Engine:
             self._attends,
             self.precision,
             self.batch_norm,
+            self._phase,
             *(t if t is None else (t.shape, t.dtype) for t in sets),
         )
 

@@ -8,6 +8,7 @@ task for classification.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "check_splittable",
     "draw_fixed",
     "hold_out",
+    "joined_rows",
     "large_enough",
     "name_of",
     "pad_rows",
@@ -89,6 +91,15 @@ class Rows:
         length = torch.as_tensor(self.lengths, device=values.device)
         mask = torch.arange(values.shape[1], device=values.device) < length[:, None]
         return values[mask]
+
+    def minibatch(self, k: int, axis: int) -> Rows:
+        """Rows that inner step `k` sees, of what `joined_rows` made.
+
+        `axis` is that of the minibatches, which are taken in turns.
+        """
+        place = k % self.X.shape[axis]
+        weight = None if self.weight is None else self.weight.select(axis, place)
+        return Rows(self.X.select(axis, place), self.y.select(axis, place), weight, self.lengths)
 
     def to(self, device: torch.device) -> Rows:
         """Move to a device."""
@@ -165,6 +176,75 @@ def _centered(batch: EpisodeBatch) -> EpisodeBatch:
     return EpisodeBatch(
         *(dataclasses.replace(rows, y=rows.y - mean) for rows in (batch.support, batch.query))
     )
+
+
+def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatches: int = 1) -> Rows:
+    """Support and query rows of each task together.
+
+    Parameters
+    ----------
+    batch : EpisodeBatch
+    batch_size : int, default=None
+        Rows of a minibatch, or all rows of a task that has fewer; None joins the rows only.
+    n_minibatches : int, default=1
+        Minibatches wanted.
+
+    Returns
+    -------
+    rows : Rows
+        With `batch_size`, the tensors have one more axis, behind that of the rows of a minibatch:
+        the minibatches, fewer than asked for where they repeat (`Rows.minibatch` takes turns).
+        One after another they run through all rows of a task, again and again. They stride,
+        because rows of one class lie side by side.
+    """
+    support, query = batch.support, batch.query
+    sets, n_tasks = (support, query), len(batch)
+    widths = [part.X.shape[1] for part in sets]
+    sizes = [
+        np.full(n_tasks, width) if part.lengths is None else part.lengths
+        for part, width in zip(sets, widths, strict=True)
+    ]
+    X, y = torch.cat([support.X, query.X], 1), torch.cat([support.y, query.y], 1)
+    weighted = support.weight is not None or query.weight is not None
+    if batch_size is None and not weighted:
+        return Rows(X, y)
+    total = sizes[0] + sizes[1]
+    # positions of the real rows of each task, then those of its padding
+    is_real = np.concatenate(
+        [np.arange(width) < size[:, None] for width, size in zip(widths, sizes, strict=True)], 1
+    )
+    order = np.argsort(~is_real, axis=1, kind="stable")
+    if batch_size is None:
+        counts, index = total, order[:, : total.max()]
+    else:
+        counts = np.minimum(batch_size, total)
+        stride = -(-total // counts)[:, None]
+        number = np.arange(sum(widths))
+        turn = np.where(number < total[:, None], number % stride, len(number))
+        order = np.take_along_axis(order, np.argsort(turn, axis=1, kind="stable"), axis=1)
+        period = math.lcm(*(total // np.gcd(total, counts)).tolist())
+        k = np.arange(max(min(n_minibatches, period), 1))
+        row = np.arange(counts.max())[:, None]
+        place = (k * counts[:, None, None] + row) % total[:, None, None]
+        index = np.take_along_axis(order[:, :, None], place, axis=1)
+    where = torch.from_numpy(index).to(X.device)
+    task = torch.arange(n_tasks, device=X.device).view(-1, *[1] * (index.ndim - 1))
+    lengths = counts if (counts < index.shape[1]).any() else None
+    weight = None
+    if weighted:
+        filled = np.arange(index.shape[1]) < counts[:, None]
+        of_rows = [
+            X.new_ones(n_tasks, width)
+            if part.weight is None
+            else part.weight * torch.from_numpy(size).to(X.device)[:, None]  # 1 on average
+            for part, width, size in zip(sets, widths, sizes, strict=True)
+        ]
+        weight = torch.cat(of_rows, 1)[task, where]
+        weight = weight * torch.from_numpy(filled).to(X.device).view(
+            n_tasks, -1, *[1] * (index.ndim - 2)
+        )
+        weight = weight / weight.sum(1, keepdim=True)
+    return Rows(X[task, where], y[task, where], weight, lengths)
 
 
 def _is_constant(counts: np.ndarray) -> bool:

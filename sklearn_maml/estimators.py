@@ -62,8 +62,13 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
-    meta_gradient : {"second-order", "first-order"} or MetaGradient, default="second-order"
-        How the outer gradient flows through the inner steps.
+    meta_gradient : str or MetaGradient, default="second-order"
+        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
+        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
+        as constants, "implicit" differentiates the solution of an inner problem with a proximal
+        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
+        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
+        `Reptile` in `sklearn_maml.meta_gradients`.
     update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
         How an inner step moves the parameters.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
@@ -445,8 +450,13 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
-    meta_gradient : {"second-order", "first-order"} or MetaGradient, default="second-order"
-        How the outer gradient flows through the inner steps.
+    meta_gradient : str or MetaGradient, default="second-order"
+        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
+        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
+        as constants, "implicit" differentiates the solution of an inner problem with a proximal
+        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
+        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
+        `Reptile` in `sklearn_maml.meta_gradients`.
     update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
         How an inner step moves the parameters.
     adapted : {"all", "head", "body"}, str or list of str, default="all"

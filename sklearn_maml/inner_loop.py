@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -50,6 +51,11 @@ class Differentiator(Protocol):
         cotangents: list[Tensor],
     ) -> list[Tensor]:
         """Product of `cotangents` with the Jacobian of `function` at `inputs`."""
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
 
     def cut(self, params: Params) -> Params:
         """Parameters cut from the graph, ready to be differentiated again."""
@@ -103,6 +109,31 @@ class Autograd:
             )
         )
 
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(leaves)
+        places = [i for i, out in enumerate(outputs) if out.requires_grad]
+
+        def products(cotangents: list[Tensor]) -> list[Tensor]:
+            if not places:
+                return [torch.zeros_like(x) for x in inputs]
+            return list(
+                torch.autograd.grad(
+                    [outputs[i] for i in places],
+                    leaves,
+                    [cotangents[i] for i in places],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+        return products
+
     def cut(self, params: Params) -> Params:
         """Detached leaves that require a gradient."""
         return {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -137,6 +168,18 @@ class Functorch:
         with torch.no_grad():  # else it builds the graph of a further derivative
             return list(pull_back(cotangents)[0])
 
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+        pull_back: Any = torch.func.vjp(function, inputs)[1]
+
+        def products(cotangents: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return list(pull_back(cotangents)[0])
+
+        return products
+
     def cut(self, params: Params) -> Params:
         """Detached tensors; `torch.func` needs no leaves."""
         return {name: p.detach() for name, p in params.items()}
@@ -160,6 +203,7 @@ def adapt(
     batched: bool,
     proximal: float = 0.0,
     on_step: Callable[[Params], None] | None = None,
+    loss_of_step: Callable[[int, Params], Tensor] | None = None,
 ) -> Params:
     """Take `steps` inner steps on the support loss (Finn et al. 2017, algorithm 1 line 6).
 
@@ -181,6 +225,8 @@ def adapt(
         Strength of ``proximal / 2 * |params - initialisation|^2``, added to the support loss.
     on_step : callable params -> None, optional
         Told of the parameters after every step.
+    loss_of_step : callable (k, params) -> scalar Tensor, optional
+        Loss of step `k`, where steps see different rows; takes the place of `support_loss`.
 
     Returns
     -------
@@ -195,7 +241,7 @@ def adapt(
             k,
             params,
             state,
-            support_loss,
+            support_loss if loss_of_step is None else functools.partial(loss_of_step, k),
             initial=initial,
             rule=rule,
             alpha=alpha,
@@ -251,6 +297,7 @@ class InnerProblem:
     rule, alpha, steps, differentiator, batched, proximal : as in `adapt`
     update : int
         Meta-updates made before, for gradients that change in the course of the training.
+    loss_of_step : as in `adapt`, of all parameters
     """
 
     start: Callable[[Params], tuple[Params, Params, Params]]
@@ -263,6 +310,7 @@ class InnerProblem:
     batched: bool
     proximal: float = 0.0
     update: int = 0
+    loss_of_step: Callable[[int, Params], Tensor] | None = None
 
     @property
     def how(self) -> dict[str, Any]:
@@ -286,6 +334,7 @@ class InnerProblem:
         `on_step` is told of all parameters after every step.
         """
         fast, shared, rates = self.start(meta_params)
+        of_step = self.loss_of_step
         fast = adapt(
             fast,
             lambda p: self.support_loss({**shared, **p}),
@@ -293,6 +342,7 @@ class InnerProblem:
             steps=self.steps,
             order=order,
             on_step=None if on_step is None else lambda p: on_step({**shared, **p}),
+            loss_of_step=None if of_step is None else lambda k, p: of_step(k, {**shared, **p}),
             **self.how,
         )
         return {**shared, **fast}
@@ -302,6 +352,17 @@ class InnerProblem:
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the first output of `function` at the meta-parameters, and its outputs."""
         return self.differentiator.value_and_grad(function, params)
+
+    def support_grad(self, fast: Params, meta_params: Params) -> Params:
+        """Gradient of the support loss in the parameters that adapt, in the graph of both."""
+        shared = self.start(meta_params)[1]
+        return self.differentiator.grad(lambda p: self.support_loss({**shared, **p}), fast, 2)
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
+        return self.differentiator.pull_back(function, inputs)
 
 
 @dataclasses.dataclass
@@ -336,7 +397,7 @@ class RecomputedSteps(InnerProblem):
         on_step: Callable[[Params], None] | None = None,
     ) -> Params:
         """All parameters after the inner steps; see `InnerProblem.adapt`."""
-        if meta_params is self._given and order == 2:
+        if meta_params is self._given and order == 2 and on_step is None:
             return {**self.start(meta_params)[1], **self._adapted}
         return super().adapt(meta_params, order, on_step)
 

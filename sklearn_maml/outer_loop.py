@@ -270,6 +270,9 @@ class MetaNet(NeuralNet):
         Typical number of rows of an episode, to judge how much work a step is.
     symmetric_head : SymmetricHead or None
         Projection of the meta-parameters, made with every meta-update.
+    step_size_at : callable progress -> float or None, default=None
+        Size of the outer step where the meta-gradient has a schedule of its own; the optimiser
+        then does nothing. `progress` is the fraction of `max_iter` that is made.
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
     **kwargs : dict
@@ -291,6 +294,7 @@ class MetaNet(NeuralNet):
         max_grad_norm: float | None = None,
         rows_per_task: int = 1,
         symmetric_head: SymmetricHead | None = None,
+        step_size_at: Callable[[float], float | None] | None = None,
         epoch_hooks: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
@@ -306,6 +310,7 @@ class MetaNet(NeuralNet):
         self.max_grad_norm = max_grad_norm
         self.rows_per_task = rows_per_task
         self.symmetric_head = symmetric_head
+        self.step_size_at = step_size_at
         self.epoch_hooks = epoch_hooks
         super().__init__(module, criterion=criterion, **kwargs)
 
@@ -366,7 +371,8 @@ class MetaNet(NeuralNet):
         if flat is not None and not flat.holds(self.optimizer_, moving):
             flat.release()
             flat = None
-        if flat is None and FlatStep.can_make(self.optimizer_, moving):
+        own_step = self._step_size() is not None
+        if flat is None and not own_step and FlatStep.can_make(self.optimizer_, moving):
             flat = FlatStep(self.optimizer_, moving)
         self._prepared = _Prepared(
             params=params,
@@ -402,8 +408,18 @@ class MetaNet(NeuralNet):
 
     def _update(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         ready = self._prepare()
+        size = self._step_size()
+        step: dict[str, Any]
+        if size is not None:
+            step = self.train_step_single(batch, **fit_params)
+            self._notify_grad(batch)
+            with torch.no_grad():
+                for p in self.module_.parameters():
+                    if p.grad is not None:
+                        p.add_(p.grad, alpha=-size)
+            return step
         if ready.needs_closure:
-            step: dict[str, Any] = super().train_step(batch, **fit_params)
+            step = super().train_step(batch, **fit_params)
             return step
         if ready.flat is None:
             step = self.train_step_single(batch, **fit_params)
@@ -503,6 +519,12 @@ class MetaNet(NeuralNet):
         factor = min(left / self.beta_decay, 1.0)
         for group in self.optimizer_.param_groups:
             group["lr"] = factor * group["base_lr"]
+
+    def _step_size(self) -> float | None:
+        """Size of the outer step; None where the optimiser makes it."""
+        if self.step_size_at is None:
+            return None
+        return self.step_size_at((self.update_ - self.first_update_) / self.max_iter)
 
     def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Query loss of held-out tasks, before and after adaptation."""

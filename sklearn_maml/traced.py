@@ -120,7 +120,7 @@ class Tracer:
         self._due: tuple[Hashable, int] | None = None  # its shape, and the update to use it from
         self.min_updates = min_updates
         self.min_seen = min_seen
-        self.updates_left = 0
+        self.updates_left = self._others = 0
         self.reason: str | None = None
         self._updates = 0
         self._seen: collections.Counter[Hashable] = collections.Counter()
@@ -136,12 +136,28 @@ class Tracer:
         """Shapes that run traced."""
         return len(self._graphs)
 
-    def begin_update(self) -> bool:
-        """Count an update; return whether anything is, or may yet be, traced."""
+    def begin_update(self, others: int = 0) -> bool:
+        """Count an update; return whether anything is, or may yet be, traced.
+
+        `others` of the updates still to come, the last ones, are steps that compute something else.
+        """
         self._updates += 1
         self.updates_left = max(self.updates_left - 1, 0)
-        waits = self.updates_left >= self.min_updates and self.reason is None
+        self._others = others
+        waits = self._alike_left >= self.min_updates and self.reason is None
         return waits or bool(self._graphs)
+
+    @property
+    def _alike_left(self) -> int:
+        return max(self.updates_left - self._others, 0)
+
+    def restart(self) -> None:
+        """Forget the steps so far: those to come compute something else."""
+        left = self.updates_left
+        self.finish()
+        self.updates_left, self._updates = left, 0
+        self._seen.clear()
+        self._graphs.clear()
 
     def run(
         self,
@@ -179,7 +195,7 @@ class Tracer:
             return None
         self._seen[shape] += 1
         seen = self._seen[shape]
-        if seen < self.min_seen or self.updates_left * seen < self.min_updates * self._updates:
+        if seen < self.min_seen or self._alike_left * seen < self.min_updates * self._updates:
             return None
         before = settings()
         start = _generator_states(inputs)
@@ -199,7 +215,7 @@ class Tracer:
 
             graph = _shared_graph(key, function, inputs, agrees)
             self._graphs[shape] = _launched_at_once(graph, inputs)
-            if self.updates_left * seen >= self.compile_from * self._updates:
+            if self._alike_left * seen >= self.compile_from * self._updates:
                 self._start_compiling(shape, function, inputs)
         except Untraceable as error:
             self.reason = str(error)

@@ -88,6 +88,9 @@ def fits():
     found["float32"] = outcome(regressor(max_iter=20).fit(X32, y32, groups=task))
     continued = regressor(max_iter=10, warm_start=True).fit(X, y, groups=task)
     found["warm start"] = outcome(continued.fit(X, y, groups=task))
+    for name in ("implicit", "reptile"):
+        other = regressor(meta_gradient=name, max_iter=10)
+        found[name] = outcome(other.fit(X, y, groups=task))
     clf = MAMLClassifier(**{**SETTINGS, "max_iter": 10}, n_ways=2, n_shots=2, random_state=0)
     pool = np.hstack([X, y[:, None]]), (y > 0) + 2 * (X[:, 0] > 0)
     found["classifier"] = outcome(clf.fit(*pool))

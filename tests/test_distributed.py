@@ -74,6 +74,8 @@ CASES = [
     "classifier",
     "zero head",
     "centred",
+    "implicit",
+    "reptile",
 ]
 
 
