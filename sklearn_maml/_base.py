@@ -324,7 +324,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
         from sklearn_maml.outer_loop import (
             UPDATES_PER_EPOCH,
-            MetaLearner,
             SklearnCallbacks,
             TaskStream,
             ValidateOn,
@@ -339,8 +338,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             with _SeededTorch(self.device_, seed):
                 module = self._make_module()
                 self._check_module(module)
-            rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
-            learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+            learner = self._make_learner(module)
             learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
@@ -418,6 +416,18 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             if name not in ("callbacks", "device", "random_state", "verbose")
             and isinstance(value, (str, int, float, bool, list, tuple, type(None)))
         }
+
+    def _make_learner(self, module: nn.Module) -> Any:
+        """Meta-parameters at their start: the module's, and those of the update rule."""
+        from sklearn_maml.outer_loop import MetaLearner
+
+        return MetaLearner(
+            module,
+            resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            adapted_names(module, self.adapted),
+            steps=int(self.steps),
+            classification=self._classification,
+        )
 
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar
@@ -519,8 +529,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
-        from sklearn_maml.outer_loop import MetaLearner
-
         self._validate_params()
         tasks = self._read_tasks(X, y, reset=True)
         sample_weight = self._support_weights(sample_weight, tasks)
@@ -530,8 +538,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._fingerprints = {}
         with _SeededTorch(self.device_, seed):
             module = self._make_module()
-        rule = resolve_update_rule(self.update_rule, {})
-        self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+        self._learner = self._make_learner(module)
         self.module_ = module
         self._fit_settings = self._settings()
         self._rung = "auto"

@@ -869,7 +869,8 @@ class Engine:
         module = {n[7:]: p for n, p in meta_params.items() if n.startswith("module.")}
         rates = {n[5:]: p for n, p in meta_params.items() if n.startswith("rule.")}
         # rates are stored by underscored names: ParameterDict refuses dots
-        return module, {name: rates[key] for name in module if (key := rate_key(name)) in rates}
+        names = {rate_key(name): name for name in module}
+        return module, {names.get(key, key): r for key, r in rates.items()}
 
     def _partition(self, params: Params) -> tuple[Params, Params]:
         fast = {name: p for name, p in params.items() if name in self.adapted}
@@ -1283,7 +1284,7 @@ def _thread_pools() -> ThreadpoolController:
 
 
 def rate_key(name: str) -> str:
-    """Name under which the learned rate of a parameter is stored."""
+    """Name under which a learned rate, of a parameter say, is stored."""
     return name.replace(".", "__")
 
 
