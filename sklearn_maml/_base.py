@@ -59,7 +59,15 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.meta_gradients import resolve_meta_gradient
-from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
+from sklearn_maml.modules import (
+    ACTIVATIONS,
+    adapted_names,
+    build_module,
+    check_head_is_last,
+    copy_buffers,
+    linear_head,
+    make_mlp,
+)
 from sklearn_maml.optimizers import can_fuse
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
@@ -606,6 +614,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
                 f"shape {expected[0]}: one column for each {self._output_word}."
             )
+        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        if rule.in_closed_form:
+            kind = type(rule).__name__
+            head = linear_head(module, adapted_names(module, self.adapted), kind)
+            check_head_is_last(module, head, self._reshape(rows), kind)
 
     def _reshape(self, X: Any) -> Any:
         """Rows as the module takes them: the default network takes flat rows."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import ClosedFormHead, UpdateRule
 
 __all__ = [
     "Autograd",
@@ -30,6 +30,7 @@ __all__ = [
 
 Params = dict[str, Tensor]
 LossFunction = Callable[[Params], Tensor]
+SupportSet = Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class Differentiator(Protocol):
@@ -160,6 +161,7 @@ def adapt(
     batched: bool,
     proximal: float = 0.0,
     on_step: Callable[[Params], None] | None = None,
+    support_set: SupportSet | None = None,
 ) -> Params:
     """Take `steps` inner steps on the support loss (Finn et al. 2017, algorithm 1 line 6).
 
@@ -181,6 +183,9 @@ def adapt(
         Strength of ``proximal / 2 * |params - initialisation|^2``, added to the support loss.
     on_step : callable params -> None, optional
         Told of the parameters after every step.
+    support_set : callable () -> (features, targets, weights), optional
+        For rules in closed form, which solve once in place of all steps: what they solve for, see
+        `ClosedFormHead.solve`.
 
     Returns
     -------
@@ -188,6 +193,12 @@ def adapt(
     """
     if order == 0:
         params = differentiator.cut(params)
+    if rule.in_closed_form and steps:
+        assert isinstance(rule, ClosedFormHead)
+        assert support_set is not None
+        params, steps = rule.solve(params, *support_set(), rates=rates, order=order), 0
+        if on_step is not None:
+            on_step(params)
     initial = params
     state = rule.start(params)
     for k in range(steps):
@@ -251,6 +262,8 @@ class InnerProblem:
     rule, alpha, steps, differentiator, batched, proximal : as in `adapt`
     update : int
         Meta-updates made before, for gradients that change in the course of the training.
+    support_set : callable params -> (features, targets, weights), optional
+        Of all parameters; for rules in closed form, see `adapt`.
     """
 
     start: Callable[[Params], tuple[Params, Params, Params]]
@@ -263,6 +276,7 @@ class InnerProblem:
     batched: bool
     proximal: float = 0.0
     update: int = 0
+    support_set: Callable[[Params], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     @property
     def how(self) -> dict[str, Any]:
@@ -286,6 +300,8 @@ class InnerProblem:
         `on_step` is told of all parameters after every step.
         """
         fast, shared, rates = self.start(meta_params)
+        support_set = self.support_set
+        initial = {**shared, **fast}
         fast = adapt(
             fast,
             lambda p: self.support_loss({**shared, **p}),
@@ -293,6 +309,7 @@ class InnerProblem:
             steps=self.steps,
             order=order,
             on_step=None if on_step is None else lambda p: on_step({**shared, **p}),
+            support_set=None if support_set is None else lambda: support_set(initial),
             **self.how,
         )
         return {**shared, **fast}
