@@ -196,9 +196,11 @@ def adapt(
     if rule.in_closed_form and steps:
         assert isinstance(rule, ClosedFormHead)
         assert support_set is not None
-        params, steps = rule.solve(params, *support_set(), rates=rates, order=order), 0
+        params = rule.solve(params, *support_set(), rates=rates, order=order)
         if on_step is not None:
-            on_step(params)
+            for _ in range(steps):  # every step would end here
+                on_step(params)
+        steps = 0
     initial = params
     state = rule.start(params)
     for k in range(steps):

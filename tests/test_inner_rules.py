@@ -7,12 +7,14 @@ import re
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
 from torch import nn
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor
+from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import load_omniglot, make_sinusoid_tasks
 from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
 from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
@@ -1056,6 +1058,50 @@ def test_heads_refuse_meta_gradients_that_are_about_steps(meta_gradient):
     reg = MAMLRegressor(meta_gradient=meta_gradient, max_iter=1, **RIDGE)
     with pytest.raises(ValueError, match=r"takes no gradient steps.*meta_gradient='second-order'"):
         reg.fit(X, y, groups=task)
+
+
+class AllSteps(MetaGradient):
+    """The mean of the query losses after each step."""
+
+    order = 2
+
+    def loss_and_grad(self, meta_params, problem):
+        def loss(meta):
+            outcomes = []
+            problem.adapt(meta, 2, lambda params: outcomes.append(problem.query_loss(params)))
+            assert len(outcomes) == problem.steps
+            return sum(value for value, _ in outcomes) / len(outcomes), outcomes[-1][1]
+
+        return problem.value_and_grad(loss, meta_params)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_meta_gradients_may_look_at_every_step_of_a_head(rung):
+    module, batch, rule = make_mlp(), make_batch("ragged"), RidgeHead()
+    params = make_meta_params(module, rule, adapted="head")
+    engine = make_engine(module, rule, rung=rung, adapted="head")
+    expected = engine.meta_step(params, batch, alpha=0.1, steps=3)
+    engine.meta_gradient = AllSteps()
+    assert_same(engine.meta_step(params, batch, alpha=0.1, steps=3).grads, expected.grads)
+
+
+def test_parameters_of_rules_are_searched():
+    X, y, task = sinusoids(6)
+    for rule, key in (("momentum", "momentum"), ("ridge-head", "lam")):
+        reg = MAMLRegressor(max_iter=3, random_state=0, **REGRESSORS[rule])
+        grid = {f"update_rule__{key}": [0.1, 0.5]}
+        with sklearn.config_context(enable_metadata_routing=True):
+            search = GridSearchCV(reg, grid, cv=GroupKFold(2)).fit(X, y, groups=task)
+        scores = search.cv_results_["mean_test_score"]
+        assert scores[0] != scores[1]
+        assert search.best_estimator_.get_params()[f"update_rule__{key}"] in (0.1, 0.5)
+
+
+def test_few_shot_estimators_solve_for_the_head_of_their_prior():
+    X, y, task = sinusoids()
+    prior = MAMLRegressor(max_iter=3, random_state=0, **RIDGE).fit(X, y, groups=task)
+    few = FewShotRegressor(prior).fit(X[:10], y[:10])
+    assert few.predict(X[:20]).tobytes() == prior.adapt(X[:10], y[:10]).predict(X[:20]).tobytes()
 
 
 def test_a_head_may_be_the_whole_network_and_outputs_may_be_views():
