@@ -415,7 +415,9 @@ class Engine:
         if self._head is not None:
             body: nn.Module = nn.Identity()
             if self._head:
-                body = copy.deepcopy(self.module)
+                # no copies of tensors: copies of the engine are made while it is traced
+                shared = (*self.module.parameters(), *self.module.buffers())
+                body = copy.deepcopy(self.module, {id(t): t for t in shared})
                 parent, _, own = self._head.rpartition(".")
                 setattr(body.get_submodule(parent), own, nn.Identity())
             self._body = self._rounded(_stacked_forward(body))

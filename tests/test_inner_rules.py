@@ -408,12 +408,17 @@ def test_state_is_carried_through_recomputed_steps(rule, rung, sizes):
     torch.testing.assert_close(recomputed.losses, plain.losses, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("rule", [PerLayerPerStep(), Momentum(nesterov=True), Adam()], ids=repr)
-def test_traced_steps_are_those_of_the_loop(rule):
+@pytest.mark.parametrize("rung", ["vmap", "stacked"])
+@pytest.mark.parametrize(
+    "rule", [PerLayerPerStep(), Momentum(nesterov=True), Adam(eps=0.1), RidgeHead()], ids=repr
+)
+def test_traced_steps_are_those_of_the_loop(rule, rung):
     module, batch = make_mlp(), make_batch("ragged")
-    meta_params = make_meta_params(module, rule)
-    traced, loop = (make_engine(module, rule, rung=rung) for rung in ("traced", "loop"))
-    traced.tracer.updates_left = 10
+    adapted = "head" if rule.in_closed_form else "all"
+    meta_params = make_meta_params(module, rule, adapted=adapted)
+    traced, loop = (make_engine(module, rule, rung=r, adapted=adapted) for r in (rung, "loop"))
+    # as in a long fit
+    traced.tracer.min_seen, traced.tracer.min_updates, traced.tracer.updates_left = 1, 0, 10
     expected = loop.meta_step(meta_params, batch, alpha=0.2, steps=STEPS)
     for _ in range(3):
         assert_same(
