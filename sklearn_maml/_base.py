@@ -61,7 +61,15 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.meta_gradients import resolve_meta_gradient
-from sklearn_maml.modules import ACTIVATIONS, adapted_names, build_module, copy_buffers, make_mlp
+from sklearn_maml.modules import (
+    ACTIVATIONS,
+    adapted_names,
+    build_module,
+    check_head_is_last,
+    copy_buffers,
+    linear_head,
+    make_mlp,
+)
 from sklearn_maml.optimizers import can_fuse
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
@@ -336,7 +344,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
         from sklearn_maml.outer_loop import (
             UPDATES_PER_EPOCH,
-            MetaLearner,
             SklearnCallbacks,
             TaskStream,
             ValidateOn,
@@ -351,8 +358,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             with _SeededTorch(self.device_, seed):
                 module = self._make_module()
                 self._check_module(module)
-            rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
-            learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+            learner = self._make_learner(module)
             learner.to(self.device_)
             net = self._make_net(learner)
         engine = self._make_engine(learner.module)
@@ -490,6 +496,18 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             and isinstance(value, (str, int, float, bool, list, tuple, type(None)))
         }
 
+    def _make_learner(self, module: nn.Module) -> Any:
+        """Meta-parameters at their start: the module's, and those of the update rule."""
+        from sklearn_maml.outer_loop import MetaLearner
+
+        return MetaLearner(
+            module,
+            resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            adapted_names(module, self.adapted),
+            steps=int(self.steps),
+            classification=self._classification,
+        )
+
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar
         from torch.utils.data import DataLoader
@@ -590,8 +608,6 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
-        from sklearn_maml.outer_loop import MetaLearner
-
         self._validate_params()
         tasks = self._read_tasks(X, y, reset=True)
         sample_weight = self._support_weights(sample_weight, tasks)
@@ -601,8 +617,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._fingerprints = {}
         with _SeededTorch(self.device_, seed):
             module = self._make_module()
-        rule = resolve_update_rule(self.update_rule, {})
-        self._learner = MetaLearner(module, rule, adapted_names(module, self.adapted))
+        self._learner = self._make_learner(module)
         self.module_ = module
         self._fit_settings = self._settings()
         self._rung = "auto"
@@ -670,6 +685,11 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
                 f"shape {expected[0]}: one column for each {self._output_word}."
             )
+        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        if rule.in_closed_form:
+            kind = type(rule).__name__
+            head = linear_head(module, adapted_names(module, self.adapted), kind)
+            check_head_is_last(module, head, self._reshape(rows), kind)
 
     def _reshape(self, X: Any) -> Any:
         """Rows as the module takes them: the default network takes flat rows."""

@@ -61,6 +61,7 @@ from sklearn_maml.inner_loop import (
     mean_loss,
 )
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, SecondOrder
+from sklearn_maml.modules import ContextMLP, linear_head
 from sklearn_maml.native import (
     Kernel,
     Layout,
@@ -202,7 +203,7 @@ def is_row_wise(module: nn.Module) -> bool:
         return False
     # exact container types: a subclass may do anything in its forward
     containers = (m for m in module.modules() if next(m.children(), None) is not None)
-    return all(type(m) is nn.Sequential for m in containers) and all(
+    return all(type(m) in (nn.Sequential, ContextMLP) for m in containers) and all(
         type(m) in ROW_WISE and not getattr(m, "track_running_stats", False)
         for m in _leaf_modules(module)
     )
@@ -368,9 +369,13 @@ class Engine:
         if rung in ("auto", "native"):
             self.rung = "stacked" if stackable else "vmap"
         self._convolves = self.rung == "stacked" and is_conv_net(self.module)
+        rule.check_with(meta_gradient, row_loss is cross_entropy_rows)
+        self._head: str | None = None
+        if rule.in_closed_form:
+            self._head = linear_head(self.module, self.adapted, type(rule).__name__)
         self._own_norms: list[str] = []  # batch norms that take statistics from nowhere else
         if self.rung == "stacked":
-            self._forward = self._rounded(_stacked_forward(self.module))
+            self._write_out()
         else:
             self.module, self._own_norms = replace_batch_norms(self.module)
         if rung == "native":
@@ -393,16 +398,30 @@ class Engine:
         self._norms = [name for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forward": None, "_kernel": None, "_rates": None, "_parts": None}
+        functions = {"_forward": None, "_body": None}
+        return {**self.__dict__, **functions, "_kernel": None, "_rates": None, "_parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._n_threads = torch.get_num_threads()
         if self.rung in ("stacked", "native"):
-            self._forward = self._rounded(_stacked_forward(self.module))
+            self._write_out()
         if self.rung == "native":
             self.rung = "stacked"
             self._compile()
+
+    def _write_out(self) -> None:
+        """Write the forward pass of the stacked rung out, and that of all layers but the head."""
+        self._forward = self._rounded(_stacked_forward(self.module))
+        if self._head is not None:
+            body: nn.Module = nn.Identity()
+            if self._head:
+                # no copies of tensors: copies of the engine are made while it is traced
+                shared = (*self.module.parameters(), *self.module.buffers())
+                body = copy.deepcopy(self.module, {id(t): t for t in shared})
+                parent, _, own = self._head.rpartition(".")
+                setattr(body.get_submodule(parent), own, nn.Identity())
+            self._body = self._rounded(_stacked_forward(body))
 
     # -- compiled kernels ------------------------------------------------------------------------
 
@@ -883,7 +902,8 @@ class Engine:
         module = {n[7:]: p for n, p in meta_params.items() if n.startswith("module.")}
         rates = {n[5:]: p for n, p in meta_params.items() if n.startswith("rule.")}
         # rates are stored by underscored names: ParameterDict refuses dots
-        return module, {name: rates[key] for name in module if (key := rate_key(name)) in rates}
+        names = {rate_key(name): name for name in module}
+        return module, {names.get(key, key): r for key, r in rates.items()}
 
     def _partition(self, params: Params) -> tuple[Params, Params]:
         fast = {name: p for name, p in params.items() if name in self.adapted}
@@ -938,9 +958,11 @@ class Engine:
             "proximal": self.meta_gradient.proximal,
             "update": self._update - 1,
             "loss_of_step": loss_of_step if in_minibatches else None,
+            "support_set": lambda params: self._support_set(params, support, batched),
         }
-        # without second derivatives there is no graph of the steps that could be saved
-        if self.checkpoint_steps and self._phase == 2:
+        # without second derivatives there is no graph of the steps that could be saved, and what
+        # is in closed form takes no steps
+        if self.checkpoint_steps and self._phase == 2 and not self.rule.in_closed_form:
             random = not self.pads or has_dropout(self.module)
             return RecomputedSteps(**problem, module=self.module, random=random)
         return InnerProblem(**problem)
@@ -1127,6 +1149,25 @@ class Engine:
         """Context in which attention runs on its one kernel that has a second derivative."""
         return sdpa_kernel(SDPBackend.MATH) if self._attends else contextlib.nullcontext()
 
+    def _support_set(
+        self, params: Params, support: Rows, batched: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return inputs of the head, targets and weights of support rows."""
+        if batched:
+            features = self._body(params, support.X)
+        else:
+            assert self._head is not None
+            seen: list[Tensor] = []
+            handle = self.module.get_submodule(self._head).register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0])
+            )
+            try:
+                self._call_module(params, support.X)
+            finally:
+                handle.remove()
+            features = seen[0]
+        return features.to(support.X.dtype), support.y, support.weight
+
     def _adapt_rows(
         self,
         fast: Params,
@@ -1159,6 +1200,7 @@ class Engine:
                 lambda p: loss(self._forward, support, {**wide, **p}),
                 differentiator=Autograd(),
                 batched=True,
+                support_set=lambda: self._support_set(wide, support, batched=True),
             )
 
         def one_task(
@@ -1169,6 +1211,7 @@ class Engine:
                 lambda p: loss(self._call_module, rows, {**shared, **p}),
                 differentiator=differentiator,
                 batched=False,
+                support_set=lambda: self._support_set({**shared, **fast}, rows, batched=False),
             )
 
         if rung == "vmap":
@@ -1305,7 +1348,7 @@ def _thread_pools() -> ThreadpoolController:
 
 
 def rate_key(name: str) -> str:
-    """Name under which the learned rate of a parameter is stored."""
+    """Name under which a learned rate, of a parameter say, is stored."""
     return name.replace(".", "__")
 
 

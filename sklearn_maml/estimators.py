@@ -69,11 +69,16 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
         adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
         `Reptile` in `sklearn_maml.meta_gradients`.
-    update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
-        How an inner step moves the parameters.
+    update_rule : str or UpdateRule, default="sgd"
+        How an inner step moves the parameters: "sgd", with rates that are learned ("meta-sgd",
+        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" solves
+        for the last layer in place of taking steps, and needs ``adapted="head"``. See
+        `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
-        whose names match shell-style patterns such as ``"2.*"``. The others are meta-learned only.
+        whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
+        network takes beside its inputs (CAVIA, see `sklearn_maml.modules.ContextMLP`). The others
+        are meta-learned only.
     n_shots : int, default=None
         Support rows of a task in meta-training and in `score`. None varies the number from update
         to update, log-uniformly from 5 to 20 (at most half of the rows), so that one model serves
@@ -457,11 +462,17 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
         adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
         `Reptile` in `sklearn_maml.meta_gradients`.
-    update_rule : {"sgd", "meta-sgd"} or UpdateRule, default="sgd"
-        How an inner step moves the parameters.
+    update_rule : str or UpdateRule, default="sgd"
+        How an inner step moves the parameters: "sgd", with rates that are learned ("meta-sgd",
+        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" and
+        "logistic-head" solve for the last layer in place of taking steps, and need
+        ``adapted="head"``. See `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of
+        the rule.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
-        whose names match shell-style patterns such as ``"2.*"``. The others are meta-learned only.
+        whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
+        network takes beside its inputs (CAVIA, see `sklearn_maml.modules.ContextMLP`). The others
+        are meta-learned only.
     n_ways : int, default=None
         None: labels are shared by the tasks (walking and sitting, for every person); the network
         has one output for each class. An int: labels mean something inside their task only (the

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import ClosedFormHead, UpdateRule
 
 __all__ = [
     "Autograd",
@@ -31,6 +31,7 @@ __all__ = [
 
 Params = dict[str, Tensor]
 LossFunction = Callable[[Params], Tensor]
+SupportSet = Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class Differentiator(Protocol):
@@ -204,6 +205,7 @@ def adapt(
     proximal: float = 0.0,
     on_step: Callable[[Params], None] | None = None,
     loss_of_step: Callable[[int, Params], Tensor] | None = None,
+    support_set: SupportSet | None = None,
 ) -> Params:
     """Take `steps` inner steps on the support loss (Finn et al. 2017, algorithm 1 line 6).
 
@@ -227,6 +229,9 @@ def adapt(
         Told of the parameters after every step.
     loss_of_step : callable (k, params) -> scalar Tensor, optional
         Loss of step `k`, where steps see different rows; takes the place of `support_loss`.
+    support_set : callable () -> (features, targets, weights), optional
+        For rules in closed form, which solve once in place of all steps: what they solve for, see
+        `ClosedFormHead.solve`.
 
     Returns
     -------
@@ -234,6 +239,14 @@ def adapt(
     """
     if order == 0:
         params = differentiator.cut(params)
+    if rule.in_closed_form and steps:
+        assert isinstance(rule, ClosedFormHead)
+        assert support_set is not None
+        params = rule.solve(params, *support_set(), rates=rates, order=order)
+        if on_step is not None:
+            for _ in range(steps):  # every step would end here
+                on_step(params)
+        steps = 0
     initial = params
     state = rule.start(params)
     for k in range(steps):
@@ -298,6 +311,8 @@ class InnerProblem:
     update : int
         Meta-updates made before, for gradients that change in the course of the training.
     loss_of_step : as in `adapt`, of all parameters
+    support_set : callable params -> (features, targets, weights), optional
+        Of all parameters; for rules in closed form, see `adapt`.
     """
 
     start: Callable[[Params], tuple[Params, Params, Params]]
@@ -311,6 +326,7 @@ class InnerProblem:
     proximal: float = 0.0
     update: int = 0
     loss_of_step: Callable[[int, Params], Tensor] | None = None
+    support_set: Callable[[Params], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     @property
     def how(self) -> dict[str, Any]:
@@ -335,6 +351,8 @@ class InnerProblem:
         """
         fast, shared, rates = self.start(meta_params)
         of_step = self.loss_of_step
+        support_set = self.support_set
+        initial = {**shared, **fast}
         fast = adapt(
             fast,
             lambda p: self.support_loss({**shared, **p}),
@@ -343,6 +361,7 @@ class InnerProblem:
             order=order,
             on_step=None if on_step is None else lambda p: on_step({**shared, **p}),
             loss_of_step=None if of_step is None else lambda k, p: of_step(k, {**shared, **p}),
+            support_set=None if support_set is None else lambda: support_set(initial),
             **self.how,
         )
         return {**shared, **fast}

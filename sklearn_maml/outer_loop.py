@@ -53,13 +53,24 @@ PATIENCE_NON_FINITE = 20
 
 
 class MetaLearner(nn.Module):
-    """The meta-parameters: the user's module as initialisation, and what the rule learns."""
+    """The meta-parameters: the user's module as initialisation, and what the rule learns.
 
-    def __init__(self, module: nn.Module, rule: UpdateRule, adapted: list[str]) -> None:
+    `steps` and `classification` are for the rule, see `UpdateRule.initial_rates`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: UpdateRule,
+        adapted: list[str],
+        *,
+        steps: int = 1,
+        classification: bool = False,
+    ) -> None:
         super().__init__()
         self.module = module
         fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
-        rates = rule.initial_rates(fast)
+        rates = rule.initial_rates(fast, steps=steps, classification=classification)
         self.rule = nn.ParameterDict({rate_key(n): nn.Parameter(r) for n, r in rates.items()})
 
     def meta_params(self) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ TOLERANCE = 1e-12
 class Momentum(UpdateRule):
     """Momentum with a learned decay, and a pull to where it started: state of several kinds."""
 
-    def initial_rates(self, params):
+    def initial_rates(self, params, steps=1, classification=False):
         return {name: p.new_full((), 0.1) for name, p in params.items()}
 
     def start(self, params):

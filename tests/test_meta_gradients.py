@@ -296,12 +296,12 @@ def plain_maml(params, tasks, *, alpha, steps, second_order, fast, classificatio
             if not second_order:
                 slopes = [g.detach() for g in slopes]
             slopes = dict(zip(fast, slopes, strict=True))
-            if rates:
-                slopes = {n: g * factors[n].exp() for n, g in slopes.items()}
             if clip is not None:
                 norm = sum((g**2).sum() for g in slopes.values()).sqrt()
                 if norm > clip:
                     slopes = {n: g * clip / norm for n, g in slopes.items()}
+            if rates:
+                slopes = {n: g * factors[n].exp() for n, g in slopes.items()}
             theta = {n: p - alpha * slopes[n] if n in fast else p for n, p in theta.items()}
         task_loss = loss(theta, X_query, y_query)
         total = task_loss if total is None else total + task_loss

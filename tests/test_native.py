@@ -613,7 +613,7 @@ class FixedRates(SGD):
         self.make = make
 
     def step(self, k, params, grads, *, state, **options):
-        rate = self.rates[k % len(self.rates)]
+        rate = self.rates[min(k, len(self.rates) - 1)]
         return {name: p - rate * grads[name] for name, p in params.items()}, state
 
     def linear_rates(self, params, *, alpha, rates):

@@ -1016,7 +1016,7 @@ def test_predictions_are_those_of_the_regularised_problem(sinusoids):
 class Learning(SGD):
     """A user's rule that learns something."""
 
-    def initial_rates(self, params):
+    def initial_rates(self, params, steps=1, classification=False):
         return {name: p.new_zeros(()) for name, p in params.items()}
 
 

@@ -409,8 +409,8 @@ class Kernel:
         params : dict of str to Tensor
             All parameters of the network.
         rates : sequence of dicts
-            Rate of each weight, with its shape; step k uses ``rates[k % len(rates)]``. A parameter
-            that is not named does not adapt.
+            Rate of each weight, with its shape; step k uses ``rates[k]``, and steps beyond the
+            last one use that. A parameter that is not named does not adapt.
         support, query : Rows
         steps : int
         second_order : bool

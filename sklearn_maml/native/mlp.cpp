@@ -660,7 +660,7 @@ static Set task(const Net &net, const Rows &rows, i64 j, real *buffer) {
 struct Job {
     Net net;
     Rows support, query;
-    real *theta, *rates; // packed; step k uses rates + k % n_rates * packed
+    real *theta, *rates; // packed; the last of n_rates serves all further steps
     i64 n_tasks, steps, n_rates, n_blocks;
     bool second_order, recompute;
     real *losses, *outputs;
@@ -672,7 +672,9 @@ struct Job {
     bool failed;
 };
 
-static real *rate(const Job &job, i64 k) { return job.rates + k % job.n_rates * job.net.packed; }
+static i64 rate_number(const Job &job, i64 k) { return k < job.n_rates ? k : job.n_rates - 1; }
+
+static real *rate(const Job &job, i64 k) { return job.rates + rate_number(job, k) * job.net.packed; }
 
 static void step(i64 n, const real *theta, const real *rate, const real *grad, real *next) {
     for (i64 i = 0; i < n; i += V) store(next + i, load(theta + i) - load(rate + i) * load(grad + i));
@@ -747,7 +749,7 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
         write_rows(net, query, s.query.x[net.n_layers], job.outputs + j * job.query.width * net.last().out);
         for (i64 k = K - 1; k >= 0; k--) {
             if (rate_total) {
-                real *to = rate_total + k % job.n_rates * size, *grad = s.kept + k * size;
+                real *to = rate_total + rate_number(job, k) * size, *grad = s.kept + k * size;
                 for (i64 i = 0; i < size; i += V) store(to + i, load(to + i) - load(s.v + i) * load(grad + i));
             }
             if (!job.second_order) continue;
