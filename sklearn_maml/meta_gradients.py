@@ -515,8 +515,8 @@ class Reptile(MetaGradient):
     `max_iter` updates of a fit: after :math:`t` of them it is
     ``step_size + (final_step_size - step_size) * t / max_iter``. (A fit that continues another
     one, `warm_start`, goes through the schedule again.) That is a gradient step on the
-    pseudo-gradient :math:`\theta - \frac{1}{n} \sum_j \phi_j`, whose norm `max_grad_norm` bounds;
-    `beta`, `beta_decay` and `optimizer` are not used.
+    pseudo-gradient :math:`\theta - \frac{1}{n} \sum_j \phi_j`, whose norm `max_grad_norm` bounds
+    (set it to None for the published step); `beta`, `beta_decay` and `optimizer` are not used.
 
     `train_loss` in `history_` is the loss on the query rows after adapting to all rows, these
     included; `valid_loss` is after adapting to the support rows of held-out tasks alone, as ever.

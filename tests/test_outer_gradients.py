@@ -807,6 +807,7 @@ def small(**changed):
         "n_shots": 10,
         "max_iter": 12,
         "meta_batch_size": 4,
+        "max_grad_norm": None,
         "early_stopping": False,
         "random_state": 0,
     }
