@@ -33,7 +33,7 @@ endef
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: $(STAMP) ## install everything into .venv
@@ -82,6 +82,21 @@ bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchma
 	@$(BIN)/python benchmarks/cost.py --seconds 20 --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
+
+# The papers' tables, ours beside the published figures. Slow: half an hour each on two cores.
+.PHONY: table-sinusoid
+table-sinusoid: $(STAMP) ## sinusoid regression, every method (slow)
+	@$(BIN)/python benchmarks/papers.py sinusoid $(ARGS)
+
+.PHONY: table-omniglot-5w1s table-omniglot-5w5s table-omniglot-20w1s
+table-omniglot-5w1s: $(STAMP) ## Omniglot, 5-way 1-shot, conv4 (slow)
+	@$(BIN)/python benchmarks/papers.py omniglot --ways 5 --shots 1 $(ARGS)
+
+table-omniglot-5w5s: $(STAMP) ## Omniglot, 5-way 5-shot, conv4 (slow)
+	@$(BIN)/python benchmarks/papers.py omniglot --ways 5 --shots 5 $(ARGS)
+
+table-omniglot-20w1s: $(STAMP) ## Omniglot, 20-way 1-shot, conv4 (slow)
+	@$(BIN)/python benchmarks/papers.py omniglot --ways 20 --shots 1 $(ARGS)
 
 .PHONY: clean
 clean: ## remove caches, builds and environments

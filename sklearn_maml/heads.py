@@ -91,9 +91,14 @@ def find_head(
     Raises
     ------
     ValueError
-        If the module has no linear head, if it does not adapt, or if the rule learns something
-        about each pair of classes.
+        If the module has no linear head, if it does not adapt, or if the rule solves for the head
+        or learns something about each pair of classes.
     """
+    if rule.in_closed_form:
+        raise ValueError(
+            f"head={head!r} is where inner steps start from, but the update rule "
+            f"{type(rule).__name__} solves for the head and takes none. Use head='free'."
+        )
     names = head_names(module)
     prefix = names[0].rpartition(".")[0]
     layer = module.get_submodule(prefix)

@@ -224,8 +224,9 @@ def check_head_is_last(module: nn.Module, name: str, rows: Tensor, rule: str) ->
 def _not_last(module: nn.Module, name: str, rule: str) -> ValueError:
     return ValueError(
         f"The update rule {rule} solves for the linear layer {name!r}, but what "
-        f"{type(module).__name__} returns is not the output of that layer. Use a module that "
-        "returns the output of its last linear layer as it is, or another update_rule."
+        f"{type(module).__name__} returns is not the output of that layer. Set adapted='head', "
+        "and use a module that returns the output of its last linear layer as it is, or another "
+        "update_rule."
     )
 
 
