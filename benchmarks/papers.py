@@ -35,7 +35,6 @@ from torch import nn
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import SinusoidTasks, load_omniglot
 from sklearn_maml.meta_gradients import Implicit, Reptile
-from sklearn_maml.update_rules import Adam
 
 # -- sinusoids -----------------------------------------------------------------------------------
 
@@ -46,14 +45,20 @@ SINUSOID: dict[str, dict[str, Any]] = {
     "MAML": {},
     "FOMAML": {"meta_gradient": "first-order"},
     "Meta-SGD": {"update_rule": "meta-sgd"},
+    # without the bound on the norm of a step, as published
     "Reptile": {
         "meta_gradient": Reptile(batch_size=10),
-        "update_rule": Adam(beta1=0.0),
-        "alpha": 0.01,
+        "alpha": 0.02,
         "steps": 10,
+        "max_grad_norm": None,
         "max_iter": 30_000,
     },
-    "iMAML": {"meta_gradient": Implicit(lam=2.0, cg_steps=5), "steps": 16, "max_iter": 20_000},
+    "iMAML": {
+        "meta_gradient": Implicit(lam=0.3, cg_steps=8),
+        "alpha": 0.02,
+        "steps": 16,
+        "max_iter": 10_000,
+    },
     "ANIL": {"adapted": "head"},
     "ridge head": {"update_rule": "ridge-head", "adapted": "head", "max_iter": 20_000},
 }
