@@ -7,7 +7,6 @@ loss" into a gradient for the meta-parameters. None of them knows how tasks are 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
+from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.episodes import EpisodeBatch, joined_rows
 
 __all__ = [
@@ -176,7 +176,7 @@ class _Unrolled(MetaGradient):
     def check(self) -> None:
         """Refuse numbers of updates that are none."""
         for name, value in self.get_params().items():
-            if not _is_integer(value) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise ValueError(
                     f"{name} of {type(self).__name__} must be a number of meta-updates, 0 or "
                     f"more; got {value!r}."
@@ -382,12 +382,12 @@ class Implicit(MetaGradient):
 
     def check(self) -> None:
         """Refuse parameters that are out of range."""
-        if not _is_number(self.lam) or not 0 < self.lam < math.inf:
+        if not is_number(self.lam) or not 0 < self.lam < math.inf:
             raise ValueError(
                 "lam of Implicit must be a positive number, the strength of the proximal term; "
                 f"got {self.lam!r}."
             )
-        if not _is_integer(self.cg_steps) or self.cg_steps < 1:
+        if not is_integer(self.cg_steps) or self.cg_steps < 1:
             raise ValueError(
                 "cg_steps of Implicit must be a number of Hessian-vector products, 1 or more; got "
                 f"{self.cg_steps!r}."
@@ -569,17 +569,17 @@ class Reptile(MetaGradient):
     def check(self) -> None:
         """Refuse parameters that are out of range."""
         size, final = self.step_size, self.final_step_size
-        if size is not None and not (_is_number(size) and 0 < size < math.inf):
+        if size is not None and not (is_number(size) and 0 < size < math.inf):
             raise ValueError(
                 "step_size of Reptile must be a positive number, or None to use the optimizer; "
                 f"got {size!r}."
             )
-        if not (_is_number(final) and 0 <= final < math.inf):
+        if not (is_number(final) and 0 <= final < math.inf):
             raise ValueError(
                 f"final_step_size of Reptile must be a number, 0 or more; got {final!r}."
             )
         rows = self.batch_size
-        if rows is not None and (not _is_integer(rows) or rows < 1):
+        if rows is not None and (not is_integer(rows) or rows < 1):
             raise ValueError(
                 "batch_size of Reptile must be a number of rows, 1 or more, or None for all rows; "
                 f"got {rows!r}."
@@ -622,14 +622,6 @@ class Reptile(MetaGradient):
                 towards = p - adapted[name]
                 grads[f"module.{name}"] = towards.sum(0) if problem.batched else towards
         return grads, outcome
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 META_GRADIENTS: dict[str, type[MetaGradient]] = {
