@@ -367,6 +367,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             all_adapt=len(engine.adapted)
             == len([p for p in learner.module.parameters() if p.requires_grad]),
             checkpoint_steps=bool(self.checkpoint_steps),
+            moves=self.steps > 0 and self.alpha > 0,
         )
         self._rung = "auto"
         net.engine = engine

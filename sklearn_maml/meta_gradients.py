@@ -95,7 +95,9 @@ class MetaGradient(BaseEstimator):
     def check(self) -> None:
         """Refuse parameters of the meta-gradient that are out of range (there are none here)."""
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse to be used with other parameters of the estimator (here with none).
 
         Parameters
@@ -105,6 +107,8 @@ class MetaGradient(BaseEstimator):
         all_adapt : bool
             Whether all trainable parameters adapt.
         checkpoint_steps : bool
+        moves : bool
+            Whether there are inner steps, of a rate that is not 0.
 
         Raises
         ------
@@ -175,14 +179,17 @@ class _Unrolled(MetaGradient):
 
     def check(self) -> None:
         """Refuse numbers of updates that are none."""
-        for name, value in self.get_params().items():
+        for name in ("first_order_updates", "multi_step_updates"):
+            value = getattr(self, name, 0)  # subclasses have parameters of their own
             if not is_integer(value) or value < 0:
                 raise ValueError(
                     f"{name} of {type(self).__name__} must be a number of meta-updates, 0 or "
                     f"more; got {value!r}."
                 )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse `checkpoint_steps` with the loss of several steps."""
         if self.multi_step_updates and checkpoint_steps:
             raise ValueError(
@@ -398,7 +405,9 @@ class Implicit(MetaGradient):
                 "'neumann' (the Neumann series)."
             )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse update rules that learn."""
         if learns:
             raise ValueError(
@@ -585,7 +594,9 @@ class Reptile(MetaGradient):
                 f"got {rows!r}."
             )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse what would never be trained."""
         if learns:
             raise ValueError(
@@ -598,6 +609,12 @@ class Reptile(MetaGradient):
                 "meta_gradient='reptile' needs adapted='all': it steps towards the adapted "
                 "parameters, so those that do not adapt would never be trained. Use "
                 "meta_gradient='first-order', or freeze them (requires_grad_(False))."
+            )
+        if not moves:
+            raise ValueError(
+                "meta_gradient='reptile' steps towards the adapted parameters, but steps=0 or "
+                "alpha=0 leaves them at the initialisation, so nothing would be trained. Use "
+                "positive ones, or meta_gradient='first-order'."
             )
 
     def episodes(self, batch: EpisodeBatch, steps: int) -> EpisodeBatch:

@@ -1021,6 +1021,18 @@ class Learning(SGD):
         return {name: p.new_zeros(()) for name, p in params.items()}
 
 
+class Regularized(SecondOrder):
+    """A user's gradient through steps with a proximal term."""
+
+    proximal = 5.0
+
+
+class InMinibatches(SecondOrder):
+    """A user's gradient through steps on minibatches."""
+
+    in_minibatches = True
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -1052,6 +1064,16 @@ class Learning(SGD):
             },
             r"multi_step_updates=5 cannot be combined with checkpoint_steps=True",
         ),
+        (
+            {"meta_gradient": Regularized(), "checkpoint_steps": True},
+            r"checkpoint_steps=True cannot compute the steps of Regularized\(\) again.*proximal",
+        ),
+        (
+            {"meta_gradient": InMinibatches(), "checkpoint_steps": True},
+            r"checkpoint_steps=True cannot compute the steps of InMinibatches\(\).*minibatches",
+        ),
+        ({"meta_gradient": "reptile", "steps": 0}, r"steps=0 or alpha=0.*nothing would be trained"),
+        ({"meta_gradient": "reptile", "alpha": 0}, r"steps=0 or alpha=0.*nothing would be trained"),
     ],
     ids=str,
 )
@@ -1087,6 +1109,18 @@ def test_combinations_that_make_sense_are_not(sinusoids, params):
     model = small(max_iter=2, **params).fit(X, y, groups=task)
     again = pickle.loads(pickle.dumps(model))
     assert np.array_equal(*(m.adapt(X[:10], y[:10]).predict(X[:20]) for m in (model, again)))
+
+
+def test_subclasses_have_parameters_of_their_own(sinusoids):
+    class Scaled(SecondOrder):
+        def __init__(self, scale=0.5, multi_step_updates=0):
+            super().__init__(multi_step_updates=multi_step_updates)
+            self.scale = scale
+
+    X, y, task = sinusoids
+    assert small(meta_gradient=Scaled(), max_iter=1).fit(X, y, groups=task).n_iter_ == 1
+    with pytest.raises(ValueError, match=r"multi_step_updates of Scaled.*got -1"):
+        small(meta_gradient=Scaled(multi_step_updates=-1)).fit(X, y, groups=task)
 
 
 def test_recomputed_steps_follow_the_order():
