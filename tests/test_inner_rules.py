@@ -971,6 +971,19 @@ def test_warm_starts_keep_the_number_of_rates():
     assert {tuple(r.shape) for r in fixed.net_.module_.rule.values()} == {(1,)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "changed"), [("per-layer-per-step", {"n_steps": 3}), ("meta-sgd", {"per": "tensor"})]
+)
+def test_a_fit_cannot_go_on_with_other_rates(rule, changed):
+    X, y, task = sinusoids()
+    reg = MAMLRegressor(update_rule=rule, steps=2, max_iter=2, warm_start=True, random_state=0)
+    reg.fit(X, y, groups=task).set_params(**{f"update_rule__{k}": v for k, v in changed.items()})
+    with pytest.raises(ValueError, match="what update_rule learns was changed after fit"):
+        reg.fit(X, y, groups=task)
+    assert reg.n_iter_ == 2
+    reg.adapt(X[:5], y[:5])  # the rates are those of the fit
+
+
 # --- refusals
 
 

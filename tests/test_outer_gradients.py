@@ -7,6 +7,7 @@ share no code with the library.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 import warnings
@@ -1009,6 +1010,18 @@ def test_predictions_are_those_of_the_regularised_problem(sinusoids):
     initial = copy.copy(model).set_params(steps=0).adapt(X[:10], y[:10]).predict(X[:20])
     moved = [np.abs(m.predict(X[:20]) - initial).mean() for m in (free, held)]
     assert moved[0] > 1.5 * moved[1] > 0
+
+
+@pytest.mark.parametrize("names", [("implicit", "first-order"), ("first-order", "implicit")])
+def test_the_inner_problem_is_that_of_the_fit(sinusoids, names):
+    X, y, task = sinusoids
+    model = small(meta_gradient=names[0], max_iter=2).fit(X, y, groups=task)
+    model.set_params(meta_gradient=names[1])
+    for call in (model.adapt, functools.partial(model.score, groups=task)):
+        with pytest.raises(ValueError, match="the proximal term of meta_gradient was changed"):
+            call(X, y)
+    model.set_params(warm_start=True).fit(X, y, groups=task).adapt(X[:5], y[:5])
+    assert model.n_iter_ == 4
 
 
 # --- refused
