@@ -705,8 +705,8 @@ class RidgeHead(ClosedFormHead):
 
     The rest of the network, `lam` and the scale are meta-learned, with the exact gradient through
     the solution. It needs ``adapted="head"`` and a module that ends in a `torch.nn.Linear`.
-    `alpha` plays no part, and any number of `steps` but 0 gives the solution; 0 gives the head as
-    it was initialised, which nothing trains.
+    `alpha` and how the head was initialised play no part, and any number of `steps` but 0 gives the
+    solution; 0 gives the head as it was initialised, which nothing trains.
 
     Parameters
     ----------
@@ -755,8 +755,8 @@ class LogisticHead(ClosedFormHead):
 
     The rest of the network, `lam` and the scale are meta-learned, with the exact gradient through
     the Newton steps. It needs ``adapted="head"`` and a module that ends in a `torch.nn.Linear`.
-    `alpha` plays no part, and any number of `steps` but 0 gives the solution; 0 gives the head as
-    it was initialised, which nothing trains.
+    `alpha` and how the head was initialised play no part, and any number of `steps` but 0 gives the
+    solution; 0 gives the head as it was initialised, which nothing trains.
 
     Parameters
     ----------
