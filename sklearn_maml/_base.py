@@ -102,6 +102,8 @@ SINGLE_TASK_UPDATES = 100
 # sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
 # standard error from there on; see docs/diagnostics.md.
 MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
+# name of a setting that adapting depends on
+PROXIMAL = "the proximal term of meta_gradient"
 # parts of the loss: a gain that is no larger is none, and one that may be, but need not exist, too
 NEGLIGIBLE_GAIN, UNPROVEN_GAIN = 0.02, 0.1
 # tasks drawn from a task distribution for `score`
@@ -367,6 +369,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             all_adapt=len(engine.adapted)
             == len([p for p in learner.module.parameters() if p.requires_grad]),
             checkpoint_steps=bool(self.checkpoint_steps),
+            moves=self.steps > 0 and self.alpha > 0,
         )
         self._rung = "auto"
         net.engine = engine
@@ -408,7 +411,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
         net.patience = self.n_iter_no_change if stops else None
         net.train_split = ValidateOn(source.validation)
-        self._fit_settings = self._settings()
+        self._fit_settings = self._settings(learner.module)
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
         self._fingerprints = source.fingerprints
@@ -619,7 +622,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             module = self._make_module()
         self._learner = self._make_learner(module)
         self.module_ = module
-        self._fit_settings = self._settings()
+        self._fit_settings = self._settings(module)
         self._rung = "auto"
         self._adapt_to(tasks, sample_weight)
         return self
@@ -745,11 +748,13 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._adapt_to(tasks, sample_weight)
         return self
 
-    def _settings(self) -> dict[str, Any]:
-        """Parameters that what was meta-learned depends on."""
+    def _settings(self, module: nn.Module | None = None) -> dict[str, Any]:
+        """Parameters that what was meta-learned depends on; of a module also what a rule learns."""
         rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
-        return {
+        gradient = resolve_meta_gradient(self.meta_gradient, self._prefixed("meta_gradient"))
+        settings = {
             "update_rule": type(rule),
+            PROXIMAL: gradient.proximal > 0,
             "adapted": self.adapted,
             "n_ways": self._n_ways(),
             "center_y": self._centers_targets(),
@@ -759,16 +764,28 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             "module": self.module if isinstance(self.module, type) else type(self.module),
             "module__*": str(sorted(self._prefixed("module").items())),
         }
+        if module is not None:
+            adapted = adapted_names(module, self.adapted)
+            fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
+            # for one step: the number of steps may change, and that of the rates then stays
+            rates = rule.initial_rates(fast, classification=self._classification)
+            shapes = {name: tuple(rate.shape) for name, rate in rates.items()}
+            settings["what update_rule learns"] = shapes
+        return settings
 
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
-        now = self._settings()
-        for name in now if everything else ("update_rule", "adapted", "n_ways", "center_y"):
+        now = self._settings(self.module_ if everything else None)
+        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y"]
+        if everything:  # a fit goes on with the meta-gradient of now
+            names = [name for name in now if name != PROXIMAL]
+        for name in names:
             if now[name] != self._fit_settings[name]:
                 raise ValueError(
                     f"{name} was changed after fit; what was meta-learned is for another value. "
                     "Set it back, or fit anew with warm_start=False. Only alpha, steps, "
-                    "adapt_steps and batch_norm may be changed."
+                    "adapt_steps and batch_norm may be changed, and lam and max_grad_norm of "
+                    "update_rule and meta_gradient."
                 )
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:

@@ -5,12 +5,30 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["PrefixedParamsMixin", "check_keywords", "did_you_mean", "keeps_state_on_error"]
+__all__ = [
+    "PrefixedParamsMixin",
+    "check_keywords",
+    "did_you_mean",
+    "is_integer",
+    "is_number",
+    "keeps_state_on_error",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_number(value: Any) -> bool:
+    """Whether a parameter is a real number, of numpy too; bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a parameter is an integer, of numpy too; bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

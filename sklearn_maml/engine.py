@@ -370,6 +370,17 @@ class Engine:
             self.rung = "stacked" if stackable else "vmap"
         self._convolves = self.rung == "stacked" and is_conv_net(self.module)
         rule.check_with(meta_gradient, row_loss is cross_entropy_rows)
+        # of a step that is computed again only the derivative of plain support losses is known
+        if (
+            checkpoint_steps
+            and meta_gradient.order == 2
+            and (meta_gradient.proximal or meta_gradient.in_minibatches)
+        ):
+            raise ValueError(
+                f"checkpoint_steps=True cannot compute the steps of {meta_gradient!r} again: it is "
+                "for inner steps on the support loss alone, without a proximal term and without "
+                "minibatches. Use checkpoint_steps=False."
+            )
         self._head: str | None = None
         if rule.in_closed_form:
             self._head = linear_head(self.module, self.adapted, type(rule).__name__)

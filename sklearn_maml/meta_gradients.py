@@ -7,7 +7,6 @@ loss" into a gradient for the meta-parameters. None of them knows how tasks are 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
+from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.episodes import EpisodeBatch, joined_rows
 
 __all__ = [
@@ -95,7 +95,9 @@ class MetaGradient(BaseEstimator):
     def check(self) -> None:
         """Refuse parameters of the meta-gradient that are out of range (there are none here)."""
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse to be used with other parameters of the estimator (here with none).
 
         Parameters
@@ -105,6 +107,8 @@ class MetaGradient(BaseEstimator):
         all_adapt : bool
             Whether all trainable parameters adapt.
         checkpoint_steps : bool
+        moves : bool
+            Whether there are inner steps, of a rate that is not 0.
 
         Raises
         ------
@@ -175,14 +179,17 @@ class _Unrolled(MetaGradient):
 
     def check(self) -> None:
         """Refuse numbers of updates that are none."""
-        for name, value in self.get_params().items():
-            if not _is_integer(value) or value < 0:
+        for name in ("first_order_updates", "multi_step_updates"):
+            value = getattr(self, name, 0)  # subclasses have parameters of their own
+            if not is_integer(value) or value < 0:
                 raise ValueError(
                     f"{name} of {type(self).__name__} must be a number of meta-updates, 0 or "
                     f"more; got {value!r}."
                 )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse `checkpoint_steps` with the loss of several steps."""
         if self.multi_step_updates and checkpoint_steps:
             raise ValueError(
@@ -382,12 +389,12 @@ class Implicit(MetaGradient):
 
     def check(self) -> None:
         """Refuse parameters that are out of range."""
-        if not _is_number(self.lam) or not 0 < self.lam < math.inf:
+        if not is_number(self.lam) or not 0 < self.lam < math.inf:
             raise ValueError(
                 "lam of Implicit must be a positive number, the strength of the proximal term; "
                 f"got {self.lam!r}."
             )
-        if not _is_integer(self.cg_steps) or self.cg_steps < 1:
+        if not is_integer(self.cg_steps) or self.cg_steps < 1:
             raise ValueError(
                 "cg_steps of Implicit must be a number of Hessian-vector products, 1 or more; got "
                 f"{self.cg_steps!r}."
@@ -398,7 +405,9 @@ class Implicit(MetaGradient):
                 "'neumann' (the Neumann series)."
             )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse update rules that learn."""
         if learns:
             raise ValueError(
@@ -569,23 +578,25 @@ class Reptile(MetaGradient):
     def check(self) -> None:
         """Refuse parameters that are out of range."""
         size, final = self.step_size, self.final_step_size
-        if size is not None and not (_is_number(size) and 0 < size < math.inf):
+        if size is not None and not (is_number(size) and 0 < size < math.inf):
             raise ValueError(
                 "step_size of Reptile must be a positive number, or None to use the optimizer; "
                 f"got {size!r}."
             )
-        if not (_is_number(final) and 0 <= final < math.inf):
+        if not (is_number(final) and 0 <= final < math.inf):
             raise ValueError(
                 f"final_step_size of Reptile must be a number, 0 or more; got {final!r}."
             )
         rows = self.batch_size
-        if rows is not None and (not _is_integer(rows) or rows < 1):
+        if rows is not None and (not is_integer(rows) or rows < 1):
             raise ValueError(
                 "batch_size of Reptile must be a number of rows, 1 or more, or None for all rows; "
                 f"got {rows!r}."
             )
 
-    def check_with(self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool) -> None:
+    def check_with(
+        self, *, learns: bool, all_adapt: bool, checkpoint_steps: bool, moves: bool
+    ) -> None:
         """Refuse what would never be trained."""
         if learns:
             raise ValueError(
@@ -598,6 +609,12 @@ class Reptile(MetaGradient):
                 "meta_gradient='reptile' needs adapted='all': it steps towards the adapted "
                 "parameters, so those that do not adapt would never be trained. Use "
                 "meta_gradient='first-order', or freeze them (requires_grad_(False))."
+            )
+        if not moves:
+            raise ValueError(
+                "meta_gradient='reptile' steps towards the adapted parameters, but steps=0 or "
+                "alpha=0 leaves them at the initialisation, so nothing would be trained. Use "
+                "positive ones, or meta_gradient='first-order'."
             )
 
     def episodes(self, batch: EpisodeBatch, steps: int) -> EpisodeBatch:
@@ -622,14 +639,6 @@ class Reptile(MetaGradient):
                 towards = p - adapted[name]
                 grads[f"module.{name}"] = towards.sum(0) if problem.batched else towards
         return grads, outcome
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 META_GRADIENTS: dict[str, type[MetaGradient]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sklearn_maml._validation import did_you_mean
+from sklearn_maml._validation import did_you_mean, is_integer
 
 __all__ = [
     "ACTIVATIONS",
@@ -98,7 +98,7 @@ class ContextMLP(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        if not isinstance(n_context, int) or n_context < 1:
+        if not is_integer(n_context) or n_context < 1:
             raise ValueError(f"n_context must be a positive int; got {n_context!r}.")
         if activation not in ACTIVATIONS:
             raise ValueError(

@@ -6,12 +6,14 @@ A rule is a small object with parameters of its own (searchable as ``update_rule
 
 from __future__ import annotations
 
-import numbers
+import math
 from typing import Any
 
 import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
+
+from sklearn_maml._validation import is_integer, is_number
 
 __all__ = [
     "SGD",
@@ -187,10 +189,10 @@ class GradientRule(UpdateRule):
 
     def check(self) -> None:
         """Refuse a `max_grad_norm` that is not positive."""
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+        norm = self.max_grad_norm
+        if norm is not None and not (is_number(norm) and norm > 0):
             raise ValueError(
-                f"max_grad_norm of the update rule must be positive or None; got "
-                f"{self.max_grad_norm!r}."
+                f"max_grad_norm of the update rule must be positive or None; got {norm!r}."
             )
 
     def _clipped(self, grads: Params, batched: bool) -> Params:
@@ -201,7 +203,7 @@ class GradientRule(UpdateRule):
 
     def _check_fraction(self, name: str) -> None:
         value = getattr(self, name)
-        if not 0 <= value < 1:
+        if not (is_number(value) and 0 <= value < 1):
             raise ValueError(
                 f"{name} of the update rule {type(self).__name__} must be at least 0 and less "
                 f"than 1; got {value!r}."
@@ -363,9 +365,7 @@ class PerLayerPerStep(_LinearRule):
     def check(self) -> None:
         """Refuse an `n_steps` that is no positive number."""
         super().check()
-        if self.n_steps is not None and not (
-            isinstance(self.n_steps, numbers.Integral) and self.n_steps >= 1
-        ):
+        if self.n_steps is not None and not (is_integer(self.n_steps) and self.n_steps >= 1):
             raise ValueError(
                 f"PerLayerPerStep got n_steps={self.n_steps!r}; expected a positive int, or None "
                 "for the steps of the estimator."
@@ -527,10 +527,10 @@ class Adam(GradientRule):
         super().check()
         self._check_fraction("beta1")
         self._check_fraction("beta2")
-        if not self.eps > 0:
+        if not (is_number(self.eps) and 0 < self.eps < math.inf):
             raise ValueError(
-                f"eps of the update rule Adam must be positive; got {self.eps!r}. Without it the "
-                "derivative of a step is not finite where a gradient is 0."
+                f"eps of the update rule Adam must be positive and finite; got {self.eps!r}. "
+                "Without it the derivative of a step is not finite where a gradient is 0."
             )
 
     def start(self, params: Params) -> dict[str, Params]:
@@ -587,9 +587,10 @@ class ClosedFormHead(UpdateRule):
 
     def check(self) -> None:
         """Refuse a `lam` that is not positive."""
-        if not self.lam > 0:
+        if not (is_number(self.lam) and 0 < self.lam < math.inf):
             raise ValueError(
-                f"lam of the update rule {type(self).__name__} must be positive; got {self.lam!r}."
+                f"lam of the update rule {type(self).__name__} must be positive and finite; got "
+                f"{self.lam!r}."
             )
 
     def check_with(self, meta_gradient: Any, classification: bool) -> None:
@@ -704,8 +705,8 @@ class RidgeHead(ClosedFormHead):
 
     The rest of the network, `lam` and the scale are meta-learned, with the exact gradient through
     the solution. It needs ``adapted="head"`` and a module that ends in a `torch.nn.Linear`.
-    `alpha` plays no part, and any number of `steps` but 0 gives the solution; 0 gives the head as
-    it was initialised, which nothing trains.
+    `alpha` and how the head was initialised play no part, and any number of `steps` but 0 gives the
+    solution; 0 gives the head as it was initialised, which nothing trains.
 
     Parameters
     ----------
@@ -754,8 +755,8 @@ class LogisticHead(ClosedFormHead):
 
     The rest of the network, `lam` and the scale are meta-learned, with the exact gradient through
     the Newton steps. It needs ``adapted="head"`` and a module that ends in a `torch.nn.Linear`.
-    `alpha` plays no part, and any number of `steps` but 0 gives the solution; 0 gives the head as
-    it was initialised, which nothing trains.
+    `alpha` and how the head was initialised play no part, and any number of `steps` but 0 gives the
+    solution; 0 gives the head as it was initialised, which nothing trains.
 
     Parameters
     ----------
@@ -787,7 +788,7 @@ class LogisticHead(ClosedFormHead):
     def check(self) -> None:
         """Refuse a `newton_steps` that is no positive number."""
         super().check()
-        if not isinstance(self.newton_steps, numbers.Integral) or self.newton_steps < 1:
+        if not is_integer(self.newton_steps) or self.newton_steps < 1:
             raise ValueError(
                 f"LogisticHead got newton_steps={self.newton_steps!r}; expected a positive int."
             )
@@ -839,15 +840,13 @@ def resolve_update_rule(value: Any, options: dict[str, Any]) -> UpdateRule:
         rule.check()
         return rule
     if isinstance(value, str) and value in UPDATE_RULES:
-        try:
-            rule = UPDATE_RULES[value](**options)
-            rule.check()
-            return rule
-        except TypeError as error:
-            known = sorted(UPDATE_RULES[value]().get_params())
-            raise ValueError(
-                f"update_rule={value!r} got the options {sorted(options)}; it takes {known}."
-            ) from error
+        known = sorted(UPDATE_RULES[value]().get_params())
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"update_rule={value!r} got the options {unknown}; it takes {known}.")
+        rule = UPDATE_RULES[value](**options)
+        rule.check()
+        return rule
     raise ValueError(
         f"update_rule={value!r} is not known. Expected one of {sorted(UPDATE_RULES)} or an "
         "UpdateRule object such as sklearn_maml.update_rules.SGD()."

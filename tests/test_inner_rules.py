@@ -798,6 +798,11 @@ def test_contexts_that_cannot_be_are_refused(options, message):
         ContextMLP(2, 1, **options)
 
 
+def test_sizes_of_contexts_may_be_numbers_of_numpy():
+    # as searches over np.arange give them
+    assert ContextMLP(2, 1, n_context=np.arange(2, 4)[1]).context.shape == (3,)
+
+
 # --- the estimators
 
 
@@ -966,6 +971,19 @@ def test_warm_starts_keep_the_number_of_rates():
     assert {tuple(r.shape) for r in fixed.net_.module_.rule.values()} == {(1,)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "changed"), [("per-layer-per-step", {"n_steps": 3}), ("meta-sgd", {"per": "tensor"})]
+)
+def test_a_fit_cannot_go_on_with_other_rates(rule, changed):
+    X, y, task = sinusoids()
+    reg = MAMLRegressor(update_rule=rule, steps=2, max_iter=2, warm_start=True, random_state=0)
+    reg.fit(X, y, groups=task).set_params(**{f"update_rule__{k}": v for k, v in changed.items()})
+    with pytest.raises(ValueError, match="what update_rule learns was changed after fit"):
+        reg.fit(X, y, groups=task)
+    assert reg.n_iter_ == 2
+    reg.adapt(X[:5], y[:5])  # the rates are those of the fit
+
+
 # --- refusals
 
 
@@ -1033,12 +1051,24 @@ RIDGE = {"update_rule": "ridge-head", "adapted": "head"}
         ({"update_rule": Momentum(momentum=-0.1)}, "at least 0 and less than 1; got -0.1"),
         ({"update_rule": Adam(beta1=1.0)}, "beta1 of the update rule Adam"),
         ({"update_rule": Adam(beta2=1.0)}, "beta2 of the update rule Adam"),
-        ({"update_rule": Adam(eps=0.0)}, "eps of the update rule Adam must be positive; got 0.0"),
+        (
+            {"update_rule": Adam(eps=0.0)},
+            "eps of the update rule Adam must be positive and finite; got 0.0",
+        ),
         *(
             ({"update_rule": rule, "update_rule__max_grad_norm": -1.0}, "max_grad_norm of the up")
             for rule in UPDATE_RULES
             if not rule.endswith("head")
         ),
+        *(
+            ({"update_rule": rule, "update_rule__max_grad_norm": "1"}, "max_grad_norm of.*got '1'")
+            for rule in ("sgd", "momentum")
+        ),
+        ({"update_rule": SGD(max_grad_norm="1")}, "max_grad_norm of the update rule.*got '1'"),
+        ({"update_rule": Momentum(momentum=None)}, "momentum of the update rule.*got None"),
+        ({"update_rule": Adam(eps=np.inf)}, "eps of the update rule Adam.*finite; got inf"),
+        ({**RIDGE, "update_rule": RidgeHead(lam=None)}, "lam of the update rule.*got None"),
+        ({**RIDGE, "update_rule__lam": np.inf}, "lam of the update rule.*finite; got inf"),
         ({"update_rule": "newton"}, re.escape(str(sorted(UPDATE_RULES)))),
     ],
     ids=str,

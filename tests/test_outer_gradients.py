@@ -7,6 +7,7 @@ share no code with the library.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 import warnings
@@ -1011,6 +1012,18 @@ def test_predictions_are_those_of_the_regularised_problem(sinusoids):
     assert moved[0] > 1.5 * moved[1] > 0
 
 
+@pytest.mark.parametrize("names", [("implicit", "first-order"), ("first-order", "implicit")])
+def test_the_inner_problem_is_that_of_the_fit(sinusoids, names):
+    X, y, task = sinusoids
+    model = small(meta_gradient=names[0], max_iter=2).fit(X, y, groups=task)
+    model.set_params(meta_gradient=names[1])
+    for call in (model.adapt, functools.partial(model.score, groups=task)):
+        with pytest.raises(ValueError, match="the proximal term of meta_gradient was changed"):
+            call(X, y)
+    model.set_params(warm_start=True).fit(X, y, groups=task).adapt(X[:5], y[:5])
+    assert model.n_iter_ == 4
+
+
 # --- refused
 
 
@@ -1019,6 +1032,18 @@ class Learning(SGD):
 
     def initial_rates(self, params, steps=1, classification=False):
         return {name: p.new_zeros(()) for name, p in params.items()}
+
+
+class Regularized(SecondOrder):
+    """A user's gradient through steps with a proximal term."""
+
+    proximal = 5.0
+
+
+class InMinibatches(SecondOrder):
+    """A user's gradient through steps on minibatches."""
+
+    in_minibatches = True
 
 
 @pytest.mark.parametrize(
@@ -1052,6 +1077,16 @@ class Learning(SGD):
             },
             r"multi_step_updates=5 cannot be combined with checkpoint_steps=True",
         ),
+        (
+            {"meta_gradient": Regularized(), "checkpoint_steps": True},
+            r"checkpoint_steps=True cannot compute the steps of Regularized\(\) again.*proximal",
+        ),
+        (
+            {"meta_gradient": InMinibatches(), "checkpoint_steps": True},
+            r"checkpoint_steps=True cannot compute the steps of InMinibatches\(\).*minibatches",
+        ),
+        ({"meta_gradient": "reptile", "steps": 0}, r"steps=0 or alpha=0.*nothing would be trained"),
+        ({"meta_gradient": "reptile", "alpha": 0}, r"steps=0 or alpha=0.*nothing would be trained"),
     ],
     ids=str,
 )
@@ -1087,6 +1122,18 @@ def test_combinations_that_make_sense_are_not(sinusoids, params):
     model = small(max_iter=2, **params).fit(X, y, groups=task)
     again = pickle.loads(pickle.dumps(model))
     assert np.array_equal(*(m.adapt(X[:10], y[:10]).predict(X[:20]) for m in (model, again)))
+
+
+def test_subclasses_have_parameters_of_their_own(sinusoids):
+    class Scaled(SecondOrder):
+        def __init__(self, scale=0.5, multi_step_updates=0):
+            super().__init__(multi_step_updates=multi_step_updates)
+            self.scale = scale
+
+    X, y, task = sinusoids
+    assert small(meta_gradient=Scaled(), max_iter=1).fit(X, y, groups=task).n_iter_ == 1
+    with pytest.raises(ValueError, match=r"multi_step_updates of Scaled.*got -1"):
+        small(meta_gradient=Scaled(multi_step_updates=-1)).fit(X, y, groups=task)
 
 
 def test_recomputed_steps_follow_the_order():
