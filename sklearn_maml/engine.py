@@ -351,6 +351,7 @@ class Engine:
         self.precision = precision
         self.batch_norm = _check_batch_norm(batch_norm)
         self.fallback_reason: str | None = None
+        self._predicts_singly = False
         rounds = precision == "bf16"
         # the layers written out for convolutions choose their own kernels
         stackable = _is_stackable(module) and not (rounds and is_conv_net(self.module))
@@ -801,7 +802,8 @@ class Engine:
                 )
             module = self._for_prediction(bool(adapted.statistics))
             # attention takes a fast path in evaluation that vmap cannot batch
-            batches = self.rung == "vmap" and len(query) > 1 and not self._attends
+            one_by_one = self._attends or self._predicts_singly or len(query) == 1
+            batches = self.rung == "vmap" and not one_by_one
             if batches and (self.pads or query.lengths is None):
                 try:
                     shared, axis = self._spread(adapted.shared, len(query))
@@ -812,7 +814,13 @@ class Engine:
                     )(shared, adapted.params, adapted.statistics, query.X)
                 except RuntimeError as error:
                     outputs = self._predict_loop(module, adapted, query)
-                    self._fall_back(error)  # not before the loop has shown that it works
+                    # not before the loop has shown that it works; meta-steps may be batched yet
+                    self._predicts_singly = True
+                    _warn_once(
+                        f"{type(self.module).__name__} cannot predict for a batch of tasks with "
+                        "torch.vmap, so tasks are predicted one after another, with the same "
+                        f"results. Reason: {_first_line(error)}"
+                    )
                     return outputs
             return self._predict_loop(module, adapted, query)
 
@@ -846,7 +854,7 @@ class Engine:
             except RuntimeError as error:
                 if not _is_out_of_memory(error) or size == 1:
                     raise
-                reason = str(error).strip().split("\n")[0]
+                reason = _first_line(error)
             else:
                 done = part if done is None else join([done, part], [np.arange(n_done), which])
                 n_done += len(which)
@@ -900,8 +908,7 @@ class Engine:
 
     def _fall_back(self, error: Exception) -> None:
         self.rung = "loop"
-        first_line = str(error).strip().split("\n")[0]
-        self.fallback_reason = first_line
+        self.fallback_reason = first_line = _first_line(error)
         warnings.warn(
             f"{type(self.module).__name__} cannot be run over a batch of tasks with torch.vmap, "
             f"so tasks are run one after another, with the same results. Reason: {first_line}",
@@ -1330,6 +1337,10 @@ def _explaining_one_value(**sets: Rows) -> Iterator[None]:
             f"Batch norm needs at least 2 values of each channel, and a {name} set has one row. "
             f"Give more {name} rows,{instead} or use LayerNorm or GroupNorm in the module."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 _warned: set[str] = set()

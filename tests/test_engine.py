@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
+from sklearn_maml import engine as engine_module
 from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
 from sklearn_maml.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -701,6 +702,21 @@ def test_recurrent_layers_give_the_numbers_of_the_loop(kind):
         engine, got = batched(module, batch, "auto")
     assert_same(got, expected)
     assert [w.category for w in record] == [EngineFallbackWarning] * (engine.rung == "loop")
+
+
+def test_predictions_that_cannot_be_batched_leave_the_meta_steps_batched(monkeypatch):
+    # a GRU runs another kernel where no gradient is asked for, and vmap knows the other one alone
+    monkeypatch.setattr(engine_module, "_warned", set())
+    module, batch = build(lambda: Recurrent(nn.GRU)), make_batch(EQUAL, (3,))
+    params = meta_params_of(module)
+    engine = make_engine(module, "auto")
+    adapted = engine.adapt(params, batch.support, alpha=0.2, steps=1)
+    with pytest.warns(EngineFallbackWarning, match="cannot predict for a batch") as record:
+        outputs = [engine.predict(adapted, batch.query) for _ in range(2)]
+    assert len(record) == 1
+    assert engine.rung == "vmap"
+    loop = make_engine(module, "loop").predict(adapted, batch.query)
+    torch.testing.assert_close(outputs, [loop, loop], rtol=1e-12, atol=0)
 
 
 def test_an_error_of_the_module_itself_is_raised_as_it_is():
