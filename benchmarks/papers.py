@@ -54,9 +54,8 @@ SINUSOID: dict[str, dict[str, Any]] = {
         "max_iter": 30_000,
     },
     "iMAML": {
-        "meta_gradient": Implicit(lam=0.3, cg_steps=8),
-        "alpha": 0.02,
-        "steps": 16,
+        "meta_gradient": Implicit(lam=0.5, cg_steps=8),
+        "steps": 20,
         "max_iter": 10_000,
     },
     "ANIL": {"adapted": "head"},
@@ -139,7 +138,7 @@ PUBLISHED_OMNIGLOT: dict[tuple[int, int], dict[str, str]] = {
 OMNIGLOT_SETTINGS: dict[tuple[int, int], dict[str, Any]] = {
     (5, 1): {"alpha": 0.4, "steps": 1, "meta_batch_size": 16, "n_queries": 5, "max_iter": 10_000},
     (5, 5): {"alpha": 0.4, "steps": 1, "meta_batch_size": 8, "n_queries": 5, "max_iter": 6000},
-    (20, 1): {"alpha": 0.1, "steps": 5, "meta_batch_size": 8, "n_queries": 2, "max_iter": 2500},
+    (20, 1): {"alpha": 0.1, "steps": 5, "meta_batch_size": 8, "n_queries": 2, "max_iter": 3300},
 }
 OMNIGLOT: dict[str, dict[str, Any]] = {
     "MAML": {},
