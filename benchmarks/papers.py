@@ -142,7 +142,7 @@ PUBLISHED_OMNIGLOT: dict[tuple[int, int], dict[str, str]] = {
 OMNIGLOT_SETTINGS: dict[tuple[int, int], dict[str, Any]] = {
     (5, 1): {"alpha": 0.4, "steps": 1, "meta_batch_size": 16, "n_queries": 5, "max_iter": 10_000},
     (5, 5): {"alpha": 0.4, "steps": 1, "meta_batch_size": 8, "n_queries": 5, "max_iter": 6000},
-    (20, 1): {"alpha": 0.1, "steps": 5, "meta_batch_size": 8, "n_queries": 2, "max_iter": 4500},
+    (20, 1): {"alpha": 0.1, "steps": 5, "meta_batch_size": 8, "n_queries": 2, "max_iter": 2500},
 }
 OMNIGLOT: dict[str, dict[str, Any]] = {
     "MAML": {},
