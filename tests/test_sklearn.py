@@ -97,7 +97,10 @@ def test_estimators_pass_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
+# some checks have features around 100, unscaled: the inner steps of the default rate diverge, with
+# losses of 1e100 and now and then one that is not finite
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")
 @pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.SingleTaskWarning")
 @parametrize_with_checks([MAMLClassifier(), MAMLRegressor()])
 def test_default_estimators_pass_the_checks_of_scikit_learn(estimator, check):
