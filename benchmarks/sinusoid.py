@@ -46,6 +46,11 @@ def task_errors(reg: MAMLRegressor, shots: int, adapt_steps: int, seed: int) -> 
     return ((reg.predict(X[:, shots:]) - y[:, shots:]) ** 2).mean(1)
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over tasks, and half of its 95 % interval."""
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
+
+
 def run(meta_gradient: str, updates: int, shots: int, seed: int, options: dict[str, Any]) -> None:
     """Meta-train once and print a row."""
     settings = {
@@ -64,9 +69,8 @@ def run(meta_gradient: str, updates: int, shots: int, seed: int, options: dict[s
     took, cpu = time.perf_counter() - start, time.process_time() - cpu
     cells = []
     for adapt_steps in ADAPT_STEPS:
-        errors = task_errors(reg, shots, adapt_steps, seed)
-        half = 1.96 * errors.std(ddof=1) / np.sqrt(len(errors))
-        cells.append(f"{errors.mean():6.3f} ± {half:.3f}")
+        mean, half = interval(task_errors(reg, shots, adapt_steps, seed))
+        cells.append(f"{mean:6.3f} ± {half:.3f}")
     print(
         f"{settings['meta_gradient']:14s} {shots:3d} {seed:5d} {reg.n_iter_:8d}   "
         + "   ".join(cells)

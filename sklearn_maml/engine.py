@@ -70,7 +70,7 @@ from sklearn_maml.native import (
     cache_problem,
     describe,
 )
-from sklearn_maml.traced import Tracer, Untraceable, module_key, settings_key
+from sklearn_maml.traced import Tracer, Untraceable, first_line, module_key, settings_key
 from sklearn_maml.update_rules import UpdateRule, has_linear_rates
 
 __all__ = [
@@ -819,7 +819,7 @@ class Engine:
                     _warn_once(
                         f"{type(self.module).__name__} cannot predict for a batch of tasks with "
                         "torch.vmap, so tasks are predicted one after another, with the same "
-                        f"results. Reason: {_first_line(error)}"
+                        f"results. Reason: {first_line(error)}"
                     )
                     return outputs
             return self._predict_loop(module, adapted, query)
@@ -854,7 +854,7 @@ class Engine:
             except RuntimeError as error:
                 if not _is_out_of_memory(error) or size == 1:
                     raise
-                reason = _first_line(error)
+                reason = first_line(error)
             else:
                 done = part if done is None else join([done, part], [np.arange(n_done), which])
                 n_done += len(which)
@@ -908,10 +908,11 @@ class Engine:
 
     def _fall_back(self, error: Exception) -> None:
         self.rung = "loop"
-        self.fallback_reason = first_line = _first_line(error)
+        self.fallback_reason = first_line(error)
         warnings.warn(
             f"{type(self.module).__name__} cannot be run over a batch of tasks with torch.vmap, "
-            f"so tasks are run one after another, with the same results. Reason: {first_line}",
+            f"so tasks are run one after another, with the same results. Reason: "
+            f"{self.fallback_reason}",
             EngineFallbackWarning,
             stacklevel=2,
         )
@@ -1337,10 +1338,6 @@ def _explaining_one_value(**sets: Rows) -> Iterator[None]:
             f"Batch norm needs at least 2 values of each channel, and a {name} set has one row. "
             f"Give more {name} rows,{instead} or use LayerNorm or GroupNorm in the module."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 _warned: set[str] = set()

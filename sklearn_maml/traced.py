@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from sklearn_maml.compiled import Compilation, Uncompilable
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = ["Tracer", "Untraceable", "module_key", "settings_key", "trace"]
+__all__ = ["Tracer", "Untraceable", "first_line", "module_key", "settings_key", "trace"]
 
 # Updates still to come on a shape that make its trace pay. Tracing took 35 to 90 eager updates in
 # every case measured (it grows with the graph as the updates do), and a second more where it was
@@ -257,7 +257,7 @@ class Tracer:
         self._compilation = None
 
     def _give_up_compiling(self, error: Exception) -> None:
-        self.uncompiled_reason = _first_line(error)
+        self.uncompiled_reason = first_line(error)
         warnings.warn(
             "The meta-steps run traced but cannot be compiled, so they are slower, with the same "
             f"results. Reason: {self.uncompiled_reason}",
@@ -294,7 +294,7 @@ def _shared_graph(
                 if not agrees(graph):
                     raise Untraceable("its graph gives other numbers than the module")
         except RuntimeError as error:
-            raise Untraceable(f"its graph does not run: {_first_line(error)}") from error
+            raise Untraceable(f"its graph does not run: {first_line(error)}") from error
         _cache[key] = graph
         _cache.move_to_end(key)
         while len(_cache) > MAX_GRAPHS:
@@ -344,14 +344,15 @@ def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     except RuntimeError as error:
         warnings.warn(
             "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "
-            f"slower, with the same results. Reason: {_first_line(error)}",
+            f"slower, with the same results. Reason: {first_line(error)}",
             EngineFallbackWarning,
             stacklevel=4,
         )
         return graph
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """First line of an error's message, as the reason of a fallback."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
@@ -458,7 +459,7 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
         try:
             graph = make_fx(functionalize(function), tracing_mode="fake")(*inputs)
         except Exception as error:  # the module may raise anything when it is run on no values
-            raise Untraceable(_first_line(error)) from error
+            raise Untraceable(first_line(error)) from error
     if not _same(generators, _generator_states(inputs)):
         raise Untraceable("it draws random numbers that torch does not record")
     for node in graph.graph.nodes:
