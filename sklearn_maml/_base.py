@@ -43,6 +43,7 @@ from sklearn_maml.engine import (
     cross_entropy_rows,
     has_dropout,
     is_row_wise,
+    one_thread,
     restore_diverged,
     squared_error_rows,
 )
@@ -71,6 +72,7 @@ from sklearn_maml.modules import (
     make_mlp,
 )
 from sklearn_maml.optimizers import can_fuse
+from sklearn_maml.posterior import Conditioned, PosteriorEnsemble
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
     FLOATS,
@@ -94,6 +96,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+DEFAULT_ALPHA = 0.03
 # rows of one task predicted at a time
 ROWS_AT_A_TIME = 4096
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
@@ -102,6 +105,10 @@ SINGLE_TASK_UPDATES = 100
 # sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
 # standard error from there on; see docs/diagnostics.md.
 MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
+# Closed-form adaptation: largest number of features, and updates for two meta-updates
+POSTERIOR_FEATURES, POSTERIOR_UPDATES = 500, 3
+# and the part of the held-out loss by which one member may be worse, for an ensemble of them
+CLEARLY_WORSE = 0.05
 # name of a setting that adapting depends on
 PROXIMAL = "the proximal term of meta_gradient"
 # parts of the loss: a gain that is no larger is none, and one that may be, but need not exist, too
@@ -118,12 +125,20 @@ SCORED_SHOTS = 10
 class State:
     """What `adapt` sets: parameters adapted to each task, and how to predict with them."""
 
-    engine: Engine
-    adapted: Adapted
+    engine: Engine | None  # None: predictions are those of `conditioned`
+    adapted: Adapted | None
     ids: np.ndarray | None  # None: one task without an id
+    conditioned: Conditioned | None = None  # closed-form adaptation
     labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
     slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
     center: np.ndarray | None = None  # with center_y: (n_tasks, n_outputs), in the units of y
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        adapted = self.conditioned if self.adapted is None else self.adapted
+        assert adapted is not None
+        return adapted.n_tasks
 
 
 @dataclasses.dataclass
@@ -147,6 +162,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     """What the classifier and the regressor share."""
 
     _classification: bool
+    _default_steps: int
     _dtype: Any
     net_: Any
     _learner: Any
@@ -171,12 +187,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
-        "alpha": [Interval(numbers.Real, 0, None, closed="left")],
+        "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
         "beta": [Interval(numbers.Real, 0, None, closed="neither")],
         "adapted": [str, list, tuple],
         "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
         "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
-        "steps": [Interval(numbers.Integral, 0, None, closed="left")],
+        "steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
         "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
         "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
         "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
@@ -193,6 +209,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "precision": [StrOptions({"full", "tf32", "bf16"})],
         "batch_norm": [StrOptions({"inductive", "transductive"})],
+        "posterior": ["boolean", StrOptions({"auto"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -271,6 +288,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
         self._meta_train(source, seed, continued, (X, y, metadata), processes)
+        self._calibrate(source)
+        self.posterior_is_better_ = False
+        self.posterior_ = self._fit_posterior(source, seed, processes)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -369,7 +389,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             all_adapt=len(engine.adapted)
             == len([p for p in learner.module.parameters() if p.requires_grad]),
             checkpoint_steps=bool(self.checkpoint_steps),
-            moves=self.steps > 0 and self.alpha > 0,
+            moves=self._n_steps() > 0 and self._alpha() > 0,
         )
         self._rung = "auto"
         net.engine = engine
@@ -384,7 +404,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 ],
             )
             net.engine = processes.share(engine, net)
-        net.alpha, net.steps, net.eval_steps = self.alpha, self.steps, self._n_adapt_steps()
+        net.alpha, net.steps = self._alpha(), self._n_steps()
+        net.eval_steps = self._n_adapt_steps()
         net.max_iter = self.max_iter
         if source.single:
             net.max_iter = min(self.max_iter, SINGLE_TASK_UPDATES)
@@ -445,6 +466,81 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.history_ = net.history
         self.n_iter_ = net.update_
 
+    def _calibrate(self, source: Any) -> None:
+        """Learn from held-out tasks how confident predictions may be."""
+
+    def _fit_posterior(
+        self, source: Any, seed: int, processes: Processes | None
+    ) -> PosteriorEnsemble | None:
+        """Closed-form adaptation, if it is asked for, or better on the held-out tasks."""
+        if self.posterior is False:
+            return None
+        reason = self._why_no_posterior(source, processes)
+        if reason is not None:
+            if self.posterior is True:
+                raise ValueError(f"posterior=True {reason}. Set posterior='auto' or False.")
+            return None
+        if self.posterior == "auto" and not self._inner_loop_is_free():
+            return None
+        tasks = source.tasks
+        encoded = self._encode(tasks)
+        y = encoded.y
+        y = np.eye(len(self.classes_))[y] if self._classification else y.reshape(len(y), -1)
+        with one_thread():
+            posterior = PosteriorEnsemble.fit(
+                tasks.X,
+                y,
+                tasks.codes,
+                source.held_out,
+                classification=self._classification,
+                seed=seed,
+                n_updates=max(POSTERIOR_UPDATES * self.max_iter // 2, 1),
+            )
+            # the first member has not seen the tasks that the network was validated on
+            loss = posterior.loss(source.validation, 0)
+        losses = [row["valid_loss"] for row in self.history_]
+        self.posterior_is_better_ = bool(loss <= (1 + CLEARLY_WORSE) * np.nanmin(losses))
+        return posterior
+
+    def _inner_loop_is_free(self) -> bool:
+        """Whether nothing was asked of the inner loop, so that `fit` may choose it."""
+        named = (self.alpha, self.steps, self.adapt_steps, self.module)
+        return (
+            all(value is None for value in named)
+            and (self.update_rule, self.meta_gradient, self.adapted)
+            == ("sgd", "second-order", "all")
+            and not self._prefixed("update_rule")
+            and not self._prefixed("meta_gradient")
+            and getattr(self, "head", "free") == "free"
+            and not self._centers_targets()
+        )
+
+    def _why_no_posterior(self, source: Any, processes: Processes | None) -> str | None:
+        """Say what stands in the way of closed-form adaptation, if anything does."""
+        if self._n_ways() is not None:
+            return "is for labels that the tasks share, but n_ways is set"
+        if not isinstance(source, CollectionSource) or source.single:
+            return "needs a collection of tasks"
+        if source.held_out is None:
+            return "needs held-out tasks: at least 10 tasks, or early_stopping=True"
+        if source.tasks.in_query is not None:
+            return "draws support and query rows itself, but the tasks come split"
+        if processes is not None:
+            return "is not shared by several processes"
+        if len(self.feature_shape_) != 1 or self.feature_shape_[0] > POSTERIOR_FEATURES:
+            return (
+                f"takes tables of at most {POSTERIOR_FEATURES} features, but rows have the shape "
+                f"{self.feature_shape_}"
+            )
+        if int(source.tasks.sizes.min()) < 2:
+            return "needs at least two rows of each task"
+        return None
+
+    def _has_posterior(self) -> bool:
+        return self.__dict__.get("posterior_") is not None and (
+            self.posterior is True or (self.posterior == "auto" and self._inner_loop_is_free())
+        )
+
     def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
         """Warn where held-out tasks gain nothing from their own support sets."""
         from sklearn_maml.outer_loop import compare_supports
@@ -457,7 +553,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             # labels are shuffled in every episode: no function of the features alone fits them
             or self._n_ways() is not None
             # by request, nothing is learned from support sets
-            or 0 in (self.steps, steps, self.alpha)
+            or 0 in (self._n_steps(), steps, self._alpha())
             # a search compares its candidates; the one it takes is fitted anew
             or inside_cross_validation()
         ):
@@ -467,7 +563,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 engine,
                 learner.meta_params(),
                 [batch.to(self.device_) for batch in source.validation],
-                alpha=float(self.alpha),
+                alpha=self._alpha(),
                 steps=steps,
             )
         # validation goes through the tasks in turn
@@ -483,7 +579,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             "sets say (memorisation, Yin et al. 2020). What to check: "
             f"{rules if self._classification else ''}leave out features that tell the tasks "
             "apart, such as an id; if the tasks do not differ, a pooled model is enough; if they "
-            f"do, try another alpha (now {float(self.alpha):g}), more steps (now {self.steps}) or "
+            f"do, try another alpha (now {self._alpha():g}), more steps (now {self._n_steps()}) or "
             f"more updates (now {self.max_iter}).",
             MemorizationWarning,
             stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
@@ -507,7 +603,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             module,
             resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
             adapted_names(module, self.adapted),
-            steps=int(self.steps),
+            steps=self._n_steps(),
             classification=self._classification,
         )
 
@@ -607,7 +703,13 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
 
     def _n_adapt_steps(self) -> int:
-        return int(self.steps if self.adapt_steps is None else self.adapt_steps)
+        return self._n_steps() if self.adapt_steps is None else int(self.adapt_steps)
+
+    def _alpha(self) -> float:
+        return DEFAULT_ALPHA if self.alpha is None else float(self.alpha)
+
+    def _n_steps(self) -> int:
+        return self._default_steps if self.steps is None else int(self.steps)
 
     def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
@@ -810,7 +912,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 tasks, X=tasks.X[kept], y=tasks.y[kept], codes=tasks.codes[kept]
             )
             sample_weight = sample_weight[kept]
-        self._state = self._adapted_state(tasks, sample_weight, self._n_adapt_steps())
+        self._state = self._adapted_state(tasks, sample_weight)
         self._after_adapt()
 
     def _after_adapt(self) -> None:
@@ -845,11 +947,19 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             self._rung = "native"
 
     def _adapted_state(
-        self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int | None = None
     ) -> State:
-        """Adapt to every task of a collection, a chunk of tasks at a time."""
+        """Adapt to every task of a collection; `steps` None is what `adapt` does."""
         self._check_features(tasks.X)
         targets, extra = self._encode_support(tasks, sample_weight)
+        ids = None if tasks.spelling == "single" else tasks.ids
+        conditioned = None
+        if steps is None:
+            steps = self._n_adapt_steps()
+            if self._has_posterior():
+                conditioned = self._condition(tasks, targets, sample_weight)
+                if self.posterior_is_better_ or self.posterior is True:
+                    return State(None, None, ids, conditioned, **extra)
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
         compiled = self._rung == "native"
@@ -873,7 +983,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
                 part = engine.adapt(
                     self._learner.meta_params(),
                     support.to(self.device_),
-                    alpha=float(self.alpha),
+                    alpha=self._alpha(),
                     steps=steps,
                 )
             # a sum is not finite where a term is not; a closer look at all tasks costs more
@@ -883,9 +993,18 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         assert adapted is not None
         self._remember_rung(engine)
         if diverged:
-            restore_diverged(adapted, self.module_, float(self.alpha))
-        ids = None if tasks.spelling == "single" else tasks.ids
-        return State(engine, adapted, ids, **extra)
+            restore_diverged(adapted, self.module_, self._alpha())
+        return State(engine, adapted, ids, conditioned, **extra)
+
+    def _condition(
+        self, tasks: TaskCollection, targets: np.ndarray, sample_weight: np.ndarray | None
+    ) -> Conditioned:
+        """Adapt in closed form."""
+        y = targets
+        y = np.eye(len(self.classes_))[y] if self._classification else y.reshape(len(y), -1)
+        assert self.posterior_ is not None
+        with one_thread():
+            return self.posterior_.condition(tasks.X, y, tasks.codes, tasks.n_tasks, sample_weight)
 
     def _check_features(self, X: np.ndarray) -> None:
         if X.shape[1:] != self.feature_shape_:
@@ -954,9 +1073,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _find_tasks(self, state: State, groups: Any, n_rows: int, name: str) -> np.ndarray:
         if groups is None:
-            if state.adapted.n_tasks > 1:
+            if state.n_tasks > 1:
                 raise ValueError(
-                    f"{type(self).__name__} is adapted to {state.adapted.n_tasks} tasks: pass "
+                    f"{type(self).__name__} is adapted to {state.n_tasks} tasks: pass "
                     "groups (the task id of each row) to predict."
                 )
             return np.zeros(n_rows, dtype=np.intp)
@@ -981,6 +1100,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Run each row under the parameters of its task, a chunk of rows at a time."""
+        if state.adapted is None:
+            assert state.conditioned is not None
+            assert self.posterior_ is not None
+            with one_thread():
+                return self.posterior_.predict(state.conditioned, rows, codes).astype(rows.dtype)
+        assert state.engine is not None
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
         # a task with very many rows is predicted in several pieces
@@ -1083,8 +1208,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             None,
             "list",
         )
-        default = self._n_adapt_steps()
-        states = [self._adapted_state(support, None, default if s is None else s) for s in steps]
+        states = [self._adapted_state(support, None, s) for s in steps]
         codes = np.repeat(np.arange(len(which)), split.n_query)
         return Scored(tasks, which, split.query, codes, support, states)
 

@@ -80,6 +80,7 @@ __all__ = [
     "cross_entropy_rows",
     "has_dropout",
     "is_row_wise",
+    "one_thread",
     "rate_key",
     "restore_diverged",
     "squared_error_rows",
@@ -1364,6 +1365,11 @@ def _tf32() -> Iterator[None]:
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+def one_thread() -> Any:
+    """Context that limits torch and BLAS to one thread, for the calling thread alone."""
+    return _thread_pools().limit(limits=1)
 
 
 def rate_key(name: str) -> str:

@@ -13,11 +13,13 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 
 from sklearn_maml._base import BaseMAML, State
+from sklearn_maml.engine import one_thread
 from sklearn_maml.episodes import (
     name_of,
 )
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.posterior import find_temper
 from sklearn_maml.tasks import (
     TaskCollection,
 )
@@ -46,8 +48,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
         Activation of the default network.
-    alpha : float, default=0.03
-        Inner rate: step size of adaptation. May be changed after `fit`.
+    alpha : float, default=None
+        Inner rate: step size of adaptation. May be changed after `fit`. None is 0.03, and leaves
+        it to `posterior` how tasks are adapted.
     beta : float, default=3e-3
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
@@ -58,8 +61,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     max_grad_norm : float, default=1.0
         Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
         a rule where the inner steps of a task diverge; a single one can undo many updates.
-    steps : int, default=10
-        Inner steps. May be changed after `fit`.
+    steps : int, default=None
+        Inner steps. May be changed after `fit`. None is 10, and leaves it to `posterior` how tasks
+        are adapted.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
     meta_gradient : str or MetaGradient, default="second-order"
@@ -129,6 +133,16 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         not depend on which rows are predicted together; "transductive" takes those of the query
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
+    posterior : bool or "auto", default="auto"
+        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last layer
+        has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a support
+        set is trusted is then learned, too (ALPaCA [3]_). True predicts with it. "auto" fits it
+        where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`, `module`,
+        `update_rule`, `meta_gradient`, `adapted`, `center_y` as by default), labels or targets
+        are shared by the tasks and tasks are held out, and predicts with it unless gradient steps
+        were clearly better on the held-out tasks. False never does, nor does "auto" after any of
+        these was set: predictions are then those of `module_` after `steps` gradient steps. It
+        takes tables of up to 500 features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -165,6 +179,10 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     y_mean_, y_scale_ : ndarray of shape (n_outputs_,)
         Mean and scale of the targets. With `center_y` the means of the tasks stand in for
         `y_mean_`, and `y_scale_` is the standard deviation from them.
+    posterior_ : PosteriorEnsemble or None
+        What was learned for closed-form adaptation, if it was.
+    posterior_is_better_ : bool
+        Whether it was not clearly worse than gradient steps on the held-out tasks.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -210,6 +228,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
        Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
     .. [2] Wooldridge, J. M. (2010). Econometric Analysis of Cross Section and Panel Data. MIT
        Press. Section 10.5.
+    .. [3] Harrison, J., Sharma, A. & Pavone, M. (2018). Meta-Learning Priors for Efficient Online
+       Bayesian Regression. WAFR. Section 3.
 
     Examples
     --------
@@ -224,6 +244,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     """
 
     _classification = False
+    _default_steps = 10
     _output_word = "target"
 
     def __init__(
@@ -232,11 +253,11 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float = 0.03,
+        alpha: float | None = None,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = 1.0,
-        steps: int = 10,
+        steps: int | None = None,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
         update_rule: Any = "sgd",
@@ -255,6 +276,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
         batch_norm: str = "inductive",
+        posterior: Any = "auto",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -289,6 +311,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
         self.batch_norm = batch_norm
+        self.posterior = posterior
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -297,7 +320,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.verbose = verbose
         self.__dict__.update(net_params)
 
-    def predict(self, X: Any, groups: Any = None) -> Any:
+    def predict(self, X: Any, groups: Any = None, return_std: bool = False) -> Any:
         """Predict with the parameters adapted to the task of each row.
 
         Parameters
@@ -306,21 +329,43 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
             Query rows.
         groups : array-like of shape (n_queries,), default=None
             Task id of each row, if `adapt` was called with task ids.
+        return_std : bool, default=False
+            Whether to return the standard deviations of the targets, too: of a new observation,
+            noise included. They come from the posterior (see `posterior`), widened where it was
+            overconfident on held-out tasks; ``y +- 1.645 std`` is meant to hold nine targets in
+            ten of a new task.
 
         Returns
         -------
         y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
             Predicted values.
+        std : ndarray of the same shape
+            Only if `return_std`. In the units of y.
 
         Raises
         ------
         NotAdaptedError
             If `adapt` was not called.
         ValueError
-            If a task id was not adapted to.
+            If a task id was not adapted to; with `return_std`, if there is no posterior.
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
-        return shape_like(self._decide(state, rows, codes))
+        values = self._decide(state, rows, codes)
+        if not return_std:
+            return shape_like(values)
+        if state.conditioned is None:
+            raise ValueError(
+                "return_std=True needs the posterior of posterior='auto' or True, and this model "
+                "has none or did not adapt with it: 'auto' has one only where alpha, steps, "
+                "adapt_steps, update_rule, meta_gradient, adapted, module and center_y are left at "
+                "their defaults and at least 10 tasks were fitted. Fit with posterior=True, and "
+                "adapt anew."
+            )
+        assert self.posterior_ is not None
+        with one_thread():
+            std = self.posterior_.predict_std(state.conditioned, rows, codes)
+        std = (std[:, None] * self.y_scale_).astype(values.dtype)
+        return shape_like(values), shape_like(std[:, 0] if self._y_is_1d else std)
 
     def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
         """Return the coefficient of determination after adaptation, query rows pooled.
@@ -439,8 +484,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
         Activation of the default network.
-    alpha : float, default=0.03
-        Inner rate: step size of adaptation. May be changed after `fit`.
+    alpha : float, default=None
+        Inner rate: step size of adaptation. May be changed after `fit`. None is 0.03, and leaves
+        it to `posterior` how tasks are adapted.
     beta : float, default=3e-3
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
@@ -451,8 +497,9 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     max_grad_norm : float, default=1.0
         Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
         a rule where the inner steps of a task diverge; a single one can undo many updates.
-    steps : int, default=5
-        Inner steps. May be changed after `fit`.
+    steps : int, default=None
+        Inner steps. May be changed after `fit`. None is 5, and leaves it to `posterior` how tasks
+        are adapted.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
     meta_gradient : str or MetaGradient, default="second-order"
@@ -527,6 +574,16 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         not depend on which rows are predicted together; "transductive" takes those of the query
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
+    posterior : bool or "auto", default="auto"
+        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last layer
+        has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a support
+        set is trusted is then learned, too (compare ALPaCA [3]_). True predicts with it. "auto"
+        fits it where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`, `module`,
+        `update_rule`, `meta_gradient`, `adapted`, `head` as by default), labels or targets
+        are shared by the tasks and tasks are held out, and predicts with it unless gradient steps
+        were clearly better on the held-out tasks. False never does, nor does "auto" after any of
+        these was set: predictions are then those of `module_` after `steps` gradient steps. It
+        takes tables of up to 500 features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -561,6 +618,13 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     classes_ : ndarray of shape (n_classes,)
         Class labels, in the order of the columns of `predict_proba`. With `n_ways`: those of the
         training pool after `fit`, those of the support sets after `adapt`.
+    posterior_ : PosteriorEnsemble or None
+        What was learned for closed-form adaptation, if it was.
+    posterior_is_better_ : bool
+        Whether it was not clearly worse than gradient steps on the held-out tasks.
+    temper_ : float
+        Factor of the logits in `predict_proba`, which calibrates it on the held-out tasks; it is
+        applied to gradient steps where nothing was asked of the inner loop (see `posterior`).
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -608,6 +672,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
        Classification. ICLR.
     .. [3] Kao, C.-H., Chiu, W.-C. & Chen, P.-Y. (2022). MAML is a Noisy Contrastive Learner in
        Classification. ICLR.
+    .. [3] Harrison, J., Sharma, A. & Pavone, M. (2018). Meta-Learning Priors for Efficient Online
+       Bayesian Regression. WAFR. Section 3.
 
     Examples
     --------
@@ -622,6 +688,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     """
 
     _classification = True
+    _default_steps = 5
     _output_word = "class"
 
     __metadata_request__predict_proba: ClassVar = {"groups": True}
@@ -634,11 +701,11 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float = 0.03,
+        alpha: float | None = None,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = 1.0,
-        steps: int = 5,
+        steps: int | None = None,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
         update_rule: Any = "sgd",
@@ -657,6 +724,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
         batch_norm: str = "inductive",
+        posterior: Any = "auto",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -691,6 +759,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
         self.batch_norm = batch_norm
+        self.posterior = posterior
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -810,8 +879,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         if self.head == "free":
             return None
         for name, value in (
-            ("alpha", self.alpha),
-            ("steps", self.steps),
+            ("alpha", self._alpha()),
+            ("steps", self._n_steps()),
             ("adapt_steps", self._n_adapt_steps()),
         ):
             if not value:
@@ -913,8 +982,34 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
 
     def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)
+        if state.adapted is not None:  # the posterior's are tempered
+            logits = logits * self._temper()
         p = softmax(logits, axis=1)
         return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
+
+    def _calibrate(self, source: Any) -> None:
+        self.temper_ = 1.0
+        if source.validation is None or not self._inner_loop_is_free():
+            return
+        engine = self._make_engine(self.module_, self._rung if self._rung == "loop" else "auto")
+        outputs, targets = [], []
+        for batch in source.validation:
+            batch = batch.to(self.device_)
+            with engine.threads(batch.query.X.shape[0] * batch.query.X.shape[1]):
+                adapted = engine.adapt(
+                    self._learner.meta_params(),
+                    batch.support,
+                    alpha=self._alpha(),
+                    steps=self._n_steps(),
+                )
+                output = engine.predict(adapted, batch.query, batch_norm=self.batch_norm)
+            outputs.append(batch.query.real(output).cpu().numpy())
+            targets.append(batch.query.real(batch.query.y).cpu().numpy())
+        logits, classes = np.concatenate(outputs), np.concatenate(targets)
+        self.temper_ = find_temper(logits, np.eye(logits.shape[1])[classes])
+
+    def _temper(self) -> float:
+        return getattr(self, "temper_", 1.0) if self._inner_loop_is_free() else 1.0
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)

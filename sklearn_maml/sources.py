@@ -58,6 +58,11 @@ class CollectionSource:
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
         self.n_held_out = 0 if valid is None else valid.n_tasks
+        # positions of the tasks held out; None too where classes are
+        self.held_out: np.ndarray | None = None
+        if valid is not None and pool is None:
+            position = {task: j for j, task in enumerate(tasks.ids.tolist())}
+            self.held_out = np.array([position[task] for task in valid.ids.tolist()])
         if valid is not None:
             sampler = EpisodeSampler(valid, n_queries=_validation_queries(estimator), **options)
             self.validation = draw_fixed(sampler, seed)

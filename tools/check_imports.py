@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"tasks"},
     {"episodes"},
     {"update_rules", "meta_gradients"},
-    {"inner_loop"},
+    {"inner_loop", "posterior"},
     {"modules", "native", "conv", "compiled", "batch_norm"},
     {"traced"},
     {"engine"},
