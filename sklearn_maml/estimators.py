@@ -134,15 +134,16 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
     posterior : bool or "auto", default="auto"
-        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last layer
-        has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a support
-        set is trusted is then learned, too (ALPaCA [3]_). True predicts with it. "auto" fits it
-        where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`, `module`,
-        `update_rule`, `meta_gradient`, `adapted`, `center_y` as by default), labels or targets
-        are shared by the tasks and tasks are held out, and predicts with it unless gradient steps
-        were clearly better on the held-out tasks. False never does, nor does "auto" after any of
-        these was set: predictions are then those of `module_` after `steps` gradient steps. It
-        takes tables of up to 500 features.
+        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
+        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how
+        far a support set is trusted is then learned, too (ALPaCA [3]_). True predicts with
+        it. "auto" fits it where nothing was asked of the inner loop (`alpha`, `steps`,
+        `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `center_y` as by
+        default), labels or targets are shared by the tasks and tasks are held out, and
+        predicts with it unless gradient steps were clearly better on the held-out tasks.
+        False never does, nor does "auto" after any of these was set: predictions are then
+        those of `module_` after `steps` gradient steps. It takes tables of up to 500
+        features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -575,15 +576,16 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
     posterior : bool or "auto", default="auto"
-        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last layer
-        has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a support
-        set is trusted is then learned, too (compare ALPaCA [3]_). True predicts with it. "auto"
-        fits it where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`, `module`,
-        `update_rule`, `meta_gradient`, `adapted`, `head` as by default), labels or targets
-        are shared by the tasks and tasks are held out, and predicts with it unless gradient steps
-        were clearly better on the held-out tasks. False never does, nor does "auto" after any of
-        these was set: predictions are then those of `module_` after `steps` gradient steps. It
-        takes tables of up to 500 features.
+        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
+        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how
+        far a support set is trusted is then learned, too (compare ALPaCA [3]_). True
+        predicts with it. "auto" fits it where nothing was asked of the inner loop (`alpha`,
+        `steps`, `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `head`
+        as by default), labels or targets are shared by the tasks and tasks are held out,
+        and predicts with it unless gradient steps were clearly better on the held-out
+        tasks. False never does, nor does "auto" after any of these was set: predictions are
+        then those of `module_` after `steps` gradient steps. It takes tables of up to 500
+        features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
