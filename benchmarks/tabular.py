@@ -162,7 +162,9 @@ def main() -> None:
     """Print a table for each collection, and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
-    parser.add_argument("--collections", help=f"beginnings of names, ';' between them, of: {'; '.join(COLLECTIONS)}")
+    parser.add_argument(
+        "--collections", help=f"beginnings of names, ';' between them, of: {'; '.join(COLLECTIONS)}"
+    )
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--set", action="append", default=[], help="parameter=value")
     parser.add_argument("--cache", type=Path, help="CSV file for the scores of the baselines")
@@ -177,7 +179,7 @@ def main() -> None:
             options[name] = value
     seeds = [int(seed) for seed in args.seeds.split(",")]
     chosen = list(COLLECTIONS)
-    if args.collections:  # names have commas, too: take those that start with what is given
+    if args.collections:
         given = [part.strip() for part in args.collections.split(";")]
         chosen = [name for name in COLLECTIONS if any(name.startswith(part) for part in given)]
     cache = Cache(args.cache)

@@ -9,6 +9,7 @@ predictions are probabilities.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -28,7 +29,7 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 __all__ = [
     "CLASSIFICATION",
@@ -50,7 +51,7 @@ RIDGE_STRENGTHS = np.logspace(-3, 3, 13)
 
 @dataclasses.dataclass
 class Episode:
-    """Support and query rows of a held-out task; `y_query` is for choices among validation tasks."""
+    """Support and query rows of a task; `y_query` is for choices on validation tasks."""
 
     X_support: np.ndarray
     y_support: np.ndarray
@@ -161,9 +162,7 @@ class Pooled(Baseline):
     def fit(self, train: TrainingTasks) -> Any:
         """Fit the model on all rows."""
         super().fit(train)
-        self.model_ = train.shared(
-            self.family, lambda: clone(self.model).fit(train.X, train.y)
-        )
+        self.model_ = train.shared(self.family, lambda: clone(self.model).fit(train.X, train.y))
         return self
 
     def residuals(self, train: TrainingTasks) -> np.ndarray:
@@ -351,7 +350,7 @@ class MixedModel(Baseline):
     features may depend on each other.
     """
 
-    MAX_ITER, TOL = 200, 1e-5
+    MAX_ITER, TOL = 500, 1e-7
 
     def fit(self, train: TrainingTasks) -> Any:
         """Estimate mean and covariance of the coefficients, and the noise."""
@@ -439,7 +438,7 @@ class _Stacked:
     def losses(self, output: Tensor) -> Tensor:
         """Mean loss of the rows of each task: cross-entropy of labels, squared error of numbers."""
         if self.y.dtype == torch.long:
-            rows = F.cross_entropy(output.flatten(0, 1), self.y.flatten(), reduction="none")
+            rows = cross_entropy(output.flatten(0, 1), self.y.flatten(), reduction="none")
             rows = rows.reshape(self.y.shape)
         else:
             rows = (output[..., 0] - self.y) ** 2
@@ -505,10 +504,10 @@ class HierarchicalLogistic(Baseline):
             solver.zero_grad()
             loss = support.losses(_linear(support.X, pooled + deviation)).sum()
             loss = loss + strength * (deviation**2).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)
         return (pooled + deviation).detach()
 
     def predict(self, episodes: Sequence[Episode], k: int) -> list[np.ndarray]:
@@ -523,7 +522,7 @@ def _logistic(n_rows: int) -> Any:
 
 
 def _logistic_coefs(model: Any, n_classes: int) -> Tensor:
-    """Intercepts and slopes (1 + n_features, n_classes); classes it has not seen are unlikely."""
+    """Return (1 + n_features, n_classes) intercepts and slopes; unseen classes are unlikely."""
     coefs = np.c_[model.intercept_, model.coef_]
     if len(model.classes_) == 2:
         coefs = np.concatenate([-coefs, coefs]) / 2
@@ -538,7 +537,7 @@ def _linear(X: Tensor, coefs: Tensor) -> Tensor:
 
 
 def _for_shots(chosen: dict[int, Any], k: int) -> Any:
-    """What was chosen for K support rows, or for the nearest number there was a choice for."""
+    """Return what was chosen for K support rows, or for the nearest number with a choice."""
     return chosen[min(chosen, key=lambda other: abs(other - k))]
 
 
@@ -550,8 +549,8 @@ class FineTunedMLP(Baseline):
     """
 
     HIDDEN = 64
-    RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)
+    RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+    STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100)
     BATCH, BETA, MAX_UPDATES, CHECK_EVERY, PATIENCE = 256, 2e-3, 5000, 100, 10
 
     def fit(self, train: TrainingTasks) -> Any:
@@ -562,7 +561,7 @@ class FineTunedMLP(Baseline):
         generator = torch.Generator().manual_seed(train.seed)
         sizes = [train.X.shape[1], self.HIDDEN, self.HIDDEN, train.n_classes or 1]
         params = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             bound = n_in**-0.5
             for shape in ((n_in, n_out), (1, n_out)):
                 value = torch.rand(shape, generator=generator) * 2 * bound - bound

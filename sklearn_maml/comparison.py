@@ -285,9 +285,7 @@ def summarize_comparison(scores: Any, estimator: str) -> Any:
         part["best"] = np.where(tied.reindex(part.index), "tied", "")
         part.loc[best, "best"] = "best"
         part = part.sort_values(metric, ascending=sign > 0, kind="stable")
-        part.index = pandas.MultiIndex.from_product(
-            [[k], part.index], names=["n_shots", "method"]
-        )
+        part.index = pandas.MultiIndex.from_product([[k], part.index], names=["n_shots", "method"])
         parts.append(part)
     return pandas.concat(parts)
 
@@ -481,7 +479,7 @@ def _random_splits(
             usable = for_held[which.reshape(-1)] == held[tasks.codes]
         train = np.flatnonzero(usable & ~held[tasks.codes])
         episodes: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {k: [] for k in n_shots}
-        for j in np.flatnonzero(held):
+        for j in np.flatnonzero(held).tolist():
             rows = tasks.rows(j)
             rows = rng.permutation(rows[usable[rows]])
             for k in n_shots:
