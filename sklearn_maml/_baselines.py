@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
@@ -211,11 +212,12 @@ class ShrunkIntercept(Pooled):
 class ResidualProcess(Pooled):
     """A pooled model and, for each task, a Gaussian process of its residuals.
 
-    The kernel is a constant (an intercept), an RBF and white noise. The tasks share its parameters,
-    which maximise the sum of their log marginal likelihoods.
+    The kernel is a constant (an intercept), an RBF with a length of its own for each feature, and
+    white noise. The tasks share its parameters, which maximise the sum of their log marginal
+    likelihoods.
     """
 
-    # more tell little about four parameters, and the cost is cubic in the rows
+    # more tell little about few parameters, and the cost is cubic in the rows
     MAX_TASKS, MAX_ROWS = 150, 50
 
     def fit(self, train: TrainingTasks) -> Any:
@@ -228,66 +230,64 @@ class ResidualProcess(Pooled):
         chosen = chosen[: self.MAX_TASKS]
         n = max(len(rows) for rows in chosen)
         # rows that fill up small tasks are independent of all others and add a constant
-        distances = np.zeros((len(chosen), n, n))
+        X = np.zeros((len(chosen), n, train.X.shape[1]))
         target, present = np.zeros((len(chosen), n)), np.zeros((len(chosen), n), dtype=bool)
         for j, rows in enumerate(chosen):
             m = len(rows)
-            distances[j, :m, :m] = _squared_distances(train.X[rows], train.X[rows])
-            target[j, :m], present[j, :m] = residual[rows], True
-        both = present[:, :, None] & present[:, None, :]
+            X[j, :m], target[j, :m], present[j, :m] = train.X[rows], residual[rows], True
         self.parameters_ = _fit_kernel(
-            torch.as_tensor(distances),
-            torch.as_tensor(target),
-            torch.as_tensor(both),
-            float(np.median(distances[both])),
+            torch.as_tensor(X), torch.as_tensor(target), torch.as_tensor(present)
         )
         return self
 
     def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
         """Predict with the pooled model plus the expected residual."""
-        scale, length, constant, noise = self.parameters_
-        residual = y - self.model_.predict(X)
-        kernel = scale * np.exp(-0.5 * _squared_distances(X, X) / length**2) + constant
-        weights = np.linalg.solve(kernel + noise * np.eye(len(X)), residual)
-        cross = scale * np.exp(-0.5 * _squared_distances(X_query, X) / length**2) + constant
+        scale, constant, noise = self.parameters_[:3]
+        A, B = X / self.parameters_[3:], X_query / self.parameters_[3:]
+        kernel = scale * np.exp(-0.5 * cdist(A, A, "sqeuclidean")) + constant
+        weights = np.linalg.solve(kernel + noise * np.eye(len(X)), y - self.model_.predict(X))
+        cross = scale * np.exp(-0.5 * cdist(B, A, "sqeuclidean")) + constant
         prediction: np.ndarray = self.model_.predict(X_query) + cross @ weights
         return prediction
 
 
-def _squared_distances(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    squares = (A**2).sum(1)[:, None] + (B**2).sum(1) - 2 * A @ B.T
-    return np.maximum(squares, 0)
-
-
-def _fit_kernel(distances: Tensor, target: Tensor, both: Tensor, typical: float) -> np.ndarray:
-    """Scale, length, constant and noise of the largest summed marginal likelihood."""
-    variance = float((target**2).sum() / both.diagonal(dim1=1, dim2=2).sum()) + 1e-8
+def _fit_kernel(X: Tensor, target: Tensor, present: Tensor) -> np.ndarray:
+    """Scale, constant, noise and length of each feature, of the largest marginal likelihood."""
+    both = present[:, :, None] & present[:, None, :]
     eye = torch.eye(target.shape[1], dtype=torch.float64)
+    variance = float((target**2).sum() / present.sum()) + 1e-8
+    n_features = X.shape[2]
 
     def negative(theta: np.ndarray) -> tuple[float, np.ndarray]:
         log = torch.tensor(theta, requires_grad=True)
-        scale, length, constant, noise = log.exp()
-        kernel = scale * torch.exp(-0.5 * distances / length**2) + constant + noise * eye
-        kernel = torch.where(both, kernel, eye)
-        root = torch.linalg.cholesky(kernel)
+        scale, constant, noise = log[:3].exp()
+        scaled = X * torch.exp(-log[3:])
+        squares = (scaled**2).sum(2)
+        distances = squares[:, :, None] + squares[:, None, :] - 2 * scaled @ scaled.mT
+        kernel = scale * torch.exp(-0.5 * distances.clamp(min=0)) + constant + noise * eye
+        root = torch.linalg.cholesky(torch.where(both, kernel, eye))
         white = torch.linalg.solve_triangular(root, target[:, :, None], upper=False)
         loss = 0.5 * (white**2).sum() + root.diagonal(dim1=1, dim2=2).log().sum()
         loss = loss / len(target)
         (gradient,) = torch.autograd.grad(loss, log)
         return float(loss.detach()), gradient.numpy()
 
-    unit = np.sqrt(max(typical, 1e-8))
+    # features are standardised: a length of root(n_features) is the distance of typical rows
     bounds = [
-        (np.log(variance * 1e-4), np.log(variance * 1e3)),
-        (np.log(unit * 1e-2), np.log(unit * 1e2)),
-        (np.log(variance * 1e-4), np.log(variance * 1e3)),
-        (np.log(variance * 1e-6), np.log(variance * 10)),
+        *[(np.log(variance * 1e-4), np.log(variance * 1e3))] * 2,
+        (np.log(variance * 1e-5), np.log(variance * 10)),
+        *[(np.log(1e-2), np.log(1e3))] * n_features,
     ]
-    starts = [
-        np.log([variance / 2, unit * length, variance / 4, variance / 4])
-        for length in (0.3, 1.0, 3.0)
+    fits = [
+        minimize(
+            negative,
+            np.log([variance / 2, variance / 4, variance / 4, *[length] * n_features]),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+        )
+        for length in np.sqrt(n_features) * np.array([0.3, 1.0, 3.0])
     ]
-    fits = [minimize(negative, s, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
     parameters: np.ndarray = np.exp(min(fits, key=lambda fit: fit.fun).x)
     return parameters
 
