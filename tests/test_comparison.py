@@ -488,7 +488,9 @@ def test_hierarchical_logistic_of_a_large_penalty_is_the_pooled_one():
     X, y, task = shared_classes()
     labels = np.searchsorted(["a", "b", "c"], y)
     train = training(X, labels, task, n_shots=(1,), n_classes=3)
-    model = _baselines.HierarchicalLogistic().fit(train)
+    model = _baselines.HierarchicalLogistic()
+    model.INVERSE_PENALTIES = (1.0,)
+    model.fit(train)
     pooled = _baselines.CLASSIFICATION["pooled logistic"]().fit(train)
     of = episodes(X, labels, task)[:3]
     model.strengths_ = {1: 1e8}
