@@ -54,14 +54,14 @@ STATIONS = "station_temperature.csv.gz"
 # plant_leaves is no such collection: its labels are its tasks
 COLLECTIONS = {
     "x264 kbps": Collection(X264, "log2_kbps", ("log2_fps",)),
-    "x264 kbps, strict": Collection(X264, "log2_kbps", ("log2_fps",), strict=True),
+    "x264 kbps strict": Collection(X264, "log2_kbps", ("log2_fps",), strict=True),
     "x264 fps": Collection(X264, "log2_fps", ("log2_kbps",)),
-    "x264 fps, strict": Collection(X264, "log2_fps", ("log2_kbps",), strict=True),
+    "x264 fps strict": Collection(X264, "log2_fps", ("log2_kbps",), strict=True),
     "parkinsons motor": Collection(PARKINSONS, "motor_UPDRS", ("total_UPDRS",)),
     "parkinsons total": Collection(PARKINSONS, "total_UPDRS", ("motor_UPDRS",)),
     "vowels": Collection("vowels_pb52.csv.gz", "vowel", shots=(1,), classification=True),
     "station_temperature": Collection(STATIONS, "temp_c", most=75),
-    "station_temperature, strict": Collection(STATIONS, "temp_c", most=75, strict=True),
+    "station_temperature strict": Collection(STATIONS, "temp_c", most=75, strict=True),
     "cheese": Collection("cheese.csv.gz", "log_volume", ("price",)),
     "school": Collection("school_ilea139.csv.gz", "exam_score"),
 }
@@ -115,12 +115,13 @@ class Cache:
         self.path = path
         self.frame = pd.read_csv(path) if path is not None and path.exists() else None
 
-    def get(self, name: str, seed: int) -> pd.DataFrame | None:
-        """Return the scores of a collection and seed, or None."""
+    def get(self, name: str, seed: int, shots: tuple[int, ...]) -> pd.DataFrame | None:
+        """Return the scores of a collection and seed, or None where some of them are missing."""
         if self.frame is None:
             return None
         found = self.frame[(self.frame["collection"] == name) & (self.frame["seed"] == seed)]
-        return None if found.empty else found.dropna(axis=1, how="all")
+        found = found[found["n_shots"].isin(shots)].dropna(axis=1, how="all")
+        return found if found["n_shots"].nunique() == len(shots) else None
 
     def put(self, scores: pd.DataFrame) -> None:
         """Add scores to the file."""
@@ -135,7 +136,7 @@ def scores_of(name, path, collection, seeds, options, cache, baselines):
     kind = MAMLClassifier if collection.classification else MAMLRegressor
     parts = []
     for seed in seeds:
-        known = cache.get(name, seed) if baselines else None
+        known = cache.get(name, seed, collection.shots) if baselines else None
         scores = compare_baselines(
             X,
             y,
@@ -162,10 +163,10 @@ def main() -> None:
     """Print a table for each collection, and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
-    parser.add_argument(
-        "--collections", help=f"beginnings of names, ';' between them, of: {'; '.join(COLLECTIONS)}"
-    )
+    names = ", ".join(COLLECTIONS)
+    parser.add_argument("--collections", help=f"beginnings of names, comma-separated: {names}")
     parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--shots", help="in place of 5,10 (regression) and 1 (classification)")
     parser.add_argument("--set", action="append", default=[], help="parameter=value")
     parser.add_argument("--cache", type=Path, help="CSV file for the scores of the baselines")
     parser.add_argument("--no-baselines", action="store_true", help="the estimator alone")
@@ -180,13 +181,16 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     chosen = list(COLLECTIONS)
     if args.collections:
-        given = [part.strip() for part in args.collections.split(";")]
+        given = [part.strip() for part in args.collections.split(",")]
         chosen = [name for name in COLLECTIONS if any(name.startswith(part) for part in given)]
     cache = Cache(args.cache)
     print(f"options {options}, seeds {seeds}; standard errors are over held-out tasks")
     summary = []
     for name in chosen:
         collection = COLLECTIONS[name]
+        if args.shots:
+            shots = tuple(int(k) for k in args.shots.split(","))
+            collection = dataclasses.replace(collection, shots=shots)
         path = find_file(collection, args.data)
         if path is None:
             print(f"\n{name}: {collection.file} is not here; give its folder as --data")

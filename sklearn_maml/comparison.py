@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import numbers
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,13 @@ from sklearn_maml._base import BaseMAML, find_prior
 from sklearn_maml._validation import did_you_mean, is_integer, is_number
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, _with_rates, adapt
-from sklearn_maml.tasks import TaskCollection, collect_tasks, is_frame, is_task_distribution
+from sklearn_maml.tasks import (
+    TaskCollection,
+    collect_tasks,
+    is_frame,
+    is_task_distribution,
+    split_task_column,
+)
 
 __all__ = ["compare_baselines", "summarize_comparison"]
 
@@ -201,21 +206,23 @@ def compare_baselines(
             classification,
             rng,
         )
-    names = list(X.columns) if is_frame(X) and maml.task_column is None else None
-    jobs = []
-    for repeat, split in enumerate(splits):
-        train, episodes = _check_split(split, tasks)
-        data = _SplitData.make(tasks, train, episodes, classification, names)
-        seed = int(rng.randint(2**31 - 1))
-        jobs.append((repeat, data, seed, {name: estimator}))
-        for _, family in itertools.groupby(
-            sorted(methods.items(), key=lambda item: _family(item[1])),
-            key=lambda item: _family(item[1]) or item[0],
-        ):
-            jobs.append((repeat, data, seed, dict(family)))
-    if not jobs:
+    names = None
+    if is_frame(X):
+        column = maml.task_column
+        names = list((X if column is None else split_task_column(X, column)[0]).columns)
+
+    def jobs() -> Iterator[Any]:
+        # the rows of a repeat are copied when its turn comes
+        for repeat, split in enumerate(splits):
+            train, episodes = _check_split(split, tasks)
+            data = _SplitData.make(tasks, train, episodes, classification, names)
+            seed = int(rng.randint(2**31 - 1))
+            for some in [{name: estimator}, *_families(methods)]:
+                yield delayed(_run)(repeat, data, seed, some)
+
+    done = Parallel(n_jobs=n_jobs)(jobs())
+    if not done:
         raise ValueError("splits is empty: give at least one (train, episodes) pair.")
-    done = Parallel(n_jobs=n_jobs)(delayed(_run)(*job) for job in jobs)
     scores = pandas.DataFrame([row for rows in done for row in rows])
     scores["task"] = tasks.ids[scores["task"].to_numpy()]
     return scores if per_task else summarize_comparison(scores, name)
@@ -389,7 +396,7 @@ def _methods(baselines: Any, classification: bool, name: str) -> dict[str, Any]:
 
 
 class _Cloner:
-    """Make clones of an estimator, whatever the number of rows; pickles, as a lambda does not."""
+    """Make clones of an estimator, whatever the number of rows."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -398,8 +405,13 @@ class _Cloner:
         return clone(self.model)
 
 
-def _family(method: Any) -> str:
-    return str(getattr(method, "family", ""))
+def _families(methods: dict[str, Any]) -> list[dict[str, Any]]:
+    """Methods that share what they fit, together; the others alone."""
+    families: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, method in methods.items():
+        family = getattr(method, "family", "")
+        families.setdefault((family, "" if family else name), {})[name] = method
+    return list(families.values())
 
 
 def _check_targets(tasks: TaskCollection, classification: bool) -> None:
