@@ -120,8 +120,10 @@ class Cache:
         if self.frame is None:
             return None
         found = self.frame[(self.frame["collection"] == name) & (self.frame["seed"] == seed)]
-        found = found[found["n_shots"].isin(shots)].dropna(axis=1, how="all")
-        return found if found["n_shots"].nunique() == len(shots) else None
+        found = found[found["n_shots"].isin(shots)]
+        if found["n_shots"].nunique() < len(shots):
+            return None
+        return found.dropna(axis=1, how="all")  # metrics of other collections
 
     def put(self, scores: pd.DataFrame) -> None:
         """Add scores to the file."""
