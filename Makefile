@@ -83,6 +83,10 @@ bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchma
 	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
 
+.PHONY: bench-tabular
+bench-tabular: $(STAMP) ## real collections against baselines (slow); ARGS="--data FOLDER" for all
+	@$(BIN)/python benchmarks/tabular.py $(ARGS)
+
 # The papers' tables, ours beside the published figures. Slow: half an hour each on two cores.
 .PHONY: table-sinusoid
 table-sinusoid: $(STAMP) ## sinusoid regression, every method (slow)

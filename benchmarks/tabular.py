@@ -1,200 +1,177 @@
-"""Real collections of small regression tasks: error before and after adaptation to K rows.
+"""Real collections of small tasks: an estimator and its baselines on the same held-out tasks.
 
-    python benchmarks/tabular.py --data FOLDER [--baselines] [--seeds 0,1] [--set alpha=0.03 ...]
+    python benchmarks/tabular.py [--data FOLDER] [--cache FILE] [--seeds 0,1] [--set alpha=0.03 ...]
 
-FOLDER holds gzipped CSV files: first column ``task``, last the target, one row per observation.
-Tasks are sorted by name and shuffled with ``RandomState(1000 + seed)``; the first 30 % (at most 60;
-75 for station_temperature) are held out. ``RandomState(7 + seed)`` draws K support rows of each
-held-out task in turn; the rest (at most 150) are the query rows. Features and target are
-standardised with the training tasks' statistics. The score of a task is its RMSE in units of the
-pooled target SD.
+The collections that the package ships are always there; FOLDER holds the gzipped CSV files of
+others (first column ``task``, one row per observation). Tasks are sorted by name and shuffled with
+``RandomState(1000 + seed)``; the first 30 % (at most 60; 75 for station_temperature) are held out.
+``RandomState(7 + seed)`` draws K support rows of each held-out task in turn (K of each class, in
+classification); the rest (at most 150) are the query rows. "strict": training and held-out tasks
+use disjoint halves of the distinct rows of features, drawn with ``RandomState(2000 + seed)``.
+Errors are in units of the standard deviation of the training targets; see `compare_baselines`.
+
+With --cache the scores of the baselines are computed once and read from FILE from then on; delete
+it after a change to them.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import csv
-import gzip
+import dataclasses
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
-from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-from sklearn.linear_model import RidgeCV
+import pandas as pd
 
-from sklearn_maml import MAMLRegressor
+import sklearn_maml
+from sklearn_maml import MAMLClassifier, MAMLRegressor, compare_baselines
+from sklearn_maml.comparison import summarize_comparison
 
-# file, columns that are not features, largest number of held-out tasks
+SHIPPED = Path(sklearn_maml.__file__).parent / "datasets" / "data"
+MAX_QUERIES = 150
+# no worse than this times the best baseline counts as good as it
+AS_GOOD = 1.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """A file, its target, and how to hold tasks out of it."""
+
+    file: str
+    target: str
+    left_out: tuple[str, ...] = ()
+    most: int = 60
+    shots: tuple[int, ...] = (5, 10)
+    classification: bool = False
+    strict: bool = False
+
+
+X264 = "x264_videos.csv.gz"
+PARKINSONS = "parkinsons.csv.gz"
+STATIONS = "station_temperature.csv.gz"
+# plant_leaves is no such collection: its labels are its tasks
 COLLECTIONS = {
-    "station_temperature": ("station_temperature.csv.gz", (), 75),
-    "x264": ("x264_videos.csv.gz", ("log2_fps",), 60),
-    "cheese": ("cheese.csv.gz", ("price",), 60),
-    "school": ("school_ilea139.csv.gz", (), 60),
+    "x264 kbps": Collection(X264, "log2_kbps", ("log2_fps",)),
+    "x264 kbps strict": Collection(X264, "log2_kbps", ("log2_fps",), strict=True),
+    "x264 fps": Collection(X264, "log2_fps", ("log2_kbps",)),
+    "x264 fps strict": Collection(X264, "log2_fps", ("log2_kbps",), strict=True),
+    "parkinsons motor": Collection(PARKINSONS, "motor_UPDRS", ("total_UPDRS",)),
+    "parkinsons total": Collection(PARKINSONS, "total_UPDRS", ("motor_UPDRS",)),
+    "vowels": Collection("vowels_pb52.csv.gz", "vowel", shots=(1,), classification=True),
+    "station_temperature": Collection(STATIONS, "temp_c", most=75),
+    "station_temperature strict": Collection(STATIONS, "temp_c", most=75, strict=True),
+    "cheese": Collection("cheese.csv.gz", "log_volume", ("price",)),
+    "school": Collection("school_ilea139.csv.gz", "exam_score"),
 }
-TARGETS = {"x264": "log2_kbps"}
 
 
-def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Read a collection; returns X, y, task and the largest number of held-out tasks."""
-    file, left_out, most = COLLECTIONS[name]
-    with gzip.open(folder / file, "rt", newline="") as lines:
-        reader = csv.reader(lines)
-        header = next(reader)
-        rows = list(reader)
-    target = TARGETS.get(name, header[-1])
-    features = [j for j, column in enumerate(header) if column not in ("task", target, *left_out)]
-    X = np.array([[float(row[j]) for j in features] for row in rows])
-    y = np.array([float(row[header.index(target)]) for row in rows])
-    return X, y, np.array([row[0] for row in rows]), most
+def find_file(collection: Collection, folder: Path | None) -> Path | None:
+    """Path of a collection's file: shipped, in the folder, or None."""
+    for place in (SHIPPED, folder):
+        if place is not None and (place / collection.file).exists():
+            return place / collection.file
+    return None
 
 
-def split(X, y, task, most, seed):
-    """Standardised training rows and the held-out tasks of one seed."""
+def load(path: Path, collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read a collection; returns X, y and task. Columns of strings become indicators."""
+    frame = pd.read_csv(path, dtype={"task": str, "vowel": str}, keep_default_na=False)
+    features = frame.drop(columns=["task", collection.target, *collection.left_out])
+    X = pd.get_dummies(features).to_numpy(dtype=float)
+    return X, frame[collection.target].to_numpy(), frame["task"].to_numpy(dtype=str)
+
+
+def split(X, y, task, collection, seed):
+    """Row positions of the training tasks, and the episodes of each K."""
     names = np.unique(task)
     order = np.random.RandomState(1000 + seed).permutation(len(names))
-    n_held = min(75 if most == 75 else round(0.3 * len(names)), most)
+    n_held = 75 if collection.most == 75 else min(round(0.3 * len(names)), collection.most)
     held = names[order[:n_held]]
-    train = ~np.isin(task, held)
-    X = (X - X[train].mean(0)) / np.where(X[train].std(0) > 0, X[train].std(0), 1)
-    y = (y - y[train].mean()) / y[train].std()
-    return X, y, train, held
+    is_held = np.isin(task, held)
+    usable = np.ones(len(y), dtype=bool)
+    if collection.strict:
+        distinct, which = np.unique(X, axis=0, return_inverse=True)
+        half = np.random.RandomState(2000 + seed).permutation(len(distinct)) < len(distinct) // 2
+        usable = half[which.reshape(-1)] == is_held
+    episodes = {}
+    for k in collection.shots:
+        rng = np.random.RandomState(7 + seed)
+        episodes[k] = []
+        for name in held:
+            rows = rng.permutation(np.flatnonzero((task == name) & usable))
+            support = np.arange(len(rows)) < k
+            if collection.classification:
+                support = pd.Series(y[rows]).groupby(y[rows]).cumcount().to_numpy() < k
+            episodes[k].append((rows[support], rows[~support][:MAX_QUERIES]))
+    return np.flatnonzero(~is_held & usable), episodes
 
 
-def episodes(task, held, shots, seed):
-    """Support and query row positions of each held-out task."""
-    rng = np.random.RandomState(7 + seed)
-    for name in held:
-        rows = rng.permutation(np.flatnonzero(task == name))
-        yield rows[:shots], rows[shots : shots + 150]
+class Cache:
+    """Scores of baselines in a CSV file, by collection and seed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.frame = pd.read_csv(path) if path is not None and path.exists() else None
+
+    def get(self, name: str, seed: int, shots: tuple[int, ...]) -> pd.DataFrame | None:
+        """Return the scores of a collection and seed, or None where some of them are missing."""
+        if self.frame is None:
+            return None
+        found = self.frame[(self.frame["collection"] == name) & (self.frame["seed"] == seed)]
+        found = found[found["n_shots"].isin(shots)]
+        if found["n_shots"].nunique() < len(shots):
+            return None
+        return found.dropna(axis=1, how="all")  # metrics of other collections
+
+    def put(self, scores: pd.DataFrame) -> None:
+        """Add scores to the file."""
+        if self.path is not None:
+            self.frame = scores if self.frame is None else pd.concat([self.frame, scores])
+            self.frame.to_csv(self.path, index=False)
 
 
-def evaluate(reg, X, y, task, held, shots, seed, adapt_steps):
-    """Mean over held-out tasks of the RMSE after adaptation to `shots` rows."""
-    support, query = map(list, zip(*episodes(task, held, shots, seed), strict=True))
-    reg.set_params(adapt_steps=adapt_steps)
-    rows_s, rows_q = np.concatenate(support), np.concatenate(query)
-    reg.adapt(X[rows_s], y[rows_s], groups=task[rows_s])
-    error = (reg.predict(X[rows_q], groups=task[rows_q]) - y[rows_q]) ** 2
-    return np.mean([np.sqrt(error[task[rows_q] == name].mean()) for name in held])
-
-
-class MixedModel:
-    """Linear model with a random intercept and random slopes, fitted by EM."""
-
-    def fit(self, X, y, task):
-        """Estimate the population of coefficients and the noise from the training tasks."""
-        data = [(_with_ones(X[task == t]), y[task == t]) for t in np.unique(task)]
-        n_coefs = data[0][0].shape[1]
-        self.mean, self.cov, self.noise = np.zeros(n_coefs), np.eye(n_coefs), 1.0
-        for _ in range(200):
-            posteriors = [self._posterior(A, b) for A, b in data]
-            means = np.array([m for m, _ in posteriors])
-            self.mean = means.mean(0)
-            deviations = means - self.mean
-            self.cov = sum(c for _, c in posteriors) / len(data)
-            self.cov += deviations.T @ deviations / len(data) + 1e-8 * np.eye(n_coefs)
-            squares = sum(
-                ((b - A @ m) ** 2).sum() + np.trace(A @ c @ A.T)
-                for (A, b), (m, c) in zip(data, posteriors, strict=True)
-            )
-            self.noise = squares / sum(len(b) for _, b in data)
-        return self
-
-    def _posterior(self, A, b):
-        precision = np.linalg.inv(self.cov)
-        cov = np.linalg.inv(precision + A.T @ A / self.noise)
-        return cov @ (precision @ self.mean + A.T @ b / self.noise), cov
-
-    def predict(self, X_support, y_support, X_query):
-        """Predict with the coefficients expected after the support rows."""
-        return _with_ones(X_query) @ self._posterior(_with_ones(X_support), y_support)[0]
-
-
-def _with_ones(X):
-    return np.c_[np.ones(len(X)), X]
-
-
-class Pooled:
-    """One gradient-boosting model for all tasks, with a shrunk intercept for each if asked."""
-
-    def __init__(self, intercept):
-        self.intercept = intercept
-
-    def fit(self, X, y, task):
-        """Fit on the training tasks; the shrinkage comes from the variance of their residuals."""
-        self.model = HistGradientBoostingRegressor(random_state=0).fit(X, y)
-        residual = y - self.model.predict(X)
-        means = np.array([residual[task == t].mean() for t in np.unique(task)])
-        within = np.mean([residual[task == t].var() for t in np.unique(task)])
-        self.ratio = within / max(means.var(), 1e-12)
-        return self
-
-    def predict(self, X_support, y_support, X_query):
-        """Predict, after correcting the intercept by the shrunk mean of the support residuals."""
-        prediction = self.model.predict(X_query)
-        if self.intercept:
-            residual = y_support - self.model.predict(X_support)
-            prediction = prediction + residual.sum() / (len(residual) + self.ratio)
-        return prediction
-
-
-class PerTask:
-    """A model of its own for each task, from its support rows alone."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def fit(self, X, y, task):
-        """Learn nothing from other tasks."""
-        return self
-
-    def predict(self, X_support, y_support, X_query):
-        """Fit on the support rows and predict."""
-        return self.make().fit(X_support, y_support).predict(X_query)
-
-
-def _gaussian_process():
-    kernel = ConstantKernel() * RBF() + WhiteKernel(0.1)
-    return GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-
-
-BASELINES = {
-    "pooled gradient boosting": lambda: Pooled(intercept=False),
-    "pooled gradient boosting + shrunk intercept": lambda: Pooled(intercept=True),
-    "ridge for each task": lambda: PerTask(lambda: RidgeCV(np.logspace(-3, 3, 13))),
-    "Gaussian process for each task": lambda: PerTask(_gaussian_process),
-    "mixed model, intercept and slopes": lambda: MixedModel(),
-}
-
-
-def evaluate_baselines(X, y, train, task, held, shots, seed, results):
-    """Add the baselines' scores on the same support and query rows to `results`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # bounds of the kernel's parameters
-        for name, make in BASELINES.items():
-            model = make().fit(X[train], y[train], task[train])
-            for k in shots:
-                rmse = [
-                    np.sqrt(np.mean((model.predict(X[s], y[s], X[q]) - y[q]) ** 2))
-                    for s, q in episodes(task, held, k, seed)
-                ]
-                results.setdefault(f"K={k} {name}", []).append(np.mean(rmse))
+def scores_of(name, path, collection, seeds, options, cache, baselines):
+    """Scores of the estimator and the baselines on every held-out task of all seeds."""
+    X, y, task = load(path, collection)
+    kind = MAMLClassifier if collection.classification else MAMLRegressor
+    parts = []
+    for seed in seeds:
+        known = cache.get(name, seed, collection.shots) if baselines else None
+        scores = compare_baselines(
+            X,
+            y,
+            task,
+            kind(**{"random_state": seed, **options}),
+            splits=[split(X, y, task, collection, seed)],
+            baselines="all" if baselines and known is None else [],
+            random_state=seed,
+            per_task=True,
+        )
+        scores["repeat"] = seed
+        scores["collection"], scores["seed"] = name, seed
+        ours = scores["method"].str.startswith(kind.__name__)
+        if known is None:
+            known = scores[~ours]
+            if len(known):
+                cache.put(known)
+        parts += [scores[ours], known]
+    scores = pd.concat(parts).astype({"task": str})
+    return scores, kind.__name__
 
 
 def main() -> None:
-    """Print a row for each collection."""
+    """Print a table for each collection, and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--collections", default=",".join(COLLECTIONS))
-    parser.add_argument("--seeds", default="0,1,2,3")
-    parser.add_argument("--shots", default="5,10")
+    parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
+    names = ", ".join(COLLECTIONS)
+    parser.add_argument("--collections", help=f"beginnings of names, comma-separated: {names}")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--shots", help="in place of 5,10 (regression) and 1 (classification)")
     parser.add_argument("--set", action="append", default=[], help="parameter=value")
-    parser.add_argument("--baselines", action="store_true")
+    parser.add_argument("--cache", type=Path, help="CSV file for the scores of the baselines")
+    parser.add_argument("--no-baselines", action="store_true", help="the estimator alone")
     args = parser.parse_args()
     options = {}
     for item in args.set:
@@ -204,29 +181,48 @@ def main() -> None:
         except (ValueError, SyntaxError):
             options[name] = value
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    shots = [int(k) for k in args.shots.split(",")]
-    print(f"options {options}, seeds {seeds}: mean over held-out tasks and seeds (per seed)")
-    for name in args.collections.split(","):
-        X, y, task, most = load(args.data, name)
-        results: dict = {}
-        took = []
-        for seed in seeds:
-            Xs, ys, train, held = split(X, y, task, most, seed)
-            reg = MAMLRegressor(random_state=seed, **options)
-            start = time.perf_counter()
-            reg.fit(Xs[train], ys[train], groups=task[train])
-            took.append(time.perf_counter() - start)
-            for k in shots:
-                for steps in (0, None, 2 * reg.steps):
-                    score = evaluate(reg, Xs, ys, task, held, k, seed, steps)
-                    label = f"K={k} steps={reg.steps if steps is None else steps}"
-                    results.setdefault(label, []).append(score)
-            if args.baselines:
-                evaluate_baselines(Xs, ys, train, task, held, shots, seed, results)
-        print(f"{name}: fit {np.mean(took):.0f} s")
-        for label, scores in results.items():
-            each = " ".join(f"{score:.3f}" for score in scores)
-            print(f"    {label:48s} {np.mean(scores):.4f} ({each})", flush=True)
+    chosen = list(COLLECTIONS)
+    if args.collections:
+        given = [part.strip() for part in args.collections.split(",")]
+        chosen = [name for name in COLLECTIONS if any(name.startswith(part) for part in given)]
+    cache = Cache(args.cache)
+    print(f"options {options}, seeds {seeds}; standard errors are over held-out tasks")
+    summary = []
+    for name in chosen:
+        collection = COLLECTIONS[name]
+        if args.shots:
+            shots = tuple(int(k) for k in args.shots.split(","))
+            collection = dataclasses.replace(collection, shots=shots)
+        path = find_file(collection, args.data)
+        if path is None:
+            print(f"\n{name}: {collection.file} is not here; give its folder as --data")
+            continue
+        start = time.perf_counter()
+        scores, ours = scores_of(
+            name, path, collection, seeds, options, cache, not args.no_baselines
+        )
+        table = summarize_comparison(scores, ours)
+        print(f"\n{name} ({time.perf_counter() - start:.0f} s)")
+        print(table.round(4).to_string(na_rep=""), flush=True)
+        metric = table.columns[0]
+        for k, part in table.groupby("n_shots"):
+            part = part.droplevel("n_shots")[metric]
+            others = part[[not label.startswith(ours) for label in part.index]]
+            if len(others):
+                better = metric == "accuracy"
+                best = others.idxmax() if better else others.idxmin()
+                ratio = others[best] / part[ours] if better else part[ours] / others[best]
+                summary.append((f"{name} K={k}", part[ours], others[best], best, ratio))
+    if not summary:
+        return
+    print("\nratio to the best baseline (below 1: the estimator is better)")
+    for label, own, other, best, ratio in summary:
+        print(f"    {label:36s} {own:.3f} {other:.3f} {ratio:6.3f}  {best}")
+    ratios = np.array([line[-1] for line in summary])
+    print(
+        f"better than the best baseline on {(ratios < 1).sum()}, better or within 3 % on "
+        f"{(ratios <= AS_GOOD).sum()} of {len(ratios)}; worst ratio {ratios.max():.2f}"
+    )
 
 
 if __name__ == "__main__":

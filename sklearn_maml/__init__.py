@@ -1,5 +1,6 @@
 """Meta-learning for scikit-learn: MAML estimators that adapt to new tasks from a few rows."""
 
+from sklearn_maml.comparison import compare_baselines
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, adapt
 from sklearn_maml.inspection import class_permutation_audit
@@ -16,6 +17,7 @@ __all__ = [
     "adapt",
     "adapt_predict",
     "class_permutation_audit",
+    "compare_baselines",
     "task_scorer",
     "task_scores",
 ]

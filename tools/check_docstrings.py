@@ -17,7 +17,12 @@ from pathlib import Path
 
 from numpydoc.validate import validate
 
-MODULES = ["sklearn_maml", "sklearn_maml.datasets", "sklearn_maml.inspection"]
+MODULES = [
+    "sklearn_maml",
+    "sklearn_maml.comparison",
+    "sklearn_maml.datasets",
+    "sklearn_maml.inspection",
+]
 # What https://numpydoc.readthedocs.io/en/latest/validation.html calls these.
 ENFORCED = {
     "GL03",  # two blank lines in a row

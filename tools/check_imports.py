@@ -30,8 +30,8 @@ LAYERS: list[set[str]] = [
     {"sources"},
     {"_base"},
     {"estimators"},
-    {"few_shot", "metrics", "partition", "datasets"},
-    {"inspection"},
+    {"few_shot", "metrics", "partition", "datasets", "_baselines"},
+    {"inspection", "comparison"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Stricter than their place in the order.

@@ -1,0 +1,578 @@
+"""`compare_baselines`: its table, its baselines, and that every method sees the same rows."""
+
+from __future__ import annotations
+
+import sys
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_maml import (
+    FewShotRegressor,
+    MAMLClassifier,
+    MAMLRegressor,
+    _baselines,
+    compare_baselines,
+)
+from sklearn_maml._baselines import Episode, TrainingTasks
+from sklearn_maml.comparison import summarize_comparison
+from sklearn_maml.datasets import SinusoidTasks
+
+SMALL = {"hidden_layer_sizes": 8, "steps": 2, "max_iter": 20, "random_state": 0}
+REG = MAMLRegressor(**SMALL)
+CLF = MAMLClassifier(n_shots=1, **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    monkeypatch.setattr(_baselines.FineTunedMLP, "MAX_UPDATES", 300)
+
+
+def random_slopes(n_tasks=40, n_rows=30, n_features=2, noise=0.1, seed=0):
+    """Linear tasks whose coefficients are drawn around those of the population."""
+    rng = np.random.RandomState(seed)
+    X = rng.normal(size=(n_tasks, n_rows, n_features))
+    coefs = np.array([1.0, -2.0][:n_features]) + rng.normal(size=(n_tasks, n_features)) * 0.5
+    level = 3 * rng.normal(size=(n_tasks, 1))
+    y = np.einsum("tnd,td->tn", X, coefs) + level + noise * rng.normal(size=(n_tasks, n_rows))
+    return X.reshape(-1, n_features), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
+
+
+def shared_classes(n_tasks=20, n_rows=24, seed=0):
+    """Three classes, of means that every task shifts in its own way."""
+    rng = np.random.RandomState(seed)
+    label = np.tile(np.arange(3), (n_tasks, n_rows // 3))
+    shift = rng.normal(size=(n_tasks, 1, 2))
+    X = 3 * np.eye(3)[label][..., :2] + shift + 0.5 * rng.normal(size=(*label.shape, 2))
+    names = np.array(["a", "b", "c"])
+    return X.reshape(-1, 2), names[label.ravel()], np.repeat(np.arange(n_tasks), n_rows)
+
+
+def training(X, y, task, *, n_shots=(5,), n_classes=0):
+    return TrainingTasks(X, y, task, n_shots, n_classes, seed=0)
+
+
+def episodes(X, y, task, k=5):
+    parts = [np.flatnonzero(task == t) for t in np.unique(task)]
+    return [Episode(X[rows[:k]], y[rows[:k]], X[rows[k:]], y[rows[k:]]) for rows in parts]
+
+
+def error(method, of):
+    k = len(of[0].X_support)
+    predicted = method.predict(of, k)
+    return np.mean(
+        [np.sqrt(np.mean((p - e.y_query) ** 2)) for p, e in zip(predicted, of, strict=True)]
+    )
+
+
+# --- the table
+
+
+def test_table_has_every_method_at_every_number_of_shots():
+    X, y, task = random_slopes(12, 15)
+    table = compare_baselines(X, y, task, REG, n_shots=(3, 5), random_state=0)
+    assert table.index.names == ["n_shots", "method"]
+    expected = {"MAMLRegressor", "MAMLRegressor, before adaptation", *_baselines.REGRESSION}
+    for k in (3, 5):
+        assert set(table.loc[k].index) == expected
+        assert table.loc[k, "rmse"].is_monotonic_increasing
+        assert table.loc[k, "best"].iloc[0] == "best"
+        assert (table.loc[k, "best"] == "best").sum() == 1
+    assert np.isfinite(table.drop(columns=["best", "estimator_wins"]).to_numpy(float)).all()
+
+
+def test_standard_errors_are_over_tasks_of_scores_averaged_over_repeats():
+    # task a was held out twice
+    scores = pd.DataFrame(
+        [
+            (0, 5, "a", "ours", 1.0, 2.0),
+            (0, 5, "b", "ours", 2.0, 2.0),
+            (1, 5, "a", "ours", 3.0, 4.0),
+            (1, 5, "c", "ours", 3.0, 4.0),
+            (0, 5, "a", "other", 2.0, 0.1),
+            (0, 5, "b", "other", 1.0, 0.1),
+            (1, 5, "a", "other", 4.0, 0.3),
+            (1, 5, "c", "other", 5.0, 0.3),
+        ],
+        columns=["repeat", "n_shots", "task", "method", "rmse", "fit_seconds"],
+    )
+    table = summarize_comparison(scores, "ours").loc[5]
+    # of tasks a, b, c: ours 2, 2, 3; the other 3, 1, 5; differences 1, -1, 2
+    assert table.loc["ours", "rmse"] == pytest.approx(7 / 3)
+    assert table.loc["ours", "std_error"] == pytest.approx(np.std([2, 2, 3], ddof=1) / np.sqrt(3))
+    assert table.loc["other", "difference"] == pytest.approx(2 / 3)
+    assert table.loc["other", "difference_se"] == pytest.approx(
+        np.std([1, -1, 2], ddof=1) / np.sqrt(3)
+    )
+    assert table.loc["other", "estimator_wins"] == pytest.approx(2 / 3)
+    assert table.loc["other", "fit_seconds"] == pytest.approx(0.2)
+    # 0.67 is less than twice its standard error, 0.88
+    assert list(table["best"]) == ["best", "tied"]
+
+
+def test_higher_accuracy_is_better():
+    scores = pd.DataFrame(
+        {
+            "repeat": 0,
+            "n_shots": 1,
+            "task": ["a", "b"] * 2,
+            "method": ["ours"] * 2 + ["other"] * 2,
+            "accuracy": [0.9, 0.8, 0.5, 0.8],
+            "log_loss": [0.1, 0.2, 1.0, 3.0],
+            "fit_seconds": 1.0,
+        }
+    )
+    table = summarize_comparison(scores, "ours").loc[1]
+    assert list(table.index) == ["ours", "other"]
+    assert table.loc["other", "estimator_wins"] == 0.75  # a tie is half a win
+    assert table.loc["other", "log_loss"] == 2.0
+    assert table.loc["ours", "best"] == "best"
+
+
+def test_summary_of_a_method_without_scores_is_refused():
+    scores = pd.DataFrame({"method": ["ours"], "n_shots": 5, "task": 0, "rmse": 1.0})
+    with pytest.raises(ValueError, match=r"no scores of 'our'.*Did you mean 'ours'"):
+        summarize_comparison(scores, "our")
+
+
+def test_per_task_scores_are_those_of_the_table():
+    X, y, task = random_slopes(10, 12)
+    options = {"n_shots": 4, "baselines": ["pooled ridge"], "random_state": 3}
+    scores = compare_baselines(X, y, task, REG, per_task=True, **options)
+    table = compare_baselines(X, y, task, REG, **options)
+    means = scores.groupby("method")["rmse"].mean()
+    pd.testing.assert_series_equal(table.loc[4, "rmse"].sort_index(), means, check_index_type=False)
+    assert scores["task"].nunique() == 3
+    assert set(scores["task"]) <= set(task)
+
+
+# --- what is compared
+
+
+class Recorder(RegressorMixin, BaseEstimator):
+    """Keeps what it is given, in a list that clones share."""
+
+    seen: list = []  # noqa: RUF012
+
+    def fit(self, X, y):
+        self.seen.append(("fit", np.array(X), np.array(y)))
+        return self
+
+    def predict(self, X):
+        self.seen.append(("predict", np.array(X), None))
+        return np.zeros(len(X))
+
+
+def test_rows_are_standardised_with_the_training_tasks_and_capped():
+    X, y, task = random_slopes(10, 30)
+    X, y = 100 * X + 7, 50 * y - 3
+    Recorder.seen.clear()
+    baselines = {"pooled": ("pooled", Recorder()), "alone": Recorder()}
+    scores = compare_baselines(
+        X, y, task, REG, n_shots=6, max_queries=9, baselines=baselines, per_task=True,
+        random_state=0,
+    )  # fmt: skip
+    fits = [part for part in Recorder.seen if part[0] == "fit"]
+    predicted = [part[1] for part in Recorder.seen if part[0] == "predict"]
+    whole = max(fits, key=lambda part: len(part[1]))
+    assert len(whole[1]) == 7 * 30
+    np.testing.assert_allclose(whole[1].mean(0), 0, atol=1e-10)
+    np.testing.assert_allclose(whole[1].std(0), 1)
+    np.testing.assert_allclose([whole[2].mean(), whole[2].std()], [0, 1], atol=1e-10)
+    alone = [part for part in fits if len(part[1]) == 6]
+    assert len(alone) == 3
+    assert [len(rows) for rows in predicted] == [9] * 6
+    # the same query rows for both
+    for one, other in zip(predicted[:3], predicted[3:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    # predictions of 0 in units of the spread of the training targets
+    zero = scores[scores["method"] == "alone"]["rmse"]
+    np.testing.assert_allclose(zero, scores[scores["method"] == "pooled"]["rmse"])
+
+
+def test_given_splits_are_followed():
+    X, y, task = random_slopes(8, 12)
+    train = np.flatnonzero(task < 6)
+    pairs = [(np.flatnonzero(task == t)[:4], np.flatnonzero(task == t)[4:]) for t in (6, 7)]
+    scores = compare_baselines(
+        X, y, task, REG, splits=[(train, {4: pairs})], per_task=True,
+        baselines={"mean": ("pooled", DummyRegressor())},
+    )  # fmt: skip
+    assert scores["n_shots"].unique().tolist() == [4]
+    spread = y[train].std()
+    by_hand = [np.sqrt(np.mean((y[q] - y[train].mean()) ** 2)) / spread for _, q in pairs]
+    mean = scores[scores["method"] == "mean"].set_index("task")["rmse"]
+    np.testing.assert_allclose(mean.loc[[6, 7]], by_hand)
+
+
+def test_disjoint_rows_keep_inputs_of_held_out_tasks_from_training():
+    rng = np.random.RandomState(0)
+    grid = rng.normal(size=(20, 2))
+    X, task = np.tile(grid, (10, 1)), np.repeat(np.arange(10), 20)
+    y = rng.normal(size=len(X))
+
+    def inputs(disjoint):
+        Recorder.seen.clear()
+        baselines = {"pooled": ("pooled", Recorder())}
+        compare_baselines(
+            X, y, task, REG, n_shots=3, disjoint_rows=disjoint, baselines=baselines, random_state=0
+        )
+        train, *queries = (np.unique(part[1].round(9), axis=0) for part in Recorder.seen)
+        return train, np.unique(np.concatenate(queries), axis=0)
+
+    for disjoint, n_train in ((False, 20), (True, 10)):
+        train, queries = inputs(disjoint)
+        assert len(train) == n_train
+        n_both = len(np.unique(np.concatenate([train, queries]), axis=0))
+        assert n_both == (len(train) + len(queries) if disjoint else 20)
+
+
+def test_estimator_is_cloned_and_left_untouched():
+    X, y, task = random_slopes(8, 12)
+    before = REG.get_params()
+    first = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=0)
+    assert not hasattr(REG, "module_")
+    assert REG.get_params() == before
+    second = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=0)
+    pd.testing.assert_frame_equal(
+        first.drop(columns="fit_seconds"), second.drop(columns="fit_seconds")
+    )
+    other = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=1)
+    assert not np.allclose(first["rmse"], other["rmse"])
+
+
+def test_row_before_adaptation_is_the_estimator_that_takes_no_steps():
+    X, y, task = random_slopes(8, 12)
+    options = {"n_shots": 3, "baselines": [], "random_state": 0}
+    # validation follows adapt_steps, and chooses which parameters are kept: switch it off
+    options["estimator"] = MAMLRegressor(**SMALL, early_stopping=False)
+    full = compare_baselines(X, y, task, **options)
+    options["estimator"] = MAMLRegressor(**SMALL, early_stopping=False, adapt_steps=0)
+    still = compare_baselines(X, y, task, **options)
+    row = full.loc[(3, "MAMLRegressor, before adaptation"), "rmse"]
+    assert still.loc[(3, "MAMLRegressor"), "rmse"] == row
+    assert full.loc[(3, "MAMLRegressor"), "rmse"] != row
+
+
+def test_scores_do_not_depend_on_n_jobs():
+    X, y, task = random_slopes(8, 12)
+    options = {
+        "n_shots": 3,
+        "baselines": ["pooled ridge", "mixed model, intercept + slopes"],
+        "random_state": 0,
+    }
+    one = compare_baselines(X, y, task, REG, **options)
+    with joblib.parallel_config("threading"):
+        two = compare_baselines(X, y, task, REG, n_jobs=2, **options)
+    pd.testing.assert_frame_equal(one.drop(columns="fit_seconds"), two.drop(columns="fit_seconds"))
+
+
+@pytest.mark.parametrize("spelling", ["column", "list", "given", "stack", "distribution"])
+def test_spellings_of_tasks(spelling):
+    X, y, task = random_slopes(8, 12)
+    names = np.unique(task)
+    estimator, args = REG, None
+    if spelling == "column":
+        frame = pd.DataFrame(X, columns=["u", "v"]).assign(shop=task)
+        estimator, args = MAMLRegressor(**SMALL, task_column="shop"), (frame, y, None)
+    elif spelling == "list":
+        args = ([(X[task == t], y[task == t]) for t in names], None, None)
+    elif spelling == "given":
+        parts = [(X[task == t], y[task == t]) for t in names]
+        args = ([(a[:5], b[:5], a[5:], b[5:]) for a, b in parts], None, None)
+    elif spelling == "stack":
+        args = (X.reshape(8, 12, 2), y.reshape(8, 12), None)
+    options = {"n_shots": 3, "baselines": ["pooled ridge"], "random_state": 0}
+    if spelling == "distribution":
+        table = compare_baselines(SinusoidTasks(n_rows=10), estimator=REG, **options)
+        assert table.loc[(3, "MAMLRegressor"), "std_error"] > 0
+        return
+    table = compare_baselines(*args, estimator, **options)
+    expected = compare_baselines(X, y, task, REG, **options)
+    pd.testing.assert_frame_equal(
+        table.drop(columns="fit_seconds"), expected.drop(columns="fit_seconds")
+    )
+
+
+def test_a_pipeline_gets_named_columns_and_its_tasks():
+    X, y, task = random_slopes(8, 12)
+    frame = pd.DataFrame(X, columns=["u", "v"])
+    pipe = make_pipeline(StandardScaler(), REG)
+    options = {"n_shots": 3, "baselines": [], "random_state": 0}
+    table = compare_baselines(frame, y, task, pipe, **options)
+    # features are standardised already, to rounding
+    expected = compare_baselines(X, y, task, REG, **options)
+    np.testing.assert_allclose(table["rmse"], expected["rmse"], rtol=1e-6)
+    assert not hasattr(pipe, "n_features_in_")
+
+
+def test_default_estimator_follows_the_targets(monkeypatch):
+    monkeypatch.setattr("sklearn_maml.comparison.MAMLRegressor", lambda: REG)
+    monkeypatch.setattr("sklearn_maml.comparison.MAMLClassifier", lambda: CLF)
+    table = compare_baselines(*random_slopes(8, 12), n_shots=3, baselines=[])
+    assert "MAMLRegressor" in table.loc[3].index
+    table = compare_baselines(*shared_classes(8, 12), baselines=[])
+    assert "MAMLClassifier" in table.loc[1].index
+
+
+def test_baselines_of_ones_own():
+    X, y, task = random_slopes(8, 12)
+    prior = MAMLRegressor(**SMALL).fit(X, y, groups=task)
+    baselines = {
+        "least squares": LinearRegression(),
+        "mean of all": ("pooled", DummyRegressor()),
+        "one step": MAMLRegressor(**{**SMALL, "steps": 1}),
+        "prior": FewShotRegressor(prior),
+        "pooled ridge": None,
+    }
+    table = compare_baselines(X, y, task, REG, n_shots=6, baselines=baselines, random_state=0)
+    assert set(table.loc[6].index) == {
+        "MAMLRegressor",
+        "MAMLRegressor, before adaptation",
+        "one step, before adaptation",
+        *baselines,
+    }
+    # the support set tells the coefficients
+    assert table.loc[(6, "least squares"), "rmse"] < 0.2 * table.loc[(6, "mean of all"), "rmse"]
+
+
+# --- classification
+
+
+def test_classification_table():
+    X, y, task = shared_classes()
+    table = compare_baselines(X, y, task, CLF, n_shots=(1, 2), random_state=0)
+    expected = {"MAMLClassifier", "MAMLClassifier, before adaptation", *_baselines.CLASSIFICATION}
+    for k in (1, 2):
+        assert set(table.loc[k].index) == expected
+        assert table.loc[k, "accuracy"].is_monotonic_decreasing
+        assert table.loc[k, "accuracy"].between(0, 1).all()
+        # shifts are seen in support sets alone
+        logistic = table.loc[(k, "hierarchical logistic")]
+        assert logistic["accuracy"] > table.loc[(k, "pooled logistic"), "accuracy"]
+        assert logistic["log_loss"] < table.loc[(k, "pooled logistic"), "log_loss"]
+
+
+def test_scores_of_probabilities():
+    X, y, task = shared_classes()
+    baselines = {"always a": ("pooled", DummyClassifier(strategy="constant", constant=0))}
+    table = compare_baselines(X, y, task, CLF, n_shots=1, baselines=baselines, random_state=0)
+    always = table.loc[(1, "always a")]
+    assert always["accuracy"] == pytest.approx(1 / 3)
+    assert always["log_loss"] == pytest.approx(-2 / 3 * np.log(1e-7))
+
+
+def test_tasks_may_lack_classes():
+    X, y, task = shared_classes()
+    kept = ~((task % 2 == 0) & (y == "c"))
+    kept &= ~((task % 5 == 1) & (y != "a"))  # of one class alone
+    names = [name for name in _baselines.CLASSIFICATION if "Boosting" not in name]
+    table = compare_baselines(
+        X[kept], y[kept], task[kept], CLF, n_shots=2, baselines=names, random_state=0
+    )
+    assert np.isfinite(table[["accuracy", "log_loss"]].to_numpy()).all()
+
+
+# --- the baselines
+
+
+def test_mixed_model_recovers_the_population():
+    X, y, task = random_slopes(n_tasks=300, noise=0.2)
+    model = _baselines.MixedModel().fit(training(X, y, task))
+    assert abs(model.mean_[0]) < 0.5
+    np.testing.assert_allclose(model.mean_[1:], [1, -2], atol=0.1)
+    cov = model.root_ @ model.root_.T
+    np.testing.assert_allclose(np.sqrt(np.diag(cov)), [3, 0.5, 0.5], rtol=0.15)
+    assert np.sqrt(model.noise_) == pytest.approx(0.2, rel=0.05)
+    # the coefficients expected are those that minimise the squares, where rows are many
+    e = episodes(*random_slopes(1, 2000, noise=0.2, seed=1), k=1000)
+    assert error(model, e) == pytest.approx(0.2, rel=0.1)
+
+
+def test_mixed_model_is_best_on_random_slopes():
+    names = [name for name in _baselines.REGRESSION if "GP" not in name]
+    table = compare_baselines(*random_slopes(60), REG, n_shots=3, baselines=names, random_state=0)
+    assert table.index[0] == (3, "mixed model, intercept + slopes")
+    assert table.loc[(3, "pooled ridge + shrunk intercept"), "difference"] < 0
+
+
+def test_mixed_model_takes_more_features_than_tasks_and_collinear_ones():
+    X, y, task = random_slopes(n_tasks=6, n_rows=12, noise=0.1)
+    rng = np.random.RandomState(0)
+    wide = np.c_[X, X[:, :1], X.sum(1), np.zeros(len(X)), rng.normal(size=(len(X), 20))]
+    model = _baselines.MixedModel().fit(training(wide, y, task))
+    of = episodes(wide, y, task)
+    assert error(model, of) < 0.7 * np.std(y)
+
+
+def test_per_task_ridge_wins_where_tasks_are_independent():
+    rng = np.random.RandomState(0)
+    X = rng.normal(size=(1200, 2))
+    task = np.repeat(np.arange(40), 30)
+    y = np.einsum("nd,nd->n", X, (rng.normal(size=(40, 2)) * 10)[task])
+    names = ["per-task ridge", "pooled ridge", "pooled HGB + shrunk intercept"]
+    table = compare_baselines(X, y, task, REG, n_shots=10, baselines=names, random_state=0)
+    assert table.index[0] == (10, "per-task ridge")
+    assert table.loc[(10, "per-task ridge"), "rmse"] < 0.1
+    assert table.loc[(10, "pooled ridge"), "rmse"] > 0.7
+
+
+def test_intercept_is_shrunk_by_the_variances():
+    rng = np.random.RandomState(0)
+    task = np.repeat(np.arange(400), 20)
+    y = (2 * rng.normal(size=400))[task] + rng.normal(size=8000)
+    model = _baselines.ShrunkIntercept(DummyRegressor(), "dummy")
+    model.fit(training(np.zeros((8000, 1)), y, task))
+    assert model.ratio_ == pytest.approx(1 / 4, rel=0.2)
+    X = np.zeros((3, 1))
+    # three rows of residual 1: 3 / (3 + ratio) of it is the task's
+    support = y.mean() + np.ones(3)
+    expected = y.mean() + 3 / (3 + model.ratio_)
+    np.testing.assert_allclose(model.predict_task(X, support, X), expected)
+    # without differences between tasks there is nothing to correct
+    model = _baselines.ShrunkIntercept(DummyRegressor(), "dummy")
+    y = np.tile([-1.0, 1.0], 4000)
+    model.fit(training(np.zeros((8000, 1)), y, task))
+    np.testing.assert_array_equal(model.predict_task(X, np.ones(3), X), [y.mean()] * 3)
+
+
+def test_residuals_are_of_tasks_that_the_model_has_not_seen():
+    # a model that learns tasks by heart: in-sample residuals are 0
+    task = np.repeat(np.arange(20), 10)
+    X = task[:, None] + np.random.RandomState(0).rand(200, 1) / 10
+    y = np.random.RandomState(1).normal(size=20)[task]
+    train = training(X, y, task)
+    model = _baselines.Pooled(_baselines.KNeighborsRegressor(1), "nearest").fit(train)
+    assert np.abs(y - model.model_.predict(X)).max() == 0
+    assert model.residuals(train).std() > 0.5
+
+
+def test_process_of_residuals_learns_the_length_and_the_noise():
+    rng = np.random.RandomState(0)
+    X = rng.uniform(-3, 3, size=(40 * 25, 2))
+    task = np.repeat(np.arange(40), 25)
+    y = np.empty(len(X))
+    for t in range(40):
+        rows = task == t
+        distances = (X[rows, None, 0] - X[None, rows, 0]) ** 2  # the second feature is of no use
+        y[rows] = rng.multivariate_normal(np.zeros(25), np.exp(-0.5 * distances / 0.8**2))
+    y += 0.1 * rng.normal(size=len(y))
+    model = _baselines.ResidualProcess(DummyRegressor(), "dummy").fit(training(X, y, task))
+    scale, constant, noise, used, unused = model.parameters_
+    assert scale == pytest.approx(1, rel=0.3)
+    assert used == pytest.approx(0.8, rel=0.15)
+    assert unused > 10
+    assert np.sqrt(noise) == pytest.approx(0.1, rel=0.2)
+    assert constant < 0.1
+
+
+def test_fine_tuning_chooses_no_steps_where_tasks_are_alike():
+    rng = np.random.RandomState(0)
+    X, task = rng.normal(size=(900, 2)), np.repeat(np.arange(30), 30)
+    alike = X[:, 0] + rng.normal(size=900)
+    model = _baselines.FineTunedMLP().fit(training(X, alike, task))
+    assert model.chosen_[5][0] * model.chosen_[5][1] <= 0.03
+    X, different, task = random_slopes(30)
+    model = _baselines.FineTunedMLP().fit(training(X, different / different.std(), task))
+    assert model.chosen_[5][1] >= 5
+
+
+def test_hierarchical_logistic_of_a_large_penalty_is_the_pooled_one():
+    X, y, task = shared_classes()
+    labels = np.searchsorted(["a", "b", "c"], y)
+    train = training(X, labels, task, n_shots=(1,), n_classes=3)
+    model = _baselines.HierarchicalLogistic()
+    model.INVERSE_PENALTIES = (1.0,)
+    model.fit(train)
+    pooled = _baselines.CLASSIFICATION["pooled logistic"]().fit(train)
+    of = episodes(X, labels, task)[:3]
+    model.strengths_ = {1: 1e8}
+    for p, q in zip(model.predict(of, 1), pooled.predict(of, 1), strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-6)
+
+
+def test_binary_coefficients_give_the_probabilities_of_the_model():
+    X, y, _ = shared_classes()
+    two = y != "c"
+    model = _baselines._logistic(0).fit(X[two], np.searchsorted(["a", "b"], y[two]))
+    coefs = _baselines._logistic_coefs(model, 3).numpy()
+    logits = (coefs[0] + X @ coefs[1:])[:, :2]
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(p, model.predict_proba(X), atol=1e-9)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": None}, "no task information"),
+        ({"n_shots": 0}, "n_shots must be a positive integer; got 0"),
+        ({"n_shots": []}, "n_shots is empty"),
+        ({"n_shots": 12}, "has 12 rows: none for a query set after n_shots=12"),
+        ({"n_shots": 11, "disjoint_rows": True}, "left of its own by disjoint_rows"),
+        ({"test_size": 1.5}, "test_size must be a fraction"),
+        ({"test_size": 7}, "holds out 7; expected 2 to 4"),
+        ({"n_repeats": 0}, "n_repeats must be a positive integer"),
+        ({"max_queries": 2.5}, "max_queries must be a positive integer"),
+        ({"baselines": "pooled ridg"}, "no baseline 'pooled ridg'.*Did you mean 'pooled ridge'"),
+        ({"baselines": {"MAMLRegressor": LinearRegression()}}, "is that of the estimator"),
+        ({"splits": []}, "splits is empty"),
+        ({"splits": [5]}, "splits must hold"),
+        ({"splits": [([0, 1], {})]}, "splits must hold"),
+        ({"splits": [([0, 1], {3: [([90], [91, 0])]})]}, "1 and 2 rows of 2 task"),
+        ({"splits": [([0, 1], {3: [([2], [3])]})]}, "the same rows twice"),
+    ],
+)
+def test_bad_values_are_refused(change, message):
+    X, y, task = random_slopes(8, 12)
+    arguments = {"groups": task, "estimator": REG, "n_shots": 3, "baselines": [], **change}
+    with pytest.raises(ValueError, match=message):
+        compare_baselines(X, y, random_state=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": LinearRegression()}, "got LinearRegression"),
+        ({"estimator": FewShotRegressor()}, "got FewShotRegressor"),
+        ({"estimator": MAMLRegressor}, "is the class MAMLRegressor"),
+        ({"baselines": {"own": 5}}, "'own' must be an estimator"),
+    ],
+)
+def test_bad_types_are_refused(change, message):
+    X, y, task = random_slopes(8, 12)
+    arguments = {"estimator": REG, "baselines": [], **change}
+    with pytest.raises(TypeError, match=message):
+        compare_baselines(X, y, task, **arguments)
+
+
+def test_data_that_cannot_be_compared_is_refused():
+    X, y, task = random_slopes(8, 12)
+    with pytest.raises(ValueError, match="one target at a time; y has 2 columns"):
+        compare_baselines(X, np.c_[y, y], task, REG)
+    with pytest.raises(ValueError, match=r"at least 6 tasks.*got 4"):
+        compare_baselines(X, y, task % 4, REG)
+    with pytest.raises(ValueError, match="are equal: nothing to learn"):
+        compare_baselines(X, np.ones(len(y)), task, REG, n_shots=3, baselines=[])
+    X, y, task = shared_classes(8, 12)
+    with pytest.raises(ValueError, match=r"shared by the tasks \(n_ways=None\)"):
+        compare_baselines(X, y, task, MAMLClassifier(n_ways=2))
+    y = np.where(task == 3, "z", y)
+    splits = [(np.flatnonzero(task < 3), {1: [([36], [37])]})]
+    with pytest.raises(ValueError, match=r"No training task has the labels \['z'\]"):
+        compare_baselines(X, y, task, CLF, splits=splits)
+
+
+def test_missing_pandas_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'sklearn-maml\[compare\]'"):
+        compare_baselines(*random_slopes(8, 12), REG)
