@@ -165,6 +165,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _default_steps: int
     _dtype: Any
     net_: Any
+    posterior_: PosteriorEnsemble | None
     _learner: Any
     _fingerprints: dict[Hashable, int]
     _rung: str
@@ -287,10 +288,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        self._meta_train(source, seed, continued, (X, y, metadata), processes)
+        conditions = self._wants_posterior(source, processes)
+        self._meta_train(source, seed, continued, (X, y, metadata), processes, conditions)
         self._calibrate(source)
-        self.posterior_is_better_ = False
-        self.posterior_ = self._fit_posterior(source, seed, processes)
+        self.posterior_, self.posterior_is_better_ = None, False
+        if conditions and not self.net_.interrupted_:
+            self._fit_posterior(source, seed)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -360,6 +363,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         continued: bool,
         data: tuple[Any, ...],
         processes: Processes | None,
+        conditions: bool,
     ) -> None:
         # imported when needed: adapting and predicting do without skorch
         from skorch.callbacks import LRScheduler
@@ -455,7 +459,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
-        if not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES:
+        # with a posterior, which learns how far to trust a support set, it takes no change
+        judged = not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES
+        if judged and not conditions:
             self._warn_if_memorized(engine, learner, source)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
@@ -469,19 +475,17 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _calibrate(self, source: Any) -> None:
         """Learn from held-out tasks how confident predictions may be."""
 
-    def _fit_posterior(
-        self, source: Any, seed: int, processes: Processes | None
-    ) -> PosteriorEnsemble | None:
-        """Closed-form adaptation, if it is asked for, or better on the held-out tasks."""
-        if self.posterior is False:
-            return None
+    def _wants_posterior(self, source: Any, processes: Processes | None) -> bool:
+        """Whether to learn closed-form adaptation, too; refuse where it cannot be."""
+        if self.posterior is False or (self.posterior == "auto" and not self._inner_loop_is_free()):
+            return False
         reason = self._why_no_posterior(source, processes)
-        if reason is not None:
-            if self.posterior is True:
-                raise ValueError(f"posterior=True {reason}. Set posterior='auto' or False.")
-            return None
-        if self.posterior == "auto" and not self._inner_loop_is_free():
-            return None
+        if reason is not None and self.posterior is True:
+            raise ValueError(f"posterior=True {reason}. Set posterior='auto' or False.")
+        return reason is None
+
+    def _fit_posterior(self, source: Any, seed: int) -> None:
+        """Learn closed-form adaptation, and compare it on the held-out tasks."""
         tasks = source.tasks
         encoded = self._encode(tasks)
         y = encoded.y
@@ -499,8 +503,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             # the first member has not seen the tasks that the network was validated on
             loss = posterior.loss(source.validation, 0)
         losses = [row["valid_loss"] for row in self.history_]
+        self.posterior_ = posterior
         self.posterior_is_better_ = bool(loss <= (1 + CLEARLY_WORSE) * np.nanmin(losses))
-        return posterior
 
     def _inner_loop_is_free(self) -> bool:
         """Whether nothing was asked of the inner loop, so that `fit` may choose it."""

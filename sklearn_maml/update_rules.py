@@ -403,8 +403,9 @@ class LearnedAlpha(_LinearRule):
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.datasets import make_sinusoid_tasks
     >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
-    >>> reg = MAMLRegressor(update_rule="learned-alpha", max_iter=10, random_state=0)
-    >>> reg = reg.fit(X, y, groups=task)
+    >>> reg = MAMLRegressor(
+    ...     update_rule="learned-alpha", alpha=0.03, max_iter=10, random_state=0
+    ... ).fit(X, y, groups=task)
     >>> alpha = reg.alpha * reg.net_.module_.rule["alpha"].exp().item()
     >>> 0.02 < alpha < 0.05
     True

@@ -571,11 +571,11 @@ def test_what_holds_no_meta_learned_model_cannot_be_adapted():
 # --- parameters
 
 BAD_PARAMETERS = [
-    ("alpha", [-0.1, "0.1", None, np.nan, np.inf]),
+    ("alpha", [-0.1, "0.1", np.nan, np.inf]),
     ("beta", [0, -1, "0.1", np.inf]),
     ("beta_decay", [-0.1, 1.1, None]),
     ("max_grad_norm", [0, -1.0, "1"]),
-    ("steps", [-1, 1.5, None, "1"]),
+    ("steps", [-1, 1.5, "1"]),
     ("adapt_steps", [-1, 2.5]),
     ("n_shots", [0, -1, 1.5]),
     ("n_queries", [0, -1]),

@@ -1,0 +1,300 @@
+"""Closed-form adaptation under a learned prior: exactness, choice, uncertainty, do-no-harm."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
+from sklearn_maml.posterior import PosteriorEnsemble, _mixed_model, _Model
+
+RNG = np.random.RandomState
+
+
+def slopes(n_tasks=30, n_rows=24, seed=0, spread=1.0, noise=0.1):
+    """Tasks with random intercepts and slopes around a common line."""
+    rng = RNG(seed)
+    X = rng.uniform(-2, 2, (n_tasks, n_rows, 2))
+    coef = np.array([1.0, 2.0, -1.0]) + spread * rng.randn(n_tasks, 3)
+    y = coef[:, :1] + np.einsum("trp,tp->tr", X, coef[:, 1:])
+    y += noise * rng.randn(n_tasks, n_rows)
+    return X.reshape(-1, 2), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
+
+
+def labelled(n_tasks=30, n_rows=24, seed=0):
+    """Two classes, whose boundary differs from task to task."""
+    X, y, task = slopes(n_tasks, n_rows, seed)
+    return X, np.where(y > 1, "high", "low"), task
+
+
+def random_model(classification=False, n_features=3, n_outputs=1, seed=0):
+    rng = RNG(seed)
+    width = 64
+    params = {
+        "w1": rng.randn(n_features, width),
+        "b1": rng.randn(width),
+        "w2": rng.randn(width, width) / 8,
+        "b2": rng.randn(width),
+        "mean": 0.1 * rng.randn(1 + n_features + width, n_outputs),
+        "factor": rng.randn(1 + n_features, 1 + n_features),
+        "log_scale": rng.randn(width) - 2,
+        "log_noise": np.array(-1.0),
+    }
+    return _Model({name: torch.as_tensor(p) for name, p in params.items()}, classification)
+
+
+def columns_and_covariance(model, X):
+    """phi(x) and the prior covariance, written out anew."""
+    p = {name: value.numpy() for name, value in model.params.items()}
+    h = np.maximum(X @ p["w1"] + p["b1"], 0)
+    h = np.maximum(h @ p["w2"] + p["b2"], 0) * 2 / 8
+    phi = np.c_[np.ones(len(X)), X, h]
+    n = X.shape[1] + 1
+    cov = np.zeros((phi.shape[1], phi.shape[1]))
+    cov[:n, :n] = p["factor"] @ p["factor"].T
+    cov[n:, n:] = np.diag(np.exp(2 * p["log_scale"]))
+    return phi, cov, p["mean"], np.exp(2 * p["log_noise"]) + 1e-5
+
+
+@pytest.mark.parametrize("n_support", [1, 6, 200])  # fewer and more rows than columns
+def test_posterior_is_that_of_bayesian_linear_regression(n_support):
+    model, rng = random_model(), RNG(1)
+    X, y, X_new = rng.randn(n_support, 3), rng.randn(n_support, 1), rng.randn(7, 3)
+    phi, cov, mean, noise = columns_and_covariance(model, X)
+    precision = np.linalg.inv(cov)
+    posterior = np.linalg.inv(precision + phi.T @ phi / noise)
+    weights = posterior @ (precision @ mean + phi.T @ y / noise)
+    new = columns_and_covariance(model, X_new)[0]
+    given = model.condition(torch.as_tensor(X), torch.as_tensor(y))
+    got, variance = model.query(torch.as_tensor(X_new), given)
+    np.testing.assert_allclose(got.numpy(), new @ weights, rtol=1e-6, atol=1e-8)
+    expected = np.einsum("rp,pq,rq->r", new, posterior, new) + noise
+    np.testing.assert_allclose(variance.numpy(), expected, rtol=1e-6)
+
+
+def test_classes_are_adapted_to_the_maximum_a_posteriori():
+    model, rng = random_model(True, n_outputs=3), RNG(1)
+    model.params["factor"] *= 0.1  # a prior narrow enough for the number of Newton steps
+    model.params["log_noise"] += 1.0 + 0.5 * np.log(
+        4
+    )  # its inverse bounds the curvature of a class
+    X, y = rng.randn(6, 3), np.eye(3)[[0, 1, 2, 0, 1, 1]]
+    shift, _, _ = model.condition(torch.as_tensor(X), torch.as_tensor(y))
+    phi, cov, mean, _ = columns_and_covariance(model, X)
+    root = np.zeros_like(cov)
+    root[:4, :4] = model.params["factor"].numpy()
+    root[4:, 4:] = np.diag(np.exp(model.params["log_scale"].numpy()))
+    logits = phi @ (mean + root @ shift.numpy())
+    # the gradient of log likelihood + log prior, in units of the prior, is zero there
+    gradient = (phi @ root).T @ (y - softmax(logits, axis=1)) - shift.numpy()
+    before = (phi @ root).T @ (y - softmax(phi @ mean, axis=1))
+    assert np.abs(gradient).max() < 1e-3 * np.abs(before).max()
+
+
+def fitted(maml=MAMLRegressor, data=slopes, **params):
+    X, y, task = data()
+    return maml(max_iter=60, random_state=0, **params).fit(X, y, groups=task)
+
+
+@pytest.fixture(scope="module")
+def reg():
+    return fitted()
+
+
+@pytest.fixture(scope="module")
+def clf():
+    return fitted(MAMLClassifier, labelled, posterior=True)
+
+
+def test_defaults_choose_the_posterior_where_it_is_better(reg):
+    assert reg.posterior_is_better_
+    X, y, task = slopes(seed=5)
+    plain = fitted(posterior=False)
+    assert plain.posterior_ is None
+    assert reg.score(X, y, groups=task + 100) > plain.score(X, y, groups=task + 100)
+
+
+def test_weights_of_rows_are_those_of_repeated_rows(reg):
+    X, y, _ = slopes(seed=5)
+    weight = RNG(0).randint(0, 3, 8)
+    repeated = copy.copy(reg).adapt(np.repeat(X[:8], weight, 0), np.repeat(y[:8], weight))
+    weighted = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=weight)
+    # only ratios count: as many rows in all as there are with a weight
+    kept = int((weight > 0).sum())
+    assert kept != weight.sum()
+    other = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=10.0 * weight)
+    np.testing.assert_allclose(weighted.predict(X[8:]), other.predict(X[8:]), rtol=1e-9)
+    doubled = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=np.ones(8))
+    plain = copy.copy(reg).adapt(X[:8], y[:8])
+    np.testing.assert_allclose(doubled.predict(X[8:]), plain.predict(X[8:]), rtol=1e-9)
+    assert not np.allclose(weighted.predict(X[8:]), plain.predict(X[8:]))
+    assert np.abs(weighted.predict(X[8:24]) - repeated.predict(X[8:24])).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["reg", "clf"])
+def test_tasks_adapted_together_are_those_adapted_alone(kind, request):
+    model = request.getfixturevalue(kind)
+    X, y, task = (slopes if kind == "reg" else labelled)(seed=5)
+    support = np.flatnonzero(np.arange(len(y)) % 24 < task % 7 + 1)  # 1 to 7 rows
+    many = copy.copy(model).adapt(X[support], y[support], groups=task[support])
+    for j in (0, 3, 6):
+        own, rows = support[task[support] == j], task == j
+        one = adapt(model, X[own], y[own])
+        ask = "predict" if kind == "reg" else "predict_proba"
+        alone = getattr(one, ask)(X[rows])
+        np.testing.assert_allclose(
+            getattr(many, ask)(X[rows], groups=task[rows]), alone, rtol=1e-8, atol=1e-10
+        )
+        if kind == "reg":
+            std = many.predict(X[rows], groups=task[rows], return_std=True)[1]
+            np.testing.assert_allclose(one.predict(X[rows], return_std=True)[1], std, rtol=1e-8)
+
+
+def test_intervals_hold_what_they_promise(reg):
+    X, y, task = slopes(n_tasks=200, seed=7)
+    support = np.arange(len(y)) % 24 < 5
+    reg = copy.copy(reg).adapt(X[support], y[support], groups=task[support])
+    mean, std = reg.predict(X[~support], groups=task[~support], return_std=True)
+    assert mean.shape == std.shape == (int((~support).sum()),)
+    inside = np.abs(mean - y[~support]) < 1.645 * std
+    assert 0.85 <= inside.mean() <= 0.97
+
+
+def test_standard_deviation_shrinks_with_support_and_is_at_least_the_noise(reg):
+    X, y, _ = slopes(seed=7)
+    few = adapt(reg, X[:2], y[:2]).predict(X[24:48], return_std=True)[1]
+    many = adapt(reg, X[:24], y[:24]).predict(X[24:48], return_std=True)[1]
+    assert (many < few).mean() > 0.9
+    assert many.min() > 0.05
+
+
+def test_several_outputs_have_a_standard_deviation_each():
+    X, y, task = slopes()
+    Y = np.c_[y, 100 * y]
+    reg = MAMLRegressor(max_iter=20, posterior=True, random_state=0).fit(X, Y, groups=task)
+    mean, std = reg.adapt(X[:5], Y[:5]).predict(X[5:12], return_std=True)
+    assert mean.shape == std.shape == (7, 2)
+    np.testing.assert_allclose(std[:, 1], 100 * std[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "params", [{"alpha": 0.03}, {"steps": 10}, {"adapt_steps": 3}, {"center_y": True}]
+)
+def test_what_is_asked_of_the_inner_loop_is_what_predicts(params):
+    auto, off = fitted(**params), fitted(**params, posterior=False)
+    assert auto.posterior_ is None
+    X, y, _ = slopes(seed=3)
+    np.testing.assert_array_equal(
+        auto.adapt(X[:5], y[:5]).predict(X), off.adapt(X[:5], y[:5]).predict(X)
+    )
+    with pytest.raises(ValueError, match="posterior=True"):
+        auto.predict(X, return_std=True)
+
+
+def test_inner_loop_set_after_fit_takes_gradient_steps(reg):
+    X, y, _ = slopes(seed=3)
+    off = fitted(posterior=False)
+    stepped = copy.copy(reg).set_params(alpha=0.03)
+    np.testing.assert_array_equal(
+        stepped.adapt(X[:5], y[:5]).predict(X), off.adapt(X[:5], y[:5]).predict(X)
+    )
+
+
+def test_gradient_steps_that_are_clearly_better_predict(reg):
+    worse = copy.copy(reg)
+    worse.posterior_is_better_ = False
+    X, y, _ = slopes(seed=3)
+    off = fitted(posterior=False).adapt(X[:5], y[:5])
+    mean, std = worse.adapt(X[:5], y[:5]).predict(X, return_std=True)
+    np.testing.assert_array_equal(mean, off.predict(X))
+    assert np.isfinite(std).all()
+
+
+def test_where_tasks_do_not_differ_adapting_does_no_harm():
+    X, y, task = slopes(n_tasks=40, spread=0.0, noise=1.0)
+    reg = MAMLRegressor(max_iter=100, random_state=0).fit(X, y, groups=task)
+    X, y, task = slopes(n_tasks=100, spread=0.0, noise=1.0, seed=9)
+    support = np.arange(len(y)) % 24 < 5
+    reg.adapt(X[support], y[support], groups=task[support])
+    predicted = reg.predict(X[~support], groups=task[~support])
+    truth = 1 + X[~support] @ [2.0, -1.0]
+    # the pooled truth leaves the noise of variance 1; per-task regression on 5 rows some 1.6
+    assert ((predicted - y[~support]) ** 2).mean() < 1.05 * ((truth - y[~support]) ** 2).mean()
+
+
+def test_probabilities_sum_to_one_and_adapting_tells(clf):
+    X, y, task = labelled(seed=5)
+    support = np.arange(len(y)) % 24 < 8
+    model = copy.copy(clf).adapt(X[support], y[support], groups=task[support])
+    p = model.predict_proba(X[~support], groups=task[~support])
+    np.testing.assert_allclose(p.sum(1), 1)
+    own = (model.predict(X[~support], groups=task[~support]) == y[~support]).mean()
+    model.adapt(X[support], y[support], groups=(task[support] + 1) % 30)
+    other = (model.predict(X[~support], groups=task[~support]) == y[~support]).mean()
+    assert own > other + 0.1
+
+
+def test_probabilities_of_gradient_steps_are_calibrated_where_nothing_was_asked():
+    auto = fitted(MAMLClassifier, labelled)
+    auto.posterior_is_better_ = False
+    off = fitted(MAMLClassifier, labelled, alpha=0.03, steps=5)
+    assert off.temper_ == 1.0
+    X, y, _ = labelled(seed=5)
+    logits = off.adapt(X[:8], y[:8]).decision_function(X)
+    p = auto.adapt(X[:8], y[:8]).predict_proba(X)[:, 1]
+    assert auto.temper_ != 1.0
+    np.testing.assert_allclose(p, 1 / (1 + np.exp(-auto.temper_ * logits)), rtol=1e-6)
+
+
+def test_predictions_end_near_the_range_of_the_targets(reg):
+    X, y, _ = slopes(seed=3)
+    far = adapt(reg, X[:5], y[:5]).predict(np.array([[1e6, -1e6], [1e300, 1e300]]))
+    span = slopes()[1].max() - slopes()[1].min()
+    assert np.abs(far).max() < 2 * span
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"early_stopping": False}, "held-out tasks"),
+        ({"n_ways": 2}, "n_ways"),
+    ],
+)
+def test_posterior_that_cannot_be_is_refused_before_training(params, message):
+    X, y, task = labelled()
+    with pytest.raises(ValueError, match=message):
+        MAMLClassifier(posterior=True, max_iter=10**9, **params).fit(X, y, groups=task)
+
+
+def test_same_seed_same_posterior_and_survives_pickling(reg):
+    again = fitted()
+    for one, other in zip(reg.posterior_.members, again.posterior_.members, strict=True):
+        for name, p in one.items():
+            np.testing.assert_array_equal(p, other[name])
+    X, y, _ = slopes(seed=3)
+    model = copy.copy(reg).adapt(X[:5], y[:5])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(X), model.predict(X))
+
+
+def test_mixed_model_recovers_the_population_of_slopes():
+    X, y, task = slopes(n_tasks=400, spread=0.5)
+    mean, cov, noise = _mixed_model(X, y[:, None], task)
+    np.testing.assert_allclose(mean[:, 0], [1, 2, -1], atol=0.1)
+    np.testing.assert_allclose(cov, 0.25 * np.eye(3), atol=0.06)
+    assert abs(noise - 0.01) < 0.002
+
+
+def test_wide_tables_and_ragged_tiny_tasks_train():
+    rng = RNG(0)
+    X = rng.randn(90, 120)
+    task = np.repeat(np.arange(20), np.r_[np.full(10, 2), np.full(10, 7)])
+    y = X[:, 0] + 0.1 * rng.randn(90)
+    ensemble = PosteriorEnsemble.fit(
+        X, y[:, None], task, np.array([0, 15]), classification=False, seed=0, n_updates=5
+    )
+    given = ensemble.condition(X[:2], y[:2, None], np.zeros(2, int), 1)
+    assert np.isfinite(ensemble.predict(given, X, np.zeros(90, int))).all()
+    assert np.isfinite(ensemble.predict_std(given, X, np.zeros(90, int))).all()
