@@ -447,10 +447,17 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 params=self.get_params(deep=False),
                 seed=seed,
                 the_tasks_in_X_y_and_groups=[
-                    tasks.X, tasks.y, tasks.codes, tasks.ids, tasks.in_query, source.single
+                    tasks.X,
+                    tasks.y,
+                    tasks.codes,
+                    tasks.ids,
+                    tasks.in_query,
+                    source.single,
                 ],
                 the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
-                the_state_of_the_optimiser=net_state(net) if continued else None,
+                the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]
+                if continued
+                else None,
             )
             checkpoint.draws_random = random
             net.checkpoint = checkpoint

@@ -132,6 +132,11 @@ class CheckpointedFit:
         Whether meta-training draws from torch's generators.
     """
 
+    path: Path
+    every: float
+    draws_random: bool
+    _describe: Callable[..., Any]
+
     def __init__(self, settings: Checkpoint, describe: Callable[..., Any]) -> None:
         every = settings.every
         if isinstance(every, bool) or not isinstance(every, numbers.Real) or not every >= 0:
@@ -403,4 +408,3 @@ def _restore_callback(callback: Any, state: dict[str, Any]) -> None:
     vars(callback).update(state["fitted"])
     if "scheduler" in state:
         callback.lr_scheduler_.load_state_dict(state["scheduler"])
-

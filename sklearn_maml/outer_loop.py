@@ -18,6 +18,7 @@ from skorch import NeuralNet
 from skorch.callbacks import Callback, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from sklearn_maml.engine import rate_key
@@ -652,7 +653,9 @@ class MetaNet(NeuralNet):
         begun = [
             callback
             for _, callback in self.callbacks_
-            if isinstance(callback, LRScheduler) and "last_epoch" not in vars(callback)
+            if isinstance(callback, LRScheduler)
+            and "last_epoch" not in vars(callback)
+            and callback.policy_ is not ReduceLROnPlateau  # which has no such parameter
         ]
         for callback in begun:
             callback.last_epoch = -1
@@ -693,6 +696,8 @@ class MetaNet(NeuralNet):
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
             iterator.generator = torch.Generator().manual_seed(0)
+            if getattr(iterator.sampler, "generator", True) is None:
+                iterator.sampler.generator = iterator.generator
         if kind in self.loader_states_:
             iterator.generator.set_state(self.loader_states_.pop(kind))
         if self.checkpoint is not None:

@@ -271,7 +271,7 @@ def _load(
             f"{path} is a {tree.get('kind')} and no model. The file of a Checkpoint is for fit; "
             "expected one written by the save method of an estimator."
         )
-    name = tree.get("class")
+    name = str(tree.get("class"))
     if cls is None and name not in ESTIMATORS:
         raise FileFormatError(
             f"{path} has a {name}, which is no class of sklearn_maml. Call load of that class."
@@ -413,6 +413,11 @@ class _Reader:
         if self.device is not None and "device" in params:
             params["device"] = self.device
         estimator = cls(**params)
+        if self.device is not None and "device" in params:
+            try:
+                estimator._resolve_device()
+            except ValueError as error:
+                raise _NotGiven(str(error)) from error
         fitted = {name: decoder.decode(value) for name, value in node["fitted"].items()}
         estimator._stored_as(estimator).restore(fitted)
         return estimator
@@ -530,6 +535,7 @@ class MAMLKind(_Kind):
         from skorch.history import History
 
         estimator = self.estimator
+        estimator._check_parameter_names()
         names = ("device", "learner", "rates", "frozen", "in_training", "history", "net", "state")
         parts = {name: fitted.pop(name) for name in names if name in fitted}
         super().restore(fitted)

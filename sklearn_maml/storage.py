@@ -169,7 +169,11 @@ class Encoder:
             return {TAG: "list", "of": "str", "name": name}
         if kind in _LISTS and (kind is not int or all(-(2**63) <= v < 2**63 for v in value)):
             of, dtype = _LISTS[kind]
-            return {TAG: "list", "of": of, "name": self._add(torch.tensor(value, dtype=dtype), path)}
+            return {
+                TAG: "list",
+                "of": of,
+                "name": self._add(torch.tensor(value, dtype=dtype), path),
+            }
         return self._items(value, path)
 
     def _records(self, value: list[dict[Any, Any]], path: str) -> Any:
