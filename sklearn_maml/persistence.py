@@ -161,7 +161,7 @@ class SaveMixin:
         >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
         >>> reg.save(path)
         >>> same = sklearn_maml.load(path)
-        >>> (same.predict(X) == reg.predict(X)).all()
+        >>> bool((same.predict(X) == reg.predict(X)).all())
         True
         """
         check_is_fitted(self)
