@@ -34,6 +34,12 @@ from sklearn_maml._validation import (
     did_you_mean,
     keeps_state_on_error,
 )
+from sklearn_maml.checkpoint import (
+    Checkpoint,
+    CheckpointedFit,
+    begin_checkpointed,
+    net_state,
+)
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     CHUNK,
@@ -72,6 +78,7 @@ from sklearn_maml.modules import (
     make_mlp,
 )
 from sklearn_maml.optimizers import can_fuse
+from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
 from sklearn_maml.posterior import Conditioned, PosteriorEnsemble
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
@@ -158,7 +165,7 @@ class Scored:
     states: list[State]
 
 
-class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
+class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     """What the classifier and the regressor share."""
 
     _classification: bool
@@ -170,6 +177,8 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     _fingerprints: dict[Hashable, int]
     _rung: str
     _score_seed: int
+    _stored_as = MAMLKind
+    _state_class = State
     _prefixes = (
         "module",
         "optimizer",
@@ -267,10 +276,18 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self._check_parameter_names()
         processes = find_processes()
         continued = bool(self.warm_start) and hasattr(self, "net_")
+        if self.warm_start and hasattr(self, "module_") and not continued:
+            raise ValueError(
+                "warm_start=True continues a fit, but this model was saved without the state of "
+                "its optimiser. Save it with training=True, or fit anew with warm_start=False."
+            )
+        checkpoint = begin_checkpointed(self.callbacks, processes, describe)
         if continued:  # the same tasks are held out; episodes follow the count of updates
             seed = self._score_seed
         else:
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if checkpoint is not None:
+            seed = checkpoint.seed(seed, given=continued or self.random_state is not None)
         if processes is not None:
             given = continued or self.random_state is not None
             seed = processes.agree_on_seed(seed, given)
@@ -289,7 +306,9 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
         conditions = self._wants_posterior(source, processes)
-        self._meta_train(source, seed, continued, (X, y, metadata), processes, conditions)
+        self._meta_train(
+            source, seed, continued, (X, y, metadata), processes, checkpoint, conditions
+        )
         self._calibrate(source)
         self.posterior_, self.posterior_is_better_ = None, False
         if conditions and not self.net_.interrupted_:
@@ -363,6 +382,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         continued: bool,
         data: tuple[Any, ...],
         processes: Processes | None,
+        checkpoint: CheckpointedFit | None,
         conditions: bool,
     ) -> None:
         # imported when needed: adapting and predicting do without skorch
@@ -448,6 +468,26 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         )
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
+        if checkpoint is not None:
+            tasks = source.tasks
+            checkpoint.compare(
+                params=self.get_params(deep=False),
+                seed=seed,
+                the_tasks_in_X_y_and_groups=[
+                    tasks.X,
+                    tasks.y,
+                    tasks.codes,
+                    tasks.ids,
+                    tasks.in_query,
+                    source.single,
+                ],
+                the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
+                the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]
+                if continued
+                else None,
+            )
+            checkpoint.draws_random = random
+            net.checkpoint = checkpoint
         rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
         with (
             _SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
@@ -465,7 +505,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             self._warn_if_memorized(engine, learner, source)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
-        net.engine = net.train_split = net.epoch_hooks = None
+        net.engine = net.train_split = net.epoch_hooks = net.checkpoint = None
         self.net_ = net
         self.module_ = learner.module
         self._learner = learner
@@ -611,6 +651,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             classification=self._classification,
         )
 
+    def _new_learner(self) -> Any:
+        """Meta-parameters of the shapes of a fit, for those of a file."""
+        with _SeededTorch(self.device_, 0):
+            module = self._make_module()
+        return self._make_learner(module)
+
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar
         from torch.utils.data import DataLoader
@@ -618,14 +664,16 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
         from sklearn_maml.outer_loop import MetaNet, use_batch
 
         callbacks = list(self.callbacks or [])
-        for item in callbacks:
+        for item in list(callbacks):
             callback = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else item
             kind = callback if isinstance(callback, type) else type(callback)
-            if not issubclass(kind, Callback):
+            if not issubclass(kind, (Callback, Checkpoint)):
                 raise ValueError(
                     "callbacks must be skorch callbacks or (name, callback) pairs; got "
                     f"{item!r}. scikit-learn's own callbacks go through set_callbacks."
                 )
+            if issubclass(kind, Checkpoint):  # the net's own: it comes after all others
+                callbacks.remove(item)
         if self.verbose and sys.stderr.isatty():
             callbacks.append(("progress_bar", ProgressBar()))
         forwarded = ("optimizer", "iterator_train", "iterator_valid", "callbacks")

@@ -483,6 +483,34 @@ class Engine:
         if self._end > self._climbs_at:
             build(next(self.module.parameters()).dtype)
 
+    def progress(self) -> dict[str, Any]:
+        """Return what meta-training has changed here, as plain data, for `resume`."""
+        return {
+            "rung": self.rung,
+            "fallback_reason": self.fallback_reason,
+            "max_tasks_in_memory": self.max_tasks_in_memory,
+            "attends": self._attends,
+            "predicts_singly": self._predicts_singly,
+            "phase": self._phase,
+            "buffers": dict(self.module.named_buffers()),
+            "tracer": self.tracer.progress(),
+        }
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on where the engine of an interrupted fit stood; call it before `expect`."""
+        if progress["rung"] == "loop":
+            self.rung = "loop"
+        elif progress["rung"] == "native" and self._layout is not None and self._on_cpu:
+            self._compile()
+        self.fallback_reason = progress["fallback_reason"]
+        self.max_tasks_in_memory = progress["max_tasks_in_memory"]
+        self._attends = progress["attends"]
+        self._predicts_singly = progress["predicts_singly"]
+        self._phase = progress["phase"]
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(progress["buffers"][name])
+        self.tracer.resume(progress["tracer"])
+
     def finish(self) -> None:
         """Give up what is prepared in the background: no more meta-steps come."""
         self.tracer.finish()
@@ -501,6 +529,11 @@ class Engine:
         if self._layout is None or self.rung != "stacked" or not self._on_cpu:
             return
         if compiled or self._stacked_seconds(n_tasks, n_rows, steps) >= ADAPTING_SECONDS:
+            self._compile()
+
+    def predict_compiled(self) -> None:
+        """Predict with the compiled kernels from now on, where they cover the module."""
+        if self._layout is not None and self.rung == "stacked" and self._on_cpu:
             self._compile()
 
     @property

@@ -7,7 +7,9 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 __all__ = [
     "CutTaskWarning",
+    "DeviceWarning",
     "EngineFallbackWarning",
+    "FileFormatError",
     "InterruptedFitWarning",
     "MemorizationWarning",
     "MetaTrainingError",
@@ -26,6 +28,10 @@ class MetaTrainingError(ArithmeticError, ValueError):
     """Raised when most meta-steps were not finite, so that nothing was learned."""
 
 
+class FileFormatError(ValueError):
+    """Raised when a file is no model or checkpoint, or not the one that was written."""
+
+
 class SingleTaskWarning(UserWarning):
     """Issued when `fit` saw no task information and treated all rows as one task."""
 
@@ -39,6 +45,10 @@ class SeenTaskWarning(UserWarning):
 
     Such a score measures new rows of known tasks, not performance on new tasks.
     """
+
+
+class DeviceWarning(UserWarning):
+    """Issued when a model is loaded on the CPU because there is no device like that of its fit."""
 
 
 class MemorizationWarning(UserWarning):

@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import BaseMAML, find_prior, transform_rows
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.persistence import FewShotKind, SaveMixin
 
 __all__ = ["FewShotClassifier", "FewShotRegressor", "adapt"]
 
@@ -80,10 +81,11 @@ def adapt(
     return copy.copy(estimator).adapt(X, y, groups=groups, sample_weight=sample_weight)
 
 
-class _FewShot(BaseEstimator):
+class _FewShot(SaveMixin, BaseEstimator):
     """What the two FewShot estimators share: `fit` adapts a prior to one task."""
 
     _prior_class: type[BaseMAML]
+    _stored_as = FewShotKind
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],

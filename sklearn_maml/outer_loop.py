@@ -18,6 +18,7 @@ from skorch import NeuralNet
 from skorch.callbacks import Callback, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from sklearn_maml.engine import rate_key
@@ -286,6 +287,8 @@ class MetaNet(NeuralNet):
         then does nothing. `progress` is the fraction of `max_iter` that is made.
     epoch_hooks : object with begin_epoch() and end_epoch(), default=None
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
+    checkpoint : CheckpointedFit or None, default=None
+        Where the state of the fit is kept, and taken from.
     **kwargs : dict
         Parameters of `skorch.NeuralNet`.
     """
@@ -307,6 +310,7 @@ class MetaNet(NeuralNet):
         symmetric_head: SymmetricHead | None = None,
         step_size_at: Callable[[float], float | None] | None = None,
         epoch_hooks: Any = None,
+        checkpoint: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
     ) -> None:
@@ -323,6 +327,7 @@ class MetaNet(NeuralNet):
         self.symmetric_head = symmetric_head
         self.step_size_at = step_size_at
         self.epoch_hooks = epoch_hooks
+        self.checkpoint = checkpoint
         super().__init__(module, criterion=criterion, **kwargs)
 
     @property
@@ -343,6 +348,9 @@ class MetaNet(NeuralNet):
         self.non_finite_ = 0
         self._prepared: _Prepared | None = None
         self._heard: dict[str, list[Any]] = {}
+        self._loaders: dict[str, Any] = {}
+        # of the generators of data loaders before an interruption
+        self.loader_states_: dict[str, Tensor] = {}
         return self
 
     def continue_from(self, net: MetaNet) -> None:
@@ -405,7 +413,7 @@ class MetaNet(NeuralNet):
         """Forget what was prepared."""
         if self._prepared is not None and self._prepared.flat is not None:
             self._prepared.flat.release()
-        self._prepared, self._heard = None, {}
+        self._prepared, self._heard, self._loaders = None, {}, {}
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Make one meta-update."""
@@ -591,21 +599,27 @@ class MetaNet(NeuralNet):
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
-        self.engine.expect(
-            self.update_,
-            self.max_iter,
-            n_tasks=X.batch_size,
-            n_rows=self.rows_per_task,
-            steps=self.steps,
-        )
+        if self.checkpoint is not None and self.checkpoint.is_complete:
+            self.checkpoint.take_result(self)
+            return self
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
         with self._new_schedules():
             self.notify("on_train_begin", X=X, y=y)
         self._project()
+        if self.checkpoint is not None:
+            self.checkpoint.begin(self)
+        left = self.max_iter - (self.update_ - self.first_update_)
+        self.engine.expect(
+            self.update_,
+            left,
+            n_tasks=X.batch_size,
+            n_rows=self.rows_per_task,
+            steps=self.steps,
+        )
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
-                self.fit_loop(X, y, epochs=-(-self.max_iter // UPDATES_PER_EPOCH))
+                self.fit_loop(X, y, epochs=-(-left // UPDATES_PER_EPOCH))
         except StopTraining:
             pass
         except KeyboardInterrupt as error:
@@ -625,6 +639,8 @@ class MetaNet(NeuralNet):
         self.best_state_ = None
         self._release()
         self.notify("on_train_end", X=X, y=y)
+        if self.checkpoint is not None and not self.interrupted_:
+            self.checkpoint.end(self)
         return self
 
     @contextlib.contextmanager
@@ -637,7 +653,9 @@ class MetaNet(NeuralNet):
         begun = [
             callback
             for _, callback in self.callbacks_
-            if isinstance(callback, LRScheduler) and "last_epoch" not in vars(callback)
+            if isinstance(callback, LRScheduler)
+            and "last_epoch" not in vars(callback)
+            and callback.policy_ is not ReduceLROnPlateau  # which has no such parameter
         ]
         for callback in begun:
             callback.last_epoch = -1
@@ -678,7 +696,18 @@ class MetaNet(NeuralNet):
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
             iterator.generator = torch.Generator().manual_seed(0)
+            if getattr(iterator.sampler, "generator", True) is None:
+                iterator.sampler.generator = iterator.generator
+        if kind in self.loader_states_:
+            iterator.generator.set_state(self.loader_states_.pop(kind))
+        if self.checkpoint is not None:
+            self._loaders[kind] = iterator
         return iterator
+
+    def loader_states(self) -> dict[str, Tensor]:
+        """Return the states of the generators of the data loaders, for a checkpoint."""
+        generators = {k: getattr(loader, "generator", None) for k, loader in self._loaders.items()}
+        return {k: g.get_state() for k, g in generators.items() if g is not None}
 
     def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
         """Begin a row of the history."""
@@ -739,6 +768,8 @@ class MetaNet(NeuralNet):
             asked = self.epoch_hooks is not None and self.epoch_hooks.end_epoch()
             if asked or (self.patience is not None and self.epochs_without_gain_ >= self.patience):
                 raise StopTraining
+            if self.checkpoint is not None:
+                self.checkpoint.end_epoch(self)
 
     # -- for scoring callbacks -------------------------------------------------------------------
 

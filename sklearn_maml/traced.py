@@ -125,11 +125,39 @@ class Tracer:
         self._updates = 0
         self._seen: collections.Counter[Hashable] = collections.Counter()
         self._graphs: dict[Hashable, Function] = {}
+        self._resumed: set[Hashable] = set()  # shapes that were traced before an interruption
+        self._library: Hashable = None  # the shape that is compiled
 
     def __getstate__(self) -> dict[str, Any]:
         # what has been seen belongs to the fit, and graphs cannot be pickled
-        fresh = {"_seen": collections.Counter(), "_graphs": {}, "_updates": 0}
-        return {**self.__dict__, **fresh, "_compilation": None, "_due": None, "compiled": False}
+        fresh = {"_seen": collections.Counter(), "_graphs": {}, "_updates": 0, "_resumed": set()}
+        unused = {"_compilation": None, "_due": None, "_library": None, "compiled": False}
+        return {**self.__dict__, **fresh, **unused}
+
+    def progress(self) -> dict[str, Any]:
+        """Return what has been decided so far, as plain data, for `resume`."""
+        return {
+            "updates": self._updates,
+            "seen": list(self._seen.items()),
+            "traced": list(self._graphs),
+            "due": self._due,
+            "compiled": self._library,
+            "reason": self.reason,
+            "uncompiled_reason": self.uncompiled_reason,
+        }
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on where another tracer, of the same fit, stood.
+
+        Shapes that it had traced are traced when they come again, and run traced from that update
+        on, so that every update of the fit takes the same graph as without the interruption.
+        """
+        self._updates = progress["updates"]
+        self._seen = collections.Counter(dict(progress["seen"]))
+        self._resumed = set(progress["traced"])
+        self._due, self._library = progress["due"], progress["compiled"]
+        self.reason = progress["reason"]
+        self.uncompiled_reason = progress["uncompiled_reason"]
 
     @property
     def n_traced(self) -> int:
@@ -145,7 +173,7 @@ class Tracer:
         self.updates_left = max(self.updates_left - 1, 0)
         self._others = others
         waits = self._alike_left >= self.min_updates and self.reason is None
-        return waits or bool(self._graphs)
+        return waits or bool(self._graphs) or bool(self._resumed)
 
     @property
     def _alike_left(self) -> int:
@@ -158,6 +186,8 @@ class Tracer:
         self.updates_left, self._updates = left, 0
         self._seen.clear()
         self._graphs.clear()
+        self._resumed.clear()
+        self._library = None
 
     def run(
         self,
@@ -186,6 +216,8 @@ class Tracer:
             ``args[1]``.
         """
         graph = self._graphs.get(shape)
+        if shape in self._resumed:
+            graph = self._trace_again(function, inputs, shape, settings())
         if graph is not None:
             outputs = graph(*inputs)
             if self._due is not None and self._due[0] == shape and self._updates >= self._due[1]:
@@ -224,6 +256,29 @@ class Tracer:
             _restore(inputs, end)
         return expected
 
+    def _trace_again(
+        self, function: Function, inputs: Sequence[Tensor], shape: Hashable, settings: Hashable
+    ) -> Function:
+        """Trace what was traced before an interruption, and compile what was compiled."""
+        self._resumed.discard(shape)
+        key = (settings, tuple((t.shape, t.dtype, t.device) for t in inputs))
+        try:
+            # it agreed with the step before the interruption
+            graph = _shared_graph(key, function, inputs, lambda graph: True)
+        except Untraceable as error:
+            self.reason = str(error)
+            raise Untraceable(self.reason, function(*inputs)) from error
+        self._graphs[shape] = _launched_at_once(graph, inputs)
+        if self._library == shape or (self._due is not None and self._due[0] == shape):
+            due, self._due = self._due, None
+            self._start_compiling(shape, function, inputs)
+            self._due = due
+        if self._library == shape:
+            start = _generator_states(inputs)
+            self._use_library(shape, inputs, self._graphs[shape](*inputs))
+            _restore(inputs, start)
+        return self._graphs[shape]
+
     def _start_compiling(
         self, shape: Hashable, function: Function, inputs: Sequence[Tensor]
     ) -> None:
@@ -253,6 +308,7 @@ class Tracer:
             self._give_up_compiling(error)
         else:
             self._graphs[shape] = library
+            self._library = shape
             self.compiled = True
         self._compilation = None
 

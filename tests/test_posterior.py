@@ -279,6 +279,25 @@ def test_same_seed_same_posterior_and_survives_pickling(reg):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(X), model.predict(X))
 
 
+@pytest.mark.parametrize("kind", ["reg", "clf"])
+def test_saved_models_predict_and_adapt_as_they_did(kind, request, tmp_path):
+    model = copy.copy(request.getfixturevalue(kind))
+    X, y, _ = (slopes if kind == "reg" else labelled)(seed=3)
+    model.adapt(X[:5], y[:5])
+    model.save(tmp_path / "model.safetensors")
+    same = type(model).load(tmp_path / "model.safetensors")
+    for _ in range(2):
+        if kind == "reg":
+            for one, other in zip(
+                model.predict(X, return_std=True), same.predict(X, return_std=True), strict=True
+            ):
+                np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_array_equal(model.predict_proba(X), same.predict_proba(X))
+        model.adapt(X[5:9], y[5:9])
+        same.adapt(X[5:9], y[5:9])
+
+
 def test_mixed_model_recovers_the_population_of_slopes():
     X, y, task = slopes(n_tasks=400, spread=0.5)
     mean, cov, noise = _mixed_model(X, y[:, None], task)

@@ -1,0 +1,653 @@
+"""Saving fitted estimators to files, and loading them, without pickle.
+
+What a file holds of an estimator is listed here, attribute by attribute. Loading builds the
+estimator from its parameters, as `fit` does, and gives it the stored numbers. Classes that a file
+names are looked up in the lists below: nothing is imported for it, and what is not listed has to be
+passed by the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import sklearn
+import torch
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from sklearn_maml.checkpoint import Checkpoint, net_state, restore_net
+from sklearn_maml.engine import (
+    ELEMENTWISE,
+    Adapted,
+    Engine,
+    cross_entropy_rows,
+    squared_error_rows,
+)
+from sklearn_maml.exceptions import DeviceWarning, FileFormatError
+from sklearn_maml.meta_gradients import META_GRADIENTS, SecondOrder
+from sklearn_maml.modules import ContextMLP
+from sklearn_maml.posterior import Conditioned, PosteriorEnsemble
+from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
+from sklearn_maml.update_rules import SGD, UPDATE_RULES
+
+__all__ = ["SaveMixin", "describe", "load"]
+
+# Fitted attributes that are stored, by the class that sets them; an estimator has those of all its
+# base classes. They may be numbers, strings, None, arrays, tensors, dtypes, and lists, tuples and
+# dicts of these. A fitted attribute in none of the lists is an error in `save`.
+STORED: dict[str, tuple[str, ...]] = {
+    "BaseMAML": (
+        "n_features_in_",
+        "feature_names_in_",
+        "feature_shape_",
+        "n_tasks_",
+        "tasks_",
+        "n_iter_",
+        "_dtype",
+        "_flat",
+        "_fingerprints",
+        "_rung",
+        "_score_seed",
+        "posterior_is_better_",
+    ),
+    "MAMLRegressor": ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d"),
+    "MAMLClassifier": ("classes_", "temper_"),
+    "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_"),
+}
+# Those that loading makes anew: see `_MAML.fitted` and `_MAML.restore`.
+REBUILT = {
+    "device_",
+    "history_",
+    "module_",
+    "net_",
+    "posterior_",
+    "_fit_settings",
+    "_learner",
+    "_metadata_request",
+    "_state",
+}
+# Those of scikit-learn that belong to the process: set_output, set_callbacks.
+LEFT_OUT = {"_sklearn_output_config", "_skl_callbacks", "_parent_callback_ctx"}
+
+# objects with parameters that a file may name
+OBJECTS: dict[str, type] = {
+    **{c.__name__ + "Rule": c for c in UPDATE_RULES.values()},
+    **{c.__name__ + "Gradient": c for c in META_GRADIENTS.values()},
+    "Checkpoint": Checkpoint,
+}
+# classes that a file may name, as a module or optimiser, or as an option of a module
+CLASSES: dict[str, type] = {
+    "ContextMLP": ContextMLP,
+    **{f"torch.nn.{c.__name__}": c for c in (nn.Linear, nn.LayerNorm, *ELEMENTWISE)},
+    **{
+        f"torch.optim.{name}": c
+        for name, c in vars(torch.optim).items()
+        if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
+    },
+}
+_NAMES: dict[type, str] = {c: name for name, c in {**OBJECTS, **CLASSES}.items()}
+# estimators of the library, by name
+ESTIMATORS: dict[str, type[SaveMixin]] = {}
+
+
+def describe(value: Any, encoder: Encoder, path: str) -> Any:
+    """Name classes and objects of the library; `other` of `Encoder`."""
+    if isinstance(value, type):
+        name = _NAMES.get(value)
+        return None if name is None else {TAG: "class", "name": name}
+    name = _NAMES.get(type(value))
+    if name in OBJECTS:
+        params = value.get_params(deep=False)
+        return {TAG: "object", "name": name, "params": encoder.encode(params, path)}
+    return None
+
+
+class SaveMixin:
+    """`save` and `load` of an estimator."""
+
+    _stored_as: ClassVar[type[_Kind]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = cls.__module__ in ("sklearn_maml.estimators", "sklearn_maml.few_shot")
+        if ours and not cls.__name__.startswith("_"):
+            ESTIMATORS[cls.__name__] = cls
+
+    def save(self, path: Any, *, tasks: bool = True, training: bool = True) -> None:
+        """Save the fitted estimator to a file, without pickle.
+
+        The file is a safetensors file: weights, with parameters and all else as JSON. It is
+        replaced in one go, and takes no rows of the training data.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to write.
+        tasks : bool, default=True
+            Whether the tasks that the estimator is adapted to are saved, too.
+        training : bool, default=True
+            Whether the state of the optimiser is saved, from which a fit with ``warm_start=True``
+            goes on; with Adam it takes twice the space of the weights.
+
+        Raises
+        ------
+        NotFittedError
+            If the estimator is not fitted.
+        TypeError
+            If the estimator has something that no file can hold.
+        ValueError
+            If parameters were changed after `fit` that what was learned depends on.
+
+        See Also
+        --------
+        sklearn_maml.load : Load an estimator of any class.
+
+        Notes
+        -----
+        Parameters that cannot be written as plain data, such as a module class of your own or
+        skorch callbacks, are not in the file: `load` asks for them.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import sklearn_maml
+        >>> from sklearn_maml.datasets import make_sinusoid_tasks
+        >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
+        >>> reg = sklearn_maml.MAMLRegressor(max_iter=10, random_state=0)
+        >>> reg = reg.fit(X, y, groups=task).adapt(X[:10], y[:10])
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+        >>> reg.save(path)
+        >>> same = sklearn_maml.load(path)
+        >>> bool((same.predict(X) == reg.predict(X)).all())
+        True
+        """
+        check_is_fitted(self)
+        writer = _Writer(tasks, training)
+        encoder = Encoder(writer.describe)
+        node = writer.estimator(self, encoder, "estimator")
+        tree = {"kind": "model", "class": type(self).__name__, "content": node}
+        write_tree(path, tree, encoder.tensors)
+
+    @classmethod
+    def load(cls, path: Any, *, module: Any = None, device: Any = None, **objects: Any) -> Any:
+        """Load an estimator that `save` wrote.
+
+        A file runs no code: it names classes of the library and of torch.optim only, and has plain
+        data besides. Its digest tells damage, not forgery; do not take predictions from a file of
+        unknown origin for those of your model.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File that `save` wrote.
+        module : torch.nn.Module class or instance, default=None
+            What the estimator was given as `module`, unless it was None.
+        device : str or torch.device, default=None
+            Where the model is to be; it becomes the parameter `device`. None takes that of the
+            file, or the CPU if there is no such device, with a warning.
+        **objects : dict
+            Other parameters that are no plain data, such as ``callbacks=[...]``, by name.
+
+        Returns
+        -------
+        estimator : estimator
+            Predicts, adapts, and goes on fitting as the one that was saved.
+
+        Raises
+        ------
+        FileFormatError
+            If the file is something else, has another class, is damaged, or is of a later version.
+        ValueError
+            If a parameter has to be passed; the message names it.
+
+        Warns
+        -----
+        DeviceWarning
+            If the model is on the CPU for want of the device it was fitted on.
+        """
+        return _load(path, cls, module, device, objects)
+
+
+def load(path: Any, *, module: Any = None, device: Any = None, **objects: Any) -> Any:
+    """Load an estimator of any class of the library from a file that its `save` wrote.
+
+    A file runs no code: it names classes of the library and of torch.optim only, and has plain
+    data besides. Its digest tells damage, not forgery; do not take predictions from a file of
+    unknown origin for those of your model.
+
+    Parameters
+    ----------
+    path : str or path-like
+        File that `save` wrote.
+    module : torch.nn.Module class or instance, default=None
+        What the estimator was given as `module`, unless it was None.
+    device : str or torch.device, default=None
+        Where the model is to be; it becomes the parameter `device`. None takes that of the file,
+        or the CPU if there is no such device, with a warning.
+    **objects : dict
+        Other parameters that are no plain data, such as ``callbacks=[...]``, by name.
+
+    Returns
+    -------
+    estimator : estimator
+        Predicts, adapts, and goes on fitting as the one that was saved.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is something else, is damaged, or is of a later version.
+    ValueError
+        If a parameter has to be passed; the message names it.
+
+    Warns
+    -----
+    DeviceWarning
+        If the model is on the CPU for want of the device it was fitted on.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import sklearn_maml
+    >>> from sklearn_maml.datasets import make_sinusoid_tasks
+    >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
+    >>> reg = sklearn_maml.MAMLRegressor(max_iter=10, random_state=0).fit(X, y, groups=task)
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> reg.save(path)
+    >>> type(sklearn_maml.load(path)).__name__
+    'MAMLRegressor'
+    """
+    return _load(path, None, module, device, objects)
+
+
+def _load(
+    path: Any, cls: type[SaveMixin] | None, module: Any, device: Any, objects: dict[str, Any]
+) -> Any:
+    tree, tensors = read_tree(path)
+    if tree.get("kind") != "model":
+        raise FileFormatError(
+            f"{path} is a {tree.get('kind')} and no model. The file of a Checkpoint is for fit; "
+            "expected one written by the save method of an estimator."
+        )
+    name = str(tree.get("class"))
+    if cls is None and name not in ESTIMATORS:
+        raise FileFormatError(
+            f"{path} has a {name}, which is no class of sklearn_maml. Call load of that class."
+        )
+    if cls is not None and name != cls.__name__:
+        raise FileFormatError(
+            f"{path} has a {name}, not a {cls.__name__}. Use {name}.load or sklearn_maml.load."
+        )
+    given = {**objects, **({} if module is None else {"module": module})}
+    reader = _Reader(str(path), tree, ESTIMATORS[name] if cls is None else cls, given, device)
+    with reader.explaining():
+        node = tree["content"]
+        reader.check_given(node)
+        return reader.estimator(node, Decoder(tensors, reader.look_up), reader.cls)
+
+
+class _Writer:
+    """What is written of estimators and of what they hold."""
+
+    def __init__(self, tasks: bool, training: bool) -> None:
+        self.tasks = tasks
+        self.training = training
+
+    def describe(self, value: Any, encoder: Encoder, path: str) -> Any:
+        """Describe classes, objects and estimators of the library; `other` of `Encoder`."""
+        if type(value) is FrozenEstimator:
+            return {TAG: "frozen", "estimator": encoder.encode(value.estimator, path)}
+        if ESTIMATORS.get(type(value).__name__) is type(value):
+            return {TAG: "estimator", "content": self.estimator(value, encoder, path)}
+        return describe(value, encoder, path)
+
+    def estimator(self, estimator: Any, encoder: Encoder, path: str) -> dict[str, Any]:
+        """JSON of an estimator."""
+        params = {
+            name: self._param(name, value, encoder, f"{path}/params/{name}")
+            for name, value in estimator.get_params(deep=False).items()
+        }
+        kind = estimator._stored_as(estimator)
+        kind.check()
+        fitted = {
+            name: encoder.encode(value, f"{path}/{name}")
+            for name, value in kind.fitted(self.tasks, self.training).items()
+        }
+        return {"class": type(estimator).__name__, "params": params, "fitted": fitted}
+
+    @staticmethod
+    def _param(name: str, value: Any, encoder: Encoder, path: str) -> Any:
+        before = set(encoder.tensors)
+        try:
+            return encoder.encode(value, path)
+        except TypeError:
+            encoder.forget_since(before)
+        # a caller of load has it
+        is_class = isinstance(value, type)
+        return {
+            TAG: "given",
+            "what": "class" if is_class else "object",
+            "name": (value if is_class else type(value)).__name__,
+        }
+
+
+class _Reader:
+    """Makes estimators from what `_Writer` wrote."""
+
+    def __init__(
+        self, path: str, tree: dict[str, Any], cls: type, given: dict[str, Any], device: Any
+    ) -> None:
+        self.path = path
+        self.cls = cls
+        self.given = given
+        self.device = device
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say of any failure that the file is the reason, but for errors that say more."""
+        try:
+            yield
+        except _NotGiven as error:
+            raise ValueError(str(error)) from None
+        except FileFormatError:
+            raise
+        except Exception as error:  # what is not well-formed may fail anywhere
+            raise FileFormatError(
+                f"{self.path} cannot be made an estimator again: {error!r}. If it was given a "
+                "module, the one passed to load has to be the same."
+            ) from error
+
+    def check_given(self, node: Any) -> None:
+        """Compare what the caller gave with what the file lacks."""
+        lacks: dict[str, Any] = {}
+        _find_given(node, lacks)
+        missing = [name for name in lacks if name not in self.given]
+        if missing:
+            listed = ", ".join(f"{name} ({_words(**lacks[name])})" for name in missing)
+            arguments = ", ".join(f"{name}=..." for name in missing)
+            raise _NotGiven(
+                f"{self.path} was saved with parameters that no file holds: {listed}. Pass them: "
+                f"{self.cls.__name__}.load(path, {arguments})."
+                + (" callbacks=None goes without." if "callbacks" in missing else "")
+            )
+        unused = [name for name in self.given if name not in lacks]
+        if unused:
+            raise _NotGiven(
+                f"load got {', '.join(unused)}, but {self.path} has that itself. Leave it out; "
+                "set_params changes parameters after loading."
+            )
+        if "module" in lacks:
+            given, what = self.given["module"], lacks["module"]
+            is_class = isinstance(given, type)
+            name = (given if is_class else type(given)).__name__
+            if (name, is_class) != (what["name"], what["what"] == "class"):
+                raise _NotGiven(
+                    f"{self.path} was saved with a module that is {_words(**what)}; got "
+                    f"{_words('class' if is_class else 'object', name)}. Pass the same."
+                )
+
+    def look_up(self, node: dict[str, Any], decoder: Decoder) -> Any:
+        """Make what `_Writer.describe` described; `other` of `Decoder`."""
+        kind = node[TAG]
+        if kind == "class":
+            return CLASSES[node["name"]] if node["name"] in CLASSES else OBJECTS[node["name"]]
+        if kind == "object":
+            return OBJECTS[node["name"]](**decoder.decode(node["params"]))
+        if kind == "frozen":
+            return FrozenEstimator(decoder.decode(node["estimator"]))
+        if kind == "estimator":
+            content = node["content"]
+            return self.estimator(content, decoder, ESTIMATORS[content["class"]])
+        raise ValueError(f"{kind!r} is not known")
+
+    def estimator(self, node: dict[str, Any], decoder: Decoder, cls: Any) -> Any:
+        """Make an estimator."""
+        params = {
+            name: self.given[name]
+            if isinstance(value, dict) and value.get(TAG) == "given"
+            else decoder.decode(value)
+            for name, value in node["params"].items()
+        }
+        if self.device is not None and "device" in params:
+            params["device"] = self.device
+        estimator = cls(**params)
+        if self.device is not None and "device" in params:
+            try:
+                estimator._resolve_device()
+            except ValueError as error:
+                raise _NotGiven(str(error)) from error
+        fitted = {name: decoder.decode(value) for name, value in node["fitted"].items()}
+        estimator._stored_as(estimator).restore(fitted)
+        return estimator
+
+
+def _words(what: str, name: str) -> str:
+    return f"the class {name}" if what == "class" else f"an object of class {name}"
+
+
+class _NotGiven(Exception):  # noqa: N818 - becomes a ValueError
+    """Raised when the caller of load has to pass something else."""
+
+
+def _find_given(node: Any, found: dict[str, Any]) -> None:
+    """Collect the parameters that a file lacks, of nested estimators too."""
+    if isinstance(node, list):
+        for item in node:
+            _find_given(item, found)
+    elif isinstance(node, dict):
+        for name, item in node.items():
+            if isinstance(item, dict) and item.get(TAG) == "given":
+                found[name] = {key: item[key] for key in ("what", "name")}
+            else:
+                _find_given(item, found)
+
+
+# -- what is stored of each kind of estimator ------------------------------------------------------
+
+
+class _Kind:
+    """What is stored of an estimator besides its parameters."""
+
+    def __init__(self, estimator: Any) -> None:
+        self.estimator = estimator
+
+    def check(self) -> None:
+        """Refuse an estimator with attributes that no list here has."""
+        params = self.estimator.get_params(deep=False)
+        known = {*self._names(), *REBUILT, *LEFT_OUT, *params}
+        unknown = [name for name in vars(self.estimator) if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self.estimator).__name__} has attributes that save does not know: "
+                f"{unknown}. Those that fit sets have a place in sklearn_maml.persistence.STORED; "
+                "remove others before saving."
+            )
+
+    def _names(self) -> list[str]:
+        return [name for c in type(self.estimator).__mro__ for name in STORED.get(c.__name__, ())]
+
+    def fitted(self, tasks: bool, training: bool) -> dict[str, Any]:
+        """Return what is stored, as plain data."""
+        own = vars(self.estimator)
+        fitted = {name: own[name] for name in self._names() if name in own}
+        requests = own.get("_metadata_request")
+        if requests is not None:
+            fitted["requests"] = {
+                method: dict(getattr(requests, method).requests)
+                for method in sorted(vars(requests))
+                if getattr(getattr(requests, method), "requests", None)
+            }
+        return fitted
+
+    def restore(self, fitted: dict[str, Any]) -> None:
+        """Give a new estimator what was stored."""
+        unknown = fitted.keys() - {*self._names(), "requests"}
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no attributes of the estimator")
+        with sklearn.config_context(enable_metadata_routing=True):
+            for method, requests in fitted.pop("requests", {}).items():
+                setter = getattr(self.estimator, f"set_{method}_request", None)
+                # what a class requests by itself has no setter
+                names = inspect.signature(setter).parameters if setter is not None else ()
+                changed = {name: value for name, value in requests.items() if name in names}
+                if setter is not None and changed:
+                    setter(**changed)
+        vars(self.estimator).update(fitted)
+
+
+class FewShotKind(_Kind):
+    """FewShot estimators: the prior is a parameter, the adapted model an attribute."""
+
+
+class MAMLKind(_Kind):
+    """MAML estimators."""
+
+    def check(self) -> None:
+        """Refuse parameters, too, that do not fit what was learned."""
+        super().check()
+        self.estimator._check_unchanged()
+        self.estimator._check_unchanged(everything=True)
+
+    def fitted(self, tasks: bool, training: bool) -> dict[str, Any]:
+        """Return what is stored, as plain data; see `_Kind.fitted`."""
+        estimator, learner = self.estimator, self.estimator._learner
+        fitted = {
+            **super().fitted(tasks, training),
+            "device": str(estimator.device_),
+            "learner": dict(learner.state_dict()),
+            "rates": list(learner.rule),
+            "frozen": [n for n, p in learner.named_parameters() if not p.requires_grad],
+            "in_training": learner.module.training,
+        }
+        if hasattr(estimator, "net_"):
+            fitted["history"] = [dict(row) for row in estimator.history_]
+            if training:
+                fitted["net"] = {**net_state(estimator.net_), "history": None}
+        posterior = vars(estimator).get("posterior_")
+        fitted["posterior"] = None if posterior is None else posterior.state()
+        state = vars(estimator).get("_state")
+        if tasks and state is not None:
+            fitted["state"] = _state_fields(state)
+        return fitted
+
+    def restore(self, fitted: dict[str, Any]) -> None:
+        """Make modules and net as `fit` does, and fill them; see `_Kind.restore`."""
+        from skorch.history import History
+
+        estimator = self.estimator
+        estimator._check_parameter_names()
+        names = "device learner rates frozen in_training history net posterior state"
+        parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
+        super().restore(fitted)
+        estimator.device_ = _find_device(estimator, parts["device"])
+        learner = estimator._new_learner()
+        weights = parts["learner"]
+        # those of a rule depend on parameters that may be changed after fit
+        learner.rule = nn.ParameterDict(
+            {name: nn.Parameter(weights[f"rule.{name}"].clone()) for name in parts["rates"]}
+        )
+        learner.load_state_dict(weights)
+        learner.to(estimator.device_)
+        for name, p in learner.named_parameters():
+            p.requires_grad_(name not in parts["frozen"])
+        learner.train(parts["in_training"])
+        estimator._learner, estimator.module_ = learner, learner.module
+        estimator._fit_settings = estimator._settings(learner.module)
+        if "history" in parts:
+            estimator.history_ = History(parts["history"])
+        if "net" in parts:
+            net = estimator._make_net(learner)
+            net.initialize()
+            restore_net(net, {**parts["net"], "history": parts["history"]})
+            estimator.net_, estimator.history_ = net, net.history
+        if "net_" in vars(estimator) or parts["posterior"] is not None:
+            stored = parts["posterior"]
+            estimator.posterior_ = None if stored is None else PosteriorEnsemble(**stored)
+        if "state" in parts:
+            estimator._state = _make_state(estimator, parts["state"])
+
+
+def _state_fields(state: Any) -> dict[str, Any]:
+    """Adapted parameters, and what an engine needs to predict with them as it did."""
+    fields = {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name not in ("engine", "adapted", "conditioned")
+    }
+    conditioned = state.conditioned
+    stored = {
+        "fields": fields,
+        "conditioned": None if conditioned is None else dict(vars(conditioned)),
+    }
+    if state.adapted is None:
+        return stored
+    engine = state.engine
+    return {
+        **stored,
+        "params": state.adapted.params,
+        "shared": state.adapted.shared,
+        "statistics": state.adapted.statistics,
+        "engine": {
+            "rung": engine.rung,
+            "precision": engine.precision,
+            "batch_norm": engine.batch_norm,
+            "max_tasks_in_memory": engine.max_tasks_in_memory,
+        },
+        "predicting": {"_attends": engine._attends, "_predicts_singly": engine._predicts_singly},
+    }
+
+
+def _make_state(estimator: Any, stored: dict[str, Any]) -> Any:
+    conditioned = stored["conditioned"]
+    fields = {
+        **stored["fields"],
+        "conditioned": None if conditioned is None else Conditioned(**conditioned),
+    }
+    if "params" not in stored:
+        return estimator._state_class(None, None, **fields)
+    device = estimator.device_
+    params, shared, statistics = (
+        {name: tensor.to(device) for name, tensor in stored[part].items()}
+        for part in ("params", "shared", "statistics")
+    )
+    own = {name: p.detach() for name, p in estimator.module_.named_parameters()}
+    for name, tensor in shared.items():  # in the memory of the module, as after adapt
+        if name in own and torch.equal(own[name], tensor):
+            shared[name] = own[name]
+    settings = dict(stored["engine"])
+    rung = settings.pop("rung")
+    # predictions depend on neither the rule nor the meta-gradient
+    engine = Engine(
+        estimator.module_,
+        row_loss=cross_entropy_rows if estimator._classification else squared_error_rows,
+        rule=SGD(),
+        meta_gradient=SecondOrder(),
+        adapted=list(params),
+        rung="loop" if rung == "loop" else "auto",
+        **settings,
+    )
+    if rung == "native":
+        engine.predict_compiled()
+    vars(engine).update(
+        {name: bool(stored["predicting"][name]) for name in ("_attends", "_predicts_singly")}
+    )
+    return estimator._state_class(engine, Adapted(params, shared, statistics), **fields)
+
+
+def _find_device(estimator: Any, fitted_on: str) -> torch.device:
+    """Device of an estimator's parameters, or the CPU where that of the fit is not there."""
+    try:
+        return estimator._resolve_device()
+    except ValueError:
+        warnings.warn(
+            f"The model was fitted with device={estimator.device!r} (on {fitted_on}), which torch "
+            "does not have here: it is loaded on the CPU. Pass device='cpu' or 'auto' to load.",
+            DeviceWarning,
+            stacklevel=2,
+        )
+        return torch.device("cpu")
