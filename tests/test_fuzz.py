@@ -1,0 +1,183 @@
+"""A part of `make fuzz`, and what it has found."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt, adapt_predict
+from sklearn_maml.tasks import TaskCollection
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(36, 2))
+Y = rng.normal(size=36)
+G = np.repeat(np.arange(6), 6)
+C = np.tile([0, 1, 2], 12)
+SMALL = {"hidden_layer_sizes": (4,), "steps": 1, "max_iter": 2, "random_state": 0}
+
+
+@pytest.fixture(scope="module")
+def reg():
+    return MAMLRegressor(**SMALL).fit(X, Y, groups=G).adapt(X[:6], Y[:6])
+
+
+@pytest.fixture(scope="module")
+def reg32():
+    return MAMLRegressor(**SMALL).fit(X.astype(np.float32), Y, groups=G).adapt(X[:6], Y[:6])
+
+
+@pytest.fixture(scope="module")
+def clf():
+    return MAMLClassifier(**SMALL).fit(X, C % 2, groups=G).adapt(X[:6], C[:6] % 2)
+
+
+@pytest.mark.parametrize("entry", fuzz.ENTRIES)
+def test_any_call_keeps_what_is_promised_of_every_call(entry):
+    # libraries that build odd arguments warn as they like; `fuzz.call` judges what comes of calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fuzz.run(entry, int(500 * fuzz.ENTRIES[entry][1]))
+
+
+def refused(estimator, call, message, error=ValueError):
+    before = fuzz.snapshot(estimator)
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
+    assert fuzz.snapshot(estimator) == before
+
+
+# warnings are errors here, so each of these also says that numpy does not warn of an overflow
+
+
+@pytest.mark.parametrize("scale", [1e155, 1e300])
+def test_targets_whose_squared_errors_overflow_are_refused(reg, scale):
+    message = r"y has values of up to .*e\+(155|300), whose squared errors are infinite in float64"
+    for name in ("fit", "adapt"):
+        model = copy.copy(reg)
+        refused(model, lambda m=model, n=name: getattr(m, n)(X, Y * scale, G), message)
+    refused(reg, lambda: reg.score(X, Y * scale, G), message)
+    assert np.isfinite(MAMLRegressor(**SMALL).fit(X, Y * 1e140, groups=G).score(X, Y * 1e140, G))
+
+
+@pytest.mark.parametrize("center_y", [False, True])
+def test_targets_too_large_for_the_units_of_the_fit_are_refused(center_y):
+    narrow = X.astype(np.float32)
+    model = MAMLRegressor(**SMALL, center_y=center_y).fit(narrow, Y, groups=G)
+    message = r"too large for float32 in units of the targets of fit.*same units"
+    refused(model, lambda: adapt(model, narrow[:6], Y[:6] * 1e60), message)
+
+
+def test_rows_too_large_for_the_dtype_of_the_fit_are_refused(reg32):
+    for function in (reg32.predict, lambda rows: reg32.adapt(rows, Y)):
+        refused(reg32, lambda f=function: f(X * 1e50), "infinity or a value too large .*float32")
+
+
+def test_weights_with_an_infinite_sum_are_refused(reg, reg32):
+    for model, weight, dtype in ((reg, 1e308, "float64"), (reg32, 3e38, "float32")):
+        message = f"Sample weights of up to .* infinite sum in {dtype}.*divide them"
+        weights = np.full(36, weight)
+        refused(model, lambda m=model, w=weights: adapt(m, X, Y, sample_weight=w), message)
+    refused(reg, lambda: reg.score(X, Y, G, sample_weight=np.full(36, 1e308)), "infinite sum")
+    message = "sample_weight contains infinity or a value too large"
+    refused(reg32, lambda: adapt(reg32, X, Y, sample_weight=np.full(36, 1e50)), message)
+
+
+@pytest.mark.parametrize(
+    "method", ["predict", "predict_proba", "predict_log_proba", "decision_function"]
+)
+def test_outputs_that_overflow_are_refused(method):
+    cls = MAMLRegressor if method == "predict" else MAMLClassifier
+    y = Y if method == "predict" else C
+    model = cls(module=fuzz.Residual, steps=1, max_iter=2, random_state=0).fit(X, y, groups=G)
+    model.adapt(X[:6], y[:6])
+    rows = X.copy()
+    rows[7] *= 1e300
+    message = r"outputs of 1 of 36 rows, such as row 7, are not finite in float64.*scale them"
+    refused(model, lambda: getattr(model, method)(rows), message)
+    rows[7] = 0
+    assert getattr(model, method)(rows).shape[0] == 36
+
+
+def test_predictions_that_overflow_in_the_units_of_the_targets_are_refused():
+    model = MAMLRegressor(**{**SMALL, "hidden_layer_sizes": ()}).fit(X, Y * 1e100, groups=G)
+    model.adapt(X[:6], Y[:6] * 1e100)
+    refused(model, lambda: model.predict(X * 1e250), "36 of 36 rows.*not finite in float64")
+
+
+def test_a_decision_between_two_classes_is_finite_where_the_logits_are():
+    model = MAMLClassifier(n_ways=2, n_shots=1, **{**SMALL, "hidden_layer_sizes": ()})
+    with torch.no_grad():
+        model.fit(X, C).adapt(X[:2], ["u", "v"])
+    for weight in model._state.adapted.params.values():
+        weight.fill_(0)
+    bias = model._state.adapted.params["0.bias"]
+    bias[0, 0], bias[0, 1] = 1.5e308, -1.5e308
+    found = model.decision_function(X)
+    assert (found == np.finfo(np.float64).min).all()
+    assert (model.predict(X) == "u").all()
+
+
+def test_tensors_that_require_grad_are_refused(reg):
+    rows = torch.as_tensor(X).requires_grad_()
+    targets = torch.as_tensor(Y).requires_grad_()
+    pipe = make_pipeline(StandardScaler(), reg)
+    pipe[0].fit(X)
+    for name, call in (
+        ("X", lambda: reg.predict(rows)),
+        ("X", lambda: reg.adapt(rows, Y)),
+        ("X", lambda: adapt(pipe, rows, Y)),
+        ("X", lambda: FewShotRegressor(random_state=0).fit(rows, Y)),
+        ("y", lambda: reg.adapt(X, targets)),
+        ("y", lambda: reg.score(X, targets, G)),
+        ("groups", lambda: reg.adapt(X, Y, groups=targets)),
+        ("groups", lambda: reg.predict(X, groups=targets)),
+        ("sample_weight", lambda: reg.adapt(X, Y, sample_weight=targets)),
+    ):
+        refused(reg, call, rf"{name} is a tensor that requires grad.*{name}\.detach", TypeError)
+    expected = reg.predict(X)
+    assert np.array_equal(reg.predict(rows.detach()), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_labels_that_are_no_labels_are_refused_without_warnings_of_numpy(clf, value):
+    labels = (C % 2).astype(float)
+    labels[3] = value
+    refused(clf, lambda: clf.fit(X, labels, G), "NaN|infinity|Unknown label|not seen")
+
+
+def test_a_tensor_may_hold_the_task_column():
+    rows = np.column_stack([X, G])
+    expected = MAMLRegressor(**SMALL, task_column=2).fit(rows, Y).adapt(rows, Y)
+    found = MAMLRegressor(**SMALL, task_column=2).fit(torch.as_tensor(rows), Y)
+    found.adapt(torch.as_tensor(rows), Y)
+    assert np.array_equal(found.predict(torch.as_tensor(rows)), expected.predict(rows))
+
+
+def test_tasks_of_enormous_rows_have_marks():
+    rows = np.sign(X) * 1e308
+    tasks = TaskCollection(rows, Y, G, np.unique(G), None, "groups")
+    assert tasks.fingerprints() == tasks.fingerprints()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "a", None, True])
+def test_the_size_of_a_meta_batch_must_be_a_positive_number(size):
+    model = MAMLRegressor(**SMALL, iterator_train__batch_size=size)
+    with pytest.raises(ValueError, match="iterator_train__batch_size is the number of tasks"):
+        model.fit(X, Y, groups=G)
+    assert not hasattr(model, "module_")
+
+
+def test_adapt_predict_refuses_outputs_that_overflow():
+    model = MAMLRegressor(module=fuzz.Residual, steps=1, max_iter=2, random_state=0)
+    model.fit(X, Y, groups=G)
+    query = {"groups_support": G, "groups_query": G}
+    assert np.isfinite(adapt_predict(model, X, Y, X, **query)).all()
+    with pytest.raises(ValueError, match="not finite"):
+        adapt_predict(model, X, Y, X * 1e300, **query)
