@@ -1133,15 +1133,19 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
 
     def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
         check_is_fitted(self)
+        refuse_graphs(y=y, sample_weight=sample_weight)
         if not self._has_task_information(X, y, groups):
-            return float(metric(y, self.predict(X), sample_weight=sample_weight))
+            predicted = self.predict(X)
+            if sample_weight is not None:
+                sample_weight = _metric_weights(sample_weight, predicted)
+            return float(metric(y, predicted, sample_weight=sample_weight))
         scored = self._split_and_adapt(X, y, groups)
         rows = scored.rows
         predicted = self._decide(
             scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
         )
         if sample_weight is not None:
-            sample_weight = _check_weights(sample_weight, scored.tasks.X)[rows]
+            sample_weight = _metric_weights(sample_weight, scored.tasks.X)[rows]
         return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
 
     # -- what the subclasses define --------------------------------------------------------------
@@ -1309,6 +1313,13 @@ def _check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndar
             f"{weights.dtype}. Only their ratios matter: divide them by the largest."
         )
     return weights
+
+
+def _metric_weights(sample_weight: Any, X: np.ndarray) -> np.ndarray:
+    """Weights of at most 1, which no metric overflows on; scaled exactly, by a power of two."""
+    weights = _check_weights(sample_weight, X)
+    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
+    return scaled
 
 
 def _n_rows(X: Any) -> int:

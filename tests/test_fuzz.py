@@ -46,6 +46,51 @@ def test_any_call_keeps_what_is_promised_of_every_call(entry):
         fuzz.run(entry, int(500 * fuzz.ENTRIES[entry][1]))
 
 
+def spoil_numpy(X):
+    np.random.random()
+
+
+def spoil_rows(X):
+    X[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda X: {}["a"], KeyError, "a"),
+        (lambda X: np.full(36, np.nan), AssertionError, "not finite"),
+        (lambda X: np.zeros(35), AssertionError, "35 answers to 36 rows"),
+        (lambda X: warnings.warn("x", RuntimeWarning, stacklevel=1), AssertionError, "RuntimeW"),
+        (lambda X: (_ for _ in ()).throw(ValueError()), AssertionError, "without a message"),
+        (spoil_numpy, AssertionError, "global random state"),
+        (spoil_rows, AssertionError, "X has changed"),
+    ],
+    ids=["error", "nan", "length", "warning", "no message", "random state", "argument"],
+)
+def test_the_check_of_calls_fails_where_a_promise_is_broken(reg, function, error, message):
+    with pytest.raises(error, match=message):
+        fuzz.call("predict", function, {"X": X.copy()}, reg)
+
+
+@pytest.mark.parametrize("what", ["module_", "_state", "alpha"])
+def test_the_check_of_calls_fails_where_an_estimator_has_changed(reg, what):
+    model = copy.deepcopy(reg)
+
+    def change(X):
+        if what == "module_":
+            with torch.no_grad():
+                next(model.module_.parameters()).view(-1)[0] += 1e-6
+        elif what == "_state":
+            next(iter(model._state.adapted.params.values())).view(-1)[0] += 1e-6
+        else:
+            model.alpha = 0.5
+        return reg.predict(X)
+
+    with pytest.raises(AssertionError, match=f"changed:.*{what}"):
+        fuzz.call("predict", change, {"X": X}, model)
+    assert fuzz.call("predict", reg.predict, {"X": X}, model).shape == (36,)
+
+
 def refused(estimator, call, message, error=ValueError):
     before = fuzz.snapshot(estimator)
     with pytest.raises(error, match=f"(?s){message}"):
@@ -87,6 +132,17 @@ def test_weights_with_an_infinite_sum_are_refused(reg, reg32):
     refused(reg, lambda: reg.score(X, Y, G, sample_weight=np.full(36, 1e308)), "infinite sum")
     message = "sample_weight contains infinity or a value too large"
     refused(reg32, lambda: adapt(reg32, X, Y, sample_weight=np.full(36, 1e50)), message)
+
+
+@pytest.mark.parametrize("groups", [None, G])
+def test_only_ratios_of_the_weights_of_a_score_matter(reg, groups):
+    weight = np.arange(36) + 0.5
+    expected = reg.score(X, Y, groups, sample_weight=weight)
+    for scale in (2.0**1000, 2.0**-1000):
+        assert reg.score(X, Y, groups, sample_weight=weight * scale) == expected
+    assert reg.score(X, Y, groups) != expected
+    with pytest.raises(ValueError, match=r"shape == \(3,\), expected \(36,\)"):
+        reg.score(X, Y, groups, sample_weight=np.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +195,9 @@ def test_tensors_that_require_grad_are_refused(reg):
         ("groups", lambda: reg.adapt(X, Y, groups=targets)),
         ("groups", lambda: reg.predict(X, groups=targets)),
         ("sample_weight", lambda: reg.adapt(X, Y, sample_weight=targets)),
+        ("sample_weight", lambda: reg.score(X, Y, sample_weight=targets)),
+        ("sample_weight", lambda: reg.score(X, Y, G, sample_weight=targets)),
+        ("y", lambda: reg.score(X, targets)),
     ):
         refused(reg, call, rf"{name} is a tensor that requires grad.*{name}\.detach", TypeError)
     expected = reg.predict(X)
