@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from scipy.special import stdtrit
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
@@ -1134,10 +1135,12 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
         check_is_fitted(self)
         refuse_graphs(y=y, sample_weight=sample_weight)
+        if issparse(y):
+            raise TypeError("Sparse targets were passed; dense ones are required: y.toarray().")
         if not self._has_task_information(X, y, groups):
             predicted = self.predict(X)
             if sample_weight is not None:
-                sample_weight = _metric_weights(sample_weight, predicted)
+                sample_weight = _check_weights(sample_weight, predicted)
             return float(metric(y, predicted, sample_weight=sample_weight))
         scored = self._split_and_adapt(X, y, groups)
         rows = scored.rows
@@ -1145,7 +1148,7 @@ class BaseMAML(PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
             scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
         )
         if sample_weight is not None:
-            sample_weight = _metric_weights(sample_weight, scored.tasks.X)[rows]
+            sample_weight = _check_weights(sample_weight, scored.tasks.X)[rows]
         return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
 
     # -- what the subclasses define --------------------------------------------------------------
@@ -1301,23 +1304,14 @@ def _gains_nothing(reference: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
-    """Validate weights of rows, whose sum has to be finite."""
+    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
+
+    Only their ratios matter; a power of two scales them exactly.
+    """
     refuse_graphs(sample_weight=sample_weight)
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
-        weights: np.ndarray = _check_sample_weight(sample_weight, X, **options)
-        total = np.abs(weights).sum()
-    if not np.isfinite(total):
-        raise ValueError(
-            f"Sample weights of up to {np.abs(weights).max():g} have an infinite sum in "
-            f"{weights.dtype}. Only their ratios matter: divide them by the largest."
-        )
-    return weights
-
-
-def _metric_weights(sample_weight: Any, X: np.ndarray) -> np.ndarray:
-    """Weights of at most 1, which no metric overflows on; scaled exactly, by a power of two."""
-    weights = _check_weights(sample_weight, X)
+        weights = _check_sample_weight(sample_weight, X, **options)
     scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
     return scaled
 

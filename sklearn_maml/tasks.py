@@ -371,6 +371,8 @@ def validate_rows(
         "ensure_min_features": 1,
     }
     refuse_graphs(X=X)
+    if hasattr(X, "__array__") and not hasattr(X, "shape"):  # features of which cannot be counted
+        X, X_seen = np.asarray(X), np.asarray(X_seen)
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
         if not with_column:
@@ -378,6 +380,10 @@ def validate_rows(
         else:
             array = check_array(X, estimator=estimator, input_name="X", **options)
             validate_data(estimator, X_seen, reset=reset, skip_check_array=True)
+    if array.size == 0:  # scikit-learn looks at the second axis alone
+        raise ValueError(
+            f"Found array with 0 feature(s) (shape={array.shape}) while a minimum of 1 is required."
+        )
     return array
 
 

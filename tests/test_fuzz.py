@@ -8,6 +8,7 @@ import warnings
 import fuzz
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -124,14 +125,21 @@ def test_rows_too_large_for_the_dtype_of_the_fit_are_refused(reg32):
         refused(reg32, lambda f=function: f(X * 1e50), "infinity or a value too large .*float32")
 
 
-def test_weights_with_an_infinite_sum_are_refused(reg, reg32):
-    for model, weight, dtype in ((reg, 1e308, "float64"), (reg32, 3e38, "float32")):
-        message = f"Sample weights of up to .* infinite sum in {dtype}.*divide them"
-        weights = np.full(36, weight)
-        refused(model, lambda m=model, w=weights: adapt(m, X, Y, sample_weight=w), message)
-    refused(reg, lambda: reg.score(X, Y, G, sample_weight=np.full(36, 1e308)), "infinite sum")
+@pytest.mark.parametrize("scale", [2.0**1015, 2.0**-1040])
+@pytest.mark.parametrize("center_y", [False, True])
+def test_only_ratios_of_weights_matter_however_large_or_small(center_y, scale):
+    model = MAMLRegressor(**SMALL, center_y=center_y).fit(X, Y, groups=G)
+    weight = np.arange(36) + 1.0
+    expected = adapt(model, X, Y, G, sample_weight=weight).predict(X, G)
+    found = adapt(model, X, Y, G, sample_weight=weight * scale).predict(X, G)
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, adapt(model, X, Y, G).predict(X, G))
+
+
+def test_weights_too_large_for_the_dtype_of_the_fit_are_refused(reg32):
     message = "sample_weight contains infinity or a value too large"
     refused(reg32, lambda: adapt(reg32, X, Y, sample_weight=np.full(36, 1e50)), message)
+    adapt(reg32, X, Y, sample_weight=np.full(36, 3e38))
 
 
 @pytest.mark.parametrize("groups", [None, G])
@@ -209,6 +217,43 @@ def test_labels_that_are_no_labels_are_refused_without_warnings_of_numpy(clf, va
     labels = (C % 2).astype(float)
     labels[3] = value
     refused(clf, lambda: clf.fit(X, labels, G), "NaN|infinity|Unknown label|not seen")
+
+
+class OnlyAnArray:
+    """Array by its protocol alone."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=dtype)
+
+
+def test_objects_that_know_how_to_become_arrays_are_rows():
+    expected = FewShotRegressor(random_state=0, steps=2).fit(X, Y)
+    found = FewShotRegressor(random_state=0, steps=2).fit(OnlyAnArray(X), Y)
+    assert found.n_features_in_ == 2
+    assert np.array_equal(found.predict(OnlyAnArray(X)), expected.predict(X))
+    with pytest.raises(ValueError, match="X has 1 features"):
+        found.predict(OnlyAnArray(X[:, :1]))
+
+
+def test_rows_without_numbers_are_refused(reg):
+    for rows in (np.empty((2, 0, 2)), np.empty((2, 2, 0))):
+        refused(reg, lambda r=rows: reg.fit(r, Y[:2], G[:2]), r"0 feature\(s\)")
+
+
+@pytest.mark.parametrize("groups", [None, G])
+def test_sparse_targets_of_a_score_are_refused(clf, groups):
+    refused(
+        clf,
+        lambda: clf.score(X, scipy.sparse.coo_array(C % 2), groups),
+        "Sparse targets.*toarray",
+        TypeError,
+    )
 
 
 def test_a_tensor_may_hold_the_task_column():
