@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# of test-latest; the newest on PyPI brings CUDA, several GB: TORCH_INDEX names an index of CPU wheels
+TORCH_LATEST ?= torch
 TORCH_INDEX ?=
 WORKERS ?= 2
 ARGS ?=
@@ -28,7 +30,7 @@ define install
 @echo "[2/3] $(1): installing $(3) (a large download the first time)"
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check $(5) $(if $(2),-c $(2)) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(3)'
 @echo "[3/3] $(1): installing sklearn_maml with its $(4) dependencies"
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(5) $(if $(2),-c $(2)) -e '.[$(4)]'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(5) $(if $(2),-c $(2)) '$(3)' -e '.[$(4)]'
 endef
 
 .PHONY: help
@@ -54,6 +56,10 @@ test: $(STAMP) ## run the fast tests and doctests, with coverage
 test-slow: $(STAMP) ## run the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(STAMP) ## call everything with 20,000 odd arguments, and count what comes of it
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
+
 .PHONY: test-min
 test-min: ## run the fast tests on the oldest promised dependencies
 	$(MAKE) --no-print-directory $(VENV)-min/.installed
@@ -65,7 +71,7 @@ $(VENV)-min/.installed: pyproject.toml constraints-min.txt
 
 .PHONY: test-latest
 test-latest: ## run the fast tests on the newest dependencies
-	$(call install,$(VENV)-latest,,torch,test,--upgrade --upgrade-strategy eager)
+	$(call install,$(VENV)-latest,,$(TORCH_LATEST),test,--upgrade --upgrade-strategy eager)
 	OMP_NUM_THREADS=1 $(VENV)-latest/bin/python -m pytest -n $(WORKERS) --durations=10 $(ARGS)
 
 .PHONY: lint

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from scipy.special import stdtrit
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
@@ -32,6 +33,7 @@ from sklearn_maml._validation import (
     PrefixedParamsMixin,
     check_keywords,
     did_you_mean,
+    is_integer,
     keeps_state_on_error,
 )
 from sklearn_maml.checkpoint import (
@@ -90,6 +92,7 @@ from sklearn_maml.tasks import (
     is_task_distribution,
     is_task_list,
     n_axes,
+    refuse_graphs,
     split_task_column,
     validate_rows,
 )
@@ -116,6 +119,8 @@ MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
 POSTERIOR_FEATURES, POSTERIOR_UPDATES = 500, 3
 # and the part of the held-out loss by which one member may be worse, for an ensemble of them
 CLEARLY_WORSE = 0.05
+# Threads that adapt one and the same model: the state and what follows from it change together.
+_STATE_LOCK = threading.Lock()
 # name of a setting that adapting depends on
 PROXIMAL = "the proximal term of meta_gradient"
 # parts of the loss: a gain that is no larger is none, and one that may be, but need not exist, too
@@ -436,6 +441,11 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         # splits of the same rows differ less than tasks do: fewer make a meta-batch
         net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
+        if not is_integer(net.batch_size) or net.batch_size < 1:
+            raise ValueError(
+                "iterator_train__batch_size is the number of tasks of a meta-batch: expected an "
+                f"int of at least 1, got {net.batch_size!r}."
+            )
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         net.symmetric_head = self._symmetric_head(learner)
@@ -858,7 +868,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """Adapt to the support sets of one or many new tasks.
 
         Always starts from the meta-learned initialisation, which it does not change, and replaces
-        what an earlier `adapt` left.
+        what an earlier `adapt` left, at once and as a whole: of several threads that adapt one
+        model the last one wins, and a prediction meanwhile is of one of them, never of a mix. Use
+        `sklearn_maml.adapt` for a model of its own in every thread.
 
         Parameters
         ----------
@@ -945,7 +957,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
         if sample_weight is None:
             return None
-        weights = _check_sample_weight(
+        weights = _check_weights(
             sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
         )
         totals = np.bincount(tasks.codes, weights=weights)
@@ -964,8 +976,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 tasks, X=tasks.X[kept], y=tasks.y[kept], codes=tasks.codes[kept]
             )
             sample_weight = sample_weight[kept]
-        self._state = self._adapted_state(tasks, sample_weight)
-        self._after_adapt()
+        state = self._adapted_state(tasks, sample_weight)
+        with _STATE_LOCK:
+            self._state = state
+            self._after_adapt()
 
     def _after_adapt(self) -> None:
         """Update what depends on the adapted tasks."""
@@ -1072,6 +1086,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     ) -> tuple[State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
         """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
+        refuse_graphs(X=X, groups=groups)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
@@ -1156,7 +1171,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             assert state.conditioned is not None
             assert self.posterior_ is not None
             with one_thread():
-                return self.posterior_.predict(state.conditioned, rows, codes).astype(rows.dtype)
+                outputs = self.posterior_.predict(state.conditioned, rows, codes)
+            return self._finite(outputs.astype(rows.dtype))
         assert state.engine is not None
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
@@ -1199,7 +1215,18 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             result[place] = values
             start = stop
         assert result is not None
-        return result
+        return self._finite(result)
+
+    def _finite(self, outputs: np.ndarray) -> np.ndarray:
+        """Refuse outputs that have overflowed."""
+        if np.isfinite(outputs).all():
+            return outputs
+        rows = np.flatnonzero(~np.isfinite(outputs).all(1))
+        raise ValueError(
+            f"The outputs of {len(rows)} of {len(outputs)} rows, such as row {rows[0]}, are not "
+            f"finite in {outputs.dtype}. Their features, or those of the support set, are too "
+            f"large: scale them as in fit, or lower alpha (now {self._alpha():g})."
+        )
 
     # -- score -----------------------------------------------------------------------------------
 
@@ -1284,15 +1311,21 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
         check_is_fitted(self)
+        refuse_graphs(y=y, sample_weight=sample_weight)
+        if issparse(y):
+            raise TypeError("Sparse targets were passed; dense ones are required: y.toarray().")
         if not self._has_task_information(X, y, groups):
-            return float(metric(y, self.predict(X), sample_weight=sample_weight))
+            predicted = self.predict(X)
+            if sample_weight is not None:
+                sample_weight = _check_weights(sample_weight, predicted)
+            return float(metric(y, predicted, sample_weight=sample_weight))
         scored = self._split_and_adapt(X, y, groups)
         rows = scored.rows
         predicted = self._decide(
             scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
         )
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, scored.tasks.X)[rows]
+            sample_weight = _check_weights(sample_weight, scored.tasks.X)[rows]
         return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
 
     # -- what the subclasses define --------------------------------------------------------------
@@ -1371,6 +1404,7 @@ def transform_rows(pipeline: Pipeline, X: Any) -> Any:
             tuple(part if k % 2 else transform_rows(pipeline, part) for k, part in enumerate(task))
             for task in X
         ]
+    refuse_graphs(X=X)
     for _, step in pipeline.steps[:-1]:
         if step is not None and step != "passthrough":
             X = step.transform(X)
@@ -1444,6 +1478,19 @@ def _gains_nothing(reference: np.ndarray, after: np.ndarray) -> bool:
     most = gain.mean() + stdtrit(len(gain) - 1, 0.975) * error
     enough = UNPROVEN_GAIN if gain.mean() <= error else NEGLIGIBLE_GAIN
     return bool(most < enough * reference.mean())
+
+
+def _check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
+    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
+
+    Only their ratios matter; a power of two scales them exactly.
+    """
+    refuse_graphs(sample_weight=sample_weight)
+    # a number that is too large for the dtype is refused with a message of its own
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = _check_sample_weight(sample_weight, X, **options)
+    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
+    return scaled
 
 
 def _n_rows(X: Any) -> int:

@@ -277,9 +277,10 @@ def private_copy(module: nn.Module) -> nn.Module:
 
     Batch-norm layers normalise with the statistics of the rows at hand, unless the engine gives
     them those of the support set. Running averages over tasks are not used. Layers do not work in
-    place, where they would overwrite what derivatives need.
+    place, where they would overwrite what derivatives need. Parameters are shared, not copied: they
+    are always passed as dicts, and every adapted model holds such a copy.
     """
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     for m in module.modules():
         if type(m) in ELEMENTWISE and hasattr(m, "inplace"):
             vars(m)["inplace"] = False

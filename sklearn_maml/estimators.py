@@ -365,7 +365,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         assert self.posterior_ is not None
         with one_thread():
             std = self.posterior_.predict_std(state.conditioned, rows, codes)
-        std = (std[:, None] * self.y_scale_).astype(values.dtype)
+        std = self._finite((std[:, None] * self.y_scale_).astype(values.dtype))
         return shape_like(values), shape_like(std[:, 0] if self._y_is_1d else std)
 
     def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
@@ -417,7 +417,18 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         # with center_y a constant of a task goes with the mean of its support rows; without the
         # mean of all its rows float32 keeps more digits of what is left
         mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
-        return tasks.with_y(((y - mean) / self.y_scale_).astype(tasks.X.dtype))
+        return tasks.with_y(self._standardised(y - mean, tasks.X.dtype))
+
+    def _standardised(self, y: np.ndarray, dtype: Any) -> np.ndarray:
+        """Centred targets in units of those of meta-training."""
+        with np.errstate(over="ignore"):
+            encoded = (y / self.y_scale_).astype(dtype)
+        if not np.isfinite(encoded).all():
+            raise ValueError(
+                f"y has values of up to {np.abs(y).max():g}, too large for {np.dtype(dtype)} in "
+                f"units of the targets of fit, {self.y_scale_.tolist()}. Give y in the same units."
+            )
+        return encoded
 
     def _targets(self, tasks: TaskCollection) -> np.ndarray:
         y = tasks.y.reshape(len(tasks.y), -1)
@@ -435,13 +446,14 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
             return self._encode(tasks).y, {}
         y = self._targets(tasks)
         center = _task_means(y, tasks, sample_weight)
-        encoded = ((y - center[tasks.codes]) / self.y_scale_).astype(tasks.X.dtype)
-        return encoded, {"center": center}
+        return self._standardised(y - center[tasks.codes], tasks.X.dtype), {"center": center}
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         mean = self.y_mean_ if state.center is None else state.center[codes]
-        values = self._outputs(state, rows, codes) * self.y_scale_ + mean
-        values = values.astype(self._dtype, copy=False)
+        outputs = self._outputs(state, rows, codes)
+        with np.errstate(over="ignore"):
+            values = (outputs * self.y_scale_ + mean).astype(self._dtype, copy=False)
+        values = self._finite(values)
         return values[:, 0] if self._y_is_1d else values
 
     def __sklearn_tags__(self) -> Any:
@@ -1018,7 +1030,10 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         lowest = float(np.finfo(logits.dtype).min)
         n_labels = 0 if state.labels is None else len(state.labels)
         logits = self._spread(logits, slots, lowest, n_labels)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        if logits.shape[1] != 2:
+            return logits
+        with np.errstate(over="ignore"):
+            return np.clip(logits[:, 1] - logits[:, 0], lowest, -lowest)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -41,7 +41,9 @@ def adapt(
     -------
     adapted : estimator
         Fitted estimator of the same kind (of a search, its best estimator) that predicts for the
-        new task. It shares the meta-learned parameters with `estimator`.
+        new task. It shares the meta-learned parameters with `estimator`: a copy holds those alone
+        that adapt, so thousands of copies are cheap with ``adapted="head"``. Any number of threads
+        may adapt copies of one model and predict at the same time.
 
     Raises
     ------

@@ -24,6 +24,7 @@ __all__ = [
     "concatenate_rows",
     "is_task_distribution",
     "n_axes",
+    "refuse_graphs",
     "split_task_column",
 ]
 
@@ -100,12 +101,13 @@ class TaskCollection:
 
     def fingerprints(self) -> dict[Hashable, int]:
         """Checksum of the rows of each named task, to tell its own rows from new rows of it."""
-        return {
-            task_id: zlib.crc32(
-                np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
-            )
-            for j, task_id in enumerate(self.ids.tolist())
-        }
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well
+            return {
+                task_id: zlib.crc32(
+                    np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
+                )
+                for j, task_id in enumerate(self.ids.tolist())
+            }
 
 
 def is_task_distribution(X: Any) -> bool:
@@ -266,7 +268,7 @@ def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, Any]:
             f"task_column={task_column!r} is neither a column nor an index level of X. "
             f"Got columns {columns}. Set task_column to the column that holds the task id."
         )
-    array = X if hasattr(X, "shape") else np.asarray(X)
+    array = X if isinstance(X, np.ndarray) or issparse(X) else np.asarray(X)
     if not isinstance(task_column, (int, np.integer)):
         raise ValueError(
             f"task_column={task_column!r} names a column, but X is a {type(X).__name__} without "
@@ -368,12 +370,31 @@ def validate_rows(
         "allow_nd": True,
         "ensure_min_features": 1,
     }
-    if not with_column:
-        array = validate_data(estimator, X, reset=reset, **options)
-    else:
-        array = check_array(X, estimator=estimator, input_name="X", **options)
-        validate_data(estimator, X_seen, reset=reset, skip_check_array=True)
+    refuse_graphs(X=X)
+    if hasattr(X, "__array__") and not hasattr(X, "shape"):  # features of which cannot be counted
+        X, X_seen = np.asarray(X), np.asarray(X_seen)
+    # a number that is too large for the dtype is refused with a message of its own
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not with_column:
+            array = validate_data(estimator, X, reset=reset, **options)
+        else:
+            array = check_array(X, estimator=estimator, input_name="X", **options)
+            validate_data(estimator, X_seen, reset=reset, skip_check_array=True)
+    if array.size == 0:  # scikit-learn looks at the second axis alone
+        raise ValueError(
+            f"Found array with 0 feature(s) (shape={array.shape}) while a minimum of 1 is required."
+        )
     return array
+
+
+def refuse_graphs(**arguments: Any) -> None:
+    """Refuse tensors that are part of a graph of derivatives, which numpy cannot read."""
+    for name, value in arguments.items():
+        if getattr(value, "requires_grad", False) is True:
+            raise TypeError(
+                f"{name} is a tensor that requires grad, which no estimator takes derivatives "
+                f"of. Pass {name}.detach()."
+            )
 
 
 def collect_tasks(
@@ -407,6 +428,7 @@ def collect_tasks(
     -------
     tasks : TaskCollection
     """
+    refuse_graphs(X=X, y=y, groups=groups)
     in_query = None
     ids: np.ndarray | None = None
     codes: np.ndarray | None = None
@@ -476,12 +498,21 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
         y = _labels(y, estimator)
         check_consistent_length(X, y)
         return y
-    y = _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)
     check_consistent_length(X, y)
     if y.ndim > 2:
         raise ValueError(f"y must be (n_rows,) or (n_rows, n_outputs); got shape {y.shape}.")
     # not to the dtype of X: large targets would lose what tells them apart
-    return y if y.dtype.kind == "f" else y.astype(np.float64)
+    y = y if y.dtype.kind == "f" else y.astype(np.float64)
+    largest = float(np.abs(y).max())
+    most = float(np.sqrt(np.finfo(y.dtype).max / y.size)) / 4
+    if largest > most:
+        raise ValueError(
+            f"y has values of up to {largest:g}, whose squared errors are infinite in {y.dtype}: "
+            f"expected at most {most:.1g} for {len(y)} rows. Give y in larger units."
+        )
+    return y
 
 
 def _labels(y: Any, estimator: Any) -> np.ndarray:
@@ -497,6 +528,8 @@ def _labels(y: Any, estimator: Any) -> np.ndarray:
         native = np.array(y.tolist())
         if native.dtype.kind in "biu" and native.shape == y.shape:
             y = native  # nullable integers and booleans of pandas arrive as objects
-    y = _check_y(y, multi_output=False, estimator=estimator)
-    check_classification_targets(y)
+    # casts that tell floats from integers, of values that are refused right after
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = _check_y(y, multi_output=False, estimator=estimator)
+        check_classification_targets(y)
     return y
