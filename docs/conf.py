@@ -109,7 +109,10 @@ html_theme_options = {
     "footer_end": ["sphinx-version"],
     "show_prev_next": True,
 }
-html_sidebars = {"index": [], "changelog": [], "contributing": []}
+# pages without pages below them need no navigation at their side
+ALONE = ["index", "install", "quickstart", "choosing", "faq", "migrating", "methods", "defaults"]
+ALONE += ["engine", "results", "changelog", "contributing"]
+html_sidebars = dict.fromkeys(ALONE, [])
 
 
 def link_site_pages(app, docname, source):
