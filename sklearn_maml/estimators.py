@@ -162,16 +162,16 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Meta-updates made.
     n_outputs_ : int
         Number of targets.
-    y_mean_, y_scale_ : ndarray of shape (n_outputs_,)
+    y_mean_, y_scale_ : ndarray of shape (`n_outputs_`,)
         Mean and scale of the targets. With `center_y` the means of the tasks stand in for
         `y_mean_`, and `y_scale_` is the standard deviation from them.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
     n_tasks_ : int or None
         Number of tasks; None for a task distribution.
-    tasks_ : ndarray of shape (n_tasks_,) or None
+    tasks_ : ndarray of shape (`n_tasks_`,) or None
         Their ids, or positions where they have none.
     device_ : torch.device
         Where parameters live.
@@ -563,11 +563,11 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         training pool after `fit`, those of the support sets after `adapt`.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
     n_tasks_ : int or None
         Number of tasks; None for a task distribution.
-    tasks_ : ndarray of shape (n_tasks_,) or None
+    tasks_ : ndarray of shape (`n_tasks_`,) or None
         Their ids, or positions where they have none.
     device_ : torch.device
         Where parameters live.

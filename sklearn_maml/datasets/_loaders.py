@@ -171,13 +171,13 @@ def load_omniglot(
     1,623 characters of 50 alphabets, each drawn once by 20 people, as 28 x 28 binary
     images. A character keeps its number and name in every subset.
 
-    =================   ==============
-    Classes                      1,623
-    Rows per class                  20
-    Rows                        32,460
-    Features                       784
-    Groups (alphabets)              50
-    =================   ==============
+    ==================   ==============
+    Classes                       1,623
+    Rows per class                   20
+    Rows                         32,460
+    Features                        784
+    Groups (alphabets)               50
+    ==================   ==============
 
     Parameters
     ----------
