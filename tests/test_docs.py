@@ -109,9 +109,9 @@ def public_objects():
     yield from importlib.import_module("sklearn_maml.exceptions").__all__
     for module, base in (("update_rules", UpdateRule), ("meta_gradients", MetaGradient)):
         for name, value in vars(importlib.import_module(f"sklearn_maml.{module}")).items():
-            if inspect.isclass(value) and issubclass(value, base) and name != "GradientRule":
-                if not name.startswith("_"):
-                    yield name
+            private = name.startswith("_") or name == "GradientRule"
+            if inspect.isclass(value) and issubclass(value, base) and not private:
+                yield name
 
 
 def test_every_public_name_is_in_the_api_reference():
