@@ -111,7 +111,7 @@ html_theme_options = {
 }
 # pages without pages below them need no navigation at their side
 ALONE = ["index", "install", "quickstart", "choosing", "faq", "migrating", "methods", "defaults"]
-ALONE += ["engine", "results", "changelog", "contributing"]
+ALONE += ["tutorial", "engine", "results", "changelog", "contributing"]
 html_sidebars = {page: [] for page in ALONE}
 
 
