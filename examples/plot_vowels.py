@@ -132,9 +132,9 @@ ax.legend(loc="lower center", bbox_to_anchor=(0.44, 0))
 plt.show()
 
 # %%
-# Ten words of a speaker are worth more than the vowels of all others, to a nearest neighbour
-# even. The adapted network uses both, and gains the most for women and children, to whom the mean
-# speaker, most often a man, says the least. Fifteen children are few: mind the intervals.
+# Ten vowels of the speaker are worth more than those of all other speakers, to a nearest
+# neighbour even. The adapted network uses both, and gains for all three. Fifteen children are
+# few, and differ: mind the intervals.
 #
 # Where the mistakes are
 # ----------------------
