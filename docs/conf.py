@@ -41,6 +41,7 @@ nitpicky = True
 # Other projects' documentation is not consulted: that would take a network.
 nitpick_ignore_regex = [("py:.*", r"(sklearn|skorch|torch)\..*")]
 default_role = "literal"
+smartquotes = False  # quotes in types of parameters are code
 
 # --- pages
 
