@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
-from sphinx import addnodes
+from sphinx.addnodes import pending_xref
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else may be installed
@@ -40,7 +40,8 @@ templates_path = ["_templates"]
 nitpicky = True
 # Other projects' documentation is not consulted: that would take a network.
 nitpick_ignore_regex = [("py:.*", r"(sklearn|skorch|torch)\..*")]
-default_role = "public"  # below: a link for what is public, literal text for the rest
+default_role = "literal"
+smartquotes = False  # quotes in types of parameters are code
 
 # --- pages
 
@@ -143,23 +144,27 @@ def public_names():
     return {name: full for name, full in found.items() if name not in ("adapt", "Adam")}
 
 
-def public_role(name, rawtext, text, lineno, inliner, options=None, content=None):
-    """Link to what is public; show the rest, parameters above all, as literal text."""
-    literal = nodes.literal(text, text, classes=["py"])
-    if text not in PUBLIC:
-        return [literal], []
-    env = inliner.document.settings.env
-    link = addnodes.pending_xref(
-        "",
-        literal,
-        refdoc=env.docname,
-        refdomain="py",
-        reftype="obj",
-        reftarget=PUBLIC[text],
-        refexplicit=True,
-        refwarn=False,  # not everything public has a page
-    )
-    return [link], []
+def link_public_names(app, doctree):
+    """Let names of what is public, wherever they are set as code, lead to its page."""
+    page = app.env.docname.rpartition("/")[2]
+    for literal in list(doctree.findall(nodes.literal)):
+        target = PUBLIC.get(literal.astext())
+        around = literal.parent
+        while around and not isinstance(around, (nodes.title, nodes.reference, pending_xref)):
+            around = around.parent
+        if target is None or target == page or around:
+            continue
+        link = pending_xref(
+            "",
+            literal.deepcopy(),
+            refdoc=app.env.docname,
+            refdomain="py",
+            reftype="obj",
+            reftarget=target,
+            refexplicit=True,
+            refwarn=False,  # not everything public has a page
+        )
+        literal.replace_self(link)
 
 
 def drop_unresolved(app, env, node, contnode):
@@ -188,8 +193,8 @@ PUBLIC = public_names()
 
 
 def setup(app):
-    app.add_role("public", public_role)
     app.connect("source-read", link_site_pages)
+    app.connect("doctree-read", link_public_names)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("missing-reference", drop_unresolved)
     # Browsers draw MathML themselves: no scripts, no fonts, nothing to download.

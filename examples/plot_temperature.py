@@ -13,20 +13,22 @@ say nothing about any place.
 # %%
 # Synthetic stations
 # ------------------
-# A station has a latitude :math:`\lambda \in [-65, 65]` degrees, an altitude :math:`h` and a
-# continentality :math:`c \in [0, 1]` (distance from the ocean, in a sense). With
-# :math:`|\lambda|` in degrees and :math:`h` in km, the temperature on day :math:`d` is
+# A station has a latitude :math:`\lambda` from -65 to 65 degrees, an altitude :math:`h` in km and a
+# continentality :math:`c` from 0 to 1 (distance from the ocean, in a sense). Its temperature on day
+# :math:`d` of the year is
 #
 # .. math::
 #
-#     T(d) = \underbrace{29 - 0.011\, |\lambda|^2 - 6.5\, h}_{\text{annual mean}}
-#     + \underbrace{A \cos\left(2\pi \frac{d - p}{365}\right)}_{\text{annual wave}}
-#     + \underbrace{B \cos\left(4\pi \frac{d - q}{365}\right)}_{\text{semiannual wave}}
-#     + \varepsilon_d, \qquad A = \frac{|\lambda|}{65}\,(5 + 17 c),
+#     T(d) = m + A \cos \left(2 \pi \frac{d - p}{365}\right)
+#     + B \cos \left(4 \pi \frac{d - q}{365}\right) + \varepsilon_d
 #
-# with the lapse rate of 6.5 °C per km; with the warmest day :math:`p` 20 to 45 days after the
-# solstice of the hemisphere, later near the ocean; with a small second harmonic; and with noise
-# that is correlated from day to day (autoregressive, coefficient 0.7, standard deviation 1 °C).
+# - with an annual mean :math:`m = 29 - 0.011 \lambda^2 - 6.5 h`, which falls by 6.5 °C per km;
+# - an annual wave of amplitude :math:`A = (5 + 17 c) |\lambda| / 65`, whose warmest day :math:`p`
+#   is 20 to 45 days after the summer solstice of the hemisphere, later near the ocean;
+# - a small semiannual wave, :math:`B` normal with standard deviation 1 °C;
+# - and weather :math:`\varepsilon_d` that is correlated from day to day (autoregressive of
+#   coefficient 0.7 and standard deviation 1 °C).
+#
 # The learner is told the day, and none of this.
 import warnings
 
