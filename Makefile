@@ -7,6 +7,9 @@ TORCH_LATEST ?= torch
 TORCH_INDEX ?=
 WORKERS ?= 2
 ARGS ?=
+BROWSER ?= chromium
+SCREENSHOTS ?= index install quickstart guide/index guide/tasks choosing migrating faq custom api \
+  generated/sklearn_maml.MAMLRegressor methods diagnostics defaults engine results
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -82,6 +85,25 @@ lint: $(STAMP) ## check style, types, the import order and docstrings
 	$(BIN)/python tools/check_imports.py
 	$(BIN)/python tools/check_docstrings.py
 
+.PHONY: docs
+docs: $(VENV)/.docs-installed ## build the documentation into docs/_build/html and check its links
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	$(BIN)/python tools/check_links.py docs/_build/html
+
+# To look at the site without opening it. Needs a Chromium, of the system or named by BROWSER.
+.PHONY: docs-screenshots
+docs-screenshots: ## draw pages of the built documentation into docs/_build/screenshots
+	@mkdir -p docs/_build/screenshots
+	@for page in $(SCREENSHOTS); do \
+	  $(BROWSER) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,2400 \
+	    --screenshot=docs/_build/screenshots/$${page//\//-}.png \
+	    file://$(CURDIR)/docs/_build/html/$$page.html 2>/dev/null && echo "$$page.html" || exit 1; \
+	done
+
+$(VENV)/.docs-installed: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 .PHONY: bench
 bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchmarks/run.py
 	@$(BIN)/python benchmarks/run.py --seconds 30 $(ARGS)
@@ -111,5 +133,5 @@ table-omniglot-20w1s: $(STAMP) ## Omniglot, 20-way 1-shot, conv4 (slow)
 .PHONY: clean
 clean: ## remove caches, builds and environments
 	rm -rf $(VENV) $(VENV)-min $(VENV)-latest build dist *.egg-info .coverage .coverage.* htmlcov \
-	  .pytest_cache .ruff_cache .mypy_cache
+	  .pytest_cache .ruff_cache .mypy_cache docs/_build docs/auto_examples docs/generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -177,7 +177,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Meta-updates made.
     n_outputs_ : int
         Number of targets.
-    y_mean_, y_scale_ : ndarray of shape (n_outputs_,)
+    y_mean_, y_scale_ : ndarray of shape (`n_outputs_`,)
         Mean and scale of the targets. With `center_y` the means of the tasks stand in for
         `y_mean_`, and `y_scale_` is the standard deviation from them.
     posterior_ : PosteriorEnsemble or None
@@ -186,11 +186,11 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Whether it was not clearly worse than gradient steps on the held-out tasks.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
     n_tasks_ : int or None
         Number of tasks; None for a task distribution.
-    tasks_ : ndarray of shape (n_tasks_,) or None
+    tasks_ : ndarray of shape (`n_tasks_`,) or None
         Their ids, or positions where they have none.
     device_ : torch.device
         Where parameters live.
@@ -641,11 +641,11 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         applied to gradient steps where nothing was asked of the inner loop (see `posterior`).
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
     n_tasks_ : int or None
         Number of tasks; None for a task distribution.
-    tasks_ : ndarray of shape (n_tasks_,) or None
+    tasks_ : ndarray of shape (`n_tasks_`,) or None
         Their ids, or positions where they have none.
     device_ : torch.device
         Where parameters live.

@@ -239,7 +239,7 @@ class FewShotRegressor(RegressorMixin, _FewShot):
         The adapted copy of the prior.
     n_features_in_ : int
         Number of features seen during `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
 
     References
@@ -295,7 +295,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         support set for a prior with `n_ways`.
     n_features_in_ : int
         Number of features seen during `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had names.
 
     Notes

@@ -14,6 +14,7 @@ from sklearn_maml import datasets
 from sklearn_maml.datasets import (
     SinusoidTasks,
     load_omniglot,
+    load_vowels,
     load_x264,
     make_sinusoid_tasks,
 )
@@ -216,10 +217,49 @@ def test_omniglot_rejects_unknown_subsets(subset):
         load_omniglot(subset=subset)
 
 
-# --- both loaders
+# --- vowels
 
 
-@pytest.mark.parametrize("load", [load_x264, lambda **k: load_omniglot(subset="evaluation", **k)])
+def test_vowels_have_the_documented_shape_and_fields():
+    vowels = load_vowels()
+    assert set(vowels) == {
+        "data", "target", "groups", "speaker_type", "frame", "feature_names", "target_names",
+        "DESCR", "filename",
+    }  # fmt: skip
+    assert vowels.data.shape == (1520, 4)
+    assert vowels.data.dtype == np.float64
+    assert vowels.data.flags.c_contiguous
+    assert vowels.feature_names == ["f0", "f1", "f2", "f3"]
+    assert (np.diff(vowels.data, axis=1) > 0).mean() > 0.99  # in the order of frequency
+    assert sorted(vowels.target_names) == sorted(set(vowels.target))
+    assert Path(vowels.filename).is_file()
+    assert "Peterson" in vowels.DESCR
+
+
+def test_vowels_are_each_said_twice_by_every_speaker():
+    vowels = load_vowels()
+    assert np.unique(vowels.groups).tolist() == list(range(1, 77))
+    said = list(zip(vowels.groups, vowels.target, strict=True))
+    assert len(set(said)) == 760
+    assert all(said.count(pair) == 2 for pair in said[:40])
+    speakers = dict(zip(vowels.groups, vowels.speaker_type, strict=True)).values()
+    assert [list(speakers).count(kind) for kind in ("man", "woman", "child")] == [33, 28, 15]
+
+
+def test_vowels_as_frame_hold_the_same_values():
+    pytest.importorskip("pandas")
+    vowels, frame = load_vowels(), load_vowels(as_frame=True).frame
+    assert frame.columns.tolist() == ["task", "f0", "f1", "f2", "f3", "vowel"]
+    np.testing.assert_array_equal(frame[vowels.feature_names], vowels.data)
+    assert frame["vowel"].tolist() == vowels.target.tolist()
+
+
+# --- all loaders
+
+
+@pytest.mark.parametrize(
+    "load", [load_x264, load_vowels, lambda **k: load_omniglot(subset="evaluation", **k)]
+)
 def test_tuples_hold_what_the_bunch_holds(load):
     bunch = load()
     X, y = load(return_X_y=True)
@@ -230,7 +270,9 @@ def test_tuples_hold_what_the_bunch_holds(load):
     np.testing.assert_array_equal(groups, bunch.groups)
 
 
-@pytest.mark.parametrize("load", [load_x264, lambda **k: load_omniglot(subset="evaluation", **k)])
+@pytest.mark.parametrize(
+    "load", [load_x264, load_vowels, lambda **k: load_omniglot(subset="evaluation", **k)]
+)
 def test_tuples_of_frames(load):
     pd = pytest.importorskip("pandas")
     X, y = load(return_X_y=True, as_frame=True)
@@ -242,18 +284,20 @@ def test_tuples_of_frames(load):
     assert X.index.equals(groups.index)
 
 
-@pytest.mark.parametrize("load", [load_x264, load_omniglot])
+@pytest.mark.parametrize("load", [load_x264, load_vowels, load_omniglot])
 def test_two_kinds_of_tuple_at_once_are_rejected(load):
     with pytest.raises(ValueError, match="at most one"):
         load(return_X_y=True, return_X_y_groups=True)
 
 
-def test_only_the_two_data_sets_and_their_notices_are_shipped():
+def test_only_the_named_data_sets_and_their_notices_are_shipped():
     data = resources.files("sklearn_maml.datasets") / "data"
     assert {entry.name for entry in data.iterdir()} == {
         "omniglot28.npz",
+        "vowels_pb52.csv.gz",
         "x264_videos.csv.gz",
         "LICENSE-omniglot.txt",
+        "LICENSE-vowels.txt",
         "LICENSE-x264.txt",
     }
 
@@ -269,6 +313,14 @@ def test_licence_notices_are_complete(notice, holder):
     assert "Permission is hereby granted, free of charge" in text
     assert "The above copyright notice and this permission notice shall be included" in text
     assert 'THE SOFTWARE IS PROVIDED "AS IS"' in text
+
+
+def test_licence_notice_of_the_vowels_is_complete():
+    data = resources.files("sklearn_maml.datasets") / "data"
+    text = (data / "LICENSE-vowels.txt").read_text(encoding="utf-8")
+    assert "Copyright (c) 2012, Santiago Barreda" in text
+    assert "2. Redistributions in binary form must reproduce the above copyright" in text
+    assert "THIS SOFTWARE IS PROVIDED BY SANTIAGO BARREDA ''AS IS''" in text
 
 
 # --- sinusoids

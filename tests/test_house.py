@@ -264,10 +264,13 @@ def test_the_wheel_contains_the_data_and_the_notices(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.startswith("sklearn_maml/datasets/d")} == {
         "sklearn_maml/datasets/data/omniglot28.npz",
+        "sklearn_maml/datasets/data/vowels_pb52.csv.gz",
         "sklearn_maml/datasets/data/x264_videos.csv.gz",
         "sklearn_maml/datasets/data/LICENSE-omniglot.txt",
+        "sklearn_maml/datasets/data/LICENSE-vowels.txt",
         "sklearn_maml/datasets/data/LICENSE-x264.txt",
         "sklearn_maml/datasets/descr/omniglot.rst",
+        "sklearn_maml/datasets/descr/vowels.rst",
         "sklearn_maml/datasets/descr/x264.rst",
     }
     assert {"sklearn_maml/py.typed", "sklearn_maml/native/mlp.cpp"} <= names

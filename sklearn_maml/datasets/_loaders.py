@@ -171,13 +171,13 @@ def load_omniglot(
     1,623 characters of 50 alphabets, each drawn once by 20 people, as 28 x 28 binary
     images. A character keeps its number and name in every subset.
 
-    =================   ==============
-    Classes                      1,623
-    Rows per class                  20
-    Rows                        32,460
-    Features                       784
-    Groups (alphabets)              50
-    =================   ==============
+    ==================   ==============
+    Classes                       1,623
+    Rows per class                   20
+    Rows                         32,460
+    Features                        784
+    Groups (alphabets)               50
+    ==================   ==============
 
     Parameters
     ----------
@@ -291,3 +291,92 @@ def load_omniglot(
         filename=filename,
     )
     return _finish(bunch, ["character"], return_X_y, return_X_y_groups, as_frame)
+
+
+def load_vowels(
+    *,
+    return_X_y: bool = False,
+    return_X_y_groups: bool = False,
+    as_frame: bool = False,
+) -> Bunch | tuple[Any, ...]:
+    """Load the vowels of Peterson and Barney (classification, one task per speaker).
+
+    Pitch and formants of ten vowels, each spoken twice by 76 men, women and children. All
+    speakers share the ten labels, but say them at frequencies of their own.
+
+    =================   ==============
+    Tasks                           76
+    Rows per task                   20
+    Rows                         1,520
+    Features                         4
+    Classes                         10
+    =================   ==============
+
+    Parameters
+    ----------
+    return_X_y : bool, default=False
+        If True, return `(data, target)` instead of a Bunch.
+    return_X_y_groups : bool, default=False
+        If True, return `(data, target, groups)` instead of a Bunch.
+    as_frame : bool, default=False
+        If True, data, target and groups are pandas objects. Needs pandas.
+
+    Returns
+    -------
+    data : :class:`~sklearn.utils.Bunch`
+        Dictionary-like object, with the following attributes.
+
+        data : {ndarray, DataFrame} of shape (1520, 4)
+            Fundamental frequency and three formants in Hz, float64.
+        target : {ndarray, Series} of shape (1520,)
+            The vowel in X-SAMPA, as a str.
+        groups : {ndarray, Series} of shape (1520,)
+            The number of the speaker, 1 to 76.
+        speaker_type : ndarray of shape (1520,)
+            "man", "woman" or "child".
+        frame : DataFrame of shape (1520, 6) or None
+            Only with `as_frame=True`: the column `task` (the speaker), the features, the
+            column `vowel`.
+        feature_names : list of str
+            `f0`, `f1`, `f2`, `f3`.
+        target_names : list of str
+            The ten vowels, in the order of the files: those of heed, hid, head, had, hud, hod,
+            hawed, hood, who'd and heard.
+        DESCR : str
+            The description of the data set.
+        filename : str
+            The path of the data file.
+
+    (data, target) : tuple if `return_X_y` is True
+        The first two of these.
+
+    (data, target, groups) : tuple if `return_X_y_groups` is True
+        The first three of these.
+
+    Examples
+    --------
+    >>> from sklearn_maml.datasets import load_vowels
+    >>> vowels = load_vowels()
+    >>> vowels.data.shape, len(vowels.target_names)
+    ((1520, 4), 10)
+    >>> vowels.data[0].tolist(), vowels.target[0], vowels.speaker_type[0]
+    ([160.0, 240.0, 2280.0, 2850.0], 'i', 'man')
+    """
+    _check_returns(return_X_y, return_X_y_groups)
+    filename = _data_file("vowels_pb52.csv.gz")
+    with gzip.open(filename, "rt", encoding="utf-8") as file:
+        header, *rows = (line.rstrip("\n").split(",") for line in file)
+    speakers, *measured, types, vowels = zip(*rows, strict=True)
+    words = {"m": "man", "w": "woman", "c": "child"}
+    bunch = Bunch(
+        data=np.array(measured, dtype=np.float64).T.copy(),
+        target=np.array(vowels, dtype=object),
+        groups=np.array(speakers, dtype=np.int64),
+        speaker_type=np.array([words[letter] for letter in types], dtype=object),
+        frame=None,
+        feature_names=header[1:5],
+        target_names=list(dict.fromkeys(vowels)),
+        DESCR=_description("vowels.rst"),
+        filename=filename,
+    )
+    return _finish(bunch, ["vowel"], return_X_y, return_X_y_groups, as_frame)

@@ -1,0 +1,123 @@
+"""Calibration on unseen tasks of real collections: coverage of intervals, reliability of classes.
+
+    python benchmarks/calibration.py [--data FOLDER] [--seeds 0,1] [--plot FILE]
+
+Tasks, support and query rows are those of `tabular.py`, and so are the collections. Regression: the
+part of the query targets within ``y +- 1.645 std`` of ``predict(..., return_std=True)``, mean over
+tasks, which should be 0.90; and the same for 0.50. Classification: log-loss and the expected
+calibration error of `predict_proba`, by default and of gradient steps alone, which nothing
+calibrates; with --plot the reliability curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm
+from tabular import COLLECTIONS, find_file, load, split
+
+from sklearn_maml import MAMLClassifier, MAMLRegressor
+
+N_BINS = 10
+CLASSIFIERS = {
+    "default": {},
+    "gradient steps, not calibrated": {"alpha": 0.03, "steps": 5},
+}
+
+
+def coverage(reg, X, y, task, episodes) -> tuple[float, ...]:
+    """Part of the query targets within the 90 % and the 50 % interval, mean over tasks."""
+    support, query = (np.concatenate(rows) for rows in zip(*episodes, strict=True))
+    reg.adapt(X[support], y[support], groups=task[support])
+    mean, std = reg.predict(X[query], groups=task[query], return_std=True)
+    z = np.abs(mean - y[query]) / std
+    _, codes = np.unique(task[query], return_inverse=True)
+    parts = [z < norm.ppf(0.5 + level / 2) for level in (0.9, 0.5)]
+    return tuple(float((np.bincount(codes, part) / np.bincount(codes)).mean()) for part in parts)
+
+
+def reliability(confidence, correct) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean confidence and accuracy in bins of equal size, and the expected calibration error."""
+    bins = np.array_split(np.argsort(confidence), N_BINS)
+    told = np.array([confidence[rows].mean() for rows in bins])
+    true = np.array([correct[rows].mean() for rows in bins])
+    sizes = np.array([len(rows) for rows in bins])
+    return told, true, float(np.average(np.abs(told - true), weights=sizes))
+
+
+def probabilities(clf, X, y, task, episodes) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the query rows, and which of their columns is right."""
+    support, query = (np.concatenate(rows) for rows in zip(*episodes, strict=True))
+    clf.adapt(X[support], y[support], groups=task[support])
+    p = clf.predict_proba(X[query], groups=task[query])
+    return p, y[query][:, None] == clf.classes_
+
+
+def main() -> None:
+    """Print a line for each collection."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--plot", type=Path, help="PNG file for the reliability curves")
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for name, collection in COLLECTIONS.items():
+        path = find_file(collection, args.data)
+        if path is None:
+            continue
+        X, y, task = load(path, collection)
+        kinds = CLASSIFIERS if collection.classification else {"": {}}
+        for label, options in kinds.items():
+            results: dict = {k: [] for k in collection.shots}
+            for seed in seeds:
+                train, episodes = split(X, y, task, collection, seed)
+                kind = MAMLClassifier if collection.classification else MAMLRegressor
+                scale = X[train].std(0)
+                Z = (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
+                model = kind(random_state=seed, **options)
+                model.fit(Z[train], y[train], groups=task[train])
+                measure = probabilities if collection.classification else coverage
+                for k in collection.shots:
+                    results[k].append(measure(model, Z, y, task, episodes[k]))
+            for k, found in results.items():
+                if not collection.classification:
+                    ninety, fifty = np.mean(found, axis=0)
+                    print(
+                        f"{name:28s} K={k:<3d} 90 %: {ninety:.3f}   50 %: {fifty:.3f}", flush=True
+                    )
+                    continue
+                p, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                log_loss = -np.log(np.maximum(p[right], 1e-15)).mean()
+                correct = right[np.arange(len(p)), p.argmax(1)]
+                told, true, error = reliability(p.max(1), correct)
+                print(
+                    f"{name:28s} K={k:<3d} {label}: accuracy {correct.mean():.3f}   log-loss "
+                    f"{log_loss:.3f}   expected calibration error {error:.3f}",
+                    flush=True,
+                )
+                if args.plot:
+                    _plot(told, true, f"{name}: {label}")
+    if args.plot:
+        _finish(args.plot)
+
+
+def _plot(told, true, label) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.plot(told, true, "o-", label=label)
+
+
+def _finish(path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.plot([0, 1], [0, 1], "k:", lw=1)
+    plt.xlabel("probability of the predicted class")
+    plt.ylabel("part that is right")
+    plt.legend()
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
