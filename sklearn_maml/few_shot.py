@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_maml._base import BaseMAML, find_prior, transform_rows
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.persistence import FewShotKind, SaveMixin
+from sklearn_maml.tasks import refuse_graphs
 
 __all__ = ["FewShotClassifier", "FewShotRegressor", "adapt"]
 
@@ -156,6 +157,11 @@ class _FewShot(SaveMixin, BaseEstimator):
         )
         return start._fit_initialisation(X, y, sample_weight)
 
+    def _fitted_model(self, X: Any) -> Any:
+        check_is_fitted(self)
+        refuse_graphs(X=X)  # which the transformers of a pipeline cannot read
+        return self.model_
+
     def predict(self, X: Any) -> Any:
         """Predict for rows of the task.
 
@@ -169,8 +175,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
             Predictions.
         """
-        check_is_fitted(self)
-        return self.model_.predict(X)
+        return self._fitted_model(X).predict(X)
 
     def set_params(self, **params: Any) -> Any:
         """Set parameters of this estimator.
@@ -357,8 +362,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         p : ndarray of shape (n_queries, n_classes)
             Probabilities in the order of `classes_`.
         """
-        check_is_fitted(self)
-        return self.model_.predict_proba(X)
+        return self._fitted_model(X).predict_proba(X)
 
     def predict_log_proba(self, X: Any) -> Any:
         """Predict the logarithm of class probabilities.
@@ -373,8 +377,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         log_p : ndarray of shape (n_queries, n_classes)
             In the order of `classes_`.
         """
-        check_is_fitted(self)
-        return self.model_.predict_log_proba(X)
+        return self._fitted_model(X).predict_log_proba(X)
 
     def decision_function(self, X: Any) -> Any:
         """Return the outputs of the network for each class (logits).
@@ -389,8 +392,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
             In the order of `classes_`.
         """
-        check_is_fitted(self)
-        return self.model_.decision_function(X)
+        return self._fitted_model(X).decision_function(X)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -44,6 +44,7 @@ NEWTON_STEPS = 8
 LARGEST_MIXED = 100  # features; a round of the mixed model is cubic in them
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 BEYOND = 1e4  # standard deviations at which features are cut off
+UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
 MARGIN = 0.1  # of the range of the targets: predictions end there
 TASKS_AT_A_TIME = 256
 ROWS_AT_A_TIME = 8192
@@ -85,6 +86,10 @@ class PosteriorEnsemble:
     temper : float
         Regression: factor of the standard deviation; classification: of the logits.
     classification : bool
+    seen : int64 ndarray, default=None
+        Marks of the distinct rows of features, where tasks share them.
+    temper_unseen : float, default=None
+        `temper` for rows that are not among them.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class PosteriorEnsemble:
         high: np.ndarray,
         temper: float,
         classification: bool,
+        seen: np.ndarray | None = None,
+        temper_unseen: float | None = None,
     ) -> None:
         self.members = list(members)
         self.center = center
@@ -104,6 +111,8 @@ class PosteriorEnsemble:
         self.high = high
         self.temper = temper
         self.classification = classification
+        self.seen = seen
+        self.temper_unseen = temper_unseen
 
     def state(self) -> dict[str, Any]:
         """Arguments of the constructor."""
@@ -208,8 +217,10 @@ class PosteriorEnsemble:
                     rows = order[cuts[task] : cuts[task + 1]]
                     scaled = model.features(torch.from_numpy(Z[rows]))[1]
                     within[rows] += model.variance(scaled, taken[j]).numpy()
-        total = self.temper**2 * within / len(self.members) + spread
-        return np.sqrt(total)
+        temper = np.full(len(Z), self.temper)
+        if self.seen is not None:
+            temper[~np.isin(_marks(X), self.seen)] = self.temper_unseen
+        return np.sqrt(temper**2 * within / len(self.members) + spread)
 
     def loss(self, batches: Sequence[EpisodeBatch], member: int) -> float:
         """Mean loss over the tasks of one member: squared error, or cross-entropy."""
@@ -267,21 +278,35 @@ class PosteriorEnsemble:
         rng = np.random.RandomState(seed % 2**32)
         in_turn = np.concatenate([held_out, rng.permutation(others)])
         size = len(held_out)
-        draws = []
+        draws: list[list[Draw]] = []
+        marks = _marks(X)
+        distinct = np.unique(marks)
+        n_unseen = int(UNSEEN * np.median(np.bincount(codes)))
+        # tasks that share their rows tell nothing of other rows unless some are held out, too
+        shared = 2 * len(distinct) <= len(X) and n_unseen >= min(TESTED)
         for j in range(N_MEMBERS):
             held = np.take(in_turn, np.arange(j * size, (j + 1) * size), mode="wrap")
-            training = _Training(Z, y, codes, held, classification, rng.randint(2**31 - 1))
+            unseen = np.zeros(len(X), dtype=bool)
+            if shared and j == N_MEMBERS - 1:
+                unseen = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
+            training = _Training(Z, y, codes, held, unseen, classification, rng.randint(2**31 - 1))
             model = training.run(n_updates)
             new.members.append({k: p.double().numpy() for k, p in model.params.items()})
             draws.append(training.draws)
-        new.temper = new._find_temper(Z, y, draws)
+        if shared:
+            new.seen = distinct
+            new.temper_unseen = new._find_temper(Z, y, draws[-1:], new._models()[-1:])
+            draws.pop()
+        new.temper = new._find_temper(Z, y, draws, new._models()[: len(draws)])
         return new
 
     @torch.no_grad()
-    def _find_temper(self, Z: np.ndarray, y: np.ndarray, draws: list[list[Draw]]) -> float:
+    def _find_temper(
+        self, Z: np.ndarray, y: np.ndarray, draws: list[list[Draw]], models: list[_Model]
+    ) -> float:
         """Make the members neither over- nor underconfident on tasks they have not seen."""
         outputs, targets, deviations = [], [], []
-        for model, of_member in zip(self._models(), draws, strict=True):
+        for model, of_member in zip(models, draws, strict=True):
             for k, rows in of_member:
                 support, query = rows[:, :k], rows[:, k:]
                 given = [torch.from_numpy(a) for a in (Z[support], y[support].astype(float))]
@@ -295,6 +320,14 @@ class PosteriorEnsemble:
         z = np.abs(output - target) / np.concatenate(deviations)
         # 1.645 standard deviations are to hold nine targets in ten; never narrower than learned
         return float(np.clip(np.quantile(z, 0.9) / 1.645, 1.0, 3.0))
+
+
+def _marks(X: np.ndarray) -> np.ndarray:
+    """Checksum (n_rows,) of each row of features."""
+    bits = np.ascontiguousarray(X, dtype=np.float64).view(np.uint64)
+    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
+    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
+    return marks.view(np.int64)
 
 
 def find_temper(logits: np.ndarray, target: np.ndarray) -> float:
@@ -490,10 +523,11 @@ def _start(
 
 
 class _Episodes:
-    """Draws support and query rows of some of the tasks."""
+    """Draws support and query rows of tasks, among the rows that are `allowed`."""
 
-    def __init__(self, codes: np.ndarray, tasks: np.ndarray) -> None:
-        rows = [np.flatnonzero(codes == task) for task in tasks]
+    def __init__(self, codes: np.ndarray, allowed: np.ndarray) -> None:
+        tasks = np.unique(codes[allowed])
+        rows = [np.flatnonzero((codes == task) & allowed) for task in tasks]
         self.sizes = np.array([len(r) for r in rows])
         self.table = np.zeros((len(rows), self.sizes.max()), dtype=np.intp)
         for line, r in zip(self.table, rows, strict=True):
@@ -529,13 +563,14 @@ class _Training:
         y: np.ndarray,
         codes: np.ndarray,
         held_out: np.ndarray,
+        unseen: np.ndarray,
         classification: bool,
         seed: int,
     ) -> None:
         self.rng = np.random.RandomState(seed)
-        known = ~np.isin(codes, held_out)
-        self.training = _Episodes(codes, np.unique(codes[known]))
-        testing = _Episodes(codes, held_out)
+        known = ~np.isin(codes, held_out) & ~unseen
+        self.training = _Episodes(codes, known)
+        testing = _Episodes(codes, np.isin(codes, held_out) & (unseen | ~unseen.any()))
         sizes = [min(k, testing.most) for k in TESTED for _ in range(4)]
         self.draws = [testing.draw(k, QUERY_TESTED, self.rng) for k in sizes]
         self.X = torch.as_tensor(X, dtype=torch.float32)

@@ -503,6 +503,8 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
     check_consistent_length(X, y)
     if y.ndim > 2:
         raise ValueError(f"y must be (n_rows,) or (n_rows, n_outputs); got shape {y.shape}.")
+    if y.size == 0:
+        raise ValueError(f"y has no outputs: got shape {y.shape}. Give at least one column.")
     # not to the dtype of X: large targets would lose what tells them apart
     y = y if y.dtype.kind == "f" else y.astype(np.float64)
     largest = float(np.abs(y).max())

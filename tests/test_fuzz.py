@@ -193,11 +193,13 @@ def test_tensors_that_require_grad_are_refused(reg):
     targets = torch.as_tensor(Y).requires_grad_()
     pipe = make_pipeline(StandardScaler(), reg)
     pipe[0].fit(X)
+    few = FewShotRegressor(pipe).fit(X[:6], Y[:6])
     for name, call in (
         ("X", lambda: reg.predict(rows)),
         ("X", lambda: reg.adapt(rows, Y)),
         ("X", lambda: adapt(pipe, rows, Y)),
         ("X", lambda: FewShotRegressor(random_state=0).fit(rows, Y)),
+        ("X", lambda: few.predict(rows)),
         ("y", lambda: reg.adapt(X, targets)),
         ("y", lambda: reg.score(X, targets, G)),
         ("groups", lambda: reg.adapt(X, Y, groups=targets)),
@@ -244,6 +246,10 @@ def test_objects_that_know_how_to_become_arrays_are_rows():
 def test_rows_without_numbers_are_refused(reg):
     for rows in (np.empty((2, 0, 2)), np.empty((2, 2, 0))):
         refused(reg, lambda r=rows: reg.fit(r, Y[:2], G[:2]), r"0 feature\(s\)")
+
+
+def test_targets_without_outputs_are_refused(reg):
+    refused(reg, lambda: reg.fit(X, np.empty((36, 0)), G), r"\(36, 0\)|\(shape=\(36, 0\)\)")
 
 
 @pytest.mark.parametrize("groups", [None, G])
