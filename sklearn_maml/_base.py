@@ -81,7 +81,7 @@ from sklearn_maml.modules import (
 )
 from sklearn_maml.optimizers import can_fuse
 from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
-from sklearn_maml.posterior import Conditioned, PosteriorEnsemble
+from sklearn_maml.posterior import Conditioned, PosteriorEnsemble, find_weight, mix
 from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.tasks import (
     FLOATS,
@@ -117,8 +117,6 @@ SINGLE_TASK_UPDATES = 100
 MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
 # Closed-form adaptation: largest number of features, and updates for two meta-updates
 POSTERIOR_FEATURES, POSTERIOR_UPDATES = 500, 3
-# and the part of the held-out loss by which one member may be worse, for an ensemble of them
-CLEARLY_WORSE = 0.05
 # Threads that adapt one and the same model: the state and what follows from it change together.
 _STATE_LOCK = threading.Lock()
 # name of a setting that adapting depends on
@@ -314,10 +312,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self._meta_train(
             source, seed, continued, (X, y, metadata), processes, checkpoint, conditions
         )
-        self._calibrate(source)
-        self.posterior_, self.posterior_is_better_ = None, False
+        self.posterior_, self.posterior_weight_ = None, 0.0
+        held_out = None
+        if source.validation is not None and self._inner_loop_is_free():
+            held_out = self._predict_held_out(source)
+        self._calibrate(held_out)
         if conditions and not self.net_.interrupted_:
-            self._fit_posterior(source, seed)
+            self._fit_posterior(source, seed, held_out)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -522,8 +523,39 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self.history_ = net.history
         self.n_iter_ = net.update_
 
-    def _calibrate(self, source: Any) -> None:
-        """Learn from held-out tasks how confident predictions may be."""
+    def _predict_held_out(self, source: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return outputs, encoded targets and task positions of the held-out query rows."""
+        engine = self._make_engine(self.module_, self._rung if self._rung == "loop" else "auto")
+        outputs: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        codes: list[np.ndarray] = []
+        first = 0
+        for batch in source.validation:
+            batch = batch.to(self.device_)
+            n_tasks, n_rows = batch.query.X.shape[:2]
+            with engine.threads(n_tasks * n_rows):
+                adapted = engine.adapt(
+                    self._learner.meta_params(),
+                    batch.support,
+                    alpha=self._alpha(),
+                    steps=self._n_adapt_steps(),
+                )
+                output = engine.predict(adapted, batch.query, batch_norm=self.batch_norm)
+            if output.ndim == 2:
+                output = output.unsqueeze(-1)
+            task = torch.arange(n_tasks).unsqueeze(1).expand(n_tasks, n_rows)
+            for values, into in ((output, outputs), (batch.query.y, targets)):
+                into.append(batch.query.real(values).cpu().numpy())
+            codes.append(batch.query.real(task).numpy() + first)
+            first += n_tasks
+        return np.concatenate(outputs), np.concatenate(targets), np.concatenate(codes)
+
+    def _calibrate(self, held_out: Any) -> None:
+        """Learn how confident predictions may be; `held_out` is None without held-out tasks."""
+
+    def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
+        """Bring outputs of the network to the form in which they are mixed; see `mix`."""
+        return outputs
 
     def _wants_posterior(self, source: Any, processes: Processes | None) -> bool:
         """Whether to learn closed-form adaptation, too; refuse where it cannot be."""
@@ -534,8 +566,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             raise ValueError(f"posterior=True {reason}. Set posterior='auto' or False.")
         return reason is None
 
-    def _fit_posterior(self, source: Any, seed: int) -> None:
-        """Learn closed-form adaptation, and compare it on the held-out tasks."""
+    def _fit_posterior(self, source: Any, seed: int, held_out: Any) -> None:
+        """Learn closed-form adaptation and, on the held-out tasks, its share of predictions."""
         tasks = source.tasks
         encoded = self._encode(tasks)
         y = encoded.y
@@ -550,11 +582,18 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 seed=seed,
                 n_updates=max(POSTERIOR_UPDATES * self.max_iter // 2, 1),
             )
-            # the first member has not seen the tasks that the network was validated on
-            loss = posterior.loss(source.validation, 0)
-        losses = [row["valid_loss"] for row in self.history_]
-        self.posterior_ = posterior
-        self.posterior_is_better_ = bool(loss <= (1 + CLEARLY_WORSE) * np.nanmin(losses))
+            self.posterior_, self.posterior_weight_ = posterior, 1.0
+            if self.posterior == "auto":
+                outputs, targets, codes = held_out
+                if self._classification:
+                    targets = np.eye(len(self.classes_))[targets]
+                self.posterior_weight_ = find_weight(
+                    posterior.predict_held_out(source.validation),
+                    self._as_predicted(outputs),
+                    targets.reshape(len(targets), -1),
+                    codes,
+                    self._classification,
+                )
 
     def _inner_loop_is_free(self) -> bool:
         """Whether nothing was asked of the inner loop, so that `fit` may choose it."""
@@ -1024,7 +1063,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             steps = self._n_adapt_steps()
             if self._has_posterior():
                 conditioned = self._condition(tasks, targets, sample_weight)
-                if self.posterior_is_better_ or self.posterior is True:
+                if self.posterior_weight_ == 1 or self.posterior is True:
                     return State(None, None, ids, conditioned, **extra)
         # short tasks with short ones, so that little is padding
         by_size = np.argsort(tasks.sizes, kind="stable")
@@ -1167,13 +1206,20 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Run each row under the parameters of its task, a chunk of rows at a time."""
-        if state.adapted is None:
-            assert state.conditioned is not None
-            assert self.posterior_ is not None
-            with one_thread():
-                outputs = self.posterior_.predict(state.conditioned, rows, codes)
-            return self._finite(outputs.astype(rows.dtype))
+        if state.conditioned is None:
+            return self._outputs_of_steps(state, rows, codes)
+        assert self.posterior_ is not None
+        with one_thread():
+            outputs = self.posterior_.predict(state.conditioned, rows, codes)
+        if state.adapted is not None:
+            of_steps = self._as_predicted(self._outputs_of_steps(state, rows, codes))
+            outputs = mix(outputs, of_steps, self.posterior_weight_, self._classification)
+        return self._finite(outputs.astype(rows.dtype))
+
+    def _outputs_of_steps(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Return the outputs of the parameters that gradient steps made."""
         assert state.engine is not None
+        assert state.adapted is not None
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
         # a task with very many rows is predicted in several pieces

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 
@@ -135,15 +135,14 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         after `fit`.
     posterior : bool or "auto", default="auto"
         Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
-        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how
-        far a support set is trusted is then learned, too (ALPaCA [3]_). True predicts with
-        it. "auto" fits it where nothing was asked of the inner loop (`alpha`, `steps`,
-        `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `center_y` as by
-        default), labels or targets are shared by the tasks and tasks are held out, and
-        predicts with it unless gradient steps were clearly better on the held-out tasks.
-        False never does, nor does "auto" after any of these was set: predictions are then
-        those of `module_` after `steps` gradient steps. It takes tables of up to 500
-        features.
+        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a
+        support set is trusted is then learned, too (ALPaCA [3]_). True predicts with it. "auto"
+        fits it where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`,
+        `module`, `update_rule`, `meta_gradient`, `adapted`, `center_y` as by default), labels
+        or targets are shared by the tasks and tasks are held out, and mixes its predictions
+        with those of gradient steps by a weight that is chosen on the held-out tasks. False
+        never does, nor does "auto" after any of these was set: predictions are then those of
+        `module_` after `steps` gradient steps. It takes tables of up to 500 features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -182,8 +181,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         `y_mean_`, and `y_scale_` is the standard deviation from them.
     posterior_ : PosteriorEnsemble or None
         What was learned for closed-form adaptation, if it was.
-    posterior_is_better_ : bool
-        Whether it was not clearly worse than gradient steps on the held-out tasks.
+    posterior_weight_ : float
+        Its share of predictions, between 0 and 1; that of gradient steps is the rest.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -589,12 +588,12 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         after `fit`.
     posterior : bool or "auto", default="auto"
         Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
-        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how
-        far a support set is trusted is then learned, too (compare ALPaCA [3]_). True
-        predicts with it. "auto" fits it where nothing was asked of the inner loop (`alpha`,
-        `steps`, `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `head`
-        as by default), labels or targets are shared by the tasks and tasks are held out,
-        and predicts with it unless gradient steps were clearly better on the held-out
+        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a
+        support set is trusted is then learned, too (compare ALPaCA [3]_). True predicts with
+        it. "auto" fits it where nothing was asked of the inner loop (`alpha`, `steps`,
+        `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `head` as by
+        default), labels or targets are shared by the tasks and tasks are held out, and mixes
+        its predictions with those of gradient steps by a weight that is chosen on the held-out
         tasks. False never does, nor does "auto" after any of these was set: predictions are
         then those of `module_` after `steps` gradient steps. It takes tables of up to 500
         features.
@@ -634,8 +633,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         training pool after `fit`, those of the support sets after `adapt`.
     posterior_ : PosteriorEnsemble or None
         What was learned for closed-form adaptation, if it was.
-    posterior_is_better_ : bool
-        Whether it was not clearly worse than gradient steps on the held-out tasks.
+    posterior_weight_ : float
+        Its share of predictions, between 0 and 1; that of gradient steps is the rest.
     temper_ : float
         Factor of the logits in `predict_proba`, which calibrates it on the held-out tasks; it is
         applied to gradient steps where nothing was asked of the inner loop (see `posterior`).
@@ -996,34 +995,21 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
 
     def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)
-        if state.adapted is not None:  # the posterior's are tempered
-            logits = logits * self._temper()
+        if state.conditioned is None and self._inner_loop_is_free():  # others are calibrated
+            with np.errstate(over="ignore"):  # the lowest of classes that a task lacks
+                logits = logits * self.temper_
         p = softmax(logits, axis=1)
         return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
 
-    def _calibrate(self, source: Any) -> None:
+    def _calibrate(self, held_out: Any) -> None:
         self.temper_ = 1.0
-        if source.validation is None or not self._inner_loop_is_free():
-            return
-        engine = self._make_engine(self.module_, self._rung if self._rung == "loop" else "auto")
-        outputs, targets = [], []
-        for batch in source.validation:
-            batch = batch.to(self.device_)
-            with engine.threads(batch.query.X.shape[0] * batch.query.X.shape[1]):
-                adapted = engine.adapt(
-                    self._learner.meta_params(),
-                    batch.support,
-                    alpha=self._alpha(),
-                    steps=self._n_steps(),
-                )
-                output = engine.predict(adapted, batch.query, batch_norm=self.batch_norm)
-            outputs.append(batch.query.real(output).cpu().numpy())
-            targets.append(batch.query.real(batch.query.y).cpu().numpy())
-        logits, classes = np.concatenate(outputs), np.concatenate(targets)
-        self.temper_ = find_temper(logits, np.eye(logits.shape[1])[classes])
+        if held_out is not None:
+            outputs, targets, _ = held_out
+            self.temper_ = find_temper(outputs, np.eye(outputs.shape[1])[targets])
 
-    def _temper(self) -> float:
-        return getattr(self, "temper_", 1.0) if self._inner_loop_is_free() else 1.0
+    def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
+        log_p: np.ndarray = log_softmax(self.temper_ * outputs.astype(np.float64), axis=1)
+        return log_p
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)

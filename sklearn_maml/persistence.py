@@ -54,7 +54,7 @@ STORED: dict[str, tuple[str, ...]] = {
         "_fingerprints",
         "_rung",
         "_score_seed",
-        "posterior_is_better_",
+        "posterior_weight_",
     ),
     "MAMLRegressor": ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d"),
     "MAMLClassifier": ("classes_", "temper_"),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
 
-__all__ = ["Conditioned", "PosteriorEnsemble", "find_temper"]
+__all__ = ["Conditioned", "PosteriorEnsemble", "find_temper", "find_weight", "mix"]
 
 Params = dict[str, Tensor]
 Draw = tuple[int, np.ndarray]  # number of support rows; rows of each task, these first
@@ -46,6 +46,7 @@ NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 BEYOND = 1e4  # standard deviations at which features are cut off
 UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
 MARGIN = 0.1  # of the range of the targets: predictions end there
+WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # of the posterior; ties: first
 TASKS_AT_A_TIME = 256
 ROWS_AT_A_TIME = 8192
 
@@ -222,20 +223,16 @@ class PosteriorEnsemble:
             temper[~np.isin(_marks(X), self.seen)] = self.temper_unseen
         return np.sqrt(temper**2 * within / len(self.members) + spread)
 
-    def loss(self, batches: Sequence[EpisodeBatch], member: int) -> float:
-        """Mean loss over the tasks of one member: squared error, or cross-entropy."""
-        one = PosteriorEnsemble(**{**self.state(), "members": [self.members[member]]})
-        losses = []
+    def predict_held_out(self, batches: Sequence[EpisodeBatch]) -> np.ndarray:
+        """Predict the query rows of tasks that the first member has not seen, with it alone."""
+        one = PosteriorEnsemble(**{**self.state(), "members": self.members[:1]})
+        predicted = []
         for batch in batches:
-            X, y, codes, _ = _flat(batch.support)
+            X, y, codes = _flat(batch.support)
             given = one.condition(X, self._coded(y), codes, len(batch))
-            X, y, codes, n_rows = _flat(batch.query)
-            predicted, y = one.predict(given, X, codes), self._coded(y)
-            rows = (
-                -(y * predicted).sum(1) if self.classification else ((y - predicted) ** 2).mean(1)
-            )
-            losses.append(np.bincount(codes, rows) / n_rows)
-        return float(np.mean(np.concatenate(losses)))
+            X, _, codes = _flat(batch.query)
+            predicted.append(one.predict(given, X, codes))
+        return np.concatenate(predicted)
 
     def _coded(self, y: np.ndarray) -> np.ndarray:
         n_outputs = self.members[0]["mean"].shape[1]
@@ -330,6 +327,42 @@ def _marks(X: np.ndarray) -> np.ndarray:
     return marks.view(np.int64)
 
 
+def mix(posterior: np.ndarray, steps: np.ndarray, weight: float, classification: bool) -> Any:
+    """Mix predictions (n_rows, n_outputs) of the posterior and of gradient steps.
+
+    `weight` is that of the posterior. Of classes, probabilities are mixed, and both arguments and
+    the result are their logarithms.
+    """
+    if not classification:
+        return weight * posterior + (1 - weight) * steps
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(posterior + np.log(weight), steps + np.log(1 - weight))
+
+
+def find_weight(
+    posterior: np.ndarray,
+    steps: np.ndarray,
+    target: np.ndarray,
+    codes: np.ndarray,
+    classification: bool,
+) -> float:
+    """Weight of the posterior with the smallest error on held-out tasks; see `mix`.
+
+    The error is the mean of the tasks' root mean squared errors, or cross-entropies.
+    """
+    n_rows = np.bincount(codes)
+    errors = {}
+    for weight in WEIGHTS:
+        mixed = mix(posterior, steps, weight, classification)
+        if classification:
+            of_tasks = np.bincount(codes, -(target * mixed).sum(1)) / n_rows
+        else:
+            of_tasks = np.sqrt(np.bincount(codes, ((mixed - target) ** 2).mean(1)) / n_rows)
+        errors[weight] = of_tasks.mean()
+    finite = {weight: error for weight, error in errors.items() if np.isfinite(error)}
+    return min(finite, key=lambda weight: finite[weight]) if finite else 1.0
+
+
 def find_temper(logits: np.ndarray, target: np.ndarray) -> float:
     """Factor of logits (n_rows, n_classes) with the smallest cross-entropy (Guo et al. 2017)."""
     factors = np.geomspace(0.25, 4.0, 49)
@@ -352,13 +385,13 @@ def _padded(codes: np.ndarray, n_tasks: int) -> Any:
         yield tasks, place, present
 
 
-def _flat(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, targets and task positions without padding, and the number of rows of each task."""
+def _flat(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, targets and task positions, without padding."""
     n_tasks, n_rows = rows.X.shape[:2]
     lengths = np.full(n_tasks, n_rows) if rows.lengths is None else rows.lengths
     real = np.arange(n_rows) < lengths[:, None]
     codes = np.broadcast_to(np.arange(n_tasks)[:, None], real.shape)[real]
-    return rows.X.numpy()[real], rows.y.numpy()[real], codes, lengths
+    return rows.X.numpy()[real], rows.y.numpy()[real], codes
 
 
 class _Model:

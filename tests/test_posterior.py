@@ -9,7 +9,7 @@ import torch
 from scipy.special import softmax
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
-from sklearn_maml.posterior import PosteriorEnsemble, _mixed_model, _Model
+from sklearn_maml.posterior import PosteriorEnsemble, _mixed_model, _Model, find_weight
 
 RNG = np.random.RandomState
 
@@ -110,7 +110,7 @@ def clf():
 
 
 def test_defaults_choose_the_posterior_where_it_is_better(reg):
-    assert reg.posterior_is_better_
+    assert reg.posterior_weight_ > 0.5
     X, y, task = slopes(seed=5)
     plain = fitted(posterior=False)
     assert plain.posterior_ is None
@@ -205,12 +205,42 @@ def test_inner_loop_set_after_fit_takes_gradient_steps(reg):
 
 def test_gradient_steps_that_are_clearly_better_predict(reg):
     worse = copy.copy(reg)
-    worse.posterior_is_better_ = False
+    worse.posterior_weight_ = 0.0
     X, y, _ = slopes(seed=3)
     off = fitted(posterior=False).adapt(X[:5], y[:5])
     mean, std = worse.adapt(X[:5], y[:5]).predict(X, return_std=True)
-    np.testing.assert_array_equal(mean, off.predict(X))
+    np.testing.assert_allclose(mean, off.predict(X), rtol=1e-12)
     assert np.isfinite(std).all()
+
+
+@pytest.mark.parametrize("maml", [MAMLRegressor, MAMLClassifier])
+def test_predictions_are_mixed_by_the_weight(maml):
+    data, ask = (slopes, "predict") if maml is MAMLRegressor else (labelled, "predict_proba")
+    model = fitted(maml, data)
+    X, y, _ = data(seed=3)
+    answers = {}
+    for weight in (0.0, 0.3, 1.0):
+        model.posterior_weight_ = weight
+        answers[weight] = getattr(model.adapt(X[:5], y[:5]), ask)(X)
+    assert not np.allclose(answers[0.0], answers[1.0])
+    expected = 0.7 * answers[0.0] + 0.3 * answers[1.0]
+    np.testing.assert_allclose(answers[0.3], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classification", [False, True])
+def test_weight_is_that_of_the_smaller_error_on_held_out_tasks(classification):
+    codes = np.repeat([0, 1], 20)
+    if classification:
+        target = np.eye(2)[RNG(0).randint(0, 2, 40)]
+        good = np.log(0.8 * target + 0.2 * (1 - target))
+        bad = np.log(np.full((40, 2), 0.5))
+    else:
+        target = RNG(0).randn(40, 1)
+        good, bad = target + 0.1, target + 5.0
+    assert find_weight(good, bad, target, codes, classification) == 1.0
+    assert find_weight(bad, good, target, codes, classification) == 0.0
+    if not classification:  # errors of opposite signs cancel
+        assert find_weight(target + 1, target - 1, target, codes, False) == 0.5
 
 
 def test_where_tasks_do_not_differ_adapting_does_no_harm():
@@ -239,7 +269,7 @@ def test_probabilities_sum_to_one_and_adapting_tells(clf):
 
 def test_probabilities_of_gradient_steps_are_calibrated_where_nothing_was_asked():
     auto = fitted(MAMLClassifier, labelled)
-    auto.posterior_is_better_ = False
+    auto.posterior_weight_ = 0.0
     off = fitted(MAMLClassifier, labelled, alpha=0.03, steps=5)
     assert off.temper_ == 1.0
     X, y, _ = labelled(seed=5)
