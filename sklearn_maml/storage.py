@@ -348,6 +348,8 @@ def digest_of(value: Any, other: Callable[[Any, Encoder, str], Any] | None = Non
     other : callable, default=None
         As of `Encoder`.
     """
+    if isinstance(value, list):
+        value = [_summary(item) for item in value]
     encoder = Encoder(other)
     node = encoder.encode(value, "value")
     digest = hashlib.sha256(json.dumps(node, sort_keys=True).encode())
@@ -355,6 +357,14 @@ def digest_of(value: Any, other: Callable[[Any, Encoder, str], Any] | None = Non
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _summary(value: Any) -> Any:
+    """Digest of an array where it lies: it may be all the data of a fit; else the value."""
+    if type(value) is not np.ndarray or value.dtype.kind in "OV" or not value.flags.c_contiguous:
+        return value
+    content = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
+    return [value.dtype.str, list(value.shape), content]
 
 
 # -- files -----------------------------------------------------------------------------------------
