@@ -553,6 +553,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _calibrate(self, held_out: Any) -> None:
         """Learn how confident predictions may be; `held_out` is None without held-out tasks."""
 
+    def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
+        """Learn the same of predictions that the posterior has a share in."""
+
+    def _temper_mixture(self, mixed: np.ndarray) -> np.ndarray:
+        """Apply what `_calibrate_mixture` learned."""
+        return mixed
+
     def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
         """Bring outputs of the network to the form in which they are mixed; see `mix`."""
         return outputs
@@ -587,13 +594,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 outputs, targets, codes = held_out
                 if self._classification:
                     targets = np.eye(len(self.classes_))[targets]
-                self.posterior_weight_ = find_weight(
-                    posterior.predict_held_out(source.validation),
-                    self._as_predicted(outputs),
-                    targets.reshape(len(targets), -1),
-                    codes,
-                    self._classification,
+                targets = targets.reshape(len(targets), -1)
+                ways = posterior.predict_held_out(source.validation), self._as_predicted(outputs)
+                self.posterior_weight_ = weight = find_weight(
+                    *ways, targets, codes, self._classification
                 )
+                self._calibrate_mixture(mix(*ways, weight, self._classification), targets)
 
     def _inner_loop_is_free(self) -> bool:
         """Whether nothing was asked of the inner loop, so that `fit` may choose it."""
@@ -1214,6 +1220,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         if state.adapted is not None:
             of_steps = self._as_predicted(self._outputs_of_steps(state, rows, codes))
             outputs = mix(outputs, of_steps, self.posterior_weight_, self._classification)
+        outputs = self._temper_mixture(outputs)
         return self._finite(outputs.astype(rows.dtype))
 
     def _outputs_of_steps(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

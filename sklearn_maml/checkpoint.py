@@ -386,14 +386,14 @@ def _state_of(callback: Any) -> dict[str, Any]:
     if _has_own_state(callback):
         return {"own": callback.state_dict()}
     # what they remember ends with the epoch, or is for the screen
-    if isinstance(callback, (EpochTimer, PassthroughScoring, PrintLog, ProgressBar)):
+    if isinstance(callback, (EpochTimer, PrintLog, ProgressBar)):
         return {}
     fitted = {
         name: value
         for name, value in vars(callback).items()
         if name.endswith("_") and not name.startswith("_")
     }
-    if isinstance(callback, ScoringBase):  # the rest is of the epoch
+    if isinstance(callback, (ScoringBase, PassthroughScoring)):  # the rest is of the epoch
         fitted = {name: fitted[name] for name in ("best_score_",) if name in fitted}
     if isinstance(callback, LRScheduler):
         scheduler = callback.lr_scheduler_.state_dict()

@@ -635,9 +635,10 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         What was learned for closed-form adaptation, if it was.
     posterior_weight_ : float
         Its share of predictions, between 0 and 1; that of gradient steps is the rest.
-    temper_ : float
-        Factor of the logits in `predict_proba`, which calibrates it on the held-out tasks; it is
-        applied to gradient steps where nothing was asked of the inner loop (see `posterior`).
+    temper_, mixture_temper_ : float
+        Factors of the logits of gradient steps, and of those of the mixture with the posterior,
+        in `predict_proba`: they calibrate it on the held-out tasks where nothing was asked of the
+        inner loop (see `posterior`), and are 1 elsewhere.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -1002,10 +1003,18 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
 
     def _calibrate(self, held_out: Any) -> None:
-        self.temper_ = 1.0
+        self.temper_ = self.mixture_temper_ = 1.0
         if held_out is not None:
             outputs, targets, _ = held_out
             self.temper_ = find_temper(outputs, np.eye(outputs.shape[1])[targets])
+
+    def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
+        # a mean of calibrated probabilities is not confident enough
+        self.mixture_temper_ = find_temper(mixed, targets)
+
+    def _temper_mixture(self, mixed: np.ndarray) -> np.ndarray:
+        log_p: np.ndarray = log_softmax(self.mixture_temper_ * mixed, axis=1)
+        return log_p
 
     def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
         log_p: np.ndarray = log_softmax(self.temper_ * outputs.astype(np.float64), axis=1)

@@ -217,6 +217,7 @@ def test_gradient_steps_that_are_clearly_better_predict(reg):
 def test_predictions_are_mixed_by_the_weight(maml):
     data, ask = (slopes, "predict") if maml is MAMLRegressor else (labelled, "predict_proba")
     model = fitted(maml, data)
+    model.mixture_temper_ = 1.0
     X, y, _ = data(seed=3)
     answers = {}
     for weight in (0.0, 0.3, 1.0):
@@ -225,6 +226,16 @@ def test_predictions_are_mixed_by_the_weight(maml):
     assert not np.allclose(answers[0.0], answers[1.0])
     expected = 0.7 * answers[0.0] + 0.3 * answers[1.0]
     np.testing.assert_allclose(answers[0.3], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_probabilities_are_calibrated_as_a_whole():
+    model = fitted(MAMLClassifier, labelled)
+    X, y, _ = labelled(seed=3)
+    model.adapt(X[:5], y[:5])
+    model.mixture_temper_ = 1.0
+    log_p = model.predict_log_proba(X)
+    model.mixture_temper_ = 2.0
+    np.testing.assert_allclose(model.predict_proba(X), softmax(2 * log_p, axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("classification", [False, True])
@@ -269,7 +280,7 @@ def test_probabilities_sum_to_one_and_adapting_tells(clf):
 
 def test_probabilities_of_gradient_steps_are_calibrated_where_nothing_was_asked():
     auto = fitted(MAMLClassifier, labelled)
-    auto.posterior_weight_ = 0.0
+    auto.posterior_weight_, auto.mixture_temper_ = 0.0, 1.0
     off = fitted(MAMLClassifier, labelled, alpha=0.03, steps=5)
     assert off.temper_ == 1.0
     X, y, _ = labelled(seed=5)
