@@ -63,6 +63,7 @@ from sklearn_maml.episodes import (
 )
 from sklearn_maml.exceptions import (
     CutTaskWarning,
+    InterruptedFitWarning,
     MemorizationWarning,
     NotAdaptedError,
     SeenTaskWarning,
@@ -317,7 +318,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self._calibrate(source)
         self.posterior_, self.posterior_is_better_ = None, False
         if conditions and not self.net_.interrupted_:
-            self._fit_posterior(source, seed)
+            try:
+                self._fit_posterior(source, seed)
+            except KeyboardInterrupt:  # of the fit, the initialisation is kept
+                self.net_.interrupted_ = True
+                warnings.warn(
+                    "The fit was interrupted after meta-training, while it learned closed-form "
+                    "adaptation: there is no posterior, and tasks are adapted by gradient steps.",
+                    InterruptedFitWarning,
+                    stacklevel=4 if HAS_SKLEARN_CALLBACKS else 3,
+                )
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -548,7 +558,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 source.held_out,
                 classification=self._classification,
                 seed=seed,
-                n_updates=max(POSTERIOR_UPDATES * self.max_iter // 2, 1),
+                # it begins anew where a fit continues: as many as for all of its updates
+                n_updates=POSTERIOR_UPDATES * max(self.max_iter, self.n_iter_) // 2,
             )
             # the first member has not seen the tasks that the network was validated on
             loss = posterior.loss(source.validation, 0)
@@ -591,7 +602,15 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return None
 
     def _has_posterior(self) -> bool:
-        return self.__dict__.get("posterior_") is not None and (
+        """Whether to adapt in closed form."""
+        learned = self.__dict__.get("posterior_") is not None
+        if self.posterior is True and not learned:
+            raise ValueError(
+                "posterior=True, but the last fit has learned no posterior: it was made with "
+                "another value, or interrupted. Fit anew, or set posterior='auto' or False to "
+                "adapt by gradient steps."
+            )
+        return learned and (
             self.posterior is True or (self.posterior == "auto" and self._inner_loop_is_free())
         )
 
