@@ -153,27 +153,22 @@ class PosteriorEnsemble:
         if weight is not None:
             total = np.bincount(codes, weight, n_tasks)
             weight = weight * (np.bincount(codes, minlength=n_tasks) / total)[codes]
-        shift: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.members]
         models = self._models()
+        n_outputs = y.shape[1]
+        shift = [np.empty((n_tasks, model.n_columns, n_outputs), dtype=X.dtype) for model in models]
         for tasks, place, present in _padded(codes, n_tasks):
             root = present.astype(np.float64)
             if weight is not None:
                 root *= np.sqrt(weight[place])
             parts = [torch.from_numpy(a) for a in (Z[place], y[place].astype(np.float64), root)]
-            for model, out in zip(models, shift, strict=True):
-                out.append((tasks, model.condition(*parts)[0].numpy()))
-        joined = []
-        for parts_of_member in shift:
-            whole = np.empty((n_tasks, *parts_of_member[0][1].shape[1:]), dtype=X.dtype)
-            for tasks, part in parts_of_member:
-                whole[tasks] = part
-            joined.append(whole)
+            for model, moved in zip(models, shift, strict=True):
+                moved[tasks] = model.condition(*parts)[0].numpy()
         # between the targets of meta-training and of the support set, and a little beyond
         low, high = (np.repeat(edge[None], n_tasks, 0) for edge in (self.low, self.high))
         np.minimum.at(low, codes, y)
         np.maximum.at(high, codes, y)
         beyond = MARGIN * (high - low)
-        return Conditioned(joined, low - beyond, high + beyond, X, codes, weight)
+        return Conditioned(shift, low - beyond, high + beyond, X, codes, weight)
 
     def predict(self, given: Conditioned, X: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Mean of the targets (n_rows, n_outputs), or logarithm of the classes' probabilities."""
@@ -391,6 +386,11 @@ class _Model:
     def __init__(self, params: Params, classification: bool) -> None:
         self.params = params
         self.classification = classification
+
+    @property
+    def n_columns(self) -> int:
+        """Number of weights of an output."""
+        return len(self.params["mean"])
 
     def features(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean of the outputs, and ``phi(x)`` times a root of the prior covariance."""
