@@ -586,6 +586,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             return "is for labels that the tasks share, but n_ways is set"
         if not isinstance(source, CollectionSource) or source.single:
             return "needs a collection of tasks"
+        if self._centers_targets():  # by support rows: an error that it would not know of
+            return "learns how the levels of tasks differ itself, but center_y is set"
         if source.held_out is None:
             return "needs held-out tasks: at least 10 tasks, or early_stopping=True"
         if source.tasks.in_query is not None:

@@ -462,3 +462,10 @@ def test_mixed_model_of_very_many_tasks_takes_some_of_them(monkeypatch):
     np.testing.assert_allclose(mean[:, 0], [1, 2, -1], atol=0.1)
     np.testing.assert_allclose(cov, 0.25 * np.eye(3), atol=0.06)
     assert abs(noise - 0.01) < 0.002
+
+
+def test_posterior_of_centred_targets_is_refused():
+    # the mean of few support rows is no part of its standard deviations, which would be too small
+    X, y, task = slopes(12, 12)
+    with pytest.raises(ValueError, match="center_y"):
+        quick(posterior=True, center_y=True).fit(X, y, groups=task)
