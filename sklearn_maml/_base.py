@@ -63,7 +63,10 @@ from sklearn_maml.episodes import (
 )
 from sklearn_maml.exceptions import (
     CutTaskWarning,
+    InterruptedFitWarning,
     MemorizationWarning,
+    MetaTrainingError,
+    NonFiniteStepWarning,
     NotAdaptedError,
     SeenTaskWarning,
     SingleTaskWarning,
@@ -318,7 +321,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             held_out = self._predict_held_out(source)
         self._calibrate(held_out)
         if conditions and not self.net_.interrupted_:
-            self._fit_posterior(source, seed, held_out)
+            try:
+                self._fit_posterior(source, seed, held_out)
+            except KeyboardInterrupt:  # of the fit, the initialisation is kept
+                self.net_.interrupted_ = True
+                warnings.warn(
+                    "The fit was interrupted after meta-training, while it learned closed-form "
+                    "adaptation: there is no posterior, and tasks are adapted by gradient steps.",
+                    InterruptedFitWarning,
+                    stacklevel=4 if HAS_SKLEARN_CALLBACKS else 3,
+                )
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -506,7 +518,17 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             else contextlib.nullcontext(),
             processes or contextlib.nullcontext(),
         ):
-            net.partial_fit(stream)
+            try:
+                net.partial_fit(stream)
+            except MetaTrainingError as error:
+                if not conditions:
+                    raise
+                warnings.warn(
+                    f"Gradient steps could not be meta-trained: {error} Tasks are adapted in "
+                    "closed form alone, which scales the features itself.",
+                    NonFiniteStepWarning,
+                    stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
+                )
             copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
@@ -587,7 +609,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 source.held_out,
                 classification=self._classification,
                 seed=seed,
-                n_updates=max(POSTERIOR_UPDATES * self.max_iter // 2, 1),
+                # it begins anew where a fit continues: as many as for all of its updates
+                n_updates=POSTERIOR_UPDATES * max(self.max_iter, self.n_iter_) // 2,
             )
             self.posterior_, self.posterior_weight_ = posterior, 1.0
             if self.posterior == "auto":
@@ -620,6 +643,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             return "is for labels that the tasks share, but n_ways is set"
         if not isinstance(source, CollectionSource) or source.single:
             return "needs a collection of tasks"
+        if self._centers_targets():  # by support rows: an error that it would not know of
+            return "learns how the levels of tasks differ itself, but center_y is set"
         if source.held_out is None:
             return "needs held-out tasks: at least 10 tasks, or early_stopping=True"
         if source.tasks.in_query is not None:
@@ -636,7 +661,15 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return None
 
     def _has_posterior(self) -> bool:
-        return self.__dict__.get("posterior_") is not None and (
+        """Whether to adapt in closed form."""
+        learned = self.__dict__.get("posterior_") is not None
+        if self.posterior is True and not learned:
+            raise ValueError(
+                "posterior=True, but the last fit has learned no posterior: it was made with "
+                "another value, or interrupted. Fit anew, or set posterior='auto' or False to "
+                "adapt by gradient steps."
+            )
+        return learned and (
             self.posterior is True or (self.posterior == "auto" and self._inner_loop_is_free())
         )
 

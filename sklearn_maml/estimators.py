@@ -247,6 +247,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     _default_steps = 10
     _output_word = "target"
 
+    __metadata_request__predict: ClassVar = {"groups": True, "return_std": True}
+
     def __init__(
         self,
         module: Any = None,
@@ -589,7 +591,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     posterior : bool or "auto", default="auto"
         Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
         layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a
-        support set is trusted is then learned, too (compare ALPaCA [3]_). True predicts with
+        support set is trusted is then learned, too (compare ALPaCA [4]_). True predicts with
         it. "auto" fits it where nothing was asked of the inner loop (`alpha`, `steps`,
         `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `head` as by
         default), labels or targets are shared by the tasks and tasks are held out, and mixes
@@ -686,7 +688,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
        Classification. ICLR.
     .. [3] Kao, C.-H., Chiu, W.-C. & Chen, P.-Y. (2022). MAML is a Noisy Contrastive Learner in
        Classification. ICLR.
-    .. [3] Harrison, J., Sharma, A. & Pavone, M. (2018). Meta-Learning Priors for Efficient Online
+    .. [4] Harrison, J., Sharma, A. & Pavone, M. (2018). Meta-Learning Priors for Efficient Online
        Bayesian Regression. WAFR. Section 3.
 
     Examples

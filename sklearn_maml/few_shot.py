@@ -265,6 +265,31 @@ class FewShotRegressor(RegressorMixin, _FewShot):
 
     _prior_class = MAMLRegressor
 
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Predict for rows of the task.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        return_std : bool, default=False
+            Whether to return standard deviations, too, as `MAMLRegressor.predict` does.
+
+        Returns
+        -------
+        y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
+            Predictions.
+        std : ndarray of the same shape
+            Only if `return_std`.
+
+        Raises
+        ------
+        ValueError
+            With `return_std`, if the prior has no posterior.
+        """
+        model = self._fitted_model(X)
+        return model.predict(X, return_std=True) if return_std else model.predict(X)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True

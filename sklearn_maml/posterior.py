@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,16 @@ BATCH = 25
 RATE = 3e-3
 CHECKS = 20  # of the held-out tasks, in a training
 NEWTON_STEPS = 8
-LARGEST_MIXED = 100  # features; a round of the mixed model is cubic in them
+# features; a round of the mixed model is cubic in them; and entries of all matrices of the tasks
+LARGEST_MIXED, MIXED_ENTRIES = 100, 2**20
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 BEYOND = 1e4  # standard deviations at which features are cut off
 UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
 MARGIN = 0.1  # of the range of the targets: predictions end there
 WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # of the posterior; ties: first
-TASKS_AT_A_TIME = 256
+TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536  # and their rows, at most
 ROWS_AT_A_TIME = 8192
+KEYS_AT_A_TIME = 2**22  # random numbers that put the rows of tasks in order
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Conditioned:
     """What the support sets of `n_tasks` tasks made of the prior.
 
     ``shift`` has an array (n_tasks, n_columns, n_outputs) for each member: how far the weights have
-    moved, in units of the prior. ``low`` and ``high`` (n_tasks, n_outputs) bound the predictions.
-    The support rows themselves are kept for the variance.
+    moved, in units of the prior, in the dtype of the rows. ``low`` and ``high`` (n_tasks,
+    n_outputs) bound the predictions. The support rows themselves are kept for the variance.
     """
 
     shift: list[np.ndarray]
@@ -78,8 +80,8 @@ class PosteriorEnsemble:
 
     Parameters
     ----------
-    members : list of dict of str to ndarray
-        Parameters of each member.
+    members : list of dict of str to float32 ndarray
+        Parameters of each member, as they were trained; computations are in float64.
     center, scale : ndarrays of shape (n_features,)
         Mean and standard deviation of the features.
     low, high : ndarrays of shape (n_outputs,)
@@ -121,7 +123,9 @@ class PosteriorEnsemble:
 
     def _models(self) -> list[_Model]:
         return [
-            _Model({name: torch.from_numpy(p) for name, p in m.items()}, self.classification)
+            _Model(
+                {name: torch.from_numpy(p).double() for name, p in m.items()}, self.classification
+            )
             for m in self.members
         ]
 
@@ -150,27 +154,22 @@ class PosteriorEnsemble:
         if weight is not None:
             total = np.bincount(codes, weight, n_tasks)
             weight = weight * (np.bincount(codes, minlength=n_tasks) / total)[codes]
-        shift: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.members]
         models = self._models()
+        n_outputs = y.shape[1]
+        shift = [np.empty((n_tasks, model.n_columns, n_outputs), dtype=X.dtype) for model in models]
         for tasks, place, present in _padded(codes, n_tasks):
             root = present.astype(np.float64)
             if weight is not None:
                 root *= np.sqrt(weight[place])
             parts = [torch.from_numpy(a) for a in (Z[place], y[place].astype(np.float64), root)]
-            for model, out in zip(models, shift, strict=True):
-                out.append((tasks, model.condition(*parts)[0].numpy()))
-        joined = []
-        for parts_of_member in shift:
-            whole = np.empty((n_tasks, *parts_of_member[0][1].shape[1:]))
-            for tasks, part in parts_of_member:
-                whole[tasks] = part
-            joined.append(whole)
+            for model, moved in zip(models, shift, strict=True):
+                moved[tasks] = model.condition(*parts)[0].numpy()
         # between the targets of meta-training and of the support set, and a little beyond
         low, high = (np.repeat(edge[None], n_tasks, 0) for edge in (self.low, self.high))
         np.minimum.at(low, codes, y)
         np.maximum.at(high, codes, y)
         beyond = MARGIN * (high - low)
-        return Conditioned(joined, low - beyond, high + beyond, X, codes, weight)
+        return Conditioned(shift, low - beyond, high + beyond, X, codes, weight)
 
     def predict(self, given: Conditioned, X: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Mean of the targets (n_rows, n_outputs), or logarithm of the classes' probabilities."""
@@ -197,14 +196,15 @@ class PosteriorEnsemble:
     @torch.no_grad()
     def predict_std(self, given: Conditioned, X: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return the standard deviation (n_rows,) of targets: noise, and doubt about the task."""
-        Z, S = self._standardise(X), self._standardise(given.X)
+        Z = self._standardise(X)
         means = np.stack(self._means(given, X, codes))
         spread = means.var(axis=0).mean(-1)
         within = np.zeros(len(Z))
         asked = np.unique(codes)
         used = np.isin(given.codes, asked)
         position = np.searchsorted(asked, given.codes[used])
-        S, weight = S[used], None if given.weight is None else given.weight[used]
+        S = self._standardise(given.X[used])
+        weight = None if given.weight is None else given.weight[used]
         of_query = np.searchsorted(asked, codes)
         order = np.argsort(of_query, kind="stable")
         cuts = np.searchsorted(of_query[order], np.arange(len(asked) + 1))
@@ -215,9 +215,10 @@ class PosteriorEnsemble:
                     root *= np.sqrt(weight[place])
                 taken = model.taken(torch.from_numpy(S[place]), torch.from_numpy(root))
                 for j, task in enumerate(tasks):
-                    rows = order[cuts[task] : cuts[task + 1]]
-                    scaled = model.features(torch.from_numpy(Z[rows]))[1]
-                    within[rows] += model.variance(scaled, taken[j]).numpy()
+                    for start in range(cuts[task], cuts[task + 1], ROWS_AT_A_TIME):
+                        rows = order[start : min(start + ROWS_AT_A_TIME, cuts[task + 1])]
+                        scaled = model.features(torch.from_numpy(Z[rows]))[1]
+                        within[rows] += model.variance(scaled, taken[j]).numpy()
         temper = np.full(len(Z), self.temper)
         if self.seen is not None:
             temper[~np.isin(_marks(X), self.seen)] = self.temper_unseen
@@ -285,10 +286,14 @@ class PosteriorEnsemble:
             held = np.take(in_turn, np.arange(j * size, (j + 1) * size), mode="wrap")
             unseen = np.zeros(len(X), dtype=bool)
             if shared and j == N_MEMBERS - 1:
-                unseen = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
+                chosen = rng.permutation(distinct)[: int(UNSEEN * len(distinct))]
+                unseen = np.isin(marks, chosen)
+                # where rows come with their task, one side may have none of them
+                shared = _splits(codes, np.isin(codes, held), unseen)
+                unseen &= shared
             training = _Training(Z, y, codes, held, unseen, classification, rng.randint(2**31 - 1))
             model = training.run(n_updates)
-            new.members.append({k: p.double().numpy() for k, p in model.params.items()})
+            new.members.append({k: p.numpy() for k, p in model.params.items()})
             draws.append(training.draws)
         if shared:
             new.seen = distinct
@@ -319,6 +324,12 @@ class PosteriorEnsemble:
         return float(np.clip(np.quantile(z, 0.9) / 1.645, 1.0, 3.0))
 
 
+def _splits(codes: np.ndarray, held: np.ndarray, unseen: np.ndarray) -> bool:
+    """Whether a task that is held out has two unseen rows, and another one two others."""
+    sides = (held & unseen, ~held & ~unseen)
+    return all(bool((np.bincount(codes[side]) > 1).any()) for side in sides)
+
+
 def _marks(X: np.ndarray) -> np.ndarray:
     """Checksum (n_rows,) of each row of features."""
     bits = np.ascontiguousarray(X, dtype=np.float64).view(np.uint64)
@@ -333,6 +344,8 @@ def mix(posterior: np.ndarray, steps: np.ndarray, weight: float, classification:
     `weight` is that of the posterior. Of classes, probabilities are mixed, and both arguments and
     the result are their logarithms.
     """
+    if weight == 1:
+        return posterior
     if not classification:
         return weight * posterior + (1 - weight) * steps
     with np.errstate(divide="ignore"):
@@ -352,13 +365,14 @@ def find_weight(
     """
     n_rows = np.bincount(codes)
     errors = {}
-    for weight in WEIGHTS:
-        mixed = mix(posterior, steps, weight, classification)
-        if classification:
-            of_tasks = np.bincount(codes, -(target * mixed).sum(1)) / n_rows
-        else:
-            of_tasks = np.sqrt(np.bincount(codes, ((mixed - target) ** 2).mean(1)) / n_rows)
-        errors[weight] = of_tasks.mean()
+    with np.errstate(over="ignore", invalid="ignore"):  # gradient steps may have diverged
+        for weight in WEIGHTS:
+            mixed = mix(posterior, steps, weight, classification)
+            if classification:
+                of_tasks = np.bincount(codes, -(target * mixed).sum(1)) / n_rows
+            else:
+                of_tasks = np.sqrt(np.bincount(codes, ((mixed - target) ** 2).mean(1)) / n_rows)
+            errors[weight] = of_tasks.mean()
     finite = {weight: error for weight, error in errors.items() if np.isfinite(error)}
     return min(finite, key=lambda weight: finite[weight]) if finite else 1.0
 
@@ -370,15 +384,18 @@ def find_temper(logits: np.ndarray, target: np.ndarray) -> float:
     return float(factors[np.nanargmin(losses)]) if np.isfinite(losses).any() else 1.0
 
 
-def _padded(codes: np.ndarray, n_tasks: int) -> Any:
+def _padded(codes: np.ndarray, n_tasks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tasks of similar size together: their positions, rows (n, most), and which are real."""
     sizes = np.bincount(codes, minlength=n_tasks)
     order = np.argsort(codes, kind="stable")
     first = np.cumsum(sizes) - sizes
     by_size = np.argsort(sizes, kind="stable")
-    for start in range(0, n_tasks, TASKS_AT_A_TIME):
-        tasks = by_size[start : start + TASKS_AT_A_TIME]
-        most = int(sizes[tasks].max())
+    stop = n_tasks
+    while stop:  # a task with many rows takes few others along, as all are padded to its size
+        most = int(sizes[by_size[stop - 1]])
+        start = max(stop - min(TASKS_AT_A_TIME, max(PADDED_ROWS // most, 1)), 0)
+        tasks = by_size[start:stop]
+        stop = start
         number = np.arange(most)
         present = number < sizes[tasks][:, None]
         place = order[np.where(present, first[tasks][:, None] + number, 0)]
@@ -405,6 +422,11 @@ class _Model:
     def __init__(self, params: Params, classification: bool) -> None:
         self.params = params
         self.classification = classification
+
+    @property
+    def n_columns(self) -> int:
+        """Number of weights of an output."""
+        return len(self.params["mean"])
 
     def features(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean of the outputs, and ``phi(x)`` times a root of the prior covariance."""
@@ -494,6 +516,9 @@ def _mixed_model(
     n_columns, n_outputs = ones.shape[1], y.shape[1]
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    # some of very many tasks tell as much
+    parts = parts[:: -(-len(parts) * n_columns**2 // MIXED_ENTRIES)]
+    used = y[np.concatenate(parts)]
     gram = np.stack([ones[rows].T @ ones[rows] for rows in parts])
     moment = np.stack([ones[rows].T @ y[rows] for rows in parts])
     mean, cov, noise = np.zeros((n_columns, n_outputs)), np.eye(n_columns), 1.0
@@ -507,9 +532,9 @@ def _mixed_model(
             len(parts) * n_outputs
         )
         cov = (cov + cov.T) / 2 + 1e-8 * np.eye(n_columns)
-        error = (y**2).sum() - 2 * (means * moment).sum() + (means * (gram @ means)).sum()
+        error = (used**2).sum() - 2 * (means * moment).sum() + (means * (gram @ means)).sum()
         error += n_outputs * np.einsum("tpq,tqp->", posterior, gram)
-        noise = max(float(error) / y.size, NOISE_FLOOR)
+        noise = max(float(error) / used.size, NOISE_FLOOR)
     return mean, cov, noise
 
 
@@ -521,19 +546,22 @@ def _start(
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int, fan_in: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator) - 1) / math.sqrt(fan_in)
+        values = torch.rand(*shape, generator=generator, dtype=torch.float32)
+        return (2 * values - 1) / math.sqrt(fan_in)
 
     mean = np.zeros((1 + n_features + WIDTH, n_outputs))
     factor = np.diag(np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(n_features))])
     noise, amplitude = 2.0, 0.3
     if classification:
-        with warnings.catch_warnings():  # a start need not be exact
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            pooled = LogisticRegression(max_iter=100).fit(X, y.argmax(1))
-        coef = np.c_[pooled.intercept_, pooled.coef_]
-        if len(coef) == 1:  # the logit of the second of two classes
-            coef = np.concatenate([-coef, coef]) / 2
-        mean[: 1 + n_features, pooled.classes_] = coef.T
+        labels = y.argmax(1)
+        if labels.min() < labels.max():  # other classes may be in the tasks held out alone
+            with warnings.catch_warnings():  # a start need not be exact
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                pooled = LogisticRegression(max_iter=100).fit(X, labels)
+            coef = np.c_[pooled.intercept_, pooled.coef_]
+            if len(coef) == 1:  # the logit of the second of two classes
+                coef = np.concatenate([-coef, coef]) / 2
+            mean[: 1 + n_features, pooled.classes_] = coef.T
     else:
         if n_features <= LARGEST_MIXED:
             mean[: 1 + n_features], cov, noise = _mixed_model(X, y, codes)
@@ -550,8 +578,8 @@ def _start(
         "b2": uniform(WIDTH, fan_in=WIDTH),
         "mean": torch.tensor(mean, dtype=torch.float32),
         "factor": torch.tensor(factor, dtype=torch.float32),
-        "log_scale": torch.full((WIDTH,), math.log(amplitude)),
-        "log_noise": torch.tensor(0.5 * math.log(noise)),
+        "log_scale": torch.full((WIDTH,), math.log(amplitude), dtype=torch.float32),
+        "log_noise": torch.tensor(0.5 * math.log(noise), dtype=torch.float32),
     }
 
 
@@ -559,13 +587,10 @@ class _Episodes:
     """Draws support and query rows of tasks, among the rows that are `allowed`."""
 
     def __init__(self, codes: np.ndarray, allowed: np.ndarray) -> None:
-        tasks = np.unique(codes[allowed])
-        rows = [np.flatnonzero((codes == task) & allowed) for task in tasks]
-        self.sizes = np.array([len(r) for r in rows])
-        self.table = np.zeros((len(rows), self.sizes.max()), dtype=np.intp)
-        for line, r in zip(self.table, rows, strict=True):
-            line[: len(r)] = r
-        self.absent = np.arange(self.table.shape[1]) >= self.sizes[:, None]
+        rows = np.flatnonzero(allowed)
+        self.rows = rows[np.argsort(codes[rows], kind="stable")]
+        self.sizes = np.unique(codes[rows], return_counts=True)[1]
+        self.first = np.cumsum(self.sizes) - self.sizes
         # leaves half of the rows of most tasks for the query
         self.most = max(int(np.median(self.sizes)) // 2, 1)
 
@@ -581,10 +606,17 @@ class _Episodes:
         enough = np.flatnonzero(self.sizes > k)
         chosen = enough if n_tasks is None else rng.choice(enough, n_tasks)
         n_query = min(n_query, int(self.sizes[chosen].min()) - k)
-        keys = rng.random_sample((len(chosen), self.table.shape[1]))
-        keys[self.absent[chosen]] = 2.0
-        picked = np.argsort(keys, axis=1)[:, : k + n_query]
-        return k, np.take_along_axis(self.table[chosen], picked, 1)
+        widest = int(self.sizes[chosen].max())
+        at_a_time = max(KEYS_AT_A_TIME // widest, 1)
+        drawn = []
+        for start in range(0, len(chosen), at_a_time):
+            part = chosen[start : start + at_a_time]
+            width = int(self.sizes[part].max())
+            keys = rng.random_sample((len(part), width))
+            keys[np.arange(width) >= self.sizes[part][:, None]] = 2.0
+            picked = np.argsort(keys, axis=1)[:, : k + n_query]
+            drawn.append(self.rows[self.first[part][:, None] + picked])
+        return k, np.concatenate(drawn)
 
 
 class _Training:
@@ -633,6 +665,7 @@ class _Training:
         error = float(np.mean(errors))
         return error if math.isfinite(error) else math.inf
 
+    @torch.enable_grad()
     def run(self, n_updates: int) -> _Model:
         """Train and return the best."""
         params = list(self.model.params.values())

@@ -57,11 +57,13 @@ WARNINGS = (
     DataConversionWarning,
     UndefinedMetricWarning,
 )
-ANSWERS = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
+ANSWERS = {"predict", "predict_std", "predict_proba", "predict_log_proba", "decision_function"}
 
 # -- models --------------------------------------------------------------------------------------
 
 N_TASKS, N_ROWS, N_FEATURES = 6, 6, 2
+# tasks of "posterior" kinds: enough to hold some out by default
+N_TASKS_POSTERIOR = 12
 SMALL: dict[str, Any] = {
     "hidden_layer_sizes": (4,),
     "steps": 1,
@@ -140,6 +142,8 @@ def data_of(kind: str, n: int, seed: int = 0) -> dict[str, Any]:
 
 def new_model(kind: str) -> Any:
     params = dict(SMALL)
+    if "posterior" in kind:  # nothing is asked of the inner loop
+        params = {"max_iter": 3, "random_state": 0}
     if "batch norm" in kind:
         params["module"] = Normed
     if "residual" in kind:
@@ -179,17 +183,28 @@ KINDS = [
     "classifier frame",
     "classifier conv",
     "classifier ways conv float32",
+    "regressor posterior",
+    "regressor posterior two outputs float32",
+    "classifier posterior",
 ]
+
+
+def n_rows_of(kind: str) -> int:
+    """Number of rows of a meta-training."""
+    return (N_TASKS_POSTERIOR if "posterior" in kind else N_TASKS) * N_ROWS
 
 
 @functools.cache
 def fitted_model(kind: str, adapted: str) -> Any:
     """Meta-fitted model: not adapted, adapted to one task, or to several."""
     model = new_model(kind)
-    data = data_of(kind, N_TASKS * N_ROWS)
+    data = data_of(kind, n_rows_of(kind))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(**data)
+        if "posterior" in kind:  # which is to be looked at, whichever is better
+            assert model.posterior_ is not None
+            model.posterior_weight_ = 1.0
         if adapted == "one":
             model.adapt(**trimmed(data_of(kind, N_ROWS), kind, grouped=False))
         if adapted == "several":
@@ -467,6 +482,7 @@ ODD_PARAMETERS: dict[str, list[Any]] = {
     "precision": ["full", "tf32", "a", None],
     "batch_norm": ["inductive", "transductive", "a"],
     "callbacks": [[], None, [3], "a", ["a"], [("a", 3)], [()]],
+    "posterior": ["auto", True, False, None, "a", 1],
     "device": ["cpu", "auto", "cuda:99", "none such", None, 3, torch.device("cpu")],
     "task_column": [None, 0, -1, 5, "a", "task", 1.5, (), [0]],
     "warm_start": [True, False, "a"],
@@ -513,7 +529,7 @@ def digest(value: Any, depth: int = 0) -> Any:
         return [digest(v, depth + 1) for v in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return repr(value)
-    if type(value).__name__ in ("State", "Adapted"):
+    if type(value).__name__ in ("State", "Adapted", "Conditioned", "PosteriorEnsemble"):
         # its engine keeps caches of what it has compiled
         return [(n, digest(v)) for n, v in vars(value).items() if n != "engine"]
     if isinstance(value, _FewShot | MAMLRegressor | MAMLClassifier):
@@ -551,10 +567,16 @@ def finite(values: Any) -> bool:
     return values.dtype.kind not in "fc" or bool(np.isfinite(values).all())
 
 
+def _parts(answer: Any) -> list[Any]:
+    return answer if isinstance(answer, list) else [answer]
+
+
 def check_answer(name: str, estimator: Any, X: Any, answer: Any) -> None:
     if hasattr(X, "__len__"):
         assert len(answer) == len(X), f"{len(answer)} answers to {len(X)} rows"
-    for part in answer if isinstance(answer, list) else [answer]:
+    if name == "predict_std":
+        assert not finite(answer) or all(np.min(part) >= 0 for part in _parts(answer) if part.size)
+    for part in _parts(answer):
         assert isinstance(part, np.ndarray)
         if name == "predict_log_proba":  # of classes that a task lacks
             part = np.exp(part)
@@ -657,12 +679,19 @@ def fuzz_fit(data: Any) -> None:
             )
         else:
             call("set_params", lambda: model.set_params(**odd), {}, model, writes=True)
-    n = data.draw(st.sampled_from([36, 36, 12, 18, 6, 5, 2, 1]), "rows")
+    n = data.draw(st.sampled_from([36, 36, 72, 12, 18, 6, 5, 2, 1]), "rows")
     arguments = spoil(data_of(kind, n), data.draw(mutations(names), "changes"))
     if call("fit", model.fit, arguments, model, writes=True) is not None:
         assert all(torch.isfinite(p).all() for p in model.module_.parameters())
         if "_state" in vars(model):
-            assert all(torch.isfinite(p).all() for p in model._state.adapted.params.values())
+            assert is_adapted_finitely(model)
+
+
+def is_adapted_finitely(model: Any) -> bool:
+    state = model._state
+    if state.adapted is None:
+        return all(finite(shift) for shift in state.conditioned.shift)
+    return all(bool(torch.isfinite(p).all()) for p in state.adapted.params.values())
 
 
 ADAPTED = st.sampled_from([*["one", "several"] * 4, "not"])
@@ -681,7 +710,7 @@ def fuzz_adapt(data: Any) -> None:
     else:
         copied = call("adapt", model.adapt, arguments, model, writes=True)
     if copied is not None:
-        assert all(torch.isfinite(p).all() for p in copied._state.adapted.params.values())
+        assert is_adapted_finitely(copied)
         query = data_of(kind, n, 2)
         if "column" not in kind:
             query["groups"] = arguments["groups"]
@@ -693,9 +722,16 @@ def fuzz_answers(data: Any, model: Any, valid: dict[str, Any]) -> None:
     methods = ["predict"]
     if hasattr(model, "classes_"):
         methods += ["predict_proba", "predict_log_proba", "decision_function"]
+    else:
+        methods += ["predict_std"]
     method = data.draw(st.sampled_from(methods), "method")
     arguments = {"X": valid["X"], "groups": valid["groups"]}
-    call(method, getattr(model, method), arguments, model)
+    function = functools.partial(deviations, model)
+    call(method, getattr(model, method, function), arguments, model)
+
+
+def deviations(model: Any, **arguments: Any) -> Any:
+    return model.predict(**arguments, return_std=True)[1]
 
 
 def fuzz_predict(data: Any) -> None:
@@ -750,7 +786,7 @@ def prior_of(kind: str) -> Any:
     if "pipeline" not in kind:
         return fitted_model(kind, "not")
     model = new_model(kind.removeprefix("pipeline "))
-    data = data_of(kind, N_TASKS * N_ROWS)
+    data = data_of(kind, n_rows_of(kind))
     name = type(model).__name__.lower()
     pipe = make_pipeline(StandardScaler(), model)
     with warnings.catch_warnings():
@@ -809,7 +845,7 @@ def fuzz_order(data: Any) -> None:
         seed = data.draw(st.integers(1, 3), "seed")
         support = trimmed(data_of(kind, 12 if several else 6, seed), kind, grouped=several)
         if step == "fit":
-            if call("fit", model.fit, data_of(kind, 36), model, writes=True) is not None:
+            if call("fit", model.fit, data_of(kind, n_rows_of(kind)), model, writes=True):
                 learned = digest(model.module_)
         elif step == "bad fit":
             bad = {**data_of(kind, 36), "y": np.full(36, np.nan)}

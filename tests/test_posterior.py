@@ -7,9 +7,25 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from sklearn import config_context
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
-from sklearn_maml.posterior import PosteriorEnsemble, _mixed_model, _Model, find_weight
+import sklearn_maml.posterior
+from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt
+from sklearn_maml.exceptions import (
+    InterruptedFitWarning,
+    MetaTrainingError,
+    NonFiniteStepWarning,
+)
+from sklearn_maml.posterior import (
+    PosteriorEnsemble,
+    _Episodes,
+    _mixed_model,
+    _Model,
+    _padded,
+    find_weight,
+)
 
 RNG = np.random.RandomState
 
@@ -339,6 +355,19 @@ def test_saved_models_predict_and_adapt_as_they_did(kind, request, tmp_path):
         same.adapt(X[5:9], y[5:9])
 
 
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")
+def test_features_of_any_scale_are_learned_in_closed_form():
+    X, y, task = slopes(n_tasks=40)
+    reg = MAMLRegressor(max_iter=60, random_state=0)
+    with pytest.warns(NonFiniteStepWarning, match="closed form alone"):
+        reg.fit(1e4 * X, y, groups=task)
+    assert reg.posterior_weight_ == 1.0
+    X, y, task = slopes(n_tasks=20, seed=5)
+    assert reg.score(1e4 * X, y, groups=task + 100) > 0.95
+    with pytest.raises(MetaTrainingError):
+        reg.set_params(posterior=False).fit(1e4 * X, y, groups=task)
+
+
 def test_mixed_model_recovers_the_population_of_slopes():
     X, y, task = slopes(n_tasks=400, spread=0.5)
     mean, cov, noise = _mixed_model(X, y[:, None], task)
@@ -358,3 +387,150 @@ def test_wide_tables_and_ragged_tiny_tasks_train():
     given = ensemble.condition(X[:2], y[:2, None], np.zeros(2, int), 1)
     assert np.isfinite(ensemble.predict(given, X, np.zeros(90, int))).all()
     assert np.isfinite(ensemble.predict_std(given, X, np.zeros(90, int))).all()
+
+
+def quick(maml=MAMLRegressor, **params):
+    return maml(**{"max_iter": 3, "random_state": 0, **params})
+
+
+def test_features_of_the_tasks_alone_leave_no_rows_to_hold_out():
+    _, y, task = slopes(20, 30)
+    X = RNG(1).randn(20, 2)[task]
+    for seed in range(3):  # of the tasks held out, some have unseen rows and some have none
+        reg = quick(random_state=seed).fit(X, y, groups=task)
+        mean, std = reg.adapt(X[:5], y[:5]).predict(X, return_std=True)
+        assert np.isfinite(mean).all()
+        assert (std > 0).all()
+
+
+@pytest.mark.parametrize("rare", [3, None])
+def test_members_may_see_a_single_class(rare):
+    X, _, task = slopes(10, 12)
+    y = np.where((task == rare) & (np.arange(len(task)) % 2 == 0), "rare", "common")
+    clf = quick(MAMLClassifier, posterior=True).fit(X, y, groups=task)
+    p = clf.adapt(X[:5], y[:5]).predict_proba(X)
+    assert p.shape == (120, 1 if rare is None else 2)
+    np.testing.assert_allclose(p.sum(1), 1)
+    assert (clf.predict(X[:12]) == "common").all()
+
+
+def test_torchs_defaults_change_nothing():
+    X, y, task = slopes(12, 12)
+    expected = quick().fit(X, y, groups=task)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            got = quick().fit(X, y, groups=task)
+            got.adapt(X[:5], y[:5]).predict(X, return_std=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected.posterior_.members, got.posterior_.members, strict=True):
+        for name, p in one.items():
+            np.testing.assert_array_equal(p, other[name])
+
+
+def test_interrupt_while_the_posterior_is_learned_keeps_the_initialisation(monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    X, y, task = slopes(12, 12)
+    monkeypatch.setattr(PosteriorEnsemble, "fit", stop)
+    with pytest.warns(InterruptedFitWarning, match="no posterior"):
+        reg = quick().fit(X, y, groups=task)
+    assert reg.posterior_ is None
+    off = quick(posterior=False).fit(X, y, groups=task)
+    for model in (reg, off):
+        model.adapt(X[:5], y[:5])
+    np.testing.assert_array_equal(reg.predict(X), off.predict(X))
+    with pytest.raises(ValueError, match="interrupted"):
+        reg.set_params(posterior=True).adapt(X[:5], y[:5])
+
+
+def test_posterior_asked_for_after_a_fit_without_is_refused():
+    X, y, task = slopes(12, 12)
+    reg = quick(posterior=False).fit(X, y, groups=task).set_params(posterior=True)
+    with pytest.raises(ValueError, match="learned no posterior"):
+        reg.adapt(X[:5], y[:5])
+    with pytest.raises(ValueError, match="learned no posterior"):
+        reg.score(X, y, groups=task)
+
+
+def test_few_shot_regressor_and_pipelines_return_standard_deviations():
+    X, y, task = slopes(12, 12)
+    with config_context(enable_metadata_routing=True):
+        pipe = make_pipeline(StandardScaler(), quick(posterior=True)).fit(X, y, groups=task)
+        model = adapt(pipe, X[:24], y[:24], groups=task[:24])
+        mean, std = model.predict(X[:12], groups=task[:12], return_std=True)
+    few = FewShotRegressor(pipe).fit(X[:12], y[:12])
+    for one, other in zip(few.predict(X[:12], return_std=True), (mean, std), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8)
+    np.testing.assert_array_equal(few.predict(X[:12]), few.predict(X[:12], return_std=True)[0])
+
+
+def test_continued_fit_learns_the_posterior_with_as_many_updates_as_one_fit(monkeypatch):
+    counts = []
+    fit = PosteriorEnsemble.fit
+
+    def counted(*args, n_updates, **kwargs):
+        counts.append(n_updates)
+        return fit(*args, n_updates=n_updates, **kwargs)
+
+    monkeypatch.setattr(PosteriorEnsemble, "fit", counted)
+    X, y, task = slopes(12, 12)
+    reg = quick(max_iter=4, warm_start=True).fit(X, y, groups=task)
+    reg.fit(X, y, groups=task)
+    quick(max_iter=8).fit(X, y, groups=task)
+    assert counts == [6, 12, 12]
+
+
+def test_numbers_are_kept_as_they_were_trained_and_as_the_rows_are():
+    X, y, task = slopes(12, 12)
+    for dtype in (np.float32, np.float64):
+        reg = quick(posterior=True).fit(X.astype(dtype), y.astype(dtype), groups=task)
+        given = reg.adapt(X[:5].astype(dtype), y[:5])._state.conditioned
+        assert {p.dtype for m in reg.posterior_.members for p in m.values()} == {np.dtype("f4")}
+        assert {part.dtype for part in given.shift} == {np.dtype(dtype)}
+
+
+def test_large_task_is_not_padded_together_with_many_small_ones():
+    sizes = RNG(0).permutation(np.r_[np.full(600, 3), 200_000, 5000, 40])
+    codes = RNG(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    taken = []
+    for tasks, place, present in _padded(codes, len(sizes)):
+        assert present.size <= max(sklearn_maml.posterior.PADDED_ROWS, sizes[tasks].max())
+        for task, rows, real in zip(tasks, place, present, strict=True):
+            np.testing.assert_array_equal(np.sort(rows[real]), np.flatnonzero(codes == task))
+        taken += tasks.tolist()
+    assert sorted(taken) == list(range(len(sizes)))
+
+
+def test_episodes_have_distinct_allowed_rows_of_one_task_each(monkeypatch):
+    sizes = np.r_[np.full(6, 9), 500, 1, 2]
+    codes = RNG(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    allowed = (codes != 2) & (RNG(1).rand(len(codes)) < 0.9)
+    episodes = _Episodes(codes, allowed)
+    for keys in (2**22, 600):  # at once, and few tasks at a time
+        monkeypatch.setattr(sklearn_maml.posterior, "KEYS_AT_A_TIME", keys)
+        k, rows = episodes.draw(3, 4, RNG(0), 25)
+        assert k == 3
+        assert rows.shape[0] == 25
+        assert (codes[rows] == codes[rows[:, :1]]).all()
+        assert allowed[rows].all()
+        assert all(len(set(line)) == len(line) for line in rows.tolist())
+        assert len({tuple(line) for line in np.sort(rows, 1).tolist()}) > 10
+
+
+def test_mixed_model_of_very_many_tasks_takes_some_of_them(monkeypatch):
+    X, y, task = slopes(n_tasks=1000, spread=0.5)
+    monkeypatch.setattr(sklearn_maml.posterior, "MIXED_ENTRIES", 400 * 9)
+    mean, cov, noise = _mixed_model(X, y[:, None], task)
+    np.testing.assert_allclose(mean[:, 0], [1, 2, -1], atol=0.1)
+    np.testing.assert_allclose(cov, 0.25 * np.eye(3), atol=0.06)
+    assert abs(noise - 0.01) < 0.002
+
+
+def test_posterior_of_centred_targets_is_refused():
+    # the mean of few support rows is no part of its standard deviations, which would be too small
+    X, y, task = slopes(12, 12)
+    with pytest.raises(ValueError, match="center_y"):
+        quick(posterior=True, center_y=True).fit(X, y, groups=task)
