@@ -311,16 +311,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        conditions = self._wants_posterior(source, processes)
+        with_posterior = self._wants_posterior(source, processes)
         self._meta_train(
-            source, seed, continued, (X, y, metadata), processes, checkpoint, conditions
+            source, seed, continued, (X, y, metadata), processes, checkpoint, with_posterior
         )
         self.posterior_, self.posterior_weight_ = None, 0.0
         held_out = None
         if source.validation is not None and self._inner_loop_is_free():
             held_out = self._predict_held_out(source)
         self._calibrate(held_out)
-        if conditions and not self.net_.interrupted_:
+        if with_posterior and not self.net_.interrupted_:
             try:
                 self._fit_posterior(source, seed, held_out)
             except KeyboardInterrupt:  # of the fit, the initialisation is kept
@@ -401,7 +401,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         data: tuple[Any, ...],
         processes: Processes | None,
         checkpoint: CheckpointedFit | None,
-        conditions: bool,
+        with_posterior: bool,
     ) -> None:
         # imported when needed: adapting and predicting do without skorch
         from skorch.callbacks import LRScheduler
@@ -521,7 +521,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             try:
                 net.partial_fit(stream)
             except MetaTrainingError as error:
-                if not conditions:
+                if not with_posterior:
                     raise
                 warnings.warn(
                     f"Gradient steps could not be meta-trained: {error} Tasks are adapted in "
@@ -532,9 +532,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             copy_buffers(engine.module, learner.module)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
-        # with a posterior, which learns how far to trust a support set, it takes no change
+        # a posterior has learned how far to trust a support set: nothing to be changed then
         judged = not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES
-        if judged and not conditions:
+        if judged and not with_posterior:
             self._warn_if_memorized(engine, learner, source)
         self._remember_rung(engine)
         # what held the data of this fit is not part of the fitted estimator
