@@ -125,7 +125,7 @@ table = {k: errors(k) for k in shots}
 # learn the options' effects anew for each video; the meta-learned network knows what the options
 # usually do, and with five measurements predicts better than the Gaussian process with twenty.
 # With two, little more than the level of the video can be learned, and correcting a pooled
-# model's mean error is better.
+# model's mean error is nearly as good.
 figure, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
 styles = {
     "pooled": (GREY, "s", "-"),

@@ -84,7 +84,7 @@ reg = MAMLRegressor(random_state=0).fit(X, T)
 # Six new stations
 # ----------------
 # Five days, drawn at random (orange). Before adaptation the network predicts the mean of all
-# stations for all (dashed); northern and southern summers cancel in it. Ten inner steps later it
+# stations for all (dashed); northern and southern summers cancel in it. After adapting it
 # has found the hemisphere, the level and the amplitude.
 rng = np.random.RandomState(5)
 drawn = np.array([rng.permutation(365) for _ in T_new])
@@ -202,6 +202,6 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %%
-# From two to five days, MAML is close to the mixed model, which was told the formula, and far
-# ahead of what can be learned from the station alone. Twenty days are enough to do without other
-# stations: the Gaussian process of the station itself has caught up by then.
+# MAML is as good as the mixed model, which was told the formula, and with few days far
+# ahead of what can be learned from the station alone. Twenty days are nearly enough to do without
+# other stations: the Gaussian process of the station itself has almost caught up by then.
