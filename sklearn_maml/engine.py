@@ -633,7 +633,7 @@ class Engine:
         work = n_rows * sum(p.numel() for p in self.module.parameters())
         if spatial or work > SMALL_WORK or next(self.module.parameters()).device.type != "cpu":
             return contextlib.nullcontext()
-        return _thread_pools().limit(limits=1, user_api="openmp")
+        return one_thread()
 
     # -- the three entry points ----------------------------------------------------------------
 
@@ -1402,8 +1402,8 @@ def _thread_pools() -> ThreadpoolController:
 
 
 def one_thread() -> Any:
-    """Context that limits torch and BLAS to one thread, for the calling thread alone."""
-    return _thread_pools().limit(limits=1)
+    """Context that limits torch to one thread, for the calling thread alone."""
+    return _thread_pools().limit(limits=1, user_api="openmp")
 
 
 def rate_key(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -366,6 +367,30 @@ def test_features_of_any_scale_are_learned_in_closed_form():
     assert reg.score(1e4 * X, y, groups=task + 100) > 0.95
     with pytest.raises(MetaTrainingError):
         reg.set_params(posterior=False).fit(1e4 * X, y, groups=task)
+
+
+@pytest.mark.parametrize("kind", ["reg", "clf"])
+def test_threads_that_serve_from_one_model_give_the_bits_of_one(kind, request):
+    model = copy.copy(request.getfixturevalue(kind))
+    model.posterior, model.posterior_weight_ = "auto", 0.5  # both ways at once
+    X, y, task = (slopes if kind == "reg" else labelled)(seed=5)
+    before = copy.deepcopy(model.posterior_.members)
+
+    def serve(j):
+        rows = np.flatnonzero(task == j % 30)
+        adapted = adapt(model, X[rows[:7]], y[rows[:7]])
+        if kind == "reg":
+            return adapted.predict(X[rows], return_std=True)
+        return (adapted.predict_proba(X[rows]),)
+
+    expected = [serve(j) for j in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(serve, range(64)))
+    for one, other in zip(expected, got, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    for one, other in zip(before, model.posterior_.members, strict=True):
+        assert all((one[name] == other[name]).all() for name in one)
 
 
 def test_mixed_model_recovers_the_population_of_slopes():
