@@ -371,7 +371,8 @@ def validate_rows(
         "ensure_min_features": 1,
     }
     refuse_graphs(X=X)
-    if hasattr(X, "__array__") and not hasattr(X, "shape"):  # features of which cannot be counted
+    # features of these cannot be counted: no shape, or a series of arrays
+    if hasattr(X, "__array__") and len(getattr(X, "shape", ())) < 2:
         X, X_seen = np.asarray(X), np.asarray(X_seen)
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
@@ -507,6 +508,11 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
         raise ValueError(f"y has no outputs: got shape {y.shape}. Give at least one column.")
     # not to the dtype of X: large targets would lose what tells them apart
     y = y if y.dtype.kind == "f" else y.astype(np.float64)
+    if np.isnan(y).any():  # None among objects, which scikit-learn lets pass
+        raise ValueError(
+            f"Input y contains NaN or None, in {int(np.isnan(y).sum())} place(s). Leave these rows "
+            "out, or fill in their targets."
+        )
     largest = float(np.abs(y).max())
     most = float(np.sqrt(np.finfo(y.dtype).max / y.size)) / 4
     if largest > most:

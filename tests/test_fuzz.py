@@ -39,6 +39,19 @@ def clf():
     return MAMLClassifier(**SMALL).fit(X, C % 2, groups=G).adapt(X[:6], C[:6] % 2)
 
 
+def test_missing_targets_among_objects_are_refused():
+    X, y = np.ones((36, 2)), np.ones((36, 2)).tolist()
+    y[1][0] = None
+    with pytest.raises(ValueError, match=r"y contains NaN or None, in 1 place"):
+        MAMLRegressor(steps=1, max_iter=2).fit(X, y, groups=np.repeat([0, 1, 2], 12))
+
+
+def test_features_of_a_series_of_arrays_are_counted():
+    pl = pytest.importorskip("polars")
+    rows = pl.Series(np.random.RandomState(0).randn(6, 4, 5))
+    assert FewShotRegressor(steps=1).fit(rows, np.arange(6.0)).n_features_in_ == 4
+
+
 @pytest.mark.parametrize("entry", fuzz.ENTRIES)
 def test_any_call_keeps_what_is_promised_of_every_call(entry):
     # libraries that build odd arguments warn as they like; `fuzz.call` judges what comes of calls
