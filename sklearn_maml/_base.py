@@ -578,7 +578,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
         """Learn the same of predictions that the posterior has a share in."""
 
-    def _temper_mixture(self, mixed: np.ndarray) -> np.ndarray:
+    def _scale_mixture(self, mixed: np.ndarray) -> np.ndarray:
         """Apply what `_calibrate_mixture` learned."""
         return mixed
 
@@ -1253,7 +1253,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         if state.adapted is not None:
             of_steps = self._as_predicted(self._outputs_of_steps(state, rows, codes))
             outputs = mix(outputs, of_steps, self.posterior_weight_, self._classification)
-        outputs = self._temper_mixture(outputs)
+        outputs = self._scale_mixture(outputs)
         return self._finite(outputs.astype(rows.dtype))
 
     def _outputs_of_steps(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from sklearn_maml.episodes import (
 )
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
-from sklearn_maml.posterior import find_temper
+from sklearn_maml.posterior import find_logit_scale
 from sklearn_maml.tasks import (
     TaskCollection,
 )
@@ -637,7 +637,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         What was learned for closed-form adaptation, if it was.
     posterior_weight_ : float
         Its share of predictions, between 0 and 1; that of gradient steps is the rest.
-    temper_, mixture_temper_ : float
+    logit_scale_, mixture_logit_scale_ : float
         Factors of the logits of gradient steps, and of those of the mixture with the posterior,
         in `predict_proba`: they calibrate it on the held-out tasks where nothing was asked of the
         inner loop (see `posterior`), and are 1 elsewhere.
@@ -1000,26 +1000,26 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         logits, slots = self._logits(state, rows, codes)
         if state.conditioned is None and self._inner_loop_is_free():  # others are calibrated
             with np.errstate(over="ignore"):  # the lowest of classes that a task lacks
-                logits = logits * self.temper_
+                logits = logits * self.logit_scale_
         p = softmax(logits, axis=1)
         return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
 
     def _calibrate(self, held_out: Any) -> None:
-        self.temper_ = self.mixture_temper_ = 1.0
+        self.logit_scale_ = self.mixture_logit_scale_ = 1.0
         if held_out is not None:
             outputs, targets, _ = held_out
-            self.temper_ = find_temper(outputs, np.eye(outputs.shape[1])[targets])
+            self.logit_scale_ = find_logit_scale(outputs, np.eye(outputs.shape[1])[targets])
 
     def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
         # a mean of calibrated probabilities is not confident enough
-        self.mixture_temper_ = find_temper(mixed, targets)
+        self.mixture_logit_scale_ = find_logit_scale(mixed, targets)
 
-    def _temper_mixture(self, mixed: np.ndarray) -> np.ndarray:
-        log_p: np.ndarray = log_softmax(self.mixture_temper_ * mixed, axis=1)
+    def _scale_mixture(self, mixed: np.ndarray) -> np.ndarray:
+        log_p: np.ndarray = log_softmax(self.mixture_logit_scale_ * mixed, axis=1)
         return log_p
 
     def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
-        log_p: np.ndarray = log_softmax(self.temper_ * outputs.astype(np.float64), axis=1)
+        log_p: np.ndarray = log_softmax(self.logit_scale_ * outputs.astype(np.float64), axis=1)
         return log_p
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

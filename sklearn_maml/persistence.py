@@ -57,7 +57,7 @@ STORED: dict[str, tuple[str, ...]] = {
         "posterior_weight_",
     ),
     "MAMLRegressor": ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d"),
-    "MAMLClassifier": ("classes_", "temper_", "mixture_temper_"),
+    "MAMLClassifier": ("classes_", "logit_scale_", "mixture_logit_scale_"),
     "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_"),
 }
 # Those that loading makes anew: see `_MAML.fitted` and `_MAML.restore`.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.episodes import EpisodeBatch, Rows
 
-__all__ = ["Conditioned", "PosteriorEnsemble", "find_temper", "find_weight", "mix"]
+__all__ = ["Conditioned", "PosteriorEnsemble", "find_logit_scale", "find_weight", "mix"]
 
 Params = dict[str, Tensor]
 Draw = tuple[int, np.ndarray]  # number of support rows; rows of each task, these first
@@ -86,13 +86,13 @@ class PosteriorEnsemble:
         Mean and standard deviation of the features.
     low, high : ndarrays of shape (n_outputs,)
         Range of the targets of meta-training.
-    temper : float
+    calibration : float
         Regression: factor of the standard deviation; classification: of the logits.
     classification : bool
     seen : int64 ndarray, default=None
         Marks of the distinct rows of features, where tasks share them.
-    temper_unseen : float, default=None
-        `temper` for rows that are not among them.
+    calibration_unseen : float, default=None
+        `calibration` for rows that are not among them.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class PosteriorEnsemble:
         scale: np.ndarray,
         low: np.ndarray,
         high: np.ndarray,
-        temper: float,
+        calibration: float,
         classification: bool,
         seen: np.ndarray | None = None,
-        temper_unseen: float | None = None,
+        calibration_unseen: float | None = None,
     ) -> None:
         self.members = list(members)
         self.center = center
         self.scale = scale
         self.low = low
         self.high = high
-        self.temper = temper
+        self.calibration = calibration
         self.classification = classification
         self.seen = seen
-        self.temper_unseen = temper_unseen
+        self.calibration_unseen = calibration_unseen
 
     def state(self) -> dict[str, Any]:
         """Arguments of the constructor."""
@@ -176,7 +176,7 @@ class PosteriorEnsemble:
         means = self._means(given, X, codes)
         if not self.classification:
             return np.clip(np.mean(means, axis=0), given.low[codes], given.high[codes])
-        p = np.mean([softmax(self.temper * m, axis=1) for m in means], axis=0)
+        p = np.mean([softmax(self.calibration * m, axis=1) for m in means], axis=0)
         return np.log(np.maximum(p, np.finfo(np.float64).tiny))
 
     @torch.no_grad()
@@ -219,10 +219,10 @@ class PosteriorEnsemble:
                         rows = order[start : min(start + ROWS_AT_A_TIME, cuts[task + 1])]
                         scaled = model.features(torch.from_numpy(Z[rows]))[1]
                         within[rows] += model.variance(scaled, taken[j]).numpy()
-        temper = np.full(len(Z), self.temper)
+        calibration = np.full(len(Z), self.calibration)
         if self.seen is not None:
-            temper[~np.isin(_marks(X), self.seen)] = self.temper_unseen
-        return np.sqrt(temper**2 * within / len(self.members) + spread)
+            calibration[~np.isin(_marks(X), self.seen)] = self.calibration_unseen
+        return np.sqrt(calibration**2 * within / len(self.members) + spread)
 
     def predict_held_out(self, batches: Sequence[EpisodeBatch]) -> np.ndarray:
         """Predict the query rows of tasks that the first member has not seen, with it alone."""
@@ -297,13 +297,13 @@ class PosteriorEnsemble:
             draws.append(training.draws)
         if shared:
             new.seen = distinct
-            new.temper_unseen = new._find_temper(Z, y, draws[-1:], new._models()[-1:])
+            new.calibration_unseen = new._calibrate(Z, y, draws[-1:], new._models()[-1:])
             draws.pop()
-        new.temper = new._find_temper(Z, y, draws, new._models()[: len(draws)])
+        new.calibration = new._calibrate(Z, y, draws, new._models()[: len(draws)])
         return new
 
     @torch.no_grad()
-    def _find_temper(
+    def _calibrate(
         self, Z: np.ndarray, y: np.ndarray, draws: list[list[Draw]], models: list[_Model]
     ) -> float:
         """Make the members neither over- nor underconfident on tasks they have not seen."""
@@ -318,7 +318,7 @@ class PosteriorEnsemble:
                 deviations.append(variance.sqrt().reshape(-1, 1).numpy())
         output, target = np.concatenate(outputs), np.concatenate(targets)
         if self.classification:
-            return find_temper(output, target)
+            return find_logit_scale(output, target)
         z = np.abs(output - target) / np.concatenate(deviations)
         # 1.645 standard deviations are to hold nine targets in ten; never narrower than learned
         return float(np.clip(np.quantile(z, 0.9) / 1.645, 1.0, 3.0))
@@ -377,7 +377,7 @@ def find_weight(
     return min(finite, key=lambda weight: finite[weight]) if finite else 1.0
 
 
-def find_temper(logits: np.ndarray, target: np.ndarray) -> float:
+def find_logit_scale(logits: np.ndarray, target: np.ndarray) -> float:
     """Factor of logits (n_rows, n_classes) with the smallest cross-entropy (Guo et al. 2017)."""
     factors = np.geomspace(0.25, 4.0, 49)
     losses = [-(target * log_softmax(f * logits, axis=1)).sum(1).mean() for f in factors]

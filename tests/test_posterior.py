@@ -134,21 +134,31 @@ def test_defaults_choose_the_posterior_where_it_is_better(reg):
     assert reg.score(X, y, groups=task + 100) > plain.score(X, y, groups=task + 100)
 
 
-def test_weights_of_rows_are_those_of_repeated_rows(reg):
+@pytest.mark.parametrize("n_support", [6, 200])
+def test_rows_weigh_in_the_likelihood_by_their_weights(n_support):
+    model, rng = random_model(), RNG(1)
+    X, y, weight = rng.randn(n_support, 3), rng.randn(n_support, 1), rng.rand(n_support)
+    weight[0] = 0.0
+    phi, cov, mean, noise = columns_and_covariance(model, X)
+    precision = np.linalg.inv(cov)
+    weighted = weight[:, None] * phi
+    posterior = np.linalg.inv(precision + weighted.T @ phi / noise)
+    expected = posterior @ (precision @ mean + weighted.T @ y / noise)
+    given = model.condition(*(torch.as_tensor(a) for a in (X, y, np.sqrt(weight))))
+    got, _ = model.query(torch.as_tensor(X), given)
+    np.testing.assert_allclose(got.numpy(), phi @ expected, rtol=1e-6, atol=1e-8)
+
+
+def test_only_ratios_of_sample_weights_count(reg):
     X, y, _ = slopes(seed=5)
     weight = RNG(0).randint(0, 3, 8)
-    repeated = copy.copy(reg).adapt(np.repeat(X[:8], weight, 0), np.repeat(y[:8], weight))
-    weighted = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=weight)
-    # only ratios count: as many rows in all as there are with a weight
-    kept = int((weight > 0).sum())
-    assert kept != weight.sum()
-    other = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=10.0 * weight)
-    np.testing.assert_allclose(weighted.predict(X[8:]), other.predict(X[8:]), rtol=1e-9)
-    doubled = copy.copy(reg).adapt(X[:8], y[:8], sample_weight=np.ones(8))
-    plain = copy.copy(reg).adapt(X[:8], y[:8])
-    np.testing.assert_allclose(doubled.predict(X[8:]), plain.predict(X[8:]), rtol=1e-9)
-    assert not np.allclose(weighted.predict(X[8:]), plain.predict(X[8:]))
-    assert np.abs(weighted.predict(X[8:24]) - repeated.predict(X[8:24])).max() < 0.1
+    weighted, other, equal, plain = (
+        copy.copy(reg).adapt(X[:8], y[:8], sample_weight=w).predict(X[8:])
+        for w in (weight, 10.0 * weight, np.ones(8), None)
+    )
+    np.testing.assert_allclose(weighted, other, rtol=1e-9)
+    np.testing.assert_allclose(equal, plain, rtol=1e-9)
+    assert not np.allclose(weighted, plain)
 
 
 @pytest.mark.parametrize("kind", ["reg", "clf"])
@@ -234,7 +244,7 @@ def test_gradient_steps_that_are_clearly_better_predict(reg):
 def test_predictions_are_mixed_by_the_weight(maml):
     data, ask = (slopes, "predict") if maml is MAMLRegressor else (labelled, "predict_proba")
     model = fitted(maml, data)
-    model.mixture_temper_ = 1.0
+    model.mixture_logit_scale_ = 1.0
     X, y, _ = data(seed=3)
     answers = {}
     for weight in (0.0, 0.3, 1.0):
@@ -249,9 +259,9 @@ def test_mixed_probabilities_are_calibrated_as_a_whole():
     model = fitted(MAMLClassifier, labelled)
     X, y, _ = labelled(seed=3)
     model.adapt(X[:5], y[:5])
-    model.mixture_temper_ = 1.0
+    model.mixture_logit_scale_ = 1.0
     log_p = model.predict_log_proba(X)
-    model.mixture_temper_ = 2.0
+    model.mixture_logit_scale_ = 2.0
     np.testing.assert_allclose(model.predict_proba(X), softmax(2 * log_p, axis=1), rtol=1e-5)
 
 
@@ -297,14 +307,14 @@ def test_probabilities_sum_to_one_and_adapting_tells(clf):
 
 def test_probabilities_of_gradient_steps_are_calibrated_where_nothing_was_asked():
     auto = fitted(MAMLClassifier, labelled)
-    auto.posterior_weight_, auto.mixture_temper_ = 0.0, 1.0
+    auto.posterior_weight_, auto.mixture_logit_scale_ = 0.0, 1.0
     off = fitted(MAMLClassifier, labelled, alpha=0.03, steps=5)
-    assert off.temper_ == 1.0
+    assert off.logit_scale_ == 1.0
     X, y, _ = labelled(seed=5)
     logits = off.adapt(X[:8], y[:8]).decision_function(X)
     p = auto.adapt(X[:8], y[:8]).predict_proba(X)[:, 1]
-    assert auto.temper_ != 1.0
-    np.testing.assert_allclose(p, 1 / (1 + np.exp(-auto.temper_ * logits)), rtol=1e-6)
+    assert auto.logit_scale_ != 1.0
+    np.testing.assert_allclose(p, 1 / (1 + np.exp(-auto.logit_scale_ * logits)), rtol=1e-6)
 
 
 def test_predictions_end_near_the_range_of_the_targets(reg):
