@@ -44,34 +44,49 @@ from sklearn_maml.checkpoint import (
 )
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
-    CHUNK,
-    NATIVE_CHUNK,
-    Adapted,
     Engine,
     cross_entropy_rows,
     has_dropout,
     is_row_wise,
     one_thread,
-    restore_diverged,
     squared_error_rows,
 )
 from sklearn_maml.episodes import (
     EpisodeSampler,
     check_splittable,
     large_enough,
-    pad_rows,
 )
 from sklearn_maml.exceptions import (
     CutTaskWarning,
-    InterruptedFitWarning,
     MemorizationWarning,
-    MetaTrainingError,
-    NonFiniteStepWarning,
     NotAdaptedError,
     SeenTaskWarning,
     SingleTaskWarning,
 )
 from sklearn_maml.heads import SymmetricHead
+from sklearn_maml.learners.base import Adapted, Support
+from sklearn_maml.learners.building import (
+    build_head,
+    module_body,
+    population_range,
+    why_no_head,
+)
+from sklearn_maml.learners.gaussian import (
+    Calibration,
+    Conditioned,
+    GaussianHead,
+    ModuleBody,
+)
+from sklearn_maml.learners.gradient import (
+    AdaptedBySteps,
+    GradientSteps,
+    Running,
+    remembered_rung,
+)
+from sklearn_maml.learners.joint import HeadTrainer, Joint
+from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
+from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
+from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import (
     ACTIVATIONS,
@@ -84,8 +99,13 @@ from sklearn_maml.modules import (
 )
 from sklearn_maml.optimizers import can_fuse
 from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
-from sklearn_maml.posterior import Conditioned, PosteriorEnsemble, find_weight, mix
-from sklearn_maml.sources import CollectionSource, DistributionSource
+from sklearn_maml.sources import (
+    LEAST_TASKS,
+    N_MEMBERS,
+    CollectionSource,
+    CrossFitted,
+    DistributionSource,
+)
 from sklearn_maml.tasks import (
     FLOATS,
     TaskCollection,
@@ -99,7 +119,7 @@ from sklearn_maml.tasks import (
     split_task_column,
     validate_rows,
 )
-from sklearn_maml.update_rules import resolve_update_rule
+from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
 
 __all__ = ["BaseMAML", "Scored", "State", "find_prior", "transform_rows"]
 
@@ -109,17 +129,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
-DEFAULT_ALPHA = 0.03
-# rows of one task predicted at a time
-ROWS_AT_A_TIME = 4096
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
 SINGLE_TASK_UPDATES = 100
 # A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
 # sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
 # standard error from there on; see docs/diagnostics.md.
 MEMORIZATION_UPDATES, MEMORIZATION_TASKS = 300, 10
-# Closed-form adaptation: largest number of features, and updates for two meta-updates
-POSTERIOR_FEATURES, POSTERIOR_UPDATES = 500, 3
 # Threads that adapt one and the same model: the state and what follows from it change together.
 _STATE_LOCK = threading.Lock()
 # name of a setting that adapting depends on
@@ -136,12 +151,10 @@ SCORED_SHOTS = 10
 
 @dataclasses.dataclass
 class State:
-    """What `adapt` sets: parameters adapted to each task, and how to predict with them."""
+    """What `adapt` sets: what was learned of each task, and what its outputs stand for."""
 
-    engine: Engine | None  # None: predictions are those of `conditioned`
-    adapted: Adapted | None
+    adapted: Adapted
     ids: np.ndarray | None  # None: one task without an id
-    conditioned: Conditioned | None = None  # closed-form adaptation
     labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
     slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
     center: np.ndarray | None = None  # with center_y: (n_tasks, n_outputs), in the units of y
@@ -149,9 +162,7 @@ class State:
     @property
     def n_tasks(self) -> int:
         """Number of tasks."""
-        adapted = self.conditioned if self.adapted is None else self.adapted
-        assert adapted is not None
-        return adapted.n_tasks
+        return self.adapted.n_tasks
 
 
 @dataclasses.dataclass
@@ -175,10 +186,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     """What the classifier and the regressor share."""
 
     _classification: bool
-    _default_steps: int
     _dtype: Any
     net_: Any
-    posterior_: PosteriorEnsemble | None
+    learner_weights_: dict[str, float]
+    calibration_: Calibration | None
     _learner: Any
     _fingerprints: dict[Hashable, int]
     _rung: str
@@ -203,12 +214,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
-        "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
+        "alpha": [Interval(numbers.Real, 0, None, closed="left")],
         "beta": [Interval(numbers.Real, 0, None, closed="neither")],
         "adapted": [str, list, tuple],
         "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
         "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
-        "steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
+        "steps": [Interval(numbers.Integral, 0, None, closed="left")],
         "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
         "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
         "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
@@ -225,7 +236,6 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "precision": [StrOptions({"full", "tf32", "bf16"})],
         "batch_norm": [StrOptions({"inductive", "transductive"})],
-        "posterior": ["boolean", StrOptions({"auto"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "warm_start": ["boolean"],
@@ -311,26 +321,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
         metadata = {} if groups is None else {"groups": groups}
-        with_posterior = self._wants_posterior(source, processes)
-        self._meta_train(
-            source, seed, continued, (X, y, metadata), processes, checkpoint, with_posterior
-        )
-        self.posterior_, self.posterior_weight_ = None, 0.0
-        held_out = None
-        if source.validation is not None and self._inner_loop_is_free():
-            held_out = self._predict_held_out(source)
-        self._calibrate(held_out)
-        if with_posterior and not self.net_.interrupted_:
-            try:
-                self._fit_posterior(source, seed, held_out)
-            except KeyboardInterrupt:  # of the fit, the initialisation is kept
-                self.net_.interrupted_ = True
-                warnings.warn(
-                    "The fit was interrupted after meta-training, while it learned closed-form "
-                    "adaptation: there is no posterior, and tasks are adapted by gradient steps.",
-                    InterruptedFitWarning,
-                    stacklevel=4 if HAS_SKLEARN_CALLBACKS else 3,
-                )
+        plan = self._plan(source, seed)
+        joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
+        self._choose_learners(plan, joint)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -393,19 +386,115 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             )
         return CollectionSource(self, tasks, seed, continued)
 
+    def _plan(self, source: Any, seed: int) -> Plan:
+        """Decide what is trained: gradient steps, a Gaussian head, or both."""
+        asked = self._rule_name()
+        if asked not in ("auto", "gaussian-head"):
+            return Plan(source, source, with_steps=True, with_head=False)
+        reason = self._why_no_head(source)
+        if reason is not None:
+            if asked == "gaussian-head":
+                raise ValueError(
+                    f"update_rule='gaussian-head' {reason}. Use update_rule='auto' (which then "
+                    "takes gradient steps) or 'sgd'."
+                )
+            return Plan(source, source, with_steps=True, with_head=False)
+        of_tasks = isinstance(source, CollectionSource) and not source.pooled
+        holds_out = bool(self.early_stopping) and (not of_tasks or source.n_tasks >= LEAST_TASKS)
+        # without held-out tasks nothing could tell how much steps are worth
+        with_steps = asked == "auto" and holds_out and (of_tasks or source.validation is not None)
+        episodes = CrossFitted(
+            source,
+            n_members=self._n_members(),
+            with_steps=with_steps,
+            holds_out=holds_out,
+            fraction=self.validation_fraction,
+            seed=seed,
+        )
+        return Plan(source, episodes, with_steps=with_steps, with_head=True)
+
+    def _rule_name(self) -> str | None:
+        return self.update_rule if isinstance(self.update_rule, str) else None
+
+    def _n_members(self) -> int:
+        """Members of a Gaussian head: a module of the user's own is trained once."""
+        return N_MEMBERS if self.module is None else 1
+
+    def _why_no_head(self, source: Any) -> str | None:
+        """Say what stands in the way of a Gaussian head, if anything does."""
+        if source.single:
+            return "learns how tasks differ, but got one task"
+        if isinstance(source, CollectionSource) and not source.pooled:
+            if source.n_tasks < LEAST_TASKS:
+                return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
+        if self.module is None:
+            return None
+        with _SeededTorch(self.device_, 0):
+            module = self._make_module()
+        self._check_module(module)
+        return why_no_head(module, self._reshape(self._two_rows()))
+
+    def _head_body(self) -> ModuleBody | None:
+        """Networks of a Gaussian head's members; None: the default ones."""
+        if self.module is None:
+            return None
+        return module_body([self._make_module() for _ in range(self._n_members())])
+
+    def _make_head(self, plan: Plan) -> GaussianHead:
+        """Gaussian head at its start."""
+        tasks, visible = plan.source.encoded, plan.episodes.visible
+        n_ways = self._n_ways()
+        head = build_head(
+            tasks.X,
+            tasks.y,
+            tasks.codes,
+            visible,
+            n_members=self._n_members(),
+            body=self._head_body(),
+            hidden=self.hidden_layer_sizes,
+            activation=self.activation,
+            n_outputs=self._n_module_outputs(),
+            classification=self._classification,
+            same_classes=n_ways is not None,
+        )
+        return head.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
+
+    def _new_net(self, plan: Plan, seed: int, continued: bool) -> tuple[Any, Any]:
+        """Meta-parameters, and the net that trains them."""
+        if continued:
+            self._check_unchanged(everything=True)
+            learner = copy.deepcopy(self._learner)
+            if (learner.head is not None) != plan.with_head:
+                raise ValueError(
+                    "warm_start=True continues a fit, but the Gaussian head of the last one and "
+                    "the tasks of this one do not go together. Fit anew with warm_start=False."
+                )
+            net = self._make_net(learner)
+            net.continue_from(self.net_)
+            return learner, net
+        with _SeededTorch(self.device_, seed):
+            module = self._make_module()
+            self._check_module(module)
+        learner = self._make_learner(module)
+        if plan.with_head:
+            with _SeededTorch(self.device_, seed):
+                learner.head = self._make_head(plan)
+        if not plan.with_steps:
+            learner.without_steps()
+        learner.to(self.device_)
+        return learner, self._make_net(learner)
+
     def _meta_train(
         self,
-        source: Any,
+        plan: Plan,
         seed: int,
         continued: bool,
         data: tuple[Any, ...],
         processes: Processes | None,
         checkpoint: CheckpointedFit | None,
-        with_posterior: bool,
-    ) -> None:
+    ) -> Any:
+        """Run the outer loop; return what trained the Gaussian head, if there is one."""
         # imported when needed: adapting and predicting do without skorch
-        from skorch.callbacks import LRScheduler
-
         from sklearn_maml.outer_loop import (
             UPDATES_PER_EPOCH,
             SklearnCallbacks,
@@ -413,28 +502,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             ValidateOn,
         )
 
-        if continued:
-            self._check_unchanged(everything=True)
-            learner = copy.deepcopy(self._learner)
-            net = self._make_net(learner)
-            net.continue_from(self.net_)
-        else:
-            with _SeededTorch(self.device_, seed):
-                module = self._make_module()
-                self._check_module(module)
-            learner = self._make_learner(module)
-            learner.to(self.device_)
-            net = self._make_net(learner)
-        engine = self._make_engine(learner.module)
-        engine.meta_gradient.check_with(
-            learns=len(learner.rule) > 0,
-            all_adapt=len(engine.adapted)
-            == len([p for p in learner.module.parameters() if p.requires_grad]),
-            checkpoint_steps=bool(self.checkpoint_steps),
-            moves=self._n_steps() > 0 and self._alpha() > 0,
-        )
+        source, episodes = plan.source, plan.episodes
+        learner, net = self._new_net(plan, seed, continued)
+        engine = self._training_engine(learner, plan)
         self._rung = "auto"
         net.engine = engine
+        net.joint = engine if plan.with_head else None
         if processes is not None:
             tasks = source.tasks
             processes.compare(
@@ -446,6 +519,75 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 ],
             )
             net.engine = processes.share(engine, net)
+        self._set_up(net, learner, plan)
+        net.train_split = ValidateOn(episodes.validation)
+        self._fit_settings = self._settings(learner.module)
+        self.n_tasks_ = source.n_tasks
+        self.tasks_ = source.ids
+        self._fingerprints = source.fingerprints
+        self.learner_weights_ = plan.weights(0.0)
+        if HAS_SKLEARN_CALLBACKS:
+            n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
+            net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
+        stream = TaskStream(
+            episodes.draw, episodes.n_train, net.batch_size, seed, episodes.bytes_of_episode
+        )
+        # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
+        random = any(not is_row_wise(m) or has_dropout(m) for m in learner.networks())
+        if checkpoint is not None:
+            self._take_up(checkpoint, net, learner, plan, seed, continued)
+            checkpoint.draws_random = random
+        rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
+        with (
+            _SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
+            if random
+            else contextlib.nullcontext(),
+            processes or contextlib.nullcontext(),
+        ):
+            net.partial_fit(stream)
+            if not plan.with_head:
+                copy_buffers(engine.module, learner.module)
+        if HAS_SKLEARN_CALLBACKS:
+            net.epoch_hooks.end_fit()
+        # a head has learned how far to trust a support set: nothing to be changed then
+        judged = not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES
+        if judged and not plan.with_head:
+            self._warn_if_memorized(engine, learner, source)
+        joint = net.joint
+        self._rung = "auto" if plan.engine is None else remembered_rung(plan.engine, "auto")
+        # what held the data of this fit is not part of the fitted estimator
+        net.engine = net.train_split = net.epoch_hooks = net.checkpoint = net.joint = None
+        self.net_ = net
+        self.module_ = learner.network
+        self._learner = learner
+        self.history_ = net.history
+        self.n_iter_ = net.update_
+        return joint
+
+    def _training_engine(self, learner: Any, plan: Plan) -> Any:
+        """What makes the meta-steps."""
+        engine = None
+        if plan.with_steps:
+            engine = self._make_engine(learner.module)
+            engine.meta_gradient.check_with(
+                learns=len(learner.rule) > 0,
+                all_adapt=len(engine.adapted)
+                == len([p for p in learner.module.parameters() if p.requires_grad]),
+                checkpoint_steps=bool(self.checkpoint_steps),
+                moves=self._n_steps() > 0 and self._alpha() > 0,
+            )
+        plan.engine = engine
+        if not plan.with_head:
+            return engine
+        episodes = plan.episodes
+        trainer = HeadTrainer(learner.head, episodes.visible, episodes.member_validation)
+        return Joint(trainer, engine)
+
+    def _set_up(self, net: Any, learner: Any, plan: Plan) -> None:
+        """Tell the net how to train."""
+        from skorch.callbacks import LRScheduler
+
+        source, engine = plan.source, plan.engine
         net.alpha, net.steps = self._alpha(), self._n_steps()
         net.eval_steps = self._n_adapt_steps()
         net.max_iter = self.max_iter
@@ -461,217 +603,76 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             )
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
-        net.symmetric_head = self._symmetric_head(learner)
-        net.step_size_at = engine.meta_gradient.step_size_at
+        net.symmetric_head = self._symmetric_head(learner) if plan.with_steps else None
+        net.step_size_at = None if engine is None else engine.meta_gradient.step_size_at
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
             for _, c in net._uniquely_named_callbacks()
         )
-        if scheduled and net.step_size_at(0.0) is not None:
-            raise ValueError(
-                "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
-                "without the optimizer. Leave the scheduler out, or set "
-                "meta_gradient__step_size=None."
-            )
+        if net.step_size_at is not None and net.step_size_at(0.0) is not None:
+            if scheduled:
+                raise ValueError(
+                    "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
+                    "without the optimizer. Leave the scheduler out, or set "
+                    "meta_gradient__step_size=None."
+                )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
         net.patience = self.n_iter_no_change if stops else None
-        net.train_split = ValidateOn(source.validation)
-        self._fit_settings = self._settings(learner.module)
-        self.n_tasks_ = source.n_tasks
-        self.tasks_ = source.ids
-        self._fingerprints = source.fingerprints
-        if HAS_SKLEARN_CALLBACKS:
-            n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
-            net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
-        stream = TaskStream(
-            source.draw, source.n_train, net.batch_size, seed, source.bytes_of_episode
-        )
-        # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
-        random = not is_row_wise(engine.module) or has_dropout(engine.module)
-        if checkpoint is not None:
-            tasks = source.tasks
-            checkpoint.compare(
-                params=self.get_params(deep=False),
-                seed=seed,
-                the_tasks_in_X_y_and_groups=[
-                    tasks.X,
-                    tasks.y,
-                    tasks.codes,
-                    tasks.ids,
-                    tasks.in_query,
-                    source.single,
-                ],
-                the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
-                the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]
-                if continued
-                else None,
-            )
-            checkpoint.draws_random = random
-            net.checkpoint = checkpoint
-        rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
-        with (
-            _SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
-            if random
-            else contextlib.nullcontext(),
-            processes or contextlib.nullcontext(),
-        ):
-            try:
-                net.partial_fit(stream)
-            except MetaTrainingError as error:
-                if not with_posterior:
-                    raise
-                warnings.warn(
-                    f"Gradient steps could not be meta-trained: {error} Tasks are adapted in "
-                    "closed form alone, which scales the features itself.",
-                    NonFiniteStepWarning,
-                    stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
-                )
-            copy_buffers(engine.module, learner.module)
-        if HAS_SKLEARN_CALLBACKS:
-            net.epoch_hooks.end_fit()
-        # a posterior has learned how far to trust a support set: nothing to be changed then
-        judged = not net.interrupted_ and net.update_ >= MEMORIZATION_UPDATES
-        if judged and not with_posterior:
-            self._warn_if_memorized(engine, learner, source)
-        self._remember_rung(engine)
-        # what held the data of this fit is not part of the fitted estimator
-        net.engine = net.train_split = net.epoch_hooks = net.checkpoint = None
-        self.net_ = net
-        self.module_ = learner.module
-        self._learner = learner
-        self.history_ = net.history
-        self.n_iter_ = net.update_
 
-    def _predict_held_out(self, source: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return outputs, encoded targets and task positions of the held-out query rows."""
-        engine = self._make_engine(self.module_, self._rung if self._rung == "loop" else "auto")
-        outputs: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
-        codes: list[np.ndarray] = []
-        first = 0
-        for batch in source.validation:
-            batch = batch.to(self.device_)
-            n_tasks, n_rows = batch.query.X.shape[:2]
-            with engine.threads(n_tasks * n_rows):
-                adapted = engine.adapt(
-                    self._learner.meta_params(),
-                    batch.support,
+    def _take_up(
+        self, checkpoint: CheckpointedFit, net: Any, learner: Any, plan: Plan, seed: int, more: bool
+    ) -> None:
+        """Compare what a checkpoint has with this fit."""
+        source, tasks = plan.source, plan.source.tasks
+        checkpoint.compare(
+            params=self.get_params(deep=False),
+            seed=seed,
+            the_tasks_in_X_y_and_groups=[
+                tasks.X,
+                tasks.y,
+                tasks.codes,
+                tasks.ids,
+                tasks.in_query,
+                source.single,
+            ],
+            the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
+            the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]
+            if more
+            else None,
+        )
+        net.checkpoint = checkpoint
+
+    def _choose_learners(self, plan: Plan, joint: Any) -> None:
+        """Decide on held-out tasks which learners predict, and how sure they may be."""
+        self.learner_weights_, self.calibration_ = plan.weights(0.0), None
+        if joint is None:
+            return
+        tasks, head = plan.source.encoded, self._learner.head
+        meta_params = self._learner.meta_params()
+        edges = population_range(tasks.y, head.n_outputs, head.classification)
+        with joint.threads(0):
+            calibration = judge_head(joint.trainer, meta_params, edges, plan.episodes.shared_rows)
+            share = 0.0
+            if joint.engine is not None:
+                outputs = held_out_outputs(
+                    joint.trainer,
+                    self._make_engine(self._learner.module, self._rung_to_begin()),
+                    meta_params,
+                    [batch.to(self.device_) for batch in plan.episodes.validation],
                     alpha=self._alpha(),
                     steps=self._n_adapt_steps(),
                 )
-                output = engine.predict(adapted, batch.query, batch_norm=self.batch_norm)
-            if output.ndim == 2:
-                output = output.unsqueeze(-1)
-            task = torch.arange(n_tasks).unsqueeze(1).expand(n_tasks, n_rows)
-            for values, into in ((output, outputs), (batch.query.y, targets)):
-                into.append(batch.query.real(values).cpu().numpy())
-            codes.append(batch.query.real(task).numpy() + first)
-            first += n_tasks
-        return np.concatenate(outputs), np.concatenate(targets), np.concatenate(codes)
-
-    def _calibrate(self, held_out: Any) -> None:
-        """Learn how confident predictions may be; `held_out` is None without held-out tasks."""
-
-    def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
-        """Learn the same of predictions that the posterior has a share in."""
-
-    def _scale_mixture(self, mixed: np.ndarray) -> np.ndarray:
-        """Apply what `_calibrate_mixture` learned."""
-        return mixed
-
-    def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
-        """Bring outputs of the network to the form in which they are mixed; see `mix`."""
-        return outputs
-
-    def _wants_posterior(self, source: Any, processes: Processes | None) -> bool:
-        """Whether to learn closed-form adaptation, too; refuse where it cannot be."""
-        if self.posterior is False or (self.posterior == "auto" and not self._inner_loop_is_free()):
-            return False
-        reason = self._why_no_posterior(source, processes)
-        if reason is not None and self.posterior is True:
-            raise ValueError(f"posterior=True {reason}. Set posterior='auto' or False.")
-        return reason is None
-
-    def _fit_posterior(self, source: Any, seed: int, held_out: Any) -> None:
-        """Learn closed-form adaptation and, on the held-out tasks, its share of predictions."""
-        tasks = source.tasks
-        encoded = self._encode(tasks)
-        y = encoded.y
-        y = np.eye(len(self.classes_))[y] if self._classification else y.reshape(len(y), -1)
-        with one_thread():
-            posterior = PosteriorEnsemble.fit(
-                tasks.X,
-                y,
-                tasks.codes,
-                source.held_out,
-                classification=self._classification,
-                seed=seed,
-                # it begins anew where a fit continues: as many as for all of its updates
-                n_updates=POSTERIOR_UPDATES * max(self.max_iter, self.n_iter_) // 2,
-            )
-            self.posterior_, self.posterior_weight_ = posterior, 1.0
-            if self.posterior == "auto":
-                outputs, targets, codes = held_out
-                if self._classification:
-                    targets = np.eye(len(self.classes_))[targets]
-                targets = targets.reshape(len(targets), -1)
-                ways = posterior.predict_held_out(source.validation), self._as_predicted(outputs)
-                self.posterior_weight_ = weight = find_weight(
-                    *ways, targets, codes, self._classification
+                share, calibration = choose(
+                    outputs, plan.episodes.task_of_episode, calibration, head.classification
                 )
-                self._calibrate_mixture(mix(*ways, weight, self._classification), targets)
-
-    def _inner_loop_is_free(self) -> bool:
-        """Whether nothing was asked of the inner loop, so that `fit` may choose it."""
-        named = (self.alpha, self.steps, self.adapt_steps, self.module)
-        return (
-            all(value is None for value in named)
-            and (self.update_rule, self.meta_gradient, self.adapted)
-            == ("sgd", "second-order", "all")
-            and not self._prefixed("update_rule")
-            and not self._prefixed("meta_gradient")
-            and getattr(self, "head", "free") == "free"
-            and not self._centers_targets()
-        )
-
-    def _why_no_posterior(self, source: Any, processes: Processes | None) -> str | None:
-        """Say what stands in the way of closed-form adaptation, if anything does."""
-        if self._n_ways() is not None:
-            return "is for labels that the tasks share, but n_ways is set"
-        if not isinstance(source, CollectionSource) or source.single:
-            return "needs a collection of tasks"
-        if self._centers_targets():  # by support rows: an error that it would not know of
-            return "learns how the levels of tasks differ itself, but center_y is set"
-        if source.held_out is None:
-            return "needs held-out tasks: at least 10 tasks, or early_stopping=True"
-        if source.tasks.in_query is not None:
-            return "draws support and query rows itself, but the tasks come split"
-        if processes is not None:
-            return "is not shared by several processes"
-        if len(self.feature_shape_) != 1 or self.feature_shape_[0] > POSTERIOR_FEATURES:
-            return (
-                f"takes tables of at most {POSTERIOR_FEATURES} features, but rows have the shape "
-                f"{self.feature_shape_}"
-            )
-        if int(source.tasks.sizes.min()) < 2:
-            return "needs at least two rows of each task"
-        return None
-
-    def _has_posterior(self) -> bool:
-        """Whether to adapt in closed form."""
-        learned = self.__dict__.get("posterior_") is not None
-        if self.posterior is True and not learned:
-            raise ValueError(
-                "posterior=True, but the last fit has learned no posterior: it was made with "
-                "another value, or interrupted. Fit anew, or set posterior='auto' or False to "
-                "adapt by gradient steps."
-            )
-        return learned and (
-            self.posterior is True or (self.posterior == "auto" and self._inner_loop_is_free())
-        )
+        self.calibration_ = calibration
+        self.learner_weights_ = plan.weights(share)
+        if self.verbose and plan.with_steps:
+            shares = ", ".join(f"{name} {w:.1f}" for name, w in self.learner_weights_.items())
+            dict(self.net_.callbacks_)["print_log"].sink(f"Shares of predictions: {shares}")
 
     def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
         """Warn where held-out tasks gain nothing from their own support sets."""
@@ -733,17 +734,54 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
         return MetaLearner(
             module,
-            resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            self._gradient_rule(),
             adapted_names(module, self.adapted),
             steps=self._n_steps(),
             classification=self._classification,
         )
 
-    def _new_learner(self) -> Any:
+    def _new_learner(self, weights: dict[str, Tensor]) -> Any:
         """Meta-parameters of the shapes of a fit, for those of a file."""
+        prefix = "head."
+        of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
         with _SeededTorch(self.device_, 0):
-            module = self._make_module()
-        return self._make_learner(module)
+            learner = self._make_learner(self._make_module())
+            if of_head:
+                learner.head = GaussianHead.like(
+                    of_head,
+                    self._head_body(),
+                    self._n_module_outputs(),
+                    activation=ACTIVATIONS[self.activation](),
+                    classification=self._classification,
+                    same_classes=self._n_ways() is not None,
+                ).to(TORCH_DTYPES[self._dtype])
+        if not any(name.startswith("module.") for name in weights):
+            learner.without_steps()
+        return learner
+
+    def _adapted_from(self, state: dict[str, Any]) -> Adapted:
+        """What was learned of tasks, from a file."""
+        if state["kind"] == "conditioned":
+            return Conditioned.from_state(self._learner.head, self._calibrated(), state)
+        if state["kind"] == "steps":
+            row_loss = cross_entropy_rows if self._classification else squared_error_rows
+            return AdaptedBySteps.from_state(self._learner.module, row_loss, self.device_, state)
+        return self._mixed(self._adapted_from(state["head"]), self._adapted_from(state["steps"]))
+
+    def _calibrated(self) -> Calibration:
+        assert self.calibration_ is not None
+        return self.calibration_
+
+    def _mixed(self, head: Adapted, steps: Adapted) -> Mixed:
+        calibration = self._calibrated()
+        return Mixed(
+            head,
+            steps,
+            self.learner_weights_[GRADIENT_STEPS],
+            self._classification,
+            calibration.steps_scale,
+            calibration.scale,
+        )
 
     def _make_net(self, learner: Any) -> Any:
         from skorch.callbacks import Callback, ProgressBar
@@ -846,10 +884,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return self._n_steps() if self.adapt_steps is None else int(self.adapt_steps)
 
     def _alpha(self) -> float:
-        return DEFAULT_ALPHA if self.alpha is None else float(self.alpha)
+        return float(self.alpha)
 
     def _n_steps(self) -> int:
-        return self._default_steps if self.steps is None else int(self.steps)
+        return int(self.steps)
 
     def _fit_initialisation(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
@@ -866,6 +904,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self.module_ = module
         self._fit_settings = self._settings(module)
         self._rung = "auto"
+        self.learner_weights_, self.calibration_ = {GRADIENT_STEPS: 1.0}, None
         self._adapt_to(tasks, sample_weight)
         return self
 
@@ -906,12 +945,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
         return module.to(device=self.device_, dtype=TORCH_DTYPES[self._dtype])
 
+    def _two_rows(self) -> Tensor:
+        """Rows to try a module on."""
+        return torch.zeros(
+            (2, *self.feature_shape_), dtype=TORCH_DTYPES[self._dtype], device=self.device_
+        )
+
     def _check_module(self, module: nn.Module) -> None:
         """Run the module once, so that a wrong one is refused before training starts."""
         n_outputs = self._n_module_outputs()
-        rows = torch.zeros(
-            (2, *self.feature_shape_), dtype=TORCH_DTYPES[self._dtype], device=self.device_
-        )
+        rows = self._two_rows()
         probe = copy.deepcopy(module).eval()
         try:
             with torch.no_grad():
@@ -930,7 +973,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
                 f"shape {expected[0]}: one column for each {self._output_word}."
             )
-        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        rule = self._gradient_rule()
         if rule.in_closed_form:
             kind = type(rule).__name__
             head = linear_head(module, adapted_names(module, self.adapted), kind)
@@ -994,7 +1037,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _settings(self, module: nn.Module | None = None) -> dict[str, Any]:
         """Parameters that what was meta-learned depends on; of a module also what a rule learns."""
-        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        rule = self._gradient_rule()
         gradient = resolve_meta_gradient(self.meta_gradient, self._prefixed("meta_gradient"))
         settings = {
             "update_rule": type(rule),
@@ -1062,11 +1105,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _after_adapt(self) -> None:
         """Update what depends on the adapted tasks."""
 
+    def _gradient_rule(self) -> UpdateRule:
+        """Rule of the gradient steps."""
+        rule = "sgd" if self._rule_name() in ("auto", "gaussian-head") else self.update_rule
+        return resolve_update_rule(rule, self._prefixed("update_rule"))
+
     def _make_engine(self, module: nn.Module, rung: str = "auto") -> Engine:
         return Engine(
             module,
             row_loss=cross_entropy_rows if self._classification else squared_error_rows,
-            rule=resolve_update_rule(self.update_rule, self._prefixed("update_rule")),
+            rule=self._gradient_rule(),
             meta_gradient=resolve_meta_gradient(
                 self.meta_gradient, self._prefixed("meta_gradient")
             ),
@@ -1078,17 +1126,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             batch_norm=self.batch_norm,
         )
 
-    def _chunk(self, engine: Engine) -> int:
-        """Tasks to adapt to or predict for at a time."""
-        most = NATIVE_CHUNK if engine.rung == "native" else CHUNK
-        return min(most, self.max_tasks_in_memory or most)
-
-    def _remember_rung(self, engine: Engine) -> None:
-        """Take the plain loop at once where batching has failed before, and what was compiled."""
-        if engine.fallback_reason is not None:
-            self._rung = "loop"
-        elif engine.rung == "native":
-            self._rung = "native"
+    def _rung_to_begin(self) -> str:
+        return "loop" if self._rung == "loop" else "auto"
 
     def _adapted_state(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int | None = None
@@ -1097,58 +1136,46 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self._check_features(tasks.X)
         targets, extra = self._encode_support(tasks, sample_weight)
         ids = None if tasks.spelling == "single" else tasks.ids
-        conditioned = None
-        if steps is None:
-            steps = self._n_adapt_steps()
-            if self._has_posterior():
-                conditioned = self._condition(tasks, targets, sample_weight)
-                if self.posterior_weight_ == 1 or self.posterior is True:
-                    return State(None, None, ids, conditioned, **extra)
-        # short tasks with short ones, so that little is padding
-        by_size = np.argsort(tasks.sizes, kind="stable")
-        compiled = self._rung == "native"
-        # what was changed since (clipping, say) may be nothing for the compiled kernels
-        engine = self._make_engine(self.module_, "auto" if compiled else self._rung)
-        most = int(tasks.sizes.max()) if len(by_size) else 0
-        engine.expect_tasks(len(by_size), most, steps, compiled=compiled)
-        adapted: Adapted | None = None
-        diverged = False
-        at_a_time = self._chunk(engine)
-        for start in range(0, len(by_size), at_a_time):
-            chosen = by_size[start : start + at_a_time]
-            support = pad_rows(
-                self._reshape(tasks.X),
-                targets,
-                np.concatenate([tasks.rows(j) for j in chosen]),
-                tasks.sizes[chosen],
-                sample_weight,
-            )
-            with engine.threads(support.X.shape[0] * support.X.shape[1]):
-                part = engine.adapt(
-                    self._learner.meta_params(),
-                    support.to(self.device_),
-                    alpha=self._alpha(),
-                    steps=steps,
-                )
-            # a sum is not finite where a term is not; a closer look at all tasks costs more
-            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
-            # written to its place at once: of many tasks, two copies would not fit
-            adapted = _place(part, adapted, chosen, tasks.n_tasks)
-        assert adapted is not None
-        self._remember_rung(engine)
-        if diverged:
-            restore_diverged(adapted, self.module_, self._alpha())
-        return State(engine, adapted, ids, conditioned, **extra)
+        support = Support(
+            self._reshape(tasks.X), targets, tasks.codes, tasks.n_tasks, sample_weight
+        )
+        return State(self._learn(support, steps), ids, **extra)
 
-    def _condition(
-        self, tasks: TaskCollection, targets: np.ndarray, sample_weight: np.ndarray | None
-    ) -> Conditioned:
+    def _learn(self, support: Support, steps: int | None) -> Adapted:
+        """Adapt each learner that has a share; for a number of steps, gradient steps alone."""
+        share = self.learner_weights_.get(GRADIENT_STEPS, 0.0)
+        if steps is not None or share == 1:
+            return self._steps_adapted(support, steps)
+        head = self._condition(support)
+        if share == 0:
+            return head
+        return self._mixed(head, self._steps_adapted(support, None))
+
+    def _steps_adapted(self, support: Support, steps: int | None) -> Adapted:
+        learner = GradientSteps(
+            self._learner.module,
+            {n: p for n, p in self._learner.meta_params().items() if not n.startswith("head.")},
+            lambda rung: self._make_engine(self._learner.module, rung),
+            self._alpha(),
+            self._n_adapt_steps() if steps is None else steps,
+            self._running(),
+            self._rung,
+        )
+        adapted = learner.adapt(support)
+        self._rung = learner.rung
+        return adapted
+
+    def _running(self) -> Running:
+        return Running(self.batch_norm, self.max_tasks_in_memory, self.device_)
+
+    def _condition(self, support: Support) -> Conditioned:
         """Adapt in closed form."""
-        y = targets
-        y = np.eye(len(self.classes_))[y] if self._classification else y.reshape(len(y), -1)
-        assert self.posterior_ is not None
+        y = support.y
+        y = np.eye(self._n_module_outputs())[y] if self._classification else y.reshape(len(y), -1)
         with one_thread():
-            return self.posterior_.condition(tasks.X, y, tasks.codes, tasks.n_tasks, sample_weight)
+            return Conditioned.on(
+                self._learner.head, self._calibrated(), dataclasses.replace(support, y=y)
+            )
 
     def _check_features(self, X: np.ndarray) -> None:
         if X.shape[1:] != self.feature_shape_:
@@ -1244,64 +1271,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
 
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Run each row under the parameters of its task, a chunk of rows at a time."""
-        if state.conditioned is None:
-            return self._outputs_of_steps(state, rows, codes)
-        assert self.posterior_ is not None
-        with one_thread():
-            outputs = self.posterior_.predict(state.conditioned, rows, codes)
-        if state.adapted is not None:
-            of_steps = self._as_predicted(self._outputs_of_steps(state, rows, codes))
-            outputs = mix(outputs, of_steps, self.posterior_weight_, self._classification)
-        outputs = self._scale_mixture(outputs)
-        return self._finite(outputs.astype(rows.dtype))
-
-    def _outputs_of_steps(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Return the outputs of the parameters that gradient steps made."""
-        assert state.engine is not None
-        assert state.adapted is not None
-        order = np.argsort(codes, kind="stable")
-        tasks, counts = np.unique(codes, return_counts=True)
-        # a task with very many rows is predicted in several pieces
-        joined = state.engine.joins_rows(self.batch_norm)
-        n_pieces = np.ones_like(counts) if joined else -(-counts // ROWS_AT_A_TIME)
-        piece_task = np.repeat(tasks, n_pieces)
-        first = np.repeat(np.cumsum(counts) - counts, n_pieces)
-        number = np.arange(len(piece_task)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
-        first = first + number * ROWS_AT_A_TIME
-        size = np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME
-        if not joined:
-            size = np.minimum(size, ROWS_AT_A_TIME)
-        by_size = np.argsort(size, kind="stable")
-        no_targets = np.zeros(len(rows), dtype=rows.dtype)
-        result: np.ndarray | None = None
-        start = 0
-        at_a_time = self._chunk(state.engine)
-        while start < len(by_size):
-            stop = start + 1
-            while (
-                stop < len(by_size)
-                and stop - start < at_a_time
-                and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
-            ):
-                stop += 1
-            chosen = by_size[start:stop]
-            place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
-            query = pad_rows(rows, no_targets, place, size[chosen])
-            query = query.to(self.device_)
-            with state.engine.threads(len(place)):
-                output = state.engine.predict(
-                    state.adapted.take(piece_task[chosen]), query, batch_norm=self.batch_norm
-                )
-            if output.ndim == 2:
-                output = output.unsqueeze(-1)
-            values = query.real(output).cpu().numpy()
-            if result is None:
-                result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
-            result[place] = values
-            start = stop
-        assert result is not None
-        return self._finite(result)
+        """Run each row under what was learned of its task."""
+        outputs = state.adapted.outputs(rows, codes, self._running())
+        return self._finite(outputs.astype(rows.dtype, copy=False))
 
     def _finite(self, outputs: np.ndarray) -> np.ndarray:
         """Refuse outputs that have overflowed."""
@@ -1495,22 +1467,6 @@ def transform_rows(pipeline: Pipeline, X: Any) -> Any:
         if step is not None and step != "passthrough":
             X = step.transform(X)
     return X
-
-
-def _place(part: Adapted, whole: Adapted | None, tasks: np.ndarray, n_tasks: int) -> Adapted:
-    """Write adapted parameters of some tasks to their places among those of all."""
-    if len(tasks) == n_tasks and (np.diff(tasks) == 1).all():
-        return part
-
-    def room(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.new_empty(n_tasks, *t.shape[1:]) for name, t in parts.items()}
-
-    if whole is None:
-        whole = Adapted(room(part.params), part.shared, room(part.statistics))
-    for to, some in ((whole.params, part.params), (whole.statistics, part.statistics)):
-        for name, values in some.items():
-            to[name].index_copy_(0, torch.as_tensor(tasks, device=values.device), values)
-    return whole
 
 
 def _as_is(values: np.ndarray) -> np.ndarray:

@@ -250,7 +250,7 @@ class SharedEngine:
         share = np.array_split(np.arange(n_tasks), self.processes.size)[self.processes.rank]
         step = None
         if len(share):
-            step = run(EpisodeBatch(batch.support.take(share), batch.query.take(share)))
+            step = run(batch.take(share))
         with _uninterrupted():
             n_outputs = 0 if step is None else step.outputs.shape[-1]
             status = self.processes.announce(GOES_ON, n_outputs)

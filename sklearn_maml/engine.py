@@ -71,7 +71,7 @@ from sklearn_maml.native import (
     describe,
 )
 from sklearn_maml.traced import Tracer, Untraceable, first_line, module_key, settings_key
-from sklearn_maml.update_rules import UpdateRule, has_linear_rates
+from sklearn_maml.update_rules import SGD, UpdateRule, has_linear_rates
 
 __all__ = [
     "Adapted",
@@ -511,6 +511,40 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             buffer.copy_(progress["buffers"][name])
         self.tracer.resume(progress["tracer"])
+
+    def prediction_state(self) -> dict[str, Any]:
+        """Return what predictions with adapted parameters depend on, for `for_prediction`."""
+        return {
+            "rung": self.rung,
+            "precision": self.precision,
+            "batch_norm": self.batch_norm,
+            "max_tasks_in_memory": self.max_tasks_in_memory,
+            "attends": self._attends,
+            "predicts_singly": self._predicts_singly,
+        }
+
+    @classmethod
+    def for_prediction(
+        cls, module: nn.Module, row_loss: Any, adapted: Sequence[str], state: dict[str, Any]
+    ) -> Engine:
+        """Make an engine that predicts as the one of `prediction_state` did."""
+        engine = cls(
+            module,
+            row_loss=row_loss,
+            # predictions depend on neither the rule nor the meta-gradient
+            rule=SGD(),
+            meta_gradient=SecondOrder(),
+            adapted=adapted,
+            rung="loop" if state["rung"] == "loop" else "auto",
+            precision=state["precision"],
+            batch_norm=state["batch_norm"],
+            max_tasks_in_memory=state["max_tasks_in_memory"],
+        )
+        if state["rung"] == "native":
+            engine.predict_compiled()
+        engine._attends = bool(state["attends"])
+        engine._predicts_singly = bool(state["predicts_singly"])
+        return engine
 
     def finish(self) -> None:
         """Give up what is prepared in the background: no more meta-steps come."""
@@ -1430,8 +1464,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _take(batch: Any, which: np.ndarray) -> Any:
-    if isinstance(batch, EpisodeBatch):
-        return EpisodeBatch(batch.support.take(which), batch.query.take(which))
     return batch.take(which)
 
 

@@ -51,12 +51,15 @@ class Rows:
         Weights that sum to one in each task, 0 for padding; None for equal weights.
     lengths : int ndarray of shape (n_tasks,) or None
         Number of real rows of each task; None where no task is padded.
+    index : int64 Tensor of shape (n_tasks, n_rows) or None
+        Positions of the rows in the collection, where somebody asked for them.
     """
 
     X: Tensor
     y: Tensor
     weight: Tensor | None = None
     lengths: np.ndarray | None = None
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return self.X.shape[0]
@@ -71,8 +74,8 @@ class Rows:
         """Rows of some of the tasks, padded to the longest of them."""
         index = torch.as_tensor(tasks, device=self.X.device)
         if self.lengths is None:
-            weight = None if self.weight is None else self.weight[index]
-            return Rows(self.X[index], self.y[index], weight)
+            weight, place = (None if t is None else t[index] for t in (self.weight, self.index))
+            return Rows(self.X[index], self.y[index], weight, None, place)
         lengths = self.lengths[tasks]
         stop = int(lengths.max())
         assert self.weight is not None
@@ -82,6 +85,7 @@ class Rows:
             self.y[index, :stop],
             self.weight[index, :stop],
             lengths if ragged else None,
+            None if self.index is None else self.index[index, :stop],
         )
 
     def real(self, values: Tensor) -> Tensor:
@@ -103,23 +107,32 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Move to a device."""
-        weight = None if self.weight is None else self.weight.to(device)
-        return Rows(self.X.to(device), self.y.to(device), weight, self.lengths)
+        weight, index = (None if t is None else t.to(device) for t in (self.weight, self.index))
+        return Rows(self.X.to(device), self.y.to(device), weight, self.lengths, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeBatch:
-    """A meta-batch: the support and query sets of its tasks. Its length is the number of tasks."""
+    """A meta-batch: the support and query sets of its tasks. Its length is the number of tasks.
+
+    `of_steps` (n_tasks,) tells which of them gradient steps may learn from; None: all.
+    """
 
     support: Rows
     query: Rows
+    of_steps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.support)
 
     def to(self, device: torch.device) -> EpisodeBatch:
         """Move to a device."""
-        return EpisodeBatch(self.support.to(device), self.query.to(device))
+        return EpisodeBatch(self.support.to(device), self.query.to(device), self.of_steps)
+
+    def take(self, tasks: np.ndarray) -> EpisodeBatch:
+        """Some of the tasks."""
+        of_steps = None if self.of_steps is None else self.of_steps[tasks]
+        return EpisodeBatch(self.support.take(tasks), self.query.take(tasks), of_steps)
 
 
 def pad_rows(
@@ -128,6 +141,7 @@ def pad_rows(
     rows: np.ndarray,
     counts: np.ndarray,
     sample_weight: np.ndarray | None = None,
+    names: np.ndarray | None = None,
 ) -> Rows:
     """Gather rows of several tasks into one padded tensor.
 
@@ -140,6 +154,8 @@ def pad_rows(
         Number of rows of each task.
     sample_weight : ndarray of shape (n_rows,), default=None
         Weight of each row of X; normalised to sum to one in each task.
+    names : int ndarray of shape (n_rows,), default=None
+        Becomes `Rows.index`.
     """
     n_tasks, width = len(counts), int(counts.max())
     ragged = bool((counts < width).any())
@@ -163,6 +179,7 @@ def pad_rows(
         torch.from_numpy(y.take(index, axis=0)),
         None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
         counts if ragged else None,
+        None if names is None else torch.from_numpy(names.take(index)),
     )
 
 
@@ -173,9 +190,10 @@ def _centered(batch: EpisodeBatch) -> EpisodeBatch:
         mean = y.mean(1, keepdim=True)
     else:
         mean = (weight.unsqueeze(-1) * y).sum(1, keepdim=True)
-    return EpisodeBatch(
-        *(dataclasses.replace(rows, y=rows.y - mean) for rows in (batch.support, batch.query))
+    support, query = (
+        dataclasses.replace(rows, y=rows.y - mean) for rows in (batch.support, batch.query)
     )
+    return dataclasses.replace(batch, support=support, query=query)
 
 
 def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatches: int = 1) -> Rows:
@@ -303,6 +321,12 @@ class EpisodeSampler:
         Query rows of an episode (of each class, in classification); None: all that are left.
     center_y : bool, default=False
         Whether to subtract the mean target of the support rows from all targets of an episode.
+    by_class : bool, default=True
+        Whether rows are drawn from each class, in classification; else as frequent as they are.
+    support_range : (int, int), default=SUPPORT_RANGE
+        Sizes of support sets with ``n_shots=None``.
+    keep_index : bool, default=False
+        Whether batches keep the positions of their rows.
     """
 
     def __init__(
@@ -314,8 +338,14 @@ class EpisodeSampler:
         n_shots: int | None = None,
         n_queries: int | None = None,
         center_y: bool = False,
+        by_class: bool = True,
+        support_range: tuple[int, int] = SUPPORT_RANGE,
+        keep_index: bool = False,
     ) -> None:
         self.center_y = center_y
+        self.by_class = by_class and classification
+        self.support_range = support_range
+        self.keep_index = keep_index
         self.tasks = tasks
         self.classification = classification
         self.n_ways = n_ways
@@ -323,7 +353,7 @@ class EpisodeSampler:
         self.n_queries = n_queries
         self.n_labels = int(tasks.y.max()) + 1 if classification else 0
         if tasks.in_query is None:
-            self.cells = _make_cells(tasks, tasks.y if classification else None)
+            self.cells = _make_cells(tasks, tasks.y if self.by_class else None)
 
     def sample(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
         """Draw one episode from each of the tasks at positions `which` (repeats are allowed)."""
@@ -417,9 +447,9 @@ class EpisodeSampler:
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.n_shots is not None:
             n_support = np.full(len(size), self.n_shots)
-        elif self.classification:
+        elif self.by_class:
             # a single row of a class goes to either set, so that neither set lacks rows
-            half = np.minimum(size // 2, SUPPORT_RANGE[1])
+            half = np.minimum(size // 2, self.support_range[1])
             n_support = np.where(size > 1, half, rng.integers(0, 2, len(size)))
             total = np.bincount(episode, weights=n_support)
             rows = np.bincount(episode, weights=size)
@@ -427,7 +457,7 @@ class EpisodeSampler:
             n_support[first[total == 0]] = 1
             n_support[first[total == rows]] -= 1
         else:
-            low, high = SUPPORT_RANGE
+            low, high = self.support_range
             drawn = np.exp(rng.uniform(np.log(low), np.log(high + 1), n_batches)).astype(np.intp)
             # a cell is an episode here
             drawn = drawn.repeat(len(size) // n_batches)
@@ -457,16 +487,19 @@ class EpisodeSampler:
         self, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray | None, n_batches: int
     ) -> list[Rows]:
         X, y = self.tasks.X, self.tasks.y
+        names = np.arange(len(X)) if self.keep_index else None
         if labels is not None:
+            names = rows if self.keep_index else None
             X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
         if _is_constant(counts):  # nothing to pad: gathered at once, then cut
-            whole = pad_rows(X, y, rows, counts)
+            whole = pad_rows(X, y, rows, counts, None, names)
             length = len(counts) // n_batches
-            parts = zip(whole.X.split(length), whole.y.split(length), strict=True)
-            return [Rows(*part) for part in parts]
+            index = [None] * n_batches if whole.index is None else whole.index.split(length)
+            parts = zip(whole.X.split(length), whole.y.split(length), index, strict=True)
+            return [Rows(x, y, None, None, place) for x, y, place in parts]
         ends = np.cumsum(counts.reshape(n_batches, -1).sum(1))[:-1]
         return [
-            pad_rows(X, y, *part)
+            pad_rows(X, y, *part, None, names)
             for part in zip(np.split(rows, ends), np.split(counts, n_batches), strict=True)
         ]
 

@@ -8,22 +8,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 
 from sklearn_maml._base import BaseMAML, State
-from sklearn_maml.engine import one_thread
 from sklearn_maml.episodes import (
     name_of,
 )
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
-from sklearn_maml.posterior import find_logit_scale
 from sklearn_maml.tasks import (
     TaskCollection,
 )
-from sklearn_maml.update_rules import resolve_update_rule
 
 __all__ = ["MAMLClassifier", "MAMLRegressor"]
 
@@ -244,7 +241,6 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     """
 
     _classification = False
-    _default_steps = 10
     _output_word = "target"
 
     __metadata_request__predict: ClassVar = {"groups": True, "return_std": True}
@@ -255,14 +251,14 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float | None = None,
+        alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = 1.0,
-        steps: int | None = None,
+        steps: int = 10,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
-        update_rule: Any = "sgd",
+        update_rule: Any = "auto",
         adapted: Any = "all",
         n_shots: int | None = None,
         n_queries: int | None = 10,
@@ -278,7 +274,6 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
         batch_norm: str = "inductive",
-        posterior: Any = "auto",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -313,7 +308,6 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
         self.batch_norm = batch_norm
-        self.posterior = posterior
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -352,21 +346,11 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
             If a task id was not adapted to; with `return_std`, if there is no posterior.
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
-        values = self._decide(state, rows, codes)
         if not return_std:
-            return shape_like(values)
-        if state.conditioned is None:
-            raise ValueError(
-                "return_std=True needs the posterior of posterior='auto' or True, and this model "
-                "has none or did not adapt with it: 'auto' has one only where alpha, steps, "
-                "adapt_steps, update_rule, meta_gradient, adapted, module and center_y are left at "
-                "their defaults and at least 10 tasks were fitted. Fit with posterior=True, and "
-                "adapt anew."
-            )
-        assert self.posterior_ is not None
-        with one_thread():
-            std = self.posterior_.predict_std(state.conditioned, rows, codes)
-        std = self._finite((std[:, None] * self.y_scale_).astype(values.dtype))
+            return shape_like(self._decide(state, rows, codes))
+        outputs, std = state.adapted.std(rows, codes, self._running())
+        std = self._finite((std * self.y_scale_).astype(rows.dtype))
+        values = self._in_units(state, outputs.astype(rows.dtype), codes)
         return shape_like(values), shape_like(std[:, 0] if self._y_is_1d else std)
 
     def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
@@ -450,8 +434,11 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         return self._standardised(y - center[tasks.codes], tasks.X.dtype), {"center": center}
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        return self._in_units(state, self._outputs(state, rows, codes), codes)
+
+    def _in_units(self, state: State, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Outputs in the units of y."""
         mean = self.y_mean_ if state.center is None else state.center[codes]
-        outputs = self._outputs(state, rows, codes)
         with np.errstate(over="ignore"):
             values = (outputs * self.y_scale_ + mean).astype(self._dtype, copy=False)
         values = self._finite(values)
@@ -704,7 +691,6 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     """
 
     _classification = True
-    _default_steps = 5
     _output_word = "class"
 
     __metadata_request__predict_proba: ClassVar = {"groups": True}
@@ -717,14 +703,14 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         *,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float | None = None,
+        alpha: float = 0.03,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = 1.0,
-        steps: int | None = None,
+        steps: int = 5,
         adapt_steps: int | None = None,
         meta_gradient: Any = "second-order",
-        update_rule: Any = "sgd",
+        update_rule: Any = "auto",
         adapted: Any = "all",
         n_ways: int | None = None,
         head: str = "free",
@@ -740,7 +726,6 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         max_tasks_in_memory: int | None = None,
         precision: str = "full",
         batch_norm: str = "inductive",
-        posterior: Any = "auto",
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
@@ -775,7 +760,6 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         self.max_tasks_in_memory = max_tasks_in_memory
         self.precision = precision
         self.batch_norm = batch_norm
-        self.posterior = posterior
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
@@ -906,7 +890,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
                     "head='free'."
                 )
         module = learner.module
-        rule = resolve_update_rule(self.update_rule, self._prefixed("update_rule"))
+        rule = self._gradient_rule()
         head = find_head(
             module, self.head, rule, adapted_names(module, self.adapted), self._n_module_outputs()
         )
@@ -998,29 +982,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
 
     def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)
-        if state.conditioned is None and self._inner_loop_is_free():  # others are calibrated
-            with np.errstate(over="ignore"):  # the lowest of classes that a task lacks
-                logits = logits * self.logit_scale_
         p = softmax(logits, axis=1)
         return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
-
-    def _calibrate(self, held_out: Any) -> None:
-        self.logit_scale_ = self.mixture_logit_scale_ = 1.0
-        if held_out is not None:
-            outputs, targets, _ = held_out
-            self.logit_scale_ = find_logit_scale(outputs, np.eye(outputs.shape[1])[targets])
-
-    def _calibrate_mixture(self, mixed: np.ndarray, targets: np.ndarray) -> None:
-        # a mean of calibrated probabilities is not confident enough
-        self.mixture_logit_scale_ = find_logit_scale(mixed, targets)
-
-    def _scale_mixture(self, mixed: np.ndarray) -> np.ndarray:
-        log_p: np.ndarray = log_softmax(self.mixture_logit_scale_ * mixed, axis=1)
-        return log_p
-
-    def _as_predicted(self, outputs: np.ndarray) -> np.ndarray:
-        log_p: np.ndarray = log_softmax(self.logit_scale_ * outputs.astype(np.float64), axis=1)
-        return log_p
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         logits, slots = self._logits(state, rows, codes)

@@ -29,6 +29,7 @@ from sklearn_maml.exceptions import (
     NonFiniteStepWarning,
 )
 from sklearn_maml.heads import SymmetricHead
+from sklearn_maml.learners.joint import clip_members
 from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
 from sklearn_maml.update_rules import UpdateRule
 
@@ -56,7 +57,8 @@ PATIENCE_NON_FINITE = 20
 class MetaLearner(nn.Module):
     """The meta-parameters: the user's module as initialisation, and what the rule learns.
 
-    `steps` and `classification` are for the rule, see `UpdateRule.initial_rates`.
+    `steps` and `classification` are for the rule, see `UpdateRule.initial_rates`. A Gaussian head
+    is trained beside these where `head` is set.
     """
 
     def __init__(
@@ -69,13 +71,28 @@ class MetaLearner(nn.Module):
         classification: bool = False,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
+        self.head: Any = None
         fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
         rates = rule.initial_rates(fast, steps=steps, classification=classification)
         self.rule = nn.ParameterDict({rate_key(n): nn.Parameter(r) for n, r in rates.items()})
 
+    def without_steps(self) -> None:
+        """Leave the initialisation out: a Gaussian head alone is to be trained."""
+        self.module, self.rule = None, nn.ParameterDict()
+
+    @property
+    def network(self) -> nn.Module:
+        """The initialisation, or the head where there is none."""
+        return self.head if self.module is None else self.module
+
+    def networks(self) -> list[nn.Module]:
+        """All that has a forward pass of its own."""
+        of_head = [] if self.head is None else list(getattr(self.head.body, "members", []))
+        return [*([] if self.module is None else [self.module]), *of_head]
+
     def meta_params(self) -> dict[str, Tensor]:
-        """Return the meta-parameters by name, ``module.*`` and ``rule.*``, frozen ones too."""
+        """Return the meta-parameters by name: ``module.*``, ``rule.*``, ``head.*``, frozen too."""
         return {name: p.detach() for name, p in self.named_parameters()}
 
 
@@ -289,6 +306,8 @@ class MetaNet(NeuralNet):
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
     checkpoint : CheckpointedFit or None, default=None
         Where the state of the fit is kept, and taken from.
+    joint : Joint or None, default=None
+        What `engine` is, or shares among processes, where a Gaussian head is trained.
     **kwargs : dict
         Parameters of `skorch.NeuralNet`.
     """
@@ -311,10 +330,12 @@ class MetaNet(NeuralNet):
         step_size_at: Callable[[float], float | None] | None = None,
         epoch_hooks: Any = None,
         checkpoint: Any = None,
+        joint: Any = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
     ) -> None:
         self.engine = engine
+        self.joint = joint
         self.alpha = alpha
         self.steps = steps
         self.eval_steps = eval_steps
@@ -337,6 +358,10 @@ class MetaNet(NeuralNet):
             ("train_loss", FiniteMean(name="train_loss", on_train=True)),
             ("valid_loss_before", FiniteMean(name="valid_loss_before", lower_is_better=None)),
             ("valid_loss", FiniteMean(name="valid_loss")),
+            *(
+                (name, FiniteMean(name=name, lower_is_better=None))
+                for name in ("steps_valid_loss_before", "steps_valid_loss")
+            ),
             ("print_log", EpochLog()),
         ]
 
@@ -433,9 +458,12 @@ class MetaNet(NeuralNet):
             step = self.train_step_single(batch, **fit_params)
             self._notify_grad(batch)
             with torch.no_grad():
-                for p in self.module_.parameters():
-                    if p.grad is not None:
+                for name, p in self.module_.named_parameters():
+                    if p.grad is not None and not name.startswith("head."):
                         p.add_(p.grad, alpha=-size)
+                        p.grad = None
+            if self.joint is not None:
+                self.optimizer_.step()
             return step
         if ready.needs_closure:
             step = super().train_step(batch, **fit_params)
@@ -496,6 +524,8 @@ class MetaNet(NeuralNet):
         step = self.engine.meta_step(
             ready.meta_params, episodes, alpha=self.alpha, steps=self.steps
         )
+        if self.joint is not None:
+            return self._joint_gradient(step, episodes, ready)
         loss = step.losses.mean()
         if self.symmetric_head is not None:
             in_one_piece = getattr(step, "flat", None) is not None
@@ -525,6 +555,39 @@ class MetaNet(NeuralNet):
             return outcome, None
         return outcome, grads if ready.flat is None or whole is None else [whole]
 
+    def _joint_gradient(
+        self, step: Any, episodes: EpisodeBatch, ready: _Prepared
+    ) -> tuple[dict[str, Any], list[Tensor] | None]:
+        """Bound the gradient of the steps, and of each member of the head, on its own."""
+        of_head = {n: g for n, g in step.grads.items() if n.startswith("head.")}
+        grads = {**step.grads, **clip_members(of_head)}
+        own = [n for n in ready.trainable if not n.startswith("head.")]
+        finite = True
+        if own and self.joint.engine is not None:
+            if self.symmetric_head is not None:
+                self.symmetric_head.project_gradient(grads, in_place=False)
+            norm = torch.linalg.vector_norm(
+                torch.stack(torch._foreach_norm([grads[n] for n in own]))
+            ).item()
+            finite = math.isfinite(norm)
+            factor = 1.0
+            if not finite:  # the head goes on
+                grads.update({n: torch.zeros_like(grads[n]) for n in own})
+            elif self.max_grad_norm is not None and norm > self.max_grad_norm:
+                factor = self.max_grad_norm / norm
+            if factor < 1:
+                grads.update({n: factor * grads[n] for n in own})
+        self._decay_rate()
+        self._row()["non_finite"] = int(not finite)
+        self.update_ += 1
+        if not finite:
+            self._note_non_finite(episodes)
+        outcome = {"loss": step.losses.mean(), "y_pred": episodes.query.real(step.outputs)}
+        listed = [grads[name] for name in ready.trainable]
+        if ready.flat is not None:
+            return outcome, [torch.cat([g.flatten() for g in listed])]
+        return outcome, listed
+
     def _row(self) -> dict[str, Any]:
         """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
         row: dict[str, Any] = list.__getitem__(self.history, -1)["batches"][-1]
@@ -549,11 +612,21 @@ class MetaNet(NeuralNet):
         """Query loss of held-out tasks, before and after adaptation."""
         episodes = batch[0].to(torch.device(self.device))
         params = self.module_.meta_params()
-        before, _ = self.engine.evaluate(params, episodes, alpha=self.alpha, steps=0)
-        losses, output = self.engine.evaluate(
-            params, episodes, alpha=self.alpha, steps=self.eval_steps
-        )
-        self._row()["valid_loss_before"] = before.mean().item()
+        joint, row = self.joint, self._row()
+        if joint is None or joint.engine is not None:
+            before, _ = self.engine.evaluate(params, episodes, alpha=self.alpha, steps=0)
+            losses, output = self.engine.evaluate(
+                params, episodes, alpha=self.alpha, steps=self.eval_steps
+            )
+        if joint is not None:
+            if joint.engine is not None:
+                row["steps_valid_loss"] = losses.mean().item()
+                row["steps_valid_loss_before"] = before.mean().item()
+                of_steps = losses
+            before, losses, output = joint.trainer.errors(params, episodes)
+            if joint.engine is not None:
+                joint.compare(losses, of_steps)
+        row["valid_loss_before"] = before.mean().item()
         return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
 
     def _note_non_finite(self, episodes: EpisodeBatch) -> None:
@@ -567,7 +640,16 @@ class MetaNet(NeuralNet):
             )
         seen = self.update_ - self.first_update_
         if seen >= PATIENCE_NON_FINITE and 2 * self.non_finite_ > seen:
-            raise self._non_finite_error(episodes, seen)
+            if self.joint is None:
+                raise self._non_finite_error(episodes, seen)
+            warnings.warn(
+                f"{self.non_finite_} of {seen} meta-steps of the gradient steps were not finite, "
+                f"so they are given up: tasks are learned in closed form alone. Lower alpha (now "
+                f"{self.alpha:g}) or scale the features to give them a chance.",
+                NonFiniteStepWarning,
+                stacklevel=2,
+            )
+            self.give_up_steps()
 
     def _non_finite_error(self, episodes: EpisodeBatch, seen: int) -> MetaTrainingError:
         before, _ = self.engine.evaluate(
@@ -587,6 +669,15 @@ class MetaNet(NeuralNet):
             f"{self.non_finite_} of {seen} meta-steps were not finite. {advice}"
         )
 
+    def give_up_steps(self) -> None:
+        """Train the Gaussian head alone from now on."""
+        self.joint.engine = None
+        self.non_finite_ = 0
+        for name, p in self.module_.named_parameters():
+            if not name.startswith("head.") and p.requires_grad:
+                p.requires_grad_(False)
+                self._given_up.append(p)
+
     # -- the loop --------------------------------------------------------------------------------
 
     def partial_fit(self, X: Any, y: Any = None, classes: Any = None, **fit_params: Any) -> Any:
@@ -596,6 +687,9 @@ class MetaNet(NeuralNet):
         self.first_update_ = self.update_
         self.non_finite_ = 0
         self.best_loss_ = math.inf
+        # with a Gaussian head: of gradient steps, and of each member
+        self.best_of_parts_: dict[str, Any] = {}
+        self._given_up: list[nn.Parameter] = []
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
@@ -636,6 +730,8 @@ class MetaNet(NeuralNet):
             raise self._non_finite_error(episodes.to(torch.device(self.device)), done)
         if self.best_state_ is not None:
             self.module_.load_state_dict(self.best_state_)
+        for p in self._given_up:
+            p.requires_grad_(True)
         self.best_state_ = None
         self._release()
         self.notify("on_train_end", X=X, y=y)
@@ -736,12 +832,37 @@ class MetaNet(NeuralNet):
         """Remember the best parameters by validation loss, and for how long none were better."""
         self._project()  # callbacks may have changed what is kept
         loss = self.history[-1].get("valid_loss", math.nan)
+        if self.joint is not None:
+            loss = self._track_parts()
         if loss < self.best_loss_:
             self.best_loss_ = loss
-            self.best_state_ = copy.deepcopy(self.module_.state_dict())
+            if self.joint is None:
+                self.best_state_ = copy.deepcopy(self.module_.state_dict())
             self.epochs_without_gain_ = 0
         else:
             self.epochs_without_gain_ += 1
+
+    def _track_parts(self) -> float:
+        """Remember the best parameters of the steps and of each member; return what may improve."""
+        losses = self.joint.held_out(self.module_.meta_params())
+        if losses is None:
+            return math.nan
+        steps = float(self.history[-1].get("steps_valid_loss", math.nan))
+        if self.joint.engine is None:
+            steps = math.nan
+        now = {name: t.detach() for name, t in self.module_.state_dict().items()}
+        best = self.best_of_parts_
+        better = losses < best["members"] if best else torch.ones_like(losses, dtype=torch.bool)
+        steps_better = steps < best["steps"] if best else True
+        self.best_state_ = self.joint.merged(self.best_state_, now, better, steps_better)
+        self.best_of_parts_ = {
+            "members": torch.where(better, losses, best["members"]) if best else losses,
+            "steps": min(best.get("steps", math.inf), steps if math.isfinite(steps) else math.inf),
+        }
+        if self.joint.fall_behind():
+            self.give_up_steps()
+        candidates = [float(losses.mean()), *([steps] if math.isfinite(steps) else [])]
+        return min(candidates)
 
     def _listeners(self, method_name: str) -> list[Any]:
         """Methods of the callbacks that do something; looked up once in an epoch."""

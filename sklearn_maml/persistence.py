@@ -9,7 +9,6 @@ passed by the caller.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -22,19 +21,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_maml.checkpoint import Checkpoint, net_state, restore_net
-from sklearn_maml.engine import (
-    ELEMENTWISE,
-    Adapted,
-    Engine,
-    cross_entropy_rows,
-    squared_error_rows,
-)
+from sklearn_maml.engine import ELEMENTWISE
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
-from sklearn_maml.meta_gradients import META_GRADIENTS, SecondOrder
+from sklearn_maml.learners.gaussian import Calibration
+from sklearn_maml.meta_gradients import META_GRADIENTS
 from sklearn_maml.modules import ContextMLP
-from sklearn_maml.posterior import Conditioned, PosteriorEnsemble
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
-from sklearn_maml.update_rules import SGD, UPDATE_RULES
+from sklearn_maml.update_rules import UPDATE_RULES
 
 __all__ = ["SaveMixin", "describe", "load"]
 
@@ -54,10 +47,10 @@ STORED: dict[str, tuple[str, ...]] = {
         "_fingerprints",
         "_rung",
         "_score_seed",
-        "posterior_weight_",
+        "learner_weights_",
     ),
     "MAMLRegressor": ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d"),
-    "MAMLClassifier": ("classes_", "logit_scale_", "mixture_logit_scale_"),
+    "MAMLClassifier": ("classes_",),
     "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_"),
 }
 # Those that loading makes anew: see `_MAML.fitted` and `_MAML.restore`.
@@ -66,7 +59,7 @@ REBUILT = {
     "history_",
     "module_",
     "net_",
-    "posterior_",
+    "calibration_",
     "_fit_settings",
     "_learner",
     "_metadata_request",
@@ -522,17 +515,17 @@ class MAMLKind(_Kind):
             "learner": dict(learner.state_dict()),
             "rates": list(learner.rule),
             "frozen": [n for n, p in learner.named_parameters() if not p.requires_grad],
-            "in_training": learner.module.training,
+            "in_training": learner.network.training,
         }
         if hasattr(estimator, "net_"):
             fitted["history"] = [dict(row) for row in estimator.history_]
             if training:
                 fitted["net"] = {**net_state(estimator.net_), "history": None}
-        posterior = vars(estimator).get("posterior_")
-        fitted["posterior"] = None if posterior is None else posterior.state()
+        calibration = vars(estimator).get("calibration_")
+        fitted["calibration"] = None if calibration is None else dict(vars(calibration))
         state = vars(estimator).get("_state")
         if tasks and state is not None:
-            fitted["state"] = _state_fields(state)
+            fitted["state"] = {**vars(state), "adapted": state.adapted.state()}
         return fitted
 
     def restore(self, fitted: dict[str, Any]) -> None:
@@ -541,12 +534,12 @@ class MAMLKind(_Kind):
 
         estimator = self.estimator
         estimator._check_parameter_names()
-        names = "device learner rates frozen in_training history net posterior state"
+        names = "device learner rates frozen in_training history net calibration state"
         parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
         super().restore(fitted)
         estimator.device_ = _find_device(estimator, parts["device"])
-        learner = estimator._new_learner()
         weights = parts["learner"]
+        learner = estimator._new_learner(weights)
         # those of a rule depend on parameters that may be changed after fit
         learner.rule = nn.ParameterDict(
             {name: nn.Parameter(weights[f"rule.{name}"].clone()) for name in parts["rates"]}
@@ -556,7 +549,7 @@ class MAMLKind(_Kind):
         for name, p in learner.named_parameters():
             p.requires_grad_(name not in parts["frozen"])
         learner.train(parts["in_training"])
-        estimator._learner, estimator.module_ = learner, learner.module
+        estimator._learner, estimator.module_ = learner, learner.network
         estimator._fit_settings = estimator._settings(learner.module)
         if "history" in parts:
             estimator.history_ = History(parts["history"])
@@ -565,78 +558,12 @@ class MAMLKind(_Kind):
             net.initialize()
             restore_net(net, {**parts["net"], "history": parts["history"]})
             estimator.net_, estimator.history_ = net, net.history
-        if "net_" in vars(estimator) or parts["posterior"] is not None:
-            stored = parts["posterior"]
-            estimator.posterior_ = None if stored is None else PosteriorEnsemble(**stored)
+        stored = parts["calibration"]
+        estimator.calibration_ = None if stored is None else Calibration(**stored)
         if "state" in parts:
-            estimator._state = _make_state(estimator, parts["state"])
-
-
-def _state_fields(state: Any) -> dict[str, Any]:
-    """Adapted parameters, and what an engine needs to predict with them as it did."""
-    fields = {
-        field.name: getattr(state, field.name)
-        for field in dataclasses.fields(state)
-        if field.name not in ("engine", "adapted", "conditioned")
-    }
-    conditioned = state.conditioned
-    stored = {
-        "fields": fields,
-        "conditioned": None if conditioned is None else dict(vars(conditioned)),
-    }
-    if state.adapted is None:
-        return stored
-    engine = state.engine
-    return {
-        **stored,
-        "params": state.adapted.params,
-        "shared": state.adapted.shared,
-        "statistics": state.adapted.statistics,
-        "engine": {
-            "rung": engine.rung,
-            "precision": engine.precision,
-            "batch_norm": engine.batch_norm,
-            "max_tasks_in_memory": engine.max_tasks_in_memory,
-        },
-        "predicting": {"_attends": engine._attends, "_predicts_singly": engine._predicts_singly},
-    }
-
-
-def _make_state(estimator: Any, stored: dict[str, Any]) -> Any:
-    conditioned = stored["conditioned"]
-    fields = {
-        **stored["fields"],
-        "conditioned": None if conditioned is None else Conditioned(**conditioned),
-    }
-    if "params" not in stored:
-        return estimator._state_class(None, None, **fields)
-    device = estimator.device_
-    params, shared, statistics = (
-        {name: tensor.to(device) for name, tensor in stored[part].items()}
-        for part in ("params", "shared", "statistics")
-    )
-    own = {name: p.detach() for name, p in estimator.module_.named_parameters()}
-    for name, tensor in shared.items():  # in the memory of the module, as after adapt
-        if name in own and torch.equal(own[name], tensor):
-            shared[name] = own[name]
-    settings = dict(stored["engine"])
-    rung = settings.pop("rung")
-    # predictions depend on neither the rule nor the meta-gradient
-    engine = Engine(
-        estimator.module_,
-        row_loss=cross_entropy_rows if estimator._classification else squared_error_rows,
-        rule=SGD(),
-        meta_gradient=SecondOrder(),
-        adapted=list(params),
-        rung="loop" if rung == "loop" else "auto",
-        **settings,
-    )
-    if rung == "native":
-        engine.predict_compiled()
-    vars(engine).update(
-        {name: bool(stored["predicting"][name]) for name in ("_attends", "_predicts_singly")}
-    )
-    return estimator._state_class(engine, Adapted(params, shared, statistics), **fields)
+            state = parts["state"]
+            adapted = estimator._adapted_from(state.pop("adapted"))
+            estimator._state = estimator._state_class(adapted, **state)
 
 
 def _find_device(estimator: Any, fitted_on: str) -> torch.device:

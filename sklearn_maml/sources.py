@@ -17,18 +17,37 @@ from sklearn_maml.episodes import (
     draw_fixed,
     hold_out,
 )
+from sklearn_maml.learners.gaussian import row_marks
 from sklearn_maml.tasks import (
     TaskCollection,
 )
 
-__all__ = ["CollectionSource", "DistributionSource"]
+__all__ = ["LEAST_TASKS", "N_MEMBERS", "CollectionSource", "CrossFitted", "DistributionSource"]
 
 # tasks drawn from a task distribution for validation, and to learn what its tasks look like
 VALIDATION_TASKS = 100
+# Gaussian head (docs/defaults.md has what these were compared with): members, and tasks from which
+# on some are held out from each; sizes of support sets, log-uniform, and query rows
+N_MEMBERS, LEAST_TASKS = 5, 4
+HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 20
+# support and query rows of held-out tasks, and how often they are drawn
+HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
+UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
 
 
 class CollectionSource:
-    """Episodes from a finite task collection, with some tasks held out for validation."""
+    """Episodes from a finite task collection, with some tasks held out for validation.
+
+    Attributes
+    ----------
+    draw : callable (task_positions, rng) -> list of EpisodeBatch
+    n_train : int
+        Tasks that `draw` knows.
+    validation : list of EpisodeBatch or None
+        Episodes of held-out tasks.
+    held_out : int ndarray or None
+        Positions of these tasks in the collection.
+    """
 
     def __init__(self, estimator: Any, tasks: TaskCollection, seed: int, continued: bool) -> None:
         if not continued:
@@ -51,12 +70,15 @@ class CollectionSource:
             "n_shots": estimator.n_shots,
             "center_y": estimator._centers_targets(),
         }
+        self.encoded, self.options = encoded, options
         training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
         self.draw = training.sample_batches
         self.bytes_of_episode = training.bytes_of_episode()
         self.n_train = train.n_tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.validation: Any = None
+        self.pooled = pool is not None
+        self.n_queries = estimator.n_queries
         self.n_held_out = 0 if valid is None else valid.n_tasks
         # positions of the tasks held out; None too where classes are
         self.held_out: np.ndarray | None = None
@@ -90,6 +112,7 @@ class DistributionSource:
         if not continued:
             estimator._learn_targets(tasks)
         self.tasks = tasks
+        self.encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
         self.rows_per_task = _episode_rows(estimator, tasks)
         self.bytes_of_episode = (
             self._sampler(tasks, estimator.n_queries).bytes_of_episode()
@@ -130,6 +153,155 @@ class DistributionSource:
             tasks = self.estimator._read_tasks(drawn, None)
         sampler = self._sampler(tasks, self.estimator.n_queries)
         return sampler.sample_batches(np.arange(tasks.n_tasks).reshape(which.shape), rng)
+
+
+class CrossFitted:
+    """Episodes for the members of a Gaussian head, each of which holds out tasks of its own.
+
+    Where there are no tasks to hold out (of a distribution, or a pool of classes, or by request)
+    all members learn from the same episodes.
+
+    Parameters
+    ----------
+    source : CollectionSource or DistributionSource
+    n_members : int
+    with_steps : bool
+        Whether gradient steps are trained beside the head. They learn from all tasks but those of
+        the first member: episodes of these come on top of a batch.
+    holds_out : bool
+    fraction : float
+        Of the tasks, that a member holds out.
+    seed : int
+
+    Attributes
+    ----------
+    draw, n_train, bytes_of_episode, rows_per_task
+        As of `source`.
+    visible : bool ndarray of shape (n_members, n_rows) or None
+        Rows that each member learns from.
+    validation : list of EpisodeBatch or None
+        Of tasks that neither the first member nor gradient steps learn from.
+    task_of_episode : int ndarray
+        Task of each of their episodes.
+    member_validation : list of (int or None, EpisodeBatch)
+        Episodes that members are judged on, and the member; None: all.
+    shared_rows : ndarray or None
+        Distinct rows of features where tasks share them; some are hidden from the last member.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        n_members: int,
+        with_steps: bool,
+        holds_out: bool,
+        fraction: float,
+        seed: int,
+    ) -> None:
+        self.source = source
+        self.n_train, self.rows_per_task = source.n_train, source.rows_per_task
+        self.draw, self.bytes_of_episode = source.draw, source.bytes_of_episode
+        self.visible: np.ndarray | None = None
+        self.validation: Any = source.validation
+        self.shared_rows: np.ndarray | None = None
+        self.member_validation: list[tuple[int | None, EpisodeBatch]] = [
+            (None, batch) for batch in source.validation or []
+        ]
+        n_episodes = sum(map(len, source.validation or []))
+        self.task_of_episode = np.arange(n_episodes) % max(source.n_held_out, 1)
+        if isinstance(source, DistributionSource) or source.pooled:
+            return
+        tasks: TaskCollection = source.encoded
+        rng = np.random.default_rng((seed, 2))
+        in_turn = rng.permutation(tasks.n_tasks)
+        size = min(max(round(fraction * tasks.n_tasks), 1), tasks.n_tasks - 1)
+        self.folds = [
+            np.sort(np.take(in_turn, np.arange(j * size, (j + 1) * size), mode="wrap"))
+            for j in range(n_members if holds_out else 0)
+        ]
+        natural = source.options["n_ways"] is None and source.options["n_shots"] is None
+        self.options = {**source.options, "by_class": not natural}
+        self.sampler = EpisodeSampler(
+            tasks,
+            n_queries=HEAD_QUERIES if natural else source.n_queries,
+            support_range=HEAD_SUPPORT,
+            keep_index=True,
+            **self.options,
+        )
+        self.bytes_of_episode = self.sampler.bytes_of_episode()
+        self.held = self.folds[0] if with_steps and holds_out else np.arange(0)
+        self.kept = np.setdiff1d(np.arange(tasks.n_tasks), self.held)
+        self.n_train = len(self.kept)
+        self.draw = self._draw
+        self.validation, self.member_validation = None, []
+        if not holds_out:
+            return
+        self.visible = np.stack([~np.isin(tasks.codes, fold) for fold in self.folds])
+        self._hide_rows(tasks, rng)
+        for j, fold in enumerate(self.folds):
+            batches, which = self._held_out_episodes(tasks, j, fold, seed)
+            self.member_validation += [(j, batch) for batch in batches]
+            if j == 0:
+                self.validation, self.task_of_episode = batches, np.concatenate(which)
+
+    def _draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        of_steps = None
+        which = self.kept[which]
+        if len(self.held):  # as often as the other tasks come
+            n_more = max(round(which.shape[1] * len(self.held) / self.n_train), 1)
+            more = self.held[rng.integers(0, len(self.held), (len(which), n_more))]
+            of_steps = np.arange(which.shape[1] + n_more) < which.shape[1]
+            which = np.concatenate([which, more], axis=1)
+        batches = self.sampler.sample_batches(which, rng)
+        return [dataclasses.replace(batch, of_steps=of_steps) for batch in batches]
+
+    def _hide_rows(self, tasks: TaskCollection, rng: np.random.Generator) -> None:
+        """Hide some distinct rows from the last member, where tasks share their rows.
+
+        Such tasks tell nothing of other rows unless some are held out, too.
+        """
+        assert self.visible is not None
+        if tasks.in_query is not None or tasks.X.ndim != 2:
+            return
+        marks = row_marks(tasks.X)
+        distinct = np.unique(marks)
+        n_unseen = int(UNSEEN * np.median(tasks.sizes))
+        if 2 * len(distinct) > len(marks) or n_unseen < min(HEAD_TESTED):
+            return
+        hidden = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
+        of_fold = ~self.visible[-1]
+        sides = (of_fold & hidden, self.visible[-1] & ~hidden)
+        # where rows come with their task, one side may have none of them
+        if all(bool((np.bincount(tasks.codes[side]) > 1).any()) for side in sides):
+            self.shared_rows = distinct
+            self.visible[-1] &= ~hidden
+            self.hidden = hidden
+
+    def _held_out_episodes(
+        self, tasks: TaskCollection, member: int, fold: np.ndarray, seed: int
+    ) -> tuple[list[EpisodeBatch], list[np.ndarray]]:
+        """Episodes of the tasks of a fold, and the task of each."""
+        held = tasks.select(fold)
+        if self.shared_rows is not None and member == len(self.folds) - 1:
+            rows = self.hidden[np.isin(tasks.codes, fold)]
+            held = held.keep_rows(rows)
+        rng = np.random.default_rng((seed, 3, member))
+        most = max(int(np.median(held.sizes)) // 2, 1)
+        sizes = [min(k, most) for k in HEAD_TESTED]
+        repeats = HEAD_DRAWS // len(sizes)
+        batches, which = [], []
+        for k in sizes if held.in_query is None else sizes[:1]:
+            sampler = EpisodeSampler(
+                held,
+                n_queries=HEAD_TESTED_QUERIES if self.options["n_ways"] is None else None,
+                support_range=(k, k),
+                **self.options,
+            )
+            task = np.repeat(np.arange(held.n_tasks), repeats if held.in_query is None else 1)
+            batches.append(sampler.sample(task, rng))
+            which.append(task)
+        return batches, which
 
 
 def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:

@@ -99,6 +99,18 @@ class TaskCollection:
             in_query=None if self.in_query is None else self.in_query[keep],
         )
 
+    def keep_rows(self, kept: np.ndarray) -> TaskCollection:
+        """Sub-collection of some rows, without the tasks that have fewer than two of them."""
+        sizes = np.bincount(self.codes[kept], minlength=self.n_tasks)
+        part = dataclasses.replace(
+            self,
+            X=self.X[kept],
+            y=self.y[kept],
+            codes=self.codes[kept],
+            in_query=None if self.in_query is None else self.in_query[kept],
+        )
+        return part.select(np.flatnonzero(sizes > 1))
+
     def fingerprints(self) -> dict[Hashable, int]:
         """Checksum of the rows of each named task, to tell its own rows from new rows of it."""
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well

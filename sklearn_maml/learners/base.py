@@ -1,0 +1,91 @@
+"""What every way to learn a task offers, and what it makes of support sets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Adapted", "Support", "no_std", "padded"]
+
+# tasks, and their padded rows, that are taken at a time
+TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536
+
+
+@dataclass(frozen=True)
+class Support:
+    """Labelled rows of tasks.
+
+    Attributes
+    ----------
+    X : ndarray of shape (n_rows, *feature_shape)
+    y : ndarray of shape (n_rows, n_outputs) or int ndarray of shape (n_rows,)
+        Targets as the losses take them.
+    codes : int ndarray of shape (n_rows,)
+        Task of each row.
+    n_tasks : int
+    weight : ndarray of shape (n_rows,) or None
+        Weights of the rows; only their ratios within a task matter.
+    """
+
+    X: np.ndarray
+    y: np.ndarray
+    codes: np.ndarray
+    n_tasks: int
+    weight: np.ndarray | None = None
+
+
+class Adapted(ABC):
+    """Tasks that were learned from their support sets."""
+
+    @property
+    @abstractmethod
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+
+    @abstractmethod
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
+        """Outputs (n_rows, n_outputs) of rows (n_rows, ...) of the tasks `codes`.
+
+        In the units of the losses: standardised targets, or logits. `how` is what may be changed
+        after `fit`; see `gradient.Running`.
+        """
+
+    def std(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs, and the standard deviations (n_rows, n_outputs) of the targets."""
+        raise ValueError(no_std(type(self).__name__))
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain data from which the learner's `adapted_from` makes it again."""
+
+
+def no_std(what: str) -> str:
+    """Say why there are no standard deviations."""
+    return (
+        f"return_std=True needs a learner that knows how sure it is, and {what} has none: "
+        "update_rule='sgd' and the other rules by name take gradient steps alone. Fit with "
+        "update_rule='gaussian-head', or 'auto' where it gets a share (see learner_weights_)."
+    )
+
+
+def padded(codes: np.ndarray, n_tasks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tasks of similar size together: their positions, rows (n, most), and which are real."""
+    sizes = np.bincount(codes, minlength=n_tasks)
+    order = np.argsort(codes, kind="stable")
+    first = np.cumsum(sizes) - sizes
+    by_size = np.argsort(sizes, kind="stable")
+    stop = n_tasks
+    while stop:  # a task with many rows takes few others along, as all are padded to its size
+        most = int(sizes[by_size[stop - 1]])
+        start = max(stop - min(TASKS_AT_A_TIME, max(PADDED_ROWS // max(most, 1), 1)), 0)
+        tasks = by_size[start:stop]
+        stop = start
+        number = np.arange(most)
+        present = number < sizes[tasks][:, None]
+        place = np.zeros(present.shape, dtype=np.intp)
+        place[present] = order[(first[tasks][:, None] + number)[present]]
+        yield tasks, place, present

@@ -1,0 +1,124 @@
+"""Making a Gaussian head for the tasks at hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sklearn_maml.learners.gaussian import GaussianHead, MLPBody, ModuleBody
+from sklearn_maml.learners.start import start_of_classes, start_of_numbers
+from sklearn_maml.modules import ACTIVATIONS, check_head_is_last
+
+__all__ = ["build_head", "module_body", "population_range", "why_no_head"]
+
+# features up to which rows are a part of the columns themselves
+LARGEST_TABLE = 500
+
+
+def why_no_head(module: nn.Module, rows: Tensor) -> str | None:
+    """Say what keeps a module from having a Gaussian head, if anything does.
+
+    `rows` are a few rows as the module takes them.
+    """
+    if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        return "needs features of a row that depend on no other row, but the module has batch norm"
+    layer = _last_linear(module)
+    if layer is None:
+        return "takes the place of the last torch.nn.Linear, but the module does not end in one"
+    try:
+        check_head_is_last(module, layer, rows, "gaussian-head")
+    except ValueError as error:
+        return f"cannot be given the features of the module: {error}"
+    return None
+
+
+def _last_linear(module: nn.Module) -> str | None:
+    names = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    return names[-1] if names and names[-1] else None
+
+
+def module_body(modules: Sequence[nn.Module]) -> ModuleBody:
+    """Networks without their last linear layers."""
+    bodies, width = [], 0
+    for module in modules:
+        body = copy.deepcopy(module)
+        name = _last_linear(body)
+        assert name is not None
+        parent, _, own = name.rpartition(".")
+        width = body.get_submodule(name).in_features  # type: ignore[assignment]
+        setattr(body.get_submodule(parent), own, nn.Identity())
+        bodies.append(body)
+    return ModuleBody(bodies, width)
+
+
+def build_head(
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    visible: np.ndarray | None,
+    *,
+    n_members: int,
+    body: ModuleBody | None,
+    hidden: Any,
+    activation: str,
+    n_outputs: int,
+    classification: bool,
+    same_classes: bool,
+) -> GaussianHead:
+    """Make a head that starts as a mixed model of the rows that its members may see.
+
+    Parameters
+    ----------
+    X, y, codes : ndarrays
+        Rows, their encoded targets, and tasks.
+    visible : bool ndarray of shape (n_members, n_rows) or None
+    n_members : int
+    body : ModuleBody or None
+        None builds multilayer perceptrons of `hidden` and `activation`.
+    n_outputs : int
+    classification, same_classes : bool
+        See `GaussianHead`.
+    """
+    table = X.ndim == 2 and X.shape[1] <= LARGEST_TABLE
+    flat = X.reshape(len(X), -1)
+    n_linear = flat.shape[1] if table else 0
+    center, scale = np.empty(0), np.empty(0)
+    Z = np.empty((len(X), 0))
+    if table:
+        center, scale = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+        scale = np.where(scale > 1e-12 * np.abs(center), scale, 1.0)
+        Z = np.clip((X.astype(np.float64) - center) / scale, -1e4, 1e4)
+    starts = []
+    for j in range(n_members):
+        rows = slice(None) if visible is None else visible[j]
+        if same_classes:
+            scales = np.r_[0.5, np.full(n_linear, 0.5 / np.sqrt(max(n_linear, 1)))]
+            start = (np.zeros((1 + n_linear, n_outputs)), np.diag(scales), np.ones(1), np.ones(1))
+        elif classification:
+            start = start_of_classes(Z[rows], y[rows], n_outputs)
+        else:
+            start = start_of_numbers(
+                Z[rows], y[rows].reshape(-1, n_outputs).astype(np.float64), codes[rows]
+            )
+        starts.append(start)
+    if body is None:
+        sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
+        made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation]())
+    else:
+        made = body
+    return GaussianHead(
+        made, starts, center, scale, classification=classification, same_classes=same_classes
+    )
+
+
+def population_range(y: np.ndarray, n_outputs: int, classification: bool) -> Any:
+    """Lowest and highest targets (n_outputs,) of meta-training."""
+    if classification:
+        return np.zeros(n_outputs), np.ones(n_outputs)
+    y = y.reshape(len(y), -1).astype(np.float64)
+    return y.min(0), y.max(0)

@@ -1,0 +1,548 @@
+"""A last layer with a Gaussian prior that is learned across tasks, adapted in closed form.
+
+Each member of an ensemble is a linear model on ``phi(x) = [1, x, h(x)]`` with a network ``h``. The
+weights of an output have a Gaussian prior, the same for all tasks, and a support set turns it into
+a posterior by linear algebra (ALPaCA, Harrison et al. 2018, sec. 3; compare R2-D2, Bertinetto et
+al. 2019). Network, prior and noise are meta-learned by the likelihood of query rows. Where tasks do
+not differ, the prior becomes narrow and adapting changes nothing; with few support rows the
+posterior stays near the prior. The part of ``[1, x]`` starts as a mixed model with random slopes,
+so that a linear truth needs no training.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sklearn_maml.learners.base import Adapted, Support, padded
+from sklearn_maml.learners.start import NOISE_FLOOR
+
+__all__ = ["Conditioned", "GaussianHead", "MLPBody", "ModuleBody"]
+
+Params = dict[str, Tensor]
+
+BEYOND = 1e4  # standard deviations at which features are cut off
+NEWTON_STEPS = 8
+MARGIN = 0.1  # of the range of the targets: predictions end there
+ROWS_AT_A_TIME = 8192
+
+
+class MLPBody(nn.Module):
+    """Hidden layers of a multilayer perceptron, once for each member, side by side."""
+
+    def __init__(
+        self, n_members: int, sizes: Sequence[int], activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.n_layers = len(sizes) - 1
+        self.activation = activation
+        self.width = sizes[-1]
+        for k, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            for name, shape in (("weight", (n_in, n_out)), ("bias", (1, n_out))):
+                values = (2 * torch.rand(n_members, *shape) - 1) / math.sqrt(n_in)
+                self.register_parameter(f"{name}{k}", nn.Parameter(values))
+
+    def features(self, params: Params, X: Tensor) -> Tensor:
+        """Last hidden layer (n_members, n_rows, width) of rows (n_rows, n_features)."""
+        h = X.expand(len(params["weight0"]), *X.shape) if self.n_layers else X[None]
+        for k in range(self.n_layers):
+            h = self.activation(torch.baddbmm(params[f"bias{k}"], h, params[f"weight{k}"]))
+        return h * (2 / math.sqrt(self.width))
+
+    def private(self) -> MLPBody:
+        """Return what another thread may use: functions of parameters are safe."""
+        return self
+
+
+class ModuleBody(nn.Module):
+    """A module without its last layer, once for each member."""
+
+    def __init__(self, modules: Sequence[nn.Module], width: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+        self.width = width
+
+    def features(self, params: Params, X: Tensor) -> Tensor:
+        """Inputs of the last layer (n_members, n_rows, width) of rows (n_rows, ...)."""
+        X = X.to(next(iter(params.values())).dtype)
+        outputs = []
+        for j, module in enumerate(self.members):
+            prefix = f"members.{j}."
+            own = {n[len(prefix) :]: p for n, p in params.items() if n.startswith(prefix)}
+            outputs.append(functional_call(module, own, (X,)).flatten(1))
+        return torch.stack(outputs) * (2 / math.sqrt(self.width))
+
+    def private(self) -> ModuleBody:
+        """Return a copy for another thread: `functional_call` writes to the module it is given."""
+        return copy.deepcopy(self, {id(p): p for p in self.parameters()}).eval()
+
+
+class GaussianHead(nn.Module):
+    """Meta-parameters of the members, and what they make of support sets.
+
+    Parameters
+    ----------
+    body : MLPBody or ModuleBody
+        The networks ``h``.
+    starts : list of (mean, factor, amplitude, noise)
+        Of each member, see `start`; of a linear block of 1 + n_linear columns.
+    center, scale : ndarrays of shape (n_linear,)
+        Mean and standard deviation of the features; empty where rows are no tables.
+    classification : bool
+    same_classes : bool
+        Whether the prior has to be the same for all classes, because labels are local to tasks.
+
+    Notes
+    -----
+    The targets of output o are :math:`y = a_o (m_o + S w_o) + e`, where :math:`m_o` is the prior
+    mean, S are the columns times a root of the prior covariance, w is standard normal and e has
+    the variance :math:`a_o^2 \\sigma_o^2`. Outputs share S.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        body: MLPBody | ModuleBody,
+        starts: Sequence[tuple[np.ndarray, ...]],
+        center: np.ndarray,
+        scale: np.ndarray,
+        *,
+        classification: bool,
+        same_classes: bool = False,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.classification = classification
+        self.same_classes = same_classes
+        means, factors, amplitudes, noises = (np.stack(part) for part in zip(*starts, strict=True))
+        ratio = noises / amplitudes**2 if amplitudes.shape == noises.shape else noises
+        of_net = 0.3 * np.ones(len(starts)) if classification else 0.3 * np.sqrt(ratio.mean(1))
+        wide = np.zeros((len(starts), body.width, means.shape[2]))
+        if not same_classes:
+            self.mean = _parameter(np.concatenate([means, wide], axis=1))
+        self.n_outputs = means.shape[2]
+        self.factor = _parameter(factors)
+        self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
+        self.log_noise = _parameter(0.5 * np.log(ratio))
+        if amplitudes.shape[1] > 1:
+            self.log_amplitude = _parameter(np.log(amplitudes[:, 1:]))
+        self.register_buffer("center", torch.tensor(center, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    @property
+    def n_members(self) -> int:
+        """Number of members."""
+        return len(self.log_noise)
+
+    @property
+    def n_columns(self) -> int:
+        """Number of weights of an output."""
+        return self.factor.shape[-1] + self.body.width
+
+    def functions(self, params: Params, body: Any = None) -> HeadFunctions:
+        """Return what the head computes with parameters of these values.
+
+        `params` has those of `named_parameters`, or of some members.
+        """
+        return HeadFunctions(self, params, self.body if body is None else body)
+
+    @classmethod
+    def like(
+        cls, weights: dict[str, Tensor], body: ModuleBody | None, n_outputs: int, **options: Any
+    ) -> GaussianHead:
+        """Make a head of the shapes of a state dict; `activation` and others are options."""
+        n_members, n_linear = weights["factor"].shape[:2]
+        noises = np.ones((n_members, weights["log_noise"].shape[1]))
+        amplitudes = noises if "log_amplitude" in weights else noises[:, :1]
+        mean, factor = np.zeros((n_linear, n_outputs)), np.eye(n_linear)
+        starts = [(mean, factor, a, n) for a, n in zip(amplitudes, noises, strict=True)]
+        made: Any = body
+        activation = options.pop("activation")
+        if body is None:
+            sizes = [weights["body.weight0"].shape[1]] if "body.weight0" in weights else []
+            sizes += [weights[n].shape[2] for n in sorted(weights) if n.startswith("body.weight")]
+            sizes = sizes or [weights["log_scale"].shape[1]]
+            made = MLPBody(n_members, sizes, activation)
+        center = weights["center"].numpy()
+        return cls(made, starts, center, center, **options)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Population predictions (n_rows, n_outputs): the prior means, averaged over members."""
+        return self.functions(dict(self.named_parameters())).columns(X)[0].mean(0)
+
+
+def _parameter(values: np.ndarray) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=torch.get_default_dtype()))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What support sets made of the prior.
+
+    Attributes
+    ----------
+    shift : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
+        Mean of w.
+    S : Tensor of shape (n_members, n_tasks, n_support, n_columns)
+        Columns of the support rows.
+    factor : Tensor of shape (n_members, n_tasks, n_noises, n, n)
+        Root of the system that was solved; n is the smaller of n_support and n_columns.
+    """
+
+    shift: Tensor
+    S: Tensor
+    factor: Tensor
+
+    @property
+    def dual(self) -> bool:
+        """Whether the system is one of rows."""
+        return self.S.shape[-2] <= self.S.shape[-1]
+
+
+class HeadFunctions:
+    """Functions of the values of a head's parameters, for all its members at once."""
+
+    def __init__(self, head: GaussianHead, params: Params, body: Any) -> None:
+        self.head = head
+        self.params = params
+        self.body = body
+        prefix = "body."
+        self.of_body = {n[len(prefix) :]: p for n, p in params.items() if n.startswith(prefix)}
+
+    def columns(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Prior mean (n_members, n_rows, n_outputs), and S, of rows (n_rows, ...)."""
+        p, head = self.params, self.head
+        factor = p["factor"]
+        linear = X.new_ones(len(X), 1, dtype=factor.dtype)
+        if len(head.center):
+            X = ((X - head.center) / head.scale).clamp(-BEYOND, BEYOND).to(factor.dtype)
+            linear = torch.cat([linear, X], 1)
+        h = self.body.features(self.of_body, X).to(factor.dtype)
+        S = torch.cat([linear @ factor, h * p["log_scale"].exp().unsqueeze(1)], -1)
+        if head.same_classes:
+            return S.new_zeros(*S.shape[:2], head.n_outputs), S
+        n_linear = linear.shape[1]
+        mean = linear @ p["mean"][:, :n_linear] + h @ p["mean"][:, n_linear:]
+        return mean, S
+
+    def noise(self) -> Tensor:
+        """Variance of the noise (n_members, n_noises), over the squared amplitude."""
+        return (2 * self.params["log_noise"]).exp() + NOISE_FLOOR
+
+    def amplitude(self) -> Tensor | float:
+        """Amplitude of the outputs (n_members, 1, n_outputs)."""
+        if "log_amplitude" not in self.params:
+            return 1.0
+        others = self.params["log_amplitude"].exp()
+        return torch.cat([torch.ones_like(others[:, :1]), others], 1).unsqueeze(1)
+
+    def _solver(self, S: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Make the map ``v -> S' (S S' + noise)^-1 v``, by the smaller system; and its root."""
+        noise = self.noise()
+        dual = S.shape[-2] <= S.shape[-1]
+        gram = S @ S.mT if dual else S.mT @ S
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        # a system that is not positive definite gives what is not finite, and a skipped update
+        factor, failed = torch.linalg.cholesky_ex(
+            gram.unsqueeze(2) + noise[:, None, :, None, None] * eye
+        )
+        factor = factor.where((failed == 0)[..., None, None], torch.nan)
+        each = noise.shape[1] > 1  # every output has a system of its own
+
+        def solve(v: Tensor) -> Tensor:
+            v = v.mT.unsqueeze(-1) if each else v.unsqueeze(2)
+            if dual:
+                shift = S.mT.unsqueeze(2) @ torch.cholesky_solve(v, factor)
+            else:
+                shift = torch.cholesky_solve(S.mT.unsqueeze(2) @ v, factor)
+            return shift.squeeze(-1).mT if each else shift.squeeze(2)
+
+        return solve, factor
+
+    def condition(self, X: Tensor, y: Tensor, root: Tensor | None = None) -> Posterior:
+        """Condition on support sets.
+
+        Parameters
+        ----------
+        X : Tensor of shape (n_tasks, n_support, ...)
+        y : Tensor of shape (n_tasks, n_support, n_outputs)
+            Standardised targets, or 1 for the class of the row and 0 for the others.
+        root : Tensor of shape (n_tasks, n_support) or (n_members, n_tasks, n_support), optional
+            Square roots of the rows' weights, which are 1 on average; 0 for padding.
+        """
+        prior, S = self._of_tasks(X)
+        m: Tensor | float = 1.0
+        if root is not None:
+            m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
+        A = S * m
+        solve, factor = self._solver(A)
+        if not self.head.classification:
+            return Posterior(solve(m * (y / self.amplitude_of_tasks() - prior)), A, factor)
+        # maximum a posteriori by Newton's method with the constant curvature 1 / noise
+        noise = self.noise()[:, None, :, None]
+        shift = prior.new_zeros(*prior.shape[:2], S.shape[-1], prior.shape[-1])
+        for _ in range(NEWTON_STEPS):
+            residual = y - (prior + S @ shift).softmax(-1)
+            shift = solve(A @ shift + noise * m * residual)
+        return Posterior(shift, A, factor)
+
+    def amplitude_of_tasks(self) -> Tensor | float:
+        """Amplitude (n_members, 1, 1, n_outputs)."""
+        a = self.amplitude()
+        return a.unsqueeze(1) if isinstance(a, Tensor) else a
+
+    def _of_tasks(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        prior, S = self.columns(X.flatten(0, 1))
+        shape = (len(S), *X.shape[:2], -1)
+        return prior.view(shape), S.reshape(shape)
+
+    def query(
+        self, X: Tensor, given: Posterior, variance: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs (n_members, n_tasks, n_query, n_outputs) and, of numbers, their variance."""
+        prior, S = self._of_tasks(X)
+        a = self.amplitude_of_tasks()
+        mean = a * (prior + S @ given.shift)
+        if self.head.classification or not variance:
+            return mean, None
+        return mean, a**2 * self._variance(S, given)
+
+    def _variance(self, S: Tensor, given: Posterior) -> Tensor:
+        """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""
+        noise = self.noise()[:, None, :, None]
+        if given.dual:
+            cross = (given.S @ S.mT).unsqueeze(2)
+            half = torch.linalg.solve_triangular(given.factor, cross, upper=False)
+            left = S.square().sum(-1).unsqueeze(2) - half.square().sum(-2)
+        else:
+            half = torch.linalg.solve_triangular(given.factor, S.mT.unsqueeze(2), upper=False)
+            left = noise * half.square().sum(-2)
+        return (left.clamp_min(0) + noise).mT
+
+    def loss_rows(self, mean: Tensor, variance: Tensor | None, y: Tensor) -> Tensor:
+        """Negative log likelihood (n_members, n_tasks, n_query), without its constant."""
+        if self.head.classification:
+            return -(y * mean.log_softmax(-1)).sum(-1)
+        assert variance is not None
+        return 0.5 * ((y - mean).square() / variance + variance.log()).mean(-1)
+
+    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
+        """Squared error, or cross-entropy (n_members, n_tasks, n_query)."""
+        if self.head.classification:
+            return -(y * mean.log_softmax(-1)).sum(-1)
+        return (y - mean).square().mean(-1)
+
+
+# -- adapted tasks ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How confident predictions may be, learned on held-out tasks.
+
+    Attributes
+    ----------
+    low, high : ndarrays of shape (n_outputs,)
+        Range of the targets of meta-training.
+    factor : float
+        Of the standard deviation; of the logits, in classification.
+    seen : int64 ndarray or None
+        Marks of the distinct rows of features, where tasks share them.
+    factor_unseen : float or None
+        `factor` for rows that are not among them.
+    steps_scale, scale : float
+        Factors of the logits of gradient steps, and of those of the mixture with them.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    factor: float = 1.0
+    seen: np.ndarray | None = None
+    factor_unseen: float | None = None
+    steps_scale: float = 1.0
+    scale: float = 1.0
+
+
+class Conditioned(Adapted):
+    """Tasks whose support sets the prior was conditioned on.
+
+    Parameters
+    ----------
+    head : GaussianHead
+    calibration : Calibration
+    shift : ndarray of shape (n_members, n_tasks, n_columns, n_outputs)
+        Mean of w, in the dtype of the rows.
+    low, high : ndarrays of shape (n_tasks, n_outputs)
+        Predictions end there.
+    support : Support
+        For the variance.
+    """
+
+    def __init__(
+        self,
+        head: GaussianHead,
+        calibration: Calibration,
+        shift: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
+        support: Support,
+    ) -> None:
+        self.head = head
+        self.calibration = calibration
+        self.shift = shift
+        self.low = low
+        self.high = high
+        self.support = support
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.shift.shape[1]
+
+    @classmethod
+    def on(cls, head: GaussianHead, calibration: Calibration, support: Support) -> Conditioned:
+        """Condition on support sets; `support.y` is (n_rows, n_outputs), of classes 0 and 1."""
+        run = _exact(head)
+        weight = None if support.weight is None else _mean_one(support)
+        y, n_tasks = support.y.astype(np.float64), support.n_tasks
+        dtype = support.X.dtype
+        shift = np.empty((head.n_members, n_tasks, head.n_columns, head.n_outputs), dtype=dtype)
+        with torch.no_grad():
+            for tasks, place, present in padded(support.codes, n_tasks):
+                root = present.astype(np.float64)
+                if weight is not None:
+                    root *= np.sqrt(weight[place])
+                parts = _tensors(head, support.X[place], y[place], root)
+                shift[:, tasks] = run.condition(*parts).shift.cpu().numpy()
+        # between the targets of meta-training and of the support set, and a little beyond
+        low, high = (
+            np.repeat(edge[None], n_tasks, 0) for edge in (calibration.low, calibration.high)
+        )
+        np.minimum.at(low, support.codes, y)
+        np.maximum.at(high, support.codes, y)
+        beyond = MARGIN * (high - low)
+        return cls(head, calibration, shift, low - beyond, high + beyond, support)
+
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
+        """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
+        means = self.member_outputs(rows, codes)
+        if self.head.classification:
+            logits = torch.from_numpy(self.calibration.factor * means)
+            p = logits.softmax(-1).mean(0).numpy()
+            return np.log(np.maximum(p, np.finfo(np.float64).tiny))
+        return np.clip(means.mean(0), self.low[codes], self.high[codes])
+
+    def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Outputs (n_members, n_rows, n_outputs) of each member."""
+        run = _exact(self.head)
+        means = np.empty((self.head.n_members, len(rows), self.head.n_outputs))
+        with torch.no_grad():
+            for start in range(0, len(rows), ROWS_AT_A_TIME):
+                part = slice(start, start + ROWS_AT_A_TIME)
+                prior, S = run.columns(*_tensors(self.head, rows[part]))
+                shift = torch.from_numpy(self.shift[:, codes[part]]).to(S)
+                mean = prior + (S.unsqueeze(-2) @ shift).squeeze(-2)
+                means[:, part] = (run.amplitude() * mean).cpu().numpy()
+        return means
+
+    def std(
+        self, rows: np.ndarray, codes: np.ndarray, how: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs, and standard deviations of the targets: noise, and doubt about the task."""
+        means, within = self._moments(rows, codes)
+        factor = np.full((len(rows), 1), self.calibration.factor)
+        if self.calibration.seen is not None:
+            factor[~np.isin(row_marks(rows), self.calibration.seen)] = (
+                self.calibration.factor_unseen
+            )
+        std = np.sqrt(factor**2 * within.mean(0) + means.var(0))
+        return np.clip(means.mean(0), self.low[codes], self.high[codes]), std
+
+    def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (n_members, n_rows, n_outputs) of each member."""
+        if self.head.classification:
+            raise TypeError("classes have probabilities in place of standard deviations")
+        run, support = _exact(self.head), self.support
+        asked, of_query = np.unique(codes, return_inverse=True)
+        of_query = of_query.reshape(-1)
+        used = np.isin(support.codes, asked)
+        S_X, S_y = support.X[used], support.y[used].astype(np.float64)
+        position = np.searchsorted(asked, support.codes[used])
+        root = np.ones(len(S_X)) if support.weight is None else np.sqrt(_mean_one(support)[used])
+        order = np.argsort(position, kind="stable")
+        sizes = np.bincount(position, minlength=len(asked))
+        first = np.cumsum(sizes) - sizes
+        shape = (self.head.n_members, len(rows), self.head.n_outputs)
+        means, variances = np.empty(shape), np.empty(shape)
+        with torch.no_grad():
+            for tasks, place, present in padded(of_query, len(asked)):
+                number = np.arange(sizes[tasks].max())
+                real = number < sizes[tasks][:, None]
+                at = order[np.where(real, first[tasks][:, None] + number, 0)]
+                given = run.condition(*_tensors(self.head, S_X[at], S_y[at], real * root[at]))
+                mean, variance = run.query(_tensors(self.head, rows[place])[0], given)
+                assert variance is not None
+                means[:, place[present]] = mean.cpu().numpy()[:, present]
+                variances[:, place[present]] = variance.cpu().numpy()[:, present]
+        return means, variances
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; see `Adapted`."""
+        names = ("shift", "low", "high")
+        return {
+            "kind": "conditioned",
+            **{name: getattr(self, name) for name in names},
+            "support": dict(vars(self.support)),
+        }
+
+    @classmethod
+    def from_state(
+        cls, head: GaussianHead, calibration: Calibration, state: dict[str, Any]
+    ) -> Conditioned:
+        """Make what `state` described."""
+        shift, low, high = (state[name] for name in ("shift", "low", "high"))
+        return cls(head, calibration, shift, low, high, Support(**state["support"]))
+
+
+def _exact(head: GaussianHead) -> HeadFunctions:
+    """Functions of the parameters in float64, safe in any thread."""
+    body = head.body.private()
+    params = {
+        # modules of users compute in their own precision
+        name: p.detach()
+        if isinstance(body, ModuleBody) and name.startswith("body.")
+        else p.detach().double()
+        for name, p in head.named_parameters()
+    }
+    return head.functions(params, body)
+
+
+def _tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array).to(head.factor.device) for array in arrays]
+
+
+def _mean_one(support: Support) -> np.ndarray:
+    """Weights that are 1 on average in each task."""
+    assert support.weight is not None
+    total = np.bincount(support.codes, support.weight, support.n_tasks)
+    n_rows = np.bincount(support.codes, minlength=support.n_tasks)
+    scaled: np.ndarray = support.weight * (n_rows / np.where(total > 0, total, 1))[support.codes]
+    return scaled
+
+
+def row_marks(X: np.ndarray) -> np.ndarray:
+    """Checksum (n_rows,) of each row of features."""
+    bits = np.ascontiguousarray(X.reshape(len(X), -1), dtype=np.float64).view(np.uint64)
+    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
+    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
+    return marks.view(np.int64)

@@ -1,0 +1,220 @@
+"""Tasks learned by inner steps from a meta-learned initialisation (Finn et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sklearn_maml.engine import (
+    CHUNK,
+    NATIVE_CHUNK,
+    Engine,
+    restore_diverged,
+)
+from sklearn_maml.engine import Adapted as Parameters
+from sklearn_maml.episodes import pad_rows
+from sklearn_maml.learners.base import Adapted, Support
+
+__all__ = ["AdaptedBySteps", "GradientSteps", "Running", "remembered_rung"]
+
+# rows of one task predicted at a time
+ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Running:
+    """What predictions by gradient steps depend on that may be changed after `fit`."""
+
+    batch_norm: str
+    max_tasks_in_memory: int | None
+    device: torch.device
+
+
+@dataclass
+class GradientSteps:
+    """A meta-learned initialisation, and how inner steps are taken from it.
+
+    Attributes
+    ----------
+    module : Module
+    meta_params : dict of str to Tensor
+        ``module.*`` and ``rule.*``.
+    make_engine : callable rung -> Engine
+    alpha : float
+    steps : int
+    how : Running
+    rung : str
+        That of the last fit, or of the last call.
+    """
+
+    module: nn.Module
+    meta_params: dict[str, Tensor]
+    make_engine: Callable[[str], Engine]
+    alpha: float
+    steps: int
+    how: Running
+    rung: str = "auto"
+
+    def adapt(self, support: Support) -> AdaptedBySteps:
+        """Adapt to every task."""
+        # short tasks with short ones, so that little is padding
+        sizes = np.bincount(support.codes, minlength=support.n_tasks)
+        order = np.argsort(support.codes, kind="stable")
+        ends = np.cumsum(sizes)
+        by_size = np.argsort(sizes, kind="stable")
+        compiled = self.rung == "native"
+        # what was changed since (clipping, say) may be nothing for the compiled kernels
+        engine = self.make_engine("auto" if compiled else self.rung)
+        most = int(sizes.max()) if len(by_size) else 0
+        engine.expect_tasks(len(by_size), most, self.steps, compiled=compiled)
+        adapted: Parameters | None = None
+        diverged = False
+        at_a_time = _chunk(engine, self.how)
+        for start in range(0, len(by_size), at_a_time):
+            chosen = by_size[start : start + at_a_time]
+            rows = pad_rows(
+                support.X,
+                support.y,
+                np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in chosen]),
+                sizes[chosen],
+                support.weight,
+            )
+            with engine.threads(rows.X.shape[0] * rows.X.shape[1]):
+                part = engine.adapt(
+                    self.meta_params, rows.to(self.how.device), alpha=self.alpha, steps=self.steps
+                )
+            # a sum is not finite where a term is not; a closer look at all tasks costs more
+            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
+            # written to its place at once: of many tasks, two copies would not fit
+            adapted = _place(part, adapted, chosen, support.n_tasks)
+        assert adapted is not None
+        self.rung = remembered_rung(engine, self.rung)
+        if diverged:
+            restore_diverged(adapted, self.module, self.alpha)
+        return AdaptedBySteps(engine, adapted, self.alpha)
+
+
+def remembered_rung(engine: Engine, rung: str) -> str:
+    """Rung to begin with: the plain loop where batching has failed, and what was compiled."""
+    if engine.fallback_reason is not None:
+        return "loop"
+    return "native" if engine.rung == "native" else rung
+
+
+class AdaptedBySteps(Adapted):
+    """Parameters adapted to each task, and an engine that predicts with them."""
+
+    def __init__(self, engine: Engine, adapted: Parameters, alpha: float) -> None:
+        self.engine = engine
+        self.adapted = adapted
+        self.alpha = alpha
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.adapted.n_tasks
+
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Running) -> np.ndarray:
+        """See `Adapted`."""
+        order = np.argsort(codes, kind="stable")
+        tasks, counts = np.unique(codes, return_counts=True)
+        # a task with very many rows is predicted in several pieces
+        joined = self.engine.joins_rows(how.batch_norm)
+        n_pieces = np.ones_like(counts) if joined else -(-counts // ROWS_AT_A_TIME)
+        piece_task = np.repeat(tasks, n_pieces)
+        first = np.repeat(np.cumsum(counts) - counts, n_pieces)
+        number = np.arange(len(piece_task)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        first = first + number * ROWS_AT_A_TIME
+        size = np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME
+        if not joined:
+            size = np.minimum(size, ROWS_AT_A_TIME)
+        no_targets = np.zeros(len(rows), dtype=rows.dtype)
+        result: np.ndarray | None = None
+        for chosen in self._at_a_time(size, how):
+            place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
+            query = pad_rows(rows, no_targets, place, size[chosen]).to(how.device)
+            with self.engine.threads(len(place)):
+                output = self.engine.predict(
+                    self.adapted.take(piece_task[chosen]), query, batch_norm=how.batch_norm
+                )
+            if output.ndim == 2:
+                output = output.unsqueeze(-1)
+            values = query.real(output).cpu().numpy()
+            if result is None:
+                result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
+            result[place] = values
+        assert result is not None
+        return result
+
+    def _at_a_time(self, size: np.ndarray, how: Running) -> list[np.ndarray]:
+        """Pieces of these sizes that are run together: alike in size, and not too many rows."""
+        by_size = np.argsort(size, kind="stable")
+        at_a_time = _chunk(self.engine, how)
+        chosen, start = [], 0
+        while start < len(by_size):
+            stop = start + 1
+            while (
+                stop < len(by_size)
+                and stop - start < at_a_time
+                and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
+            ):
+                stop += 1
+            chosen.append(by_size[start:stop])
+            start = stop
+        return chosen
+
+    def state(self) -> dict[str, Any]:
+        """Adapted parameters, and what an engine needs to predict with them as it did."""
+        return {
+            "kind": "steps",
+            "params": self.adapted.params,
+            "shared": self.adapted.shared,
+            "statistics": self.adapted.statistics,
+            "alpha": self.alpha,
+            "engine": self.engine.prediction_state(),
+        }
+
+    @classmethod
+    def from_state(
+        cls, module: nn.Module, row_loss: Any, device: torch.device, state: dict[str, Any]
+    ) -> AdaptedBySteps:
+        """Make what `state` described."""
+        params, shared, statistics = (
+            {name: tensor.to(device) for name, tensor in state[part].items()}
+            for part in ("params", "shared", "statistics")
+        )
+        own = {name: p.detach() for name, p in module.named_parameters()}
+        for name, tensor in shared.items():  # in the memory of the module, as after adapt
+            if name in own and torch.equal(own[name], tensor):
+                shared[name] = own[name]
+        engine = Engine.for_prediction(module, row_loss, list(params), state["engine"])
+        return cls(engine, Parameters(params, shared, statistics), state["alpha"])
+
+
+def _chunk(engine: Engine, how: Running) -> int:
+    """Tasks to adapt to or predict for at a time."""
+    most = NATIVE_CHUNK if engine.rung == "native" else CHUNK
+    return min(most, how.max_tasks_in_memory or most)
+
+
+def _place(
+    part: Parameters, whole: Parameters | None, tasks: np.ndarray, n_tasks: int
+) -> Parameters:
+    """Write adapted parameters of some tasks to their places among those of all."""
+    if len(tasks) == n_tasks and (np.diff(tasks) == 1).all():
+        return part
+
+    def room(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.new_empty(n_tasks, *t.shape[1:]) for name, t in parts.items()}
+
+    if whole is None:
+        whole = Parameters(room(part.params), part.shared, room(part.statistics))
+    for to, some in ((whole.params, part.params), (whole.statistics, part.statistics)):
+        for name, values in some.items():
+            to[name].index_copy_(0, torch.as_tensor(tasks, device=values.device), values)
+    return whole

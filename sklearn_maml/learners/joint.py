@@ -1,0 +1,324 @@
+"""Meta-training of a Gaussian head, alone or beside gradient steps, for the one outer loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_maml.engine import Engine, MetaStep, one_thread
+from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+
+__all__ = ["HeadTrainer", "Joint", "clip_members"]
+
+Params = dict[str, Tensor]
+
+PREFIX = "head."
+MAX_GRAD_NORM = 1.0  # of each member
+# gradient steps are given up after so many validations whose paired difference to the head's, in
+# squared error say, is this many standard errors and this part of the head's error
+LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
+# work of a pass, in rows times weights, that more than one thread speeds up
+SMALL_WORK = 3e8
+
+
+class HeadTrainer:
+    """Meta-steps of a Gaussian head.
+
+    Parameters
+    ----------
+    head : GaussianHead
+    visible : bool ndarray of shape (n_members, n_rows) or None
+        Rows of the collection that each member learns from. The tasks of the others are its
+        held-out ones.
+    validation : list of (int or None, EpisodeBatch)
+        Episodes of held-out tasks, and the member that has not seen them; None: none has.
+    """
+
+    def __init__(
+        self,
+        head: GaussianHead,
+        visible: np.ndarray | None,
+        validation: list[tuple[int | None, EpisodeBatch]],
+    ) -> None:
+        self.head = head
+        device = head.factor.device
+        self.visible = None if visible is None else torch.from_numpy(visible).to(device)
+        self.validation = [(member, batch.to(device)) for member, batch in validation]
+
+    def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
+        """Functions of these meta-parameters, of all members or of one, in float32."""
+        return self.head.functions(
+            {
+                name[len(PREFIX) :]: (p if member is None else _of_member(name, p, member)).float()
+                for name, p in meta_params.items()
+                if name.startswith(PREFIX)
+            }
+        )
+
+    def meta_step(self, meta_params: Params, batch: EpisodeBatch) -> MetaStep:
+        """Errors of the query rows, and the gradient of the members' negative log likelihood.
+
+        That of a member is the sum over the tasks that it may see, over the number of all tasks.
+        """
+        names = [name for name in meta_params if name.startswith(PREFIX)]
+        leaves = {name: meta_params[name].detach().requires_grad_() for name in names}
+        self.head.train()
+        with torch.enable_grad():
+            run = self.functions(leaves)
+            mean, variance, y = self._run(run, batch, self._mask(batch.support))
+            weight = _of_rows(self._mask(batch.query), mean)
+            loss = (run.loss_rows(mean, variance, y) * weight).sum() / len(batch)
+            grads = torch.autograd.grad(
+                loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
+            )
+        mean = mean.detach()
+        with torch.no_grad():
+            errors = (run.error_rows(mean, y) * _of_rows(_present(batch.query), mean)).sum(-1)
+        return MetaStep(
+            errors.mean(0), dict(zip(names, grads, strict=True)), mean.mean(0).to(batch.query.X)
+        )
+
+    def _run(
+        self, run: HeadFunctions, batch: EpisodeBatch, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        support, query = (self._targets(rows) for rows in (batch.support, batch.query))
+        given = run.condition(
+            batch.support.X, support, None if mask is None else mask.to(support.dtype)
+        )
+        mean, variance = run.query(batch.query.X, given)
+        return mean, variance, query
+
+    def _targets(self, rows: Rows) -> Tensor:
+        if not self.head.classification:
+            return rows.y.float()
+        return torch.nn.functional.one_hot(rows.y, self.head.n_outputs).float()
+
+    def _mask(self, rows: Rows) -> Tensor | None:
+        """Rows (n_members or 1, n_tasks, n_rows) that the members may see."""
+        present = _present(rows)
+        if self.visible is None or rows.index is None:
+            return present
+        seen = self.visible[:, rows.index]
+        return seen if present is None else seen & present
+
+    # -- held-out tasks --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out_errors(self, meta_params: Params) -> Tensor:
+        """Mean over held-out tasks (n_members,) of what chooses between parameters.
+
+        That is a task's root mean squared error, or cross-entropy: the likelihood would let few
+        tasks with large deviations choose for all.
+        """
+        n_members = self.head.n_members
+        total, count = torch.zeros(2, n_members, device=self.head.factor.device)
+        self.head.eval()
+        for member, batch in self.validation:
+            which = slice(None) if member is None else slice(member, member + 1)
+            run = self.functions(meta_params, member)
+            mean, _, y = self._run(run, batch, _present(batch.support))
+            errors = (run.error_rows(mean, y) * _of_rows(_present(batch.query), mean)).sum(-1)
+            if not self.head.classification:
+                errors = errors.sqrt()
+            total[which] += errors.sum(-1)
+            count[which] += errors.shape[-1]
+        return total / count
+
+    @torch.no_grad()
+    def outputs(
+        self, meta_params: Params, member: int | None, batch: EpisodeBatch
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Mean (n_tasks, n_query, n_outputs) of a member, or the first, its variance; targets."""
+        self.head.eval()
+        run = self.functions(meta_params, member or 0)
+        mean, variance, y = self._run(run, batch, _present(batch.support))
+        return mean[0], None if variance is None else variance[0], y
+
+    @torch.no_grad()
+    def errors(self, meta_params: Params, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors (n_tasks,) of the first member before and after adapting, and its outputs."""
+        self.head.eval()
+        run = self.functions(meta_params, 0)
+        mean, _, y = self._run(run, batch, _present(batch.support))
+        nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
+        before, _, _ = self._run(run, batch, nothing)
+        weight = _of_rows(_present(batch.query), mean)
+        both = [(run.error_rows(values, y) * weight).sum(-1)[0] for values in (before, mean)]
+        return both[0], both[1], mean[0].to(batch.query.X)
+
+
+def _of_member(name: str, p: Tensor, member: int) -> Tensor:
+    # those of modules of users are named by their member, of which there is then one
+    return p if name.startswith(f"{PREFIX}body.members.") else p[member : member + 1]
+
+
+def _present(rows: Rows) -> Tensor | None:
+    """Rows (1, n_tasks, n_rows) that are no padding; None: all."""
+    return None if rows.weight is None else (rows.weight > 0).unsqueeze(0)
+
+
+def _of_rows(mask: Tensor | None, like: Tensor) -> Tensor:
+    """Weights (n_members or 1, n_tasks, n_rows) of the rows, which sum to one where there are any."""
+    if mask is None:
+        return like.new_full((1, *like.shape[1:3]), 1 / like.shape[2])
+    weight = mask.to(like.dtype)
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1)
+
+
+def clip_members(grads: Params) -> Params:
+    """Scale the gradient of each member down to `MAX_GRAD_NORM`; to 0 where it is not finite."""
+    stacked = [g for name, g in grads.items() if not name.startswith(f"{PREFIX}body.members.")]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in stacked])
+    own = [g for name, g in grads.items() if name.startswith(f"{PREFIX}body.members.")]
+    if own:
+        norms = torch.cat([norms, torch.stack([g.norm() for g in own])[:, None]])
+    norm = norms.norm(dim=0)
+    factor = (MAX_GRAD_NORM / norm).clamp_max(1.0).nan_to_num(0.0, 0.0, 0.0)
+    scaled = {}
+    for name, g in grads.items():
+        f = factor[0] if name.startswith(f"{PREFIX}body.members.") else factor
+        f = f.view(-1, *[1] * (g.ndim - 1)) if f.ndim else f
+        scaled[name] = torch.where(f > 0, g * f, torch.zeros_like(g))
+    return scaled
+
+
+@dataclass
+class Joint:
+    """What the outer loop trains: a Gaussian head and, unless given up, gradient steps.
+
+    It takes the place of an `Engine` there. The losses and outputs of its meta-steps are those of
+    the head.
+
+    Attributes
+    ----------
+    trainer : HeadTrainer
+    engine : Engine or None
+        Of the gradient steps. They learn from the episodes that `EpisodeBatch.of_steps` names.
+    behind : list of (ndarray, ndarray)
+        Held-out errors of the first member and of gradient steps, task by task, since the last
+        epoch.
+    """
+
+    trainer: HeadTrainer
+    engine: Engine | None
+    behind: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    n_validations: int = 0
+
+    @property
+    def module(self) -> Any:
+        """Whatever has parameters."""
+        return self.trainer.head
+
+    def threads(self, n_rows: int) -> Any:
+        """As `Engine.threads`."""
+        if self.engine is not None:
+            return self.engine.threads(n_rows)
+        work = n_rows * sum(p.numel() for p in self.trainer.head.parameters())
+        return one_thread() if work < SMALL_WORK else torch.no_grad()
+
+    def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
+        """As `Engine.expect`."""
+        if self.engine is not None:
+            self.engine.expect(first_update, n_updates, **sizes)
+
+    def finish(self) -> None:
+        """As `Engine.finish`."""
+        if self.engine is not None:
+            self.engine.finish()
+
+    def progress(self) -> dict[str, Any]:
+        """As `Engine.progress`."""
+        of_steps = None if self.engine is None else self.engine.progress()
+        return {"steps": of_steps, "n_validations": self.n_validations}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """As `Engine.resume`."""
+        self.n_validations = progress["n_validations"]
+        if progress["steps"] is None:
+            self.engine = None
+        elif self.engine is not None:
+            self.engine.resume(progress["steps"])
+
+    def meta_step(
+        self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
+    ) -> MetaStep:
+        """As `Engine.meta_step`; gradients of the steps are a sum over the number of all tasks."""
+        step = self.trainer.meta_step(meta_params, batch)
+        if self.engine is None:
+            return step
+        part = batch
+        if batch.of_steps is not None and not batch.of_steps.all():
+            part = batch.take(np.flatnonzero(batch.of_steps))
+        if len(part):
+            own = {n: p for n, p in meta_params.items() if not n.startswith(PREFIX)}
+            of_steps = self.engine.meta_step(own, part, alpha=alpha, steps=steps)
+            share = len(part) / len(batch)
+            grads = {name: share * g for name, g in of_steps.grads.items()}
+        else:
+            grads = {
+                n: torch.zeros_like(p) for n, p in meta_params.items() if not n.startswith(PREFIX)
+            }
+        return MetaStep(step.losses, {**grads, **step.grads}, step.outputs)
+
+    def evaluate(
+        self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Engine.evaluate`, of the gradient steps."""
+        assert self.engine is not None
+        own = {n: p for n, p in meta_params.items() if not n.startswith(PREFIX)}
+        return self.engine.evaluate(own, batch, alpha=alpha, steps=steps)
+
+    def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
+        """Note held-out errors of the same episodes."""
+        pair = (of_head.double().cpu().numpy(), of_steps.double().cpu().numpy())
+        self.behind.append(pair)
+
+    def held_out(self, meta_params: Params) -> Tensor | None:
+        """Errors (n_members,) of the members on their held-out tasks; None if there are none."""
+        if not self.trainer.validation:
+            return None
+        return self.trainer.held_out_errors(meta_params)
+
+    def merged(
+        self,
+        best: Params | None,
+        now: Params,
+        better: Tensor,
+        steps_better: bool,
+    ) -> Params:
+        """State dict with what is better now, of each member and of the steps, and the best."""
+        merged = {}
+        for name, value in now.items():
+            old = value if best is None else best[name]
+            if not name.startswith(PREFIX):
+                merged[name] = value.clone() if steps_better else old
+            elif name in (f"{PREFIX}center", f"{PREFIX}scale"):
+                merged[name] = value
+            elif name.startswith(f"{PREFIX}body.members."):
+                member = int(name.split(".")[3])
+                merged[name] = value.clone() if bool(better[member]) else old
+            else:
+                mask = better.view(-1, *[1] * (value.ndim - 1))
+                merged[name] = torch.where(mask, value, old)
+        return merged
+
+    def fall_behind(self) -> bool:
+        """Whether held-out tasks say by now that gradient steps will have no share."""
+        pairs, self.behind = self.behind, []
+        if not pairs or self.engine is None:
+            return False
+        self.n_validations += 1
+        head, steps = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        difference = steps - head
+        if self.n_validations < LEAST_VALIDATIONS or len(difference) < 2:
+            return False
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = difference.std(ddof=1) / np.sqrt(len(difference))
+            mean = difference.mean()
+            close = mean <= max(ERRORS_BEHIND * error, PART_BEHIND * head.mean())
+        return not close

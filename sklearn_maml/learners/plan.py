@@ -1,0 +1,44 @@
+"""What a fit trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["GAUSSIAN_HEAD", "GRADIENT_STEPS", "Plan"]
+
+GRADIENT_STEPS, GAUSSIAN_HEAD = "gradient-steps", "gaussian-head"
+
+
+@dataclass
+class Plan:
+    """What a fit trains, and on which episodes.
+
+    Attributes
+    ----------
+    source : CollectionSource or DistributionSource
+        The tasks.
+    episodes : CollectionSource, DistributionSource or CrossFitted
+        Where meta-batches come from.
+    with_steps, with_head : bool
+        What is trained.
+    engine : Engine or None
+        Of the gradient steps.
+    steps_left : bool
+        Whether gradient steps were trained to the end beside a head.
+    """
+
+    source: Any
+    episodes: Any
+    with_steps: bool
+    with_head: bool
+    engine: Any = None
+    steps_left: bool = False
+
+    def weights(self, share: float) -> dict[str, float]:
+        """Shares of the learners in predictions; `share` is that of steps beside a head."""
+        if not self.with_head:
+            return {GRADIENT_STEPS: 1.0}
+        if not self.with_steps:
+            return {GAUSSIAN_HEAD: 1.0}
+        return {GAUSSIAN_HEAD: 1.0 - share, GRADIENT_STEPS: share}

@@ -1,0 +1,148 @@
+"""Which learners predict, and how sure they may be: decided on held-out tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+
+from sklearn_maml.learners.base import Adapted
+
+__all__ = ["Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of gradient steps
+# what steps have to gain, in standard errors over held-out tasks, before they get a share
+EVIDENCE = 1.0
+
+
+def mix(head: np.ndarray, steps: np.ndarray, share: float, classification: bool) -> np.ndarray:
+    """Mix outputs (n_rows, n_outputs) of the Gaussian head and of gradient steps.
+
+    `share` is that of the steps. Of classes, probabilities are mixed, and both arguments and the
+    result are their logarithms.
+    """
+    if share == 0:
+        return head
+    if share == 1:
+        return steps
+    if not classification:
+        mixed: np.ndarray = (1 - share) * head + share * steps
+        return mixed
+    logs: np.ndarray = np.logaddexp(head + np.log(1 - share), steps + np.log(share))
+    return logs
+
+
+def task_errors(
+    outputs: np.ndarray, target: np.ndarray, codes: np.ndarray, classification: bool
+) -> np.ndarray:
+    """Root mean squared error (n_tasks,) of each task, or its cross-entropy."""
+    n_rows = np.bincount(codes)
+    with np.errstate(over="ignore", invalid="ignore"):  # gradient steps may have diverged
+        if classification:
+            found: np.ndarray = np.bincount(codes, -(target * outputs).sum(1)) / n_rows
+            return found
+        return np.sqrt(np.bincount(codes, ((outputs - target) ** 2).mean(1)) / n_rows)
+
+
+def choose_share(
+    head: np.ndarray,
+    steps: np.ndarray,
+    target: np.ndarray,
+    codes: np.ndarray,
+    task: np.ndarray,
+    classification: bool,
+) -> float:
+    """Share of gradient steps with the smallest error on held-out tasks, if they show a gain.
+
+    Parameters
+    ----------
+    head, steps, target : ndarrays of shape (n_rows, n_outputs)
+        As in `mix`; targets are standardised, or 1 for the class of the row and 0 for the others.
+    codes : int ndarray of shape (n_rows,)
+        Episode of each row.
+    task : int ndarray of shape (n_episodes,)
+        Task of each episode, over whose means the standard error is.
+    """
+    n_episodes = np.bincount(task)
+    seen = n_episodes > 0
+
+    def of_tasks(share: float) -> np.ndarray:
+        errors = task_errors(mix(head, steps, share, classification), target, codes, classification)
+        means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
+        return means
+
+    errors = {share: of_tasks(share) for share in SHARES}
+    finite = {share: e.mean() for share, e in errors.items() if np.isfinite(e).all()}
+    best = min(finite, key=lambda share: finite[share]) if finite else 0.0
+    if best == 0:
+        return 0.0
+    gain = errors[0.0] - errors[best]
+    if len(gain) < 2 or gain.mean() <= EVIDENCE * gain.std(ddof=1) / np.sqrt(len(gain)):
+        return 0.0
+    return best
+
+
+def find_logit_scale(logits: np.ndarray, target: np.ndarray) -> float:
+    """Factor of logits (n_rows, n_classes) with the smallest cross-entropy (Guo et al. 2017)."""
+    factors = np.geomspace(0.25, 4.0, 49)
+    losses = [-(target * log_softmax(f * logits, axis=1)).sum(1).mean() for f in factors]
+    return float(factors[np.nanargmin(losses)]) if np.isfinite(losses).any() else 1.0
+
+
+class Mixed(Adapted):
+    """Tasks that were learned both ways; the standard deviation is that of the head.
+
+    Parameters
+    ----------
+    head, steps : Adapted
+    share : float
+        Of the steps.
+    classification : bool
+    steps_scale, scale : float
+        Factors of the logits of the steps, and of the mixture.
+    """
+
+    def __init__(
+        self,
+        head: Adapted,
+        steps: Adapted,
+        share: float,
+        classification: bool,
+        steps_scale: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        self.head = head
+        self.steps = steps
+        self.share = share
+        self.classification = classification
+        self.steps_scale = steps_scale
+        self.scale = scale
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.steps.n_tasks
+
+    def _mix(self, head: np.ndarray, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
+        steps = self.steps.outputs(rows, codes, how)
+        if not self.classification:
+            return mix(head, steps, self.share, False)
+        steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
+        logs: np.ndarray = log_softmax(self.scale * mix(head, steps, self.share, True), axis=1)
+        return logs
+
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
+        """See `Adapted`."""
+        return self._mix(self.head.outputs(rows, codes, how), rows, codes, how)
+
+    def std(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> tuple[np.ndarray, np.ndarray]:
+        """See `Adapted`; what the two ways differ in is added."""
+        head, std = self.head.std(rows, codes, how)
+        mixed = self._mix(head, rows, codes, how)
+        steps_off = (mixed - head) ** 2
+        return mixed, np.sqrt(std**2 + steps_off)
+
+    def state(self) -> dict[str, Any]:
+        """See `Adapted`."""
+        return {"kind": "mixed", "head": self.head.state(), "steps": self.steps.state()}
