@@ -185,6 +185,62 @@ def _parameter(values: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values, dtype=torch.get_default_dtype()))
 
 
+class _Predictive(torch.autograd.Function):
+    """Negative log density of query targets given support targets, with its derivative.
+
+    For the Gram matrix G of all rows, residuals r and the noise n of an output, it is that of all
+    rows less that of the first k: half of ``r' u + log |A|`` with A = G + n and u = inv(A) r. The
+    derivatives are half of ``inv(A) - u u'`` in G, and u in r. Padding has G = 0 and r = 0, and
+    adds half of the logarithm of the noise, which the caller takes off.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gram: Tensor, residual: Tensor, noise: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Values (n_members, n_tasks), and u of the support rows."""
+        nll, by_gram, u = _density(gram, residual, noise)
+        u_support = u[..., :0]
+        if k:
+            of_support, less, u_support = _density(gram[..., :k, :k], residual[..., :k], noise)
+            nll = nll - of_support
+            by_gram[..., :k, :k] -= less
+            u = u.clone()
+            u[..., :k] -= u_support
+        by_noise = by_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        ctx.save_for_backward(by_gram.sum(2).to(gram.dtype), u.to(gram.dtype), by_noise.to(gram))
+        u_support = u_support.to(gram.dtype)
+        ctx.mark_non_differentiable(u_support)
+        return nll.sum(2).to(gram.dtype), u_support
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Derivatives in gram, residual and noise."""
+        by_gram, u, by_noise = ctx.saved_tensors
+        g = grads[0][:, :, None]
+        return g[..., None] * by_gram, g[..., None] * u, (g * by_noise).sum(1), None
+
+
+def _density(gram: Tensor, residual: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log density (n_members, n_tasks, n_outputs), its derivatives in gram and residual.
+
+    `residual` is (n_members, n_tasks, n_outputs, n_rows). In float64, whatever comes in; what is
+    not positive definite gives what is not finite.
+    """
+    n_outputs = residual.shape[2]
+    system = gram.double().unsqueeze(2).expand(-1, -1, noise.shape[1], -1, -1).clone()
+    system.diagonal(dim1=-2, dim2=-1).add_(noise.double()[:, None, :, None])
+    factor, failed = torch.linalg.cholesky_ex(system)
+    factor = factor.masked_fill((failed != 0)[..., None, None], torch.nan)
+    inverse = torch.cholesky_inverse(factor)
+    r = residual.double()
+    u = (inverse @ r.unsqueeze(-1)).squeeze(-1)
+    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    nll = 0.5 * (r * u).sum(-1) + logdet
+    by_gram = 0.5 * (inverse - u.unsqueeze(-1) * u.unsqueeze(-2))
+    return nll.expand(-1, -1, n_outputs), by_gram, u
+
+
 @dataclass(frozen=True)
 class Posterior:
     """What support sets made of the prior.
@@ -296,6 +352,66 @@ class HeadFunctions:
             shift = solve(A @ shift + noise * m * residual)
         return Posterior(shift, A, factor)
 
+    def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood (n_members, n_tasks) of query rows, and their outputs.
+
+        Of numbers, the joint density of all query targets of a task, without its constant.
+
+        Parameters
+        ----------
+        X : Tensor of shape (n_tasks, n_rows, ...)
+            The first `k` rows are the support set.
+        y : Tensor of shape (n_tasks, n_rows, n_outputs)
+        mask : Tensor of shape (n_members or 1, n_tasks, n_rows), optional
+            1 for rows to learn from.
+        k : int
+        """
+        prior, S = self._of_tasks(X)
+        m: Tensor | float = 1.0
+        if mask is not None:
+            m = mask.to(S.dtype).unsqueeze(-1)
+            S = S * m
+        if self.head.classification:
+            u = self._class_residuals(S[:, :, :k], prior[:, :, :k], y[:, :k], m, k)
+            mean = prior[:, :, k:] + S[:, :, k:] @ (S[:, :, :k].mT @ u)
+            rows = -(y[:, k:] * mean.log_softmax(-1)).sum(-1)
+            rows = rows if mask is None else rows * mask[..., k:]
+            return rows.sum(-1), mean
+        a, noise = self.amplitude_of_tasks(), self.noise()
+        residual = ((y / a - prior) * m).mT
+        gram = S @ S.mT
+        nll, u = _Predictive.apply(gram, residual, noise, k)
+        n_outputs = residual.shape[2]
+        if mask is not None:
+            n_padded = (1 - mask[..., k:].to(S.dtype)).sum(-1)
+            nll = nll - 0.5 * n_padded * self._per_output(noise.log(), n_outputs)
+        if isinstance(a, Tensor):
+            n_real = float(X.shape[1] - k) if mask is None else mask[..., k:].to(S.dtype).sum(-1)
+            nll = nll + n_real * a.log().sum(-1).flatten(1)
+        moved = gram[:, :, k:, :k] @ u.mT if k else 0.0
+        return nll, a * (prior[:, :, k:] + moved)
+
+    @staticmethod
+    def _per_output(values: Tensor, n_outputs: int) -> Tensor:
+        """Sum (n_members, 1) over the outputs of what (n_members, n_noises) has."""
+        return values.sum(1, keepdim=True) * (n_outputs / values.shape[1])
+
+    def _class_residuals(
+        self, S: Tensor, prior: Tensor, y: Tensor, m: Tensor | float, k: int
+    ) -> Tensor:
+        """Residuals of support rows at the maximum a posteriori, so that w = S' residuals."""
+        noise = self.noise()[:, None, :, None]
+        gram = S @ S.mT
+        eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + noise * eye)
+        factor = factor.where((failed == 0)[..., None, None], torch.nan)
+        step = noise * torch.cholesky_inverse(factor)
+        u = torch.zeros_like(prior)
+        m = m[..., :k, :] if isinstance(m, Tensor) else m
+        for _ in range(NEWTON_STEPS):
+            u = u + step @ (m * (y - (prior + gram @ u).softmax(-1)) - u)
+        return u
+
     def amplitude_of_tasks(self) -> Tensor | float:
         """Amplitude (n_members, 1, 1, n_outputs)."""
         a = self.amplitude()
@@ -328,13 +444,6 @@ class HeadFunctions:
             half = torch.linalg.solve_triangular(given.factor, S.mT.unsqueeze(2), upper=False)
             left = noise * half.square().sum(-2)
         return (left.clamp_min(0) + noise).mT
-
-    def loss_rows(self, mean: Tensor, variance: Tensor | None, y: Tensor) -> Tensor:
-        """Negative log likelihood (n_members, n_tasks, n_query), without its constant."""
-        if self.head.classification:
-            return -(y * mean.log_softmax(-1)).sum(-1)
-        assert variance is not None
-        return 0.5 * ((y - mean).square() / variance + variance.log()).mean(-1)
 
     def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
         """Squared error, or cross-entropy (n_members, n_tasks, n_query)."""

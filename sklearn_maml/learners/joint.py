@@ -70,18 +70,20 @@ class HeadTrainer:
         self.head.train()
         with torch.enable_grad():
             run = self.functions(leaves)
-            mean, variance, y = self._run(run, batch, self._mask(batch.support))
-            weight = _of_rows(self._mask(batch.query), mean)
-            loss = (run.loss_rows(mean, variance, y) * weight).sum() / len(batch)
+            k = batch.support.X.shape[1]
+            support, query = batch.support, batch.query
+            X = torch.cat([support.X, query.X], 1)
+            y = torch.cat([self._targets(support), self._targets(query)], 1)
+            mask = _joined(self._mask(support), self._mask(query), X)
+            nll, mean = run.loss(X, y, mask, k)
+            loss = nll.sum() / (len(batch) * query.X.shape[1])
             grads = torch.autograd.grad(
                 loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
             )
         mean = mean.detach()
-        with torch.no_grad():
-            errors = (run.error_rows(mean, y) * _of_rows(_present(batch.query), mean)).sum(-1)
-        return MetaStep(
-            errors.mean(0), dict(zip(names, grads, strict=True)), mean.mean(0).to(batch.query.X)
-        )
+        errors = run.error_rows(mean, y[:, k:]).mean(0, keepdim=True)
+        losses = (errors * _of_rows(_present(query), mean)).sum(-1)[0]
+        return MetaStep(losses, dict(zip(names, grads, strict=True)), mean.mean(0).to(query.X))
 
     def _run(
         self, run: HeadFunctions, batch: EpisodeBatch, mask: Tensor | None
@@ -150,6 +152,19 @@ class HeadTrainer:
         weight = _of_rows(_present(batch.query), mean)
         both = [(run.error_rows(values, y) * weight).sum(-1)[0] for values in (before, mean)]
         return both[0], both[1], mean[0].to(batch.query.X)
+
+
+def _joined(support: Tensor | None, query: Tensor | None, X: Tensor) -> Tensor | None:
+    """Masks of both sets side by side; None where there are none."""
+    if support is None and query is None:
+        return None
+    n_tasks, n_rows = X.shape[:2]
+    k = n_rows - query.shape[-1] if query is not None else support.shape[-1]  # type: ignore[union-attr]
+    full = X.new_ones(1, n_tasks, n_rows, dtype=torch.bool)
+    support = full[..., :k] if support is None else support
+    query = full[..., k:] if query is None else query
+    members = max(len(support), len(query))
+    return torch.cat([support.expand(members, -1, -1), query.expand(members, -1, -1)], -1)
 
 
 def _of_member(name: str, p: Tensor, member: int) -> Tensor:
