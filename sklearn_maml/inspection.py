@@ -23,7 +23,9 @@ from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import SCORED_EPISODES, BaseMAML, Scored, State, find_prior, transform_rows
-from sklearn_maml.metrics import _apply, _check_counts, _score_tasks
+from sklearn_maml.evaluation.scoring import apply_scorer as _apply
+from sklearn_maml.evaluation.scoring import check_counts as _check_counts
+from sklearn_maml.evaluation.scoring import score_tasks as _score_tasks
 from sklearn_maml.tasks import TaskCollection, concatenate_rows, is_frame, is_task_list
 
 __all__ = [

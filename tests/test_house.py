@@ -71,6 +71,14 @@ def test_an_orderly_package_passes(imports, package):
         outer_loop="from ._progress import p\nfrom .engine import e",
         estimators="def f():\n    from .outer_loop import Net",
         few_shot="from .estimators import MAMLRegressor",
+        learners__in____init__="from .base import Learner",
+        learners__in__base="from ..engine import e\nfrom ..targets.losses import L",
+        learners__in__mixture="from sklearn_maml.learners.base import Learner",
+        targets__in__losses="from ..tasks import T",
+        training__in__net="from ..learners import Learner",
+        inspection__in____init__="from .shared import s",
+        inspection__in__shared="from ..evaluation.scoring import s",
+        evaluation__in__scoring="from ..estimators import MAMLRegressor",
         datasets__in____init__="from ._loaders import load",
         datasets__in___loaders="from ..exceptions import E",
     )
@@ -87,7 +95,11 @@ def test_an_orderly_package_passes(imports, package):
         ("tasks", "def f():\n    from .engine import e", "tasks.py:2: 'tasks' may not"),
         ("tasks", "if TYPE_CHECKING:\n    from .engine import e", "tasks.py:2: 'tasks' may"),
         ("update_rules", "from .meta_gradients import X", "'update_rules' may not import from"),
-        ("few_shot", "from .metrics import task_scorer", "'few_shot' may not import from"),
+        ("few_shot", "from .evaluation import task_scorer", "'few_shot' may not import from"),
+        ("data__in__rows", "from ..targets import T", "'data' may not import from 'targets'"),
+        ("learners__in__base", "from ..training.net import N", "'learners' may not import from"),
+        ("evaluation__in__a", "from ..inspection import D", "'evaluation' may not import from"),
+        ("evaluation__in__a", "from . import a", "in a circle, sklearn_maml.evaluation.a -> "),
         ("exceptions", "from ._compat import x", "'exceptions' may not import from"),
         ("_progress", "from .outer_loop import Net", "'_progress' may not import from"),
         ("tasks", "import torch", "tasks.py:1: imports torch or skorch"),
@@ -105,6 +117,16 @@ def test_a_violation_is_reported_once(imports, package, capsys, module, source, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_circle_inside_a_subpackage_is_reported(imports, package):
+    folder = package(
+        evaluation__in____init__="from .metrics import m",
+        evaluation__in__metrics="from sklearn_maml.evaluation.scoring import s",
+        evaluation__in__scoring="def f():\n    from sklearn_maml.evaluation import m",
+    )
+    (problem,) = imports.check(folder)
+    assert "sklearn_maml.evaluation.metrics -> sklearn_maml.evaluation.scoring -> " in problem
 
 
 def test_torch_must_not_reach_the_tasks_through_another_module(imports, package):
