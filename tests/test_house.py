@@ -145,6 +145,116 @@ def test_a_missing_folder_is_an_error(imports, tmp_path, capsys):
     assert "is not a folder" in capsys.readouterr().err
 
 
+# --- sizes, private attributes, walks of the stack
+
+
+@pytest.fixture(scope="module")
+def house():
+    return load_tool("check_house")
+
+
+def test_the_package_keeps_the_rules_of_the_house(house, capsys):
+    status = house.main([])
+    assert capsys.readouterr().err == ""
+    assert status == 0
+
+
+def lines_of(kind, n):
+    """Source of a class or function of n lines, its docstring apart."""
+    head = "class C:" if kind == "class" else 'def f():\n    """Text.\n\n    More.\n    """'
+    return head + "\n    x = 1" * (n - 1) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "source"),
+    [
+        ("class", 400, lambda n: lines_of("class", n)),
+        ("file", 600, lambda n: "x = 1\n" * n),
+        ("function", 80, lambda n: lines_of("function", n)),
+        ("function", 80, lambda n: "async " + lines_of("function", n)),
+        ("function", 80, lambda n: "class C:\n    " + lines_of("f", n).replace("\n", "\n    ")),
+    ],
+)
+def test_sizes_are_limited_where_the_package_is_rebuilt(house, package, kind, most, source):
+    folder = package(evaluation__in__a=source(most), engine=source(most + 1))
+    assert house.check(folder, {}) == []
+    (problem,) = house.check(package(evaluation__in__a=source(most + 1)), {})
+    assert f"has {most + 1} lines; expected {most} at most" in problem
+    assert f": {kind} " in problem
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class C:\n    def f(self):\n        return self._x + super()._x",
+        "class C:\n    @classmethod\n    def f(cls):\n        return cls._x",
+        "import torch\ntorch._foreach_norm, torch._C._x, getattr(torch, '_x')",
+        "from torch import nn\nnn.modules.conv._ConvNd",
+        "from sklearn_maml import engine as e\ne._x",
+        "from . import engine\nengine._x",
+        "x.__dict__, x.name, getattr(x, 'name'), getattr(x, name)",
+        "from sklearn_maml.engine import _x",
+        "import numpy as np\nnp.stack(x), x.stack()",
+        "check_classification_targets(y)",
+    ],
+)
+def test_what_the_rules_allow(house, package, source):
+    assert house.check(package(engine="", sources=source), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x._y", "sources.py:1: 'x._y' is a private attribute"),
+        ("\nx._y = 1\ndel x._y", "sources.py:2, 3: 'x._y' is a private"),
+        ("self.x._y", "'self.x._y' is a private"),
+        ("f(x)[0]._y", "'f(x)[0]._y' is a private"),
+        ("x.__y", "'x.__y' is a private"),
+        ("getattr(x, '_y', None)", "'x._y' is a private"),
+        ("from .engine import thing\nthing._y", "'thing._y' is a private"),
+        ("from sklearn_maml.engine import thing\nthing._y", "'thing._y' is a private"),
+        ("from torch import Tensor\nTensor._y", "'Tensor._y' is a private"),
+        ("import torch\ntorch.Tensor._y", "'torch.Tensor._y' is a private"),
+        ("import sys\nsys._getframe(1)", "'sys._getframe' walks the stack"),
+        ("from sys import _getframe", "'sys._getframe' walks the stack"),
+        ("import inspect\ninspect.stack()", "'inspect.stack' walks the stack"),
+        ("from inspect import stack as s", "'inspect.stack' walks the stack"),
+        ("import inspect\ninspect.currentframe()", "'inspect.currentframe' walks the stack"),
+        ("frame.f_back", "'frame.f_back' walks the stack"),
+        ("class C:\n    _classification = True", "sources.py:2: '_classification' is for targets/"),
+    ],
+)
+def test_a_breach_is_reported_once_and_may_be_known(
+    house, package, tmp_path, capsys, source, message
+):
+    folder = package(engine="", sources=source)
+    known = tmp_path / "known.txt"
+    known.write_text("# nothing\n")
+    assert house.main([str(folder), str(known)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    _, found = house.measure(folder)
+    known.write_text("".join(f"{len(at)} {' '.join(key)}\n" for key, at in found.items()))
+    assert house.main([str(folder), str(known)]) == 0
+    # one more of the same, and none any more
+    (folder / "sources.py").write_text(f"{source}\n{source}")
+    assert house.main([str(folder), str(known)]) == 1
+    (folder / "sources.py").write_text("")
+    capsys.readouterr()
+    assert house.main([str(folder), str(known)]) == 1
+    assert "or take the line out" in capsys.readouterr().err
+
+
+def test_the_flag_may_stay_where_targets_are(house, package):
+    assert house.check(package(targets__in__base="_classification = True"), {}) == []
+
+
+def test_house_wants_a_folder(house, tmp_path, capsys):
+    assert house.main([str(tmp_path / "nothing")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
 # --- docstrings
 
 GOOD = '''
