@@ -78,11 +78,12 @@ test-latest: ## run the fast tests on the newest dependencies
 	OMP_NUM_THREADS=1 $(VENV)-latest/bin/python -m pytest -n $(WORKERS) --durations=10 $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## check style, types, the import order and docstrings
+lint: $(STAMP) ## check style, types, the import order, the rules of the house and docstrings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/check_imports.py
+	$(BIN)/python tools/check_house.py
 	$(BIN)/python tools/check_docstrings.py
 
 .PHONY: docs

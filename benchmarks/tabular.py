@@ -27,7 +27,7 @@ import pandas as pd
 
 import sklearn_maml
 from sklearn_maml import MAMLClassifier, MAMLRegressor, compare_baselines
-from sklearn_maml.comparison import summarize_comparison
+from sklearn_maml.evaluation import summarize_comparison
 
 SHIPPED = Path(sklearn_maml.__file__).parent / "datasets" / "data"
 MAX_QUERIES = 150

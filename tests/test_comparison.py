@@ -10,20 +10,23 @@ import pandas as pd
 import pytest
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklearn_maml import (
-    FewShotRegressor,
-    MAMLClassifier,
-    MAMLRegressor,
-    _baselines,
-    compare_baselines,
-)
-from sklearn_maml._baselines import Episode, TrainingTasks
-from sklearn_maml.comparison import summarize_comparison
+from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, compare_baselines
 from sklearn_maml.datasets import SinusoidTasks
+from sklearn_maml.evaluation import summarize_comparison
+from sklearn_maml.evaluation.baselines.base import Episode, TrainingTasks
+from sklearn_maml.evaluation.baselines.fine_tuned import FineTunedMLP
+from sklearn_maml.evaluation.baselines.hierarchical import (
+    HierarchicalLogistic,
+    MixedModel,
+    _logistic_coefs,
+)
+from sklearn_maml.evaluation.baselines.pooled import Pooled, ResidualProcess, ShrunkIntercept
+from sklearn_maml.evaluation.baselines.registry import CLASSIFICATION, REGRESSION
 
 SMALL = {"hidden_layer_sizes": 8, "steps": 2, "max_iter": 20, "random_state": 0}
 REG = MAMLRegressor(**SMALL)
@@ -32,7 +35,7 @@ CLF = MAMLClassifier(n_shots=1, **SMALL)
 
 @pytest.fixture(autouse=True)
 def short_training(monkeypatch):
-    monkeypatch.setattr(_baselines.FineTunedMLP, "MAX_UPDATES", 300)
+    monkeypatch.setattr(FineTunedMLP, "MAX_UPDATES", 300)
 
 
 def random_slopes(n_tasks=40, n_rows=30, n_features=2, noise=0.1, seed=0):
@@ -79,7 +82,7 @@ def test_table_has_every_method_at_every_number_of_shots():
     X, y, task = random_slopes(12, 15)
     table = compare_baselines(X, y, task, REG, n_shots=(3, 5), random_state=0)
     assert table.index.names == ["n_shots", "method"]
-    expected = {"MAMLRegressor", "MAMLRegressor, before adaptation", *_baselines.REGRESSION}
+    expected = {"MAMLRegressor", "MAMLRegressor, before adaptation", *REGRESSION}
     for k in (3, 5):
         assert set(table.loc[k].index) == expected
         assert table.loc[k, "rmse"].is_monotonic_increasing
@@ -314,8 +317,8 @@ def test_a_pipeline_gets_named_columns_and_its_tasks():
 
 
 def test_default_estimator_follows_the_targets(monkeypatch):
-    monkeypatch.setattr("sklearn_maml.comparison.MAMLRegressor", lambda: REG)
-    monkeypatch.setattr("sklearn_maml.comparison.MAMLClassifier", lambda: CLF)
+    monkeypatch.setattr("sklearn_maml.evaluation.comparison.MAMLRegressor", lambda: REG)
+    monkeypatch.setattr("sklearn_maml.evaluation.comparison.MAMLClassifier", lambda: CLF)
     table = compare_baselines(*random_slopes(8, 12), n_shots=3, baselines=[])
     assert "MAMLRegressor" in table.loc[3].index
     table = compare_baselines(*shared_classes(8, 12), baselines=[])
@@ -349,7 +352,7 @@ def test_baselines_of_ones_own():
 def test_classification_table():
     X, y, task = shared_classes()
     table = compare_baselines(X, y, task, CLF, n_shots=(1, 2), random_state=0)
-    expected = {"MAMLClassifier", "MAMLClassifier, before adaptation", *_baselines.CLASSIFICATION}
+    expected = {"MAMLClassifier", "MAMLClassifier, before adaptation", *CLASSIFICATION}
     for k in (1, 2):
         assert set(table.loc[k].index) == expected
         assert table.loc[k, "accuracy"].is_monotonic_decreasing
@@ -373,7 +376,7 @@ def test_tasks_may_lack_classes():
     X, y, task = shared_classes()
     kept = ~((task % 2 == 0) & (y == "c"))
     kept &= ~((task % 5 == 1) & (y != "a"))  # of one class alone
-    names = [name for name in _baselines.CLASSIFICATION if "Boosting" not in name]
+    names = [name for name in CLASSIFICATION if "Boosting" not in name]
     table = compare_baselines(
         X[kept], y[kept], task[kept], CLF, n_shots=2, baselines=names, random_state=0
     )
@@ -385,7 +388,7 @@ def test_tasks_may_lack_classes():
 
 def test_mixed_model_recovers_the_population():
     X, y, task = random_slopes(n_tasks=300, noise=0.2)
-    model = _baselines.MixedModel().fit(training(X, y, task))
+    model = MixedModel().fit(training(X, y, task))
     assert abs(model.mean_[0]) < 0.5
     np.testing.assert_allclose(model.mean_[1:], [1, -2], atol=0.1)
     cov = model.root_ @ model.root_.T
@@ -397,7 +400,7 @@ def test_mixed_model_recovers_the_population():
 
 
 def test_mixed_model_is_best_on_random_slopes():
-    names = [name for name in _baselines.REGRESSION if "GP" not in name]
+    names = [name for name in REGRESSION if "GP" not in name]
     table = compare_baselines(*random_slopes(60), REG, n_shots=3, baselines=names, random_state=0)
     assert table.index[0] == (3, "mixed model, intercept + slopes")
     assert table.loc[(3, "pooled ridge + shrunk intercept"), "difference"] < 0
@@ -407,7 +410,7 @@ def test_mixed_model_takes_more_features_than_tasks_and_collinear_ones():
     X, y, task = random_slopes(n_tasks=6, n_rows=12, noise=0.1)
     rng = np.random.RandomState(0)
     wide = np.c_[X, X[:, :1], X.sum(1), np.zeros(len(X)), rng.normal(size=(len(X), 20))]
-    model = _baselines.MixedModel().fit(training(wide, y, task))
+    model = MixedModel().fit(training(wide, y, task))
     of = episodes(wide, y, task)
     assert error(model, of) < 0.7 * np.std(y)
 
@@ -428,7 +431,7 @@ def test_intercept_is_shrunk_by_the_variances():
     rng = np.random.RandomState(0)
     task = np.repeat(np.arange(400), 20)
     y = (2 * rng.normal(size=400))[task] + rng.normal(size=8000)
-    model = _baselines.ShrunkIntercept(DummyRegressor(), "dummy")
+    model = ShrunkIntercept(DummyRegressor(), "dummy")
     model.fit(training(np.zeros((8000, 1)), y, task))
     assert model.ratio_ == pytest.approx(1 / 4, rel=0.2)
     X = np.zeros((3, 1))
@@ -437,7 +440,7 @@ def test_intercept_is_shrunk_by_the_variances():
     expected = y.mean() + 3 / (3 + model.ratio_)
     np.testing.assert_allclose(model.predict_task(X, support, X), expected)
     # without differences between tasks there is nothing to correct
-    model = _baselines.ShrunkIntercept(DummyRegressor(), "dummy")
+    model = ShrunkIntercept(DummyRegressor(), "dummy")
     y = np.tile([-1.0, 1.0], 4000)
     model.fit(training(np.zeros((8000, 1)), y, task))
     np.testing.assert_array_equal(model.predict_task(X, np.ones(3), X), [y.mean()] * 3)
@@ -449,7 +452,7 @@ def test_residuals_are_of_tasks_that_the_model_has_not_seen():
     X = task[:, None] + np.random.RandomState(0).rand(200, 1) / 10
     y = np.random.RandomState(1).normal(size=20)[task]
     train = training(X, y, task)
-    model = _baselines.Pooled(_baselines.KNeighborsRegressor(1), "nearest").fit(train)
+    model = Pooled(KNeighborsRegressor(1), "nearest").fit(train)
     assert np.abs(y - model.model_.predict(X)).max() == 0
     assert model.residuals(train).std() > 0.5
 
@@ -464,7 +467,7 @@ def test_process_of_residuals_learns_the_length_and_the_noise():
         distances = (X[rows, None, 0] - X[None, rows, 0]) ** 2  # the second feature is of no use
         y[rows] = rng.multivariate_normal(np.zeros(25), np.exp(-0.5 * distances / 0.8**2))
     y += 0.1 * rng.normal(size=len(y))
-    model = _baselines.ResidualProcess(DummyRegressor(), "dummy").fit(training(X, y, task))
+    model = ResidualProcess(DummyRegressor(), "dummy").fit(training(X, y, task))
     scale, constant, noise, used, unused = model.parameters_
     assert scale == pytest.approx(1, rel=0.3)
     assert used == pytest.approx(0.8, rel=0.15)
@@ -477,10 +480,10 @@ def test_fine_tuning_chooses_no_steps_where_tasks_are_alike():
     rng = np.random.RandomState(0)
     X, task = rng.normal(size=(900, 2)), np.repeat(np.arange(30), 30)
     alike = X[:, 0] + rng.normal(size=900)
-    model = _baselines.FineTunedMLP().fit(training(X, alike, task))
+    model = FineTunedMLP().fit(training(X, alike, task))
     assert model.chosen_[5][0] * model.chosen_[5][1] <= 0.03
     X, different, task = random_slopes(30)
-    model = _baselines.FineTunedMLP().fit(training(X, different / different.std(), task))
+    model = FineTunedMLP().fit(training(X, different / different.std(), task))
     assert model.chosen_[5][1] >= 5
 
 
@@ -488,10 +491,10 @@ def test_hierarchical_logistic_of_a_large_penalty_is_the_pooled_one():
     X, y, task = shared_classes()
     labels = np.searchsorted(["a", "b", "c"], y)
     train = training(X, labels, task, n_shots=(1,), n_classes=3)
-    model = _baselines.HierarchicalLogistic()
+    model = HierarchicalLogistic()
     model.INVERSE_PENALTIES = (1.0,)
     model.fit(train)
-    pooled = _baselines.CLASSIFICATION["pooled logistic"]().fit(train)
+    pooled = CLASSIFICATION["pooled logistic"]().fit(train)
     of = episodes(X, labels, task)[:3]
     model.strengths_ = {1: 1e8}
     for p, q in zip(model.predict(of, 1), pooled.predict(of, 1), strict=True):
@@ -501,8 +504,8 @@ def test_hierarchical_logistic_of_a_large_penalty_is_the_pooled_one():
 def test_binary_coefficients_give_the_probabilities_of_the_model():
     X, y, _ = shared_classes()
     two = y != "c"
-    model = _baselines._logistic(0).fit(X[two], np.searchsorted(["a", "b"], y[two]))
-    coefs = _baselines._logistic_coefs(model, 3).numpy()
+    model = LogisticRegression(max_iter=1000).fit(X[two], np.searchsorted(["a", "b"], y[two]))
+    coefs = _logistic_coefs(model, 3).numpy()
     logits = (coefs[0] + X @ coefs[1:])[:, :2]
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(p, model.predict_proba(X), atol=1e-9)

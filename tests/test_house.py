@@ -71,6 +71,14 @@ def test_an_orderly_package_passes(imports, package):
         outer_loop="from ._progress import p\nfrom .engine import e",
         estimators="def f():\n    from .outer_loop import Net",
         few_shot="from .estimators import MAMLRegressor",
+        learners__in____init__="from .base import Learner",
+        learners__in__base="from ..engine import e\nfrom ..targets.losses import L",
+        learners__in__mixture="from sklearn_maml.learners.base import Learner",
+        targets__in__losses="from ..tasks import T",
+        training__in__net="from ..learners import Learner",
+        inspection__in____init__="from .shared import s",
+        inspection__in__shared="from ..evaluation.scoring import s",
+        evaluation__in__scoring="from ..estimators import MAMLRegressor",
         datasets__in____init__="from ._loaders import load",
         datasets__in___loaders="from ..exceptions import E",
     )
@@ -87,7 +95,11 @@ def test_an_orderly_package_passes(imports, package):
         ("tasks", "def f():\n    from .engine import e", "tasks.py:2: 'tasks' may not"),
         ("tasks", "if TYPE_CHECKING:\n    from .engine import e", "tasks.py:2: 'tasks' may"),
         ("update_rules", "from .meta_gradients import X", "'update_rules' may not import from"),
-        ("few_shot", "from .metrics import task_scorer", "'few_shot' may not import from"),
+        ("few_shot", "from .evaluation import task_scorer", "'few_shot' may not import from"),
+        ("data__in__rows", "from ..targets import T", "'data' may not import from 'targets'"),
+        ("learners__in__base", "from ..training.net import N", "'learners' may not import from"),
+        ("evaluation__in__a", "from ..inspection import D", "'evaluation' may not import from"),
+        ("evaluation__in__a", "from . import a", "in a circle, sklearn_maml.evaluation.a -> "),
         ("exceptions", "from ._compat import x", "'exceptions' may not import from"),
         ("_progress", "from .outer_loop import Net", "'_progress' may not import from"),
         ("tasks", "import torch", "tasks.py:1: imports torch or skorch"),
@@ -107,6 +119,16 @@ def test_a_violation_is_reported_once(imports, package, capsys, module, source, 
     assert message in lines[0]
 
 
+def test_a_circle_inside_a_subpackage_is_reported(imports, package):
+    folder = package(
+        evaluation__in____init__="from .metrics import m",
+        evaluation__in__metrics="from sklearn_maml.evaluation.scoring import s",
+        evaluation__in__scoring="def f():\n    from sklearn_maml.evaluation import m",
+    )
+    (problem,) = imports.check(folder)
+    assert "sklearn_maml.evaluation.metrics -> sklearn_maml.evaluation.scoring -> " in problem
+
+
 def test_torch_must_not_reach_the_tasks_through_another_module(imports, package):
     folder = package(
         tasks="from ._validation import check",
@@ -120,6 +142,116 @@ def test_torch_must_not_reach_the_tasks_through_another_module(imports, package)
 
 def test_a_missing_folder_is_an_error(imports, tmp_path, capsys):
     assert imports.main([str(tmp_path / "nothing")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+# --- sizes, private attributes, walks of the stack
+
+
+@pytest.fixture(scope="module")
+def house():
+    return load_tool("check_house")
+
+
+def test_the_package_keeps_the_rules_of_the_house(house, capsys):
+    status = house.main([])
+    assert capsys.readouterr().err == ""
+    assert status == 0
+
+
+def lines_of(kind, n):
+    """Source of a class or function of n lines, its docstring apart."""
+    head = "class C:" if kind == "class" else 'def f():\n    """Text.\n\n    More.\n    """'
+    return head + "\n    x = 1" * (n - 1) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "source"),
+    [
+        ("class", 400, lambda n: lines_of("class", n)),
+        ("file", 600, lambda n: "x = 1\n" * n),
+        ("function", 80, lambda n: lines_of("function", n)),
+        ("function", 80, lambda n: "async " + lines_of("function", n)),
+        ("function", 80, lambda n: "class C:\n    " + lines_of("f", n).replace("\n", "\n    ")),
+    ],
+)
+def test_sizes_are_limited_where_the_package_is_rebuilt(house, package, kind, most, source):
+    folder = package(evaluation__in__a=source(most), engine=source(most + 1))
+    assert house.check(folder, {}) == []
+    (problem,) = house.check(package(evaluation__in__a=source(most + 1)), {})
+    assert f"has {most + 1} lines; expected {most} at most" in problem
+    assert f": {kind} " in problem
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class C:\n    def f(self):\n        return self._x + super()._x",
+        "class C:\n    @classmethod\n    def f(cls):\n        return cls._x",
+        "import torch\ntorch._foreach_norm, torch._C._x, getattr(torch, '_x')",
+        "from torch import nn\nnn.modules.conv._ConvNd",
+        "from sklearn_maml import engine as e\ne._x",
+        "from . import engine\nengine._x",
+        "x.__dict__, x.name, getattr(x, 'name'), getattr(x, name)",
+        "from sklearn_maml.engine import _x",
+        "import numpy as np\nnp.stack(x), x.stack()",
+        "check_classification_targets(y)",
+    ],
+)
+def test_what_the_rules_allow(house, package, source):
+    assert house.check(package(engine="", sources=source), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x._y", "sources.py:1: 'x._y' is a private attribute"),
+        ("\nx._y = 1\ndel x._y", "sources.py:2, 3: 'x._y' is a private"),
+        ("self.x._y", "'self.x._y' is a private"),
+        ("f(x)[0]._y", "'f(x)[0]._y' is a private"),
+        ("x.__y", "'x.__y' is a private"),
+        ("getattr(x, '_y', None)", "'x._y' is a private"),
+        ("from .engine import thing\nthing._y", "'thing._y' is a private"),
+        ("from sklearn_maml.engine import thing\nthing._y", "'thing._y' is a private"),
+        ("from torch import Tensor\nTensor._y", "'Tensor._y' is a private"),
+        ("import torch\ntorch.Tensor._y", "'torch.Tensor._y' is a private"),
+        ("import sys\nsys._getframe(1)", "'sys._getframe' walks the stack"),
+        ("from sys import _getframe", "'sys._getframe' walks the stack"),
+        ("import inspect\ninspect.stack()", "'inspect.stack' walks the stack"),
+        ("from inspect import stack as s", "'inspect.stack' walks the stack"),
+        ("import inspect\ninspect.currentframe()", "'inspect.currentframe' walks the stack"),
+        ("frame.f_back", "'frame.f_back' walks the stack"),
+        ("class C:\n    _classification = True", "sources.py:2: '_classification' is for targets/"),
+    ],
+)
+def test_a_breach_is_reported_once_and_may_be_known(
+    house, package, tmp_path, capsys, source, message
+):
+    folder = package(engine="", sources=source)
+    known = tmp_path / "known.txt"
+    known.write_text("# nothing\n")
+    assert house.main([str(folder), str(known)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    _, found = house.measure(folder)
+    known.write_text("".join(f"{len(at)} {' '.join(key)}\n" for key, at in found.items()))
+    assert house.main([str(folder), str(known)]) == 0
+    # one more of the same, and none any more
+    (folder / "sources.py").write_text(f"{source}\n{source}")
+    assert house.main([str(folder), str(known)]) == 1
+    (folder / "sources.py").write_text("")
+    capsys.readouterr()
+    assert house.main([str(folder), str(known)]) == 1
+    assert "or take the line out" in capsys.readouterr().err
+
+
+def test_the_flag_may_stay_where_targets_are(house, package):
+    assert house.check(package(targets__in__base="_classification = True"), {}) == []
+
+
+def test_house_wants_a_folder(house, tmp_path, capsys):
+    assert house.main([str(tmp_path / "nothing")]) == 2
     assert "is not a folder" in capsys.readouterr().err
 
 

@@ -19,7 +19,7 @@ from numpydoc.validate import validate
 
 MODULES = [
     "sklearn_maml",
-    "sklearn_maml.comparison",
+    "sklearn_maml.evaluation",
     "sklearn_maml.datasets",
     "sklearn_maml.inspection",
 ]

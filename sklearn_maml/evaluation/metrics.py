@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
-from sklearn.base import is_classifier
 from sklearn.metrics import get_scorer
-from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
-from sklearn_maml._base import find_prior, transform_rows
+from sklearn_maml.evaluation.scoring import apply_scorer, check_counts, default_scoring, score_tasks
 
 __all__ = ["task_scorer", "task_scores"]
 
@@ -63,7 +60,7 @@ def task_scorer(
             f"average={average!r} is not known; expected 'micro' (pool the query rows) or 'macro' "
             "(average over tasks)."
         )
-    _check_counts(n_shots=n_shots, n_repeats=n_repeats)
+    check_counts(n_shots=n_shots, n_repeats=n_repeats)
     get_scorer(scoring)  # an unknown name is reported here
     return TaskScorer(scoring, n_shots, n_repeats, average, random_state)
 
@@ -112,15 +109,15 @@ class TaskScorer:
         -------
         score : float
         """
-        maml, scored = _score_tasks(
+        maml, scored = score_tasks(
             estimator, X, y, groups, self.n_shots, self.n_repeats, self.random_state, (None,)
         )
         scorer = get_scorer(self.scoring)
         if self.average == "micro":
             every = np.ones(len(scored.rows), dtype=bool)
-            return float(_apply(scorer, maml, scored, scored.states[0], every))
+            return float(apply_scorer(scorer, maml, scored, scored.states[0], every))
         scores = [
-            _apply(scorer, maml, scored, scored.states[0], scored.task[scored.codes] == task)
+            apply_scorer(scorer, maml, scored, scored.states[0], scored.task[scored.codes] == task)
             for task in range(scored.tasks.n_tasks)
         ]
         return float(np.mean(scores))
@@ -171,16 +168,12 @@ def task_scores(
     >>> sorted(task_scores(reg, X, y, groups=task))
     ['after', 'before', 'n_queries', 'task']
     """
-    maml, scored = _score_tasks(
-        estimator, X, y, groups, n_shots, n_repeats, random_state, (0, None)
-    )
-    if scoring is None:
-        scoring = "accuracy" if is_classifier(maml) else "neg_root_mean_squared_error"
-    scorer = get_scorer(scoring)
+    maml, scored = score_tasks(estimator, X, y, groups, n_shots, n_repeats, random_state, (0, None))
+    scorer = get_scorer(default_scoring(maml) if scoring is None else scoring)
     of_task = scored.task[scored.codes]
     masks = [of_task == task for task in range(scored.tasks.n_tasks)]
     before, after = (
-        np.array([_apply(scorer, maml, scored, state, mask) for mask in masks])
+        np.array([apply_scorer(scorer, maml, scored, state, mask) for mask in masks])
         for state in scored.states
     )
     return Bunch(
@@ -189,101 +182,3 @@ def task_scores(
         after=after,
         n_queries=np.array([mask.sum() for mask in masks]),
     )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
-
-
-def _score_tasks(
-    estimator: Any,
-    X: Any,
-    y: Any,
-    groups: Any,
-    n_shots: int | None,
-    n_repeats: int,
-    random_state: Any,
-    steps: tuple[int | None, ...],
-) -> tuple[Any, Any]:
-    model = find_prior(estimator)
-    if isinstance(model, Pipeline):
-        X = transform_rows(model, X)
-        while isinstance(model, Pipeline):
-            model = find_prior(model.steps[-1][1])
-    scored = model._split_and_adapt(
-        X,
-        y,
-        groups,
-        n_shots=n_shots,
-        n_repeats=n_repeats,
-        random_state=random_state,
-        steps=steps,
-    )
-    return model, scored
-
-
-def _apply(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) -> float:
-    """Apply a scorer to the query rows in `mask`, as if one estimator had predicted them all."""
-    rows, codes = scored.rows[mask], scored.codes[mask]
-    X, y = maml._reshape(scored.tasks.X[rows]), scored.tasks.y[rows]
-    local = state.slots is not None and (state.slots != state.slots[codes[0]])[codes].any()
-    if local:
-        # labels that mean something inside their task only are scored by their rank in it
-        y = (state.labels[state.slots[codes]] == y[:, None]).argmax(1)
-    kind = _ClassPredictor if is_classifier(maml) else _Predictor
-    score: float = scorer(kind(maml, state, codes, local), X, y)
-    return score
-
-
-class _Predictor:
-    """Stands for the adapted tasks before a scorer: predicts each row by its own task.
-
-    With `local`, classes are ranks among the labels of a task, as its outputs are.
-    """
-
-    def __init__(self, maml: Any, state: Any, codes: np.ndarray, local: bool) -> None:
-        self._maml = maml
-        self._codes = codes
-        if is_classifier(maml):
-            self.classes_ = maml.classes_
-            if state.slots is not None:
-                slots = state.slots[codes]
-                n_classes = int((slots >= 0).any(0).sum())
-                self.classes_ = np.arange(n_classes)
-                if not local:
-                    self.classes_ = state.labels[slots[0, :n_classes]]
-                # each task's outputs as columns of their own, whatever the labels are called
-                ranks = np.where(state.slots >= 0, np.arange(state.slots.shape[1]), -1)
-                state = dataclasses.replace(state, labels=self.classes_, slots=ranks)
-        self._state = state
-
-    def fit(self, X: Any, y: Any = None) -> _Predictor:
-        """Do nothing: scikit-learn's scorers ask for a `fit`."""
-        return self
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Predict each row with the parameters of its task."""
-        predicted: np.ndarray = self._maml._decide(self._state, X, self._codes)
-        return predicted
-
-    def __sklearn_tags__(self) -> Any:
-        return self._maml.__sklearn_tags__()
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-
-class _ClassPredictor(_Predictor):
-    """Stands for adapted classifiers; scikit-learn's scorers go by the names of its methods."""
-
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return class probabilities of each row under the parameters of its task."""
-        p: np.ndarray = self._maml._probabilities(self._state, X, self._codes)
-        return p
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Return logits of each row under the parameters of its task."""
-        scores: np.ndarray = self._maml._decision(self._state, X, self._codes)
-        return scores

@@ -12,7 +12,8 @@ from joblib import Parallel, delayed
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
 
-from sklearn_maml._base import BaseMAML, find_prior, transform_rows
+from sklearn_maml._base import find_prior, transform_rows
+from sklearn_maml.evaluation.scoring import find_maml
 from sklearn_maml.tasks import encode_ids, is_frame, split_task_column
 
 __all__ = ["adapt_predict"]
@@ -86,7 +87,7 @@ def adapt_predict(
     """
     check_scalar(tasks_per_partition, "tasks_per_partition", numbers.Integral, min_val=1)
     model = find_prior(estimator)
-    task_column = _last_step(model).task_column
+    task_column = find_maml(model).task_column
     X_support, y_support, X_query = (
         part if hasattr(part, "shape") else np.asarray(part)
         for part in (X_support, y_support, X_query)
@@ -139,18 +140,11 @@ def _adapt_predict(
     model: Any, X_support: Any, y_support: Any, X_query: Any, task: Any, query_task: Any
 ) -> np.ndarray:
     """Work on one partition."""
-    last = _last_step(model)
+    last = find_maml(model)
     if isinstance(model, Pipeline):
         X_support, X_query = (transform_rows(model, part) for part in (X_support, X_query))
     adapted = copy.copy(last).adapt(X_support, y_support, groups=task)
     return np.asarray(adapted.predict(X_query, groups=query_task))
-
-
-def _last_step(model: Any) -> BaseMAML:
-    while isinstance(model, Pipeline):
-        model = find_prior(model.steps[-1][1])
-    assert isinstance(model, BaseMAML)
-    return model
 
 
 def _without_adapted_tasks(model: Any) -> Any:

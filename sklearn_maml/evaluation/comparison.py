@@ -1,0 +1,377 @@
+"""Whether meta-learning pays: an estimator and its baselines on the same held-out tasks."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed
+from sklearn.base import clone, is_classifier
+from sklearn.utils import check_random_state
+
+from sklearn_maml._base import BaseMAML
+from sklearn_maml._validation import did_you_mean, is_integer, is_number
+from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.evaluation.held_out import SplitData, check_split, random_splits
+from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
+from sklearn_maml.evaluation.scoring import check_count
+from sklearn_maml.tasks import (
+    TaskCollection,
+    collect_tasks,
+    is_frame,
+    is_task_distribution,
+    split_task_column,
+)
+
+__all__ = ["compare_baselines", "summarize_comparison"]
+
+# tasks drawn from a task distribution
+DRAWN_TASKS = 200
+# fewer leave nothing to learn from, or no spread over tasks to take a standard error from
+MIN_TRAINING_TASKS, MIN_HELD_OUT_TASKS = 4, 2
+
+
+def compare_baselines(
+    X: Any,
+    y: Any = None,
+    groups: Any = None,
+    estimator: Any = None,
+    *,
+    n_shots: int | Sequence[int] | None = None,
+    test_size: float = 0.3,
+    n_repeats: int = 1,
+    max_queries: int = 150,
+    disjoint_rows: bool = False,
+    baselines: str | Sequence[str] | Mapping[str, Any] = "all",
+    splits: Iterable[Any] | None = None,
+    per_task: bool = False,
+    random_state: Any = None,
+    n_jobs: int | None = None,
+) -> Any:
+    """Compare a meta-learner with what it has to be better than, on held-out tasks.
+
+    Tasks are shuffled and some of them held out. The others train every method; of each held-out
+    task all methods get the same support rows and predict the same query rows. Features, and
+    targets in regression, are standardised with the statistics of the training tasks for all
+    methods alike.
+
+    Parameters
+    ----------
+    X, y, groups : tasks
+        As in `MAMLRegressor.fit`; features must be numbers. The two parts of ``(X_support,
+        y_support, X_query, y_query)`` tasks are put together. Of a task distribution 200 tasks are
+        drawn.
+    estimator : estimator, default=None
+        A `MAMLRegressor`, a `MAMLClassifier` whose labels are shared by the tasks, or a pipeline
+        or search that ends in one. It is cloned, never changed. None is a `MAMLRegressor` where y
+        holds numbers, else a `MAMLClassifier`.
+    n_shots : int or sequence of int, default=None
+        Support rows of each held-out task (of each class, in classification). None is (5, 10) in
+        regression and 1 in classification.
+    test_size : float or int, default=0.3
+        Fraction, or number, of the tasks to hold out.
+    n_repeats : int, default=1
+        How many times to hold tasks out, each time other ones.
+    max_queries : int, default=150
+        Largest number of query rows of a task.
+    disjoint_rows : bool, default=False
+        Whether training tasks and held-out tasks also use disjoint rows of features: the distinct
+        rows of X are split in halves at random. Where tasks are measured at the same inputs
+        (settings, days), a method can otherwise do well by knowing these inputs only. Where no two
+        rows of X are equal this leaves each task about half of its rows and changes nothing else.
+    baselines : "all", sequence of str or dict, default="all"
+        Names of the baselines, see Notes. In a dict, the values are estimators: a meta-learner is
+        trained on the training tasks as `estimator` is, any other one is fitted to the support rows
+        of each held-out task, and one in a tuple ``("pooled", estimator)`` to the rows of all
+        training tasks; None stands for the baseline of that name.
+    splits : iterable of (train, episodes), default=None
+        What to train and score on in each repeat, in place of random splits: positions of the rows
+        of the training tasks, and a dict from each number of shots to a list of ``(support,
+        query)`` row positions, one pair for each held-out task. `n_shots`, `test_size`,
+        `n_repeats`, `max_queries` and `disjoint_rows` are not used then.
+    per_task : bool, default=False
+        True returns the score of every method on every held-out task, for
+        `sklearn_maml.evaluation.summarize_comparison` or tests of your own.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the splits and the baselines; the estimator has its own.
+    n_jobs : int, default=None
+        Methods to run in parallel, with joblib. The scores do not depend on it, the times do.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        Indexed by `n_shots` and `method`, best first, with the columns
+
+        - `rmse`: root mean squared error of a task in units of the standard deviation of the
+          training targets, mean over tasks; or `accuracy`, and then `log_loss`, too;
+        - `std_error`: its standard error over tasks, of scores averaged over repeats;
+        - `difference`: the method's mean less that of the estimator;
+        - `difference_se`: the standard error over tasks of that paired difference;
+        - `estimator_wins`: fraction of tasks where the estimator is better, ties counting half;
+        - `fit_seconds`: wall time of training, mean over repeats;
+        - `best`: "best", or "tied" where the paired difference to the best is less than twice its
+          standard error.
+
+        The row "<estimator>, before adaptation" predicts from the initialisation. Where it is no
+        worse than the estimator, nothing is learned from support rows.
+
+    Raises
+    ------
+    ValueError
+        If there are too few tasks or rows, or labels are local to the tasks (`n_ways`).
+    ImportError
+        If pandas is missing.
+
+    See Also
+    --------
+    task_scores : Scores of a fitted model before and after adaptation, task by task.
+
+    Notes
+    -----
+    The standard errors tell how the means would vary with other held-out tasks, not with other
+    training tasks. Choices that the baselines make (rates, steps, strengths) are made on 15 % of
+    the training tasks or by cross-validation over them, never on held-out tasks.
+
+    Baselines of regressors:
+
+    - "pooled ridge", "pooled HistGradientBoosting": one model of the rows of all training tasks;
+    - "pooled ridge + shrunk intercept", "pooled HGB + shrunk intercept": corrected by the mean
+      residual of the support rows, shrunk by the variance of residuals within and between tasks;
+    - "per-task ridge", "per-task GP", "per-task kNN": a model of the support rows alone;
+    - "mixed model, intercept + slopes": linear, coefficients of tasks normally distributed around
+      those of the population, by EM [1]_;
+    - "pooled HGB + GP on residuals": a Gaussian process for each task whose kernel parameters are
+      shared, by marginal likelihood over the training tasks;
+    - "pretrained MLP + fine-tune": a network of all rows, then gradient steps on the support rows.
+
+    Baselines of classifiers: "pooled HistGradientBoosting", "pooled logistic", "per-task 1-NN",
+    "per-task logistic", "hierarchical logistic" (coefficients of tasks drawn to the pooled ones)
+    and "pretrained MLP + fine-tune".
+
+    References
+    ----------
+    .. [1] Laird, N. M. & Ware, J. H. (1982). Random-Effects Models for Longitudinal Data.
+       Biometrics 38.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLRegressor, compare_baselines
+    >>> from sklearn_maml.datasets import make_sinusoid_tasks
+    >>> X, y, task = make_sinusoid_tasks(n_tasks=40, random_state=0)
+    >>> table = compare_baselines(
+    ...     X, y, task, MAMLRegressor(max_iter=20, random_state=0),
+    ...     n_shots=5, baselines=["pooled ridge", "per-task ridge"], random_state=0,
+    ... )
+    >>> sorted(table.loc[5].index)
+    ['MAMLRegressor', 'MAMLRegressor, before adaptation', 'per-task ridge', 'pooled ridge']
+    >>> list(table.columns)
+    ['rmse', 'std_error', 'difference', 'difference_se', 'estimator_wins', 'fit_seconds', 'best']
+    """
+    pandas = _pandas()
+    rng = check_random_state(random_state)
+    if is_task_distribution(X):
+        X = X.sample(DRAWN_TASKS, random_state=rng.randint(2**31 - 1))
+    estimator, maml = _meta_learner(estimator, y, X)
+    classification = is_classifier(maml)
+    tasks = collect_tasks(
+        clone(maml),
+        X,
+        y,
+        groups,
+        task_column=maml.task_column,
+        reset=True,
+        classification=classification,
+    )
+    name = type(maml).__name__
+    methods = make_methods(baselines, classification, name)
+    _check_targets(tasks, classification)
+    if splits is None:
+        if n_shots is None:
+            n_shots = 1 if classification else (5, 10)
+        splits = random_splits(
+            tasks,
+            _check_shots(n_shots),
+            _n_held_out(tasks.n_tasks, test_size),
+            check_count("n_repeats", n_repeats),
+            check_count("max_queries", max_queries),
+            bool(disjoint_rows),
+            classification,
+            rng,
+        )
+    names = None
+    if is_frame(X):
+        column = maml.task_column
+        names = list((X if column is None else split_task_column(X, column)[0]).columns)
+
+    def jobs() -> Iterator[Any]:
+        # the rows of a repeat are copied when its turn comes
+        for repeat, split in enumerate(splits):
+            train, episodes = check_split(split, tasks)
+            data = SplitData.make(tasks, train, episodes, classification, names)
+            seed = int(rng.randint(2**31 - 1))
+            for some in [{name: estimator}, *families(methods)]:
+                yield delayed(run)(repeat, data, seed, some)
+
+    done = Parallel(n_jobs=n_jobs)(jobs())
+    if not done:
+        raise ValueError("splits is empty: give at least one (train, episodes) pair.")
+    scores = pandas.DataFrame([row for rows in done for row in rows])
+    scores["task"] = tasks.ids[scores["task"].to_numpy()]
+    return scores if per_task else summarize_comparison(scores, name)
+
+
+def summarize_comparison(scores: Any, estimator: str) -> Any:
+    """Make the table of `compare_baselines` from the scores of single tasks.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        As `compare_baselines` returns it with ``per_task=True``; frames of several calls may be
+        concatenated, as long as their repeats have numbers of their own.
+    estimator : str
+        Name of the method to compare the others with.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        As `compare_baselines` returns it.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from sklearn_maml.evaluation import summarize_comparison
+    >>> scores = pd.DataFrame({
+    ...     "repeat": 0, "n_shots": 5, "task": ["a", "b", "a", "b"],
+    ...     "method": ["ours", "ours", "ridge", "ridge"], "rmse": [0.5, 0.7, 0.8, 1.2],
+    ...     "fit_seconds": [9.0, 9.0, 0.1, 0.1],
+    ... })
+    >>> table = summarize_comparison(scores, "ours")
+    >>> float(table.loc[(5, "ridge"), "difference"].round(3))
+    0.4
+    """
+    pandas = _pandas()
+    metric = "rmse" if "rmse" in scores else "accuracy"
+    sign = -1 if metric == "accuracy" else 1
+    known = scores["method"].unique().tolist()
+    if estimator not in known:
+        raise ValueError(
+            f"There are no scores of {estimator!r}.{did_you_mean(estimator, known)} Got scores of "
+            f"{known}."
+        )
+    parts = []
+    for k, of_k in scores.groupby("n_shots"):
+        # (n_tasks, n_methods)
+        wide = of_k.pivot_table(index="task", columns="method", values=metric, dropna=False)
+        n = len(wide)
+        paired = wide.sub(wide[estimator], axis=0)
+        part = pandas.DataFrame({metric: wide.mean()})
+        part["std_error"] = wide.std(ddof=1) / math.sqrt(n)
+        if "log_loss" in of_k:
+            part["log_loss"] = (
+                of_k.pivot_table(index="task", columns="method", values="log_loss", dropna=False)
+            ).mean()
+        part["difference"] = paired.mean()
+        part["difference_se"] = paired.std(ddof=1) / math.sqrt(n)
+        wins = (np.sign(sign * paired) + 1) / 2
+        part["estimator_wins"] = wins.mean()
+        part.loc[estimator, "estimator_wins"] = np.nan
+        once = of_k.drop_duplicates(["repeat", "method"])
+        part["fit_seconds"] = once.groupby("method")["fit_seconds"].mean()
+        best = (sign * part[metric]).idxmin()
+        behind = wide.sub(wide[best], axis=0)
+        error = behind.std(ddof=1) / math.sqrt(n)
+        tied = behind.mean().abs() < 2 * error
+        part["best"] = np.where(tied.reindex(part.index), "tied", "")
+        part.loc[best, "best"] = "best"
+        part = part.sort_values(metric, ascending=sign > 0, kind="stable")
+        part.index = pandas.MultiIndex.from_product([[k], part.index], names=["n_shots", "method"])
+        parts.append(part)
+    return pandas.concat(parts)
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "compare_baselines returns a pandas.DataFrame, and pandas is not installed. Install "
+            "it with pip install 'sklearn-maml[compare]'."
+        ) from error
+    return pandas
+
+
+def _meta_learner(estimator: Any, y: Any, X: Any) -> tuple[Any, BaseMAML]:
+    """Return the estimator to clone and the MAML estimator inside."""
+    if estimator is None:
+        if y is None:
+            first = X[0] if isinstance(X, (list, tuple)) and len(X) else (None, [])
+            y = first[1] if len(first) > 1 else []
+        numbers_ = np.asarray(y).dtype.kind in "iuf"
+        estimator = MAMLRegressor() if numbers_ else MAMLClassifier()
+    if isinstance(estimator, type):
+        raise TypeError(
+            f"estimator is the class {estimator.__name__}; expected an instance: "
+            f"{estimator.__name__}()."
+        )
+    maml = maml_inside(estimator)
+    if maml is None:
+        raise TypeError(
+            "estimator must be a MAMLRegressor, a MAMLClassifier, or a pipeline or search that "
+            f"ends in one; got {type(estimator).__name__}. Other estimators can be among the "
+            "baselines: baselines={'name': estimator}."
+        )
+    if getattr(maml, "n_ways", None) is not None:
+        raise ValueError(
+            f"compare_baselines needs labels that are shared by the tasks (n_ways=None), but "
+            f"n_ways={maml.n_ways}: labels that mean something inside an episode only leave "
+            "nothing to pool. Score such a model with task_scores, and an estimator of single "
+            "tasks on the same rows."
+        )
+    return estimator, maml
+
+
+def _check_targets(tasks: TaskCollection, classification: bool) -> None:
+    if tasks.spelling == "single":
+        raise ValueError(
+            "compare_baselines got no task information. Pass groups (the task id of each row), a "
+            "list of (X, y) tasks, or set task_column."
+        )
+    if not classification and tasks.y.reshape(len(tasks.y), -1).shape[1] != 1:
+        raise ValueError(
+            f"compare_baselines compares one target at a time; y has {tasks.y.shape[1]} columns. "
+            "Call it with each of them."
+        )
+    needed = MIN_TRAINING_TASKS + MIN_HELD_OUT_TASKS
+    if tasks.n_tasks < needed:
+        raise ValueError(
+            f"compare_baselines needs at least {needed} tasks, to train on some and to hold others "
+            f"out; got {tasks.n_tasks}."
+        )
+
+
+def _check_shots(n_shots: Any) -> tuple[int, ...]:
+    given = [n_shots] if isinstance(n_shots, numbers.Number) else list(n_shots)
+    if not given:
+        raise ValueError("n_shots is empty: give at least one number of support rows.")
+    return tuple(sorted({check_count("n_shots", k) for k in given}))
+
+
+def _n_held_out(n_tasks: int, test_size: Any) -> int:
+    most = n_tasks - MIN_TRAINING_TASKS
+    if is_integer(test_size):
+        held = int(test_size)
+    elif is_number(test_size) and 0 < test_size < 1:
+        held = min(max(round(float(test_size) * n_tasks), MIN_HELD_OUT_TASKS), most)
+    else:
+        raise ValueError(
+            f"test_size must be a fraction between 0 and 1 or a number of tasks; got {test_size!r}."
+        )
+    if not MIN_HELD_OUT_TASKS <= held <= most:
+        raise ValueError(
+            f"test_size={test_size!r} of {n_tasks} tasks holds out {held}; expected "
+            f"{MIN_HELD_OUT_TASKS} to {most}, so that {MIN_TRAINING_TASKS} are left to train on."
+        )
+    return held

@@ -1,0 +1,138 @@
+"""What every score of adapted tasks does: find the model, adapt to splits, apply a scorer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from sklearn.base import is_classifier
+from sklearn.pipeline import Pipeline
+
+from sklearn_maml._base import BaseMAML, find_prior, transform_rows
+from sklearn_maml._validation import is_integer
+
+
+def find_maml(estimator: Any) -> BaseMAML:
+    """Find the MAML estimator inside a model; a TypeError says that there is none."""
+    model = find_prior(estimator)
+    while isinstance(model, Pipeline):
+        model = find_prior(model.steps[-1][1])
+    assert isinstance(model, BaseMAML)
+    return model
+
+
+def open_model(estimator: Any, X: Any) -> tuple[Any, Any]:
+    """Return the MAML estimator inside a model, and rows as it sees them."""
+    model = find_prior(estimator)
+    if isinstance(model, Pipeline):
+        X = transform_rows(model, X)
+    return find_maml(model), X
+
+
+def default_scoring(maml: BaseMAML) -> str:
+    """Name of the scorer of `scoring=None`."""
+    return "accuracy" if is_classifier(maml) else "neg_root_mean_squared_error"
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a positive integer, or say that it is none."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    return int(value)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are neither None nor positive integers."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def score_tasks(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    groups: Any,
+    n_shots: int | None,
+    n_repeats: int,
+    random_state: Any,
+    steps: tuple[int | None, ...],
+) -> tuple[Any, Any]:
+    """Adapt to support splits of each task; return the MAML estimator and what was adapted."""
+    maml, X = open_model(estimator, X)
+    scored = maml._split_and_adapt(
+        X,
+        y,
+        groups,
+        n_shots=n_shots,
+        n_repeats=n_repeats,
+        random_state=random_state,
+        steps=steps,
+    )
+    return maml, scored
+
+
+def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) -> float:
+    """Apply a scorer to the query rows in `mask`, as if one estimator had predicted them all."""
+    rows, codes = scored.rows[mask], scored.codes[mask]
+    X, y = maml._reshape(scored.tasks.X[rows]), scored.tasks.y[rows]
+    local = state.slots is not None and (state.slots != state.slots[codes[0]])[codes].any()
+    if local:
+        # labels that mean something inside their task only are scored by their rank in it
+        y = (state.labels[state.slots[codes]] == y[:, None]).argmax(1)
+    kind = _ClassPredictor if is_classifier(maml) else _Predictor
+    score: float = scorer(kind(maml, state, codes, local), X, y)
+    return score
+
+
+class _Predictor:
+    """Stands for the adapted tasks before a scorer: predicts each row by its own task.
+
+    With `local`, classes are ranks among the labels of a task, as its outputs are.
+    """
+
+    def __init__(self, maml: Any, state: Any, codes: np.ndarray, local: bool) -> None:
+        self._maml = maml
+        self._codes = codes
+        if is_classifier(maml):
+            self.classes_ = maml.classes_
+            if state.slots is not None:
+                slots = state.slots[codes]
+                n_classes = int((slots >= 0).any(0).sum())
+                self.classes_ = np.arange(n_classes)
+                if not local:
+                    self.classes_ = state.labels[slots[0, :n_classes]]
+                # each task's outputs as columns of their own, whatever the labels are called
+                ranks = np.where(state.slots >= 0, np.arange(state.slots.shape[1]), -1)
+                state = dataclasses.replace(state, labels=self.classes_, slots=ranks)
+        self._state = state
+
+    def fit(self, X: Any, y: Any = None) -> _Predictor:
+        """Do nothing: scikit-learn's scorers ask for a `fit`."""
+        return self
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Predict each row with the parameters of its task."""
+        predicted: np.ndarray = self._maml._decide(self._state, X, self._codes)
+        return predicted
+
+    def __sklearn_tags__(self) -> Any:
+        return self._maml.__sklearn_tags__()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+class _ClassPredictor(_Predictor):
+    """Stands for adapted classifiers; scikit-learn's scorers go by the names of its methods."""
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        """Return class probabilities of each row under the parameters of its task."""
+        p: np.ndarray = self._maml._probabilities(self._state, X, self._codes)
+        return p
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Return logits of each row under the parameters of its task."""
+        scores: np.ndarray = self._maml._decision(self._state, X, self._codes)
+        return scores
