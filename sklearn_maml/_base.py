@@ -1132,7 +1132,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _adapted_state(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int | None = None
     ) -> State:
-        """Adapt to every task of a collection; `steps` None is what `adapt` does."""
+        """Adapt to every task of a collection; `steps` None is what `adapt` does, 0 nothing."""
         self._check_features(tasks.X)
         targets, extra = self._encode_support(tasks, sample_weight)
         ids = None if tasks.spelling == "single" else tasks.ids
@@ -1142,14 +1142,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return State(self._learn(support, steps), ids, **extra)
 
     def _learn(self, support: Support, steps: int | None) -> Adapted:
-        """Adapt each learner that has a share; for a number of steps, gradient steps alone."""
+        """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
         share = self.learner_weights_.get(GRADIENT_STEPS, 0.0)
-        if steps is not None or share == 1:
+        if share == 1:
             return self._steps_adapted(support, steps)
-        head = self._condition(support)
-        if share == 0:
-            return head
-        return self._mixed(head, self._steps_adapted(support, None))
+        head = self._condition(support, prior=steps == 0)
+        return head if share == 0 else self._mixed(head, self._steps_adapted(support, steps))
 
     def _steps_adapted(self, support: Support, steps: int | None) -> Adapted:
         learner = GradientSteps(
@@ -1168,14 +1166,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _running(self) -> Running:
         return Running(self.batch_norm, self.max_tasks_in_memory, self.device_)
 
-    def _condition(self, support: Support) -> Conditioned:
-        """Adapt in closed form."""
+    def _condition(self, support: Support, prior: bool) -> Conditioned:
+        """Adapt in closed form; `prior` leaves the support rows out."""
         y = support.y
         y = np.eye(self._n_module_outputs())[y] if self._classification else y.reshape(len(y), -1)
+        make = Conditioned.prior if prior else Conditioned.on
         with one_thread():
-            return Conditioned.on(
-                self._learner.head, self._calibrated(), dataclasses.replace(support, y=y)
-            )
+            return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
 
     def _check_features(self, X: np.ndarray) -> None:
         if X.shape[1:] != self.feature_shape_:

@@ -21,6 +21,8 @@ from sklearn_maml.inspection.shared import (
     axes,
     check_steps,
     open_copy,
+    share_of_steps,
+    shares_in_words,
 )
 
 CURVES = [BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -47,6 +49,9 @@ class AdaptationCurveDisplay:
         What the columns of `scores` are: "tasks", or the "episodes" or "splits" of a single one.
     estimator_name : str, default=None
         Name of the model in the legend.
+    learners : str, default=None
+        Which learners predict, where they are not gradient steps alone: the steps of their part
+        change along the curve, and 0 is before any of them has adapted.
 
     Attributes
     ----------
@@ -91,6 +96,7 @@ class AdaptationCurveDisplay:
         score_name: str,
         unit: str = "tasks",
         estimator_name: str | None = None,
+        learners: str | None = None,
     ) -> None:
         self.steps = steps
         self.scores = scores
@@ -98,6 +104,7 @@ class AdaptationCurveDisplay:
         self.score_name = score_name
         self.unit = unit
         self.estimator_name = estimator_name
+        self.learners = learners
 
     @classmethod
     def from_estimator(
@@ -154,7 +161,7 @@ class AdaptationCurveDisplay:
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         maml, X = open_copy(estimator, X)
-        trained = _trained_steps(maml)
+        trained = _trained_steps(maml) if share_of_steps(maml) else None
         numbers_of_steps = check_steps(
             _steps_around(trained or maml._n_adapt_steps()) if steps is None else steps
         )
@@ -174,6 +181,7 @@ class AdaptationCurveDisplay:
             score_name=shown.name,
             unit=units.word,
             estimator_name=name,
+            learners=shares_in_words(maml),
         )
         return display.plot(ax=ax, line_kw=line_kw, band_kw=band_kw)
 
@@ -207,6 +215,7 @@ class AdaptationCurveDisplay:
         name = self.estimator_name if name is None else name
         n = self.scores.shape[1]
         label = f"mean of {n} {self.unit}, 95 % interval" if n > 1 else f"one of the {self.unit}"
+        label = label if self.learners is None else f"{label} ({self.learners})"
         label = label if name is None else f"{name}: {label}"
         # several models may share the axes
         curves = sum(line.get_gid() == "adaptation curve" for line in self.ax_.lines)

@@ -28,7 +28,7 @@ class FewShotFitDisplay:
     grid : ndarray of shape (n_points,)
         Values of the feature.
     steps : int ndarray of shape (n_curves,)
-        Numbers of inner steps; 0 is the initialisation.
+        Numbers of inner steps; 0 is before adaptation.
     curves : ndarray of shape (n_tasks, n_curves, n_points)
         Predictions after each of them.
     support : list of (ndarray, ndarray)
@@ -37,6 +37,8 @@ class FewShotFitDisplay:
         Task ids; None for one task without an id.
     feature_name, target_name : str
         Labels of the axes.
+    learners : str or None
+        Which learners predict, where they are not gradient steps alone.
 
     Attributes
     ----------
@@ -73,6 +75,7 @@ class FewShotFitDisplay:
         tasks: np.ndarray | None = None,
         feature_name: str = "Feature",
         target_name: str = "Target",
+        learners: str | None = None,
     ) -> None:
         self.grid = grid
         self.steps = steps
@@ -81,6 +84,7 @@ class FewShotFitDisplay:
         self.tasks = tasks
         self.feature_name = feature_name
         self.target_name = target_name
+        self.learners = learners
 
     @classmethod
     def from_estimator(
@@ -109,7 +113,8 @@ class FewShotFitDisplay:
             Values of the feature to draw the curves at; None covers the support rows and a little
             more.
         steps : iterable of int, default=None
-            Numbers of inner steps; None takes 0 (the initialisation), 1 and those of `adapt`.
+            Numbers of inner steps; None takes 0 (before adaptation), 1 and those of `adapt`. Where
+            gradient steps have no share of predictions, all but 0 give one curve.
         ax : matplotlib Axes or array of them, default=None
             Axes to draw on, one for each task; None makes a figure.
 
@@ -152,7 +157,8 @@ class FewShotFitDisplay:
                 f"{tasks.n_tasks}. Pass the support rows of fewer tasks."
             )
         if steps is None:
-            steps = {0, 1, maml._n_adapt_steps()}
+            last = maml._n_adapt_steps()
+            steps = {0, 1, last} if share_of_steps(maml) else {0, max(last, 1)}
         numbers_of_steps = check_steps(steps)
         if grid is None:
             margin = 0.1 * (np.ptp(values) or 1.0)
@@ -182,6 +188,7 @@ class FewShotFitDisplay:
             tasks=None if tasks.spelling == "single" else tasks.ids,
             feature_name=str(names[0]),
             target_name=str(getattr(y_support, "name", None) or "Target"),
+            learners=shares_in_words(maml),
         )
         return display.plot(ax=ax)
 
@@ -218,7 +225,7 @@ class FewShotFitDisplay:
                     color=colors[k],
                     ls="--" if start else "-",
                     lw=1.2 if start else 1.8,
-                    label="initialisation" if start else f"{n} step{'s' if n > 1 else ''}",
+                    label=self._label(n),
                 )
             self.points_.append(
                 ax.scatter(*self.support[j], s=28, color=BLACK, zorder=3, label="support rows")
@@ -236,6 +243,14 @@ class FewShotFitDisplay:
         else:
             self.ax_.legend()
         return self
+
+    def _label(self, n: int) -> str:
+        """Name a curve."""
+        if self.learners is None:
+            return f"{n} step{'s' if n > 1 else ''}" if n else "initialisation"
+        if n == 0:
+            return "before adaptation"
+        return f"{n} steps ({self.learners})" if "steps" in self.learners else self.learners
 
 
 def _side_by_side(ax: Any, n_tasks: int, caller: str) -> tuple[np.ndarray, int]:

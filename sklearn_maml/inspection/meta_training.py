@@ -10,7 +10,16 @@ from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml.evaluation.scoring import find_maml
-from sklearn_maml.inspection.shared import BLACK, BLUE, GREY, NAMED_TASKS, RED, asks_for_log, axes
+from sklearn_maml.inspection.shared import (
+    BLACK,
+    BLUE,
+    GREY,
+    NAMED_TASKS,
+    RED,
+    asks_for_log,
+    axes,
+    shares_in_words,
+)
 
 
 class MetaTrainingDisplay:
@@ -32,6 +41,11 @@ class MetaTrainingDisplay:
         Epoch whose parameters were kept, counted from 0; None: those of the last.
     loss_name : str, default="Query loss"
         What the losses are.
+    steps_valid_loss : ndarray of shape (n_epochs,), default=None
+        Query loss of held-out tasks after gradient steps, where they are trained beside a Gaussian
+        head; NaN from where they were given up.
+    learners : str, default=None
+        Which learners predict, where they are not gradient steps alone.
 
     Attributes
     ----------
@@ -41,6 +55,8 @@ class MetaTrainingDisplay:
         Its figure.
     train_line_, valid_line_, before_line_ : matplotlib Line2D or None
         The losses; None for those that there are not.
+    steps_line_ : matplotlib Line2D or None
+        The loss of gradient steps beside a Gaussian head.
     kept_line_ : matplotlib Line2D or None
         Marks the epoch that was kept.
     skipped_ : matplotlib PathCollection or None
@@ -67,6 +83,8 @@ class MetaTrainingDisplay:
         non_finite: np.ndarray | None = None,
         kept: int | None = None,
         loss_name: str = "Query loss",
+        steps_valid_loss: np.ndarray | None = None,
+        learners: str | None = None,
     ) -> None:
         self.n_updates = n_updates
         self.train_loss = train_loss
@@ -75,6 +93,8 @@ class MetaTrainingDisplay:
         self.non_finite = non_finite
         self.kept = kept
         self.loss_name = loss_name
+        self.steps_valid_loss = steps_valid_loss
+        self.learners = learners
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> MetaTrainingDisplay:
@@ -108,6 +128,8 @@ class MetaTrainingDisplay:
             own = np.where(n_updates > maml.net_.first_update_, valid, np.nan)
             if np.isfinite(own).any():
                 kept = int(np.nanargmin(own))
+        # until they are given up
+        of_steps = column("steps_valid_loss")
         loss = "cross-entropy" if is_classifier(maml) else "mean squared error"
         standardised = getattr(maml, "normalize_y", False)
         display = cls(
@@ -118,6 +140,8 @@ class MetaTrainingDisplay:
             non_finite=np.nan_to_num(column("non_finite")).astype(int),
             kept=kept,
             loss_name=f"Query loss ({loss}{', standardised targets' if standardised else ''})",
+            steps_valid_loss=of_steps if np.isfinite(of_steps).any() else None,
+            learners=shares_in_words(maml),
         )
         return display.plot(ax=ax)
 
@@ -156,6 +180,17 @@ class MetaTrainingDisplay:
                 label="held-out tasks, before adaptation",
                 **few,
             )
+        self.steps_line_ = None
+        if self.steps_valid_loss is not None:
+            (self.steps_line_,) = ax.plot(
+                self.n_updates,
+                self.steps_valid_loss,
+                color=RED,
+                label="held-out tasks, gradient steps",
+                **few,
+            )
+        if self.learners is not None:
+            ax.set_title(f"Predictions: {self.learners}", fontsize="medium")
         if self.kept is not None:
             at = int(self.n_updates[self.kept])
             self.kept_line_ = ax.axvline(

@@ -119,12 +119,11 @@ def class_permutation_audit(
     truth = rank_of[codes, np.searchsorted(labels, scored.tasks.y[rows])]
     query = maml._reshape(scored.tasks.X[rows])
     n_query = np.bincount(codes)
-    steps = maml._n_adapt_steps()
     accuracy = np.empty((support.n_tasks, len(permutations)))
     total = np.zeros((len(rows), n_ways))
     for k, permutation in enumerate(permutations):
         # labels in another order: `adapt` puts sorted labels to outputs
-        state = maml._adapted_state(support.with_y(permutation[ranks]), None, steps)
+        state = maml._adapted_state(support.with_y(permutation[ranks]), None)
         logits, slots = maml._logits(state, query, codes)
         assert state.labels is not None
         predicted = state.labels[slots[np.arange(len(rows)), logits.argmax(1)]]

@@ -13,6 +13,7 @@ from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn_maml._base import BaseMAML, Scored, State
 from sklearn_maml._validation import is_integer
 from sklearn_maml.evaluation.scoring import apply_scorer, default_scoring, open_model
+from sklearn_maml.learners.plan import GRADIENT_STEPS
 
 # told apart by all kinds of colour vision (Okabe & Ito)
 BLUE, RED, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#000000"
@@ -91,3 +92,16 @@ def axes(ax: Any, caller: str) -> Any:
 
         _, ax = plt.subplots(layout="constrained")
     return ax
+
+
+def share_of_steps(maml: BaseMAML) -> float:
+    """Share of gradient steps in predictions."""
+    return maml.learner_weights_.get(GRADIENT_STEPS, 0.0)
+
+
+def shares_in_words(maml: BaseMAML) -> str | None:
+    """Return which learners predict, where gradient steps do not alone."""
+    if share_of_steps(maml) == 1:
+        return None
+    parts = [f"{name.replace('-', ' ')} {w:.0%}" for name, w in maml.learner_weights_.items() if w]
+    return " + ".join(parts)

@@ -419,8 +419,8 @@ class HeadFunctions:
 
     def _of_tasks(self, X: Tensor) -> tuple[Tensor, Tensor]:
         prior, S = self.columns(X.flatten(0, 1))
-        shape = (len(S), *X.shape[:2], -1)
-        return prior.view(shape), S.reshape(shape)
+        shape = (len(S), *X.shape[:2])
+        return prior.reshape(*shape, prior.shape[-1]), S.reshape(*shape, S.shape[-1])
 
     def query(
         self, X: Tensor, given: Posterior, variance: bool = True
@@ -541,6 +541,12 @@ class Conditioned(Adapted):
         np.maximum.at(high, support.codes, y)
         beyond = MARGIN * (high - low)
         return cls(head, calibration, shift, low - beyond, high + beyond, support)
+
+    @classmethod
+    def prior(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
+        """Tasks without any labelled rows: population predictions."""
+        y = np.empty((0, head.n_outputs))
+        return cls.on(head, calibration, Support(like.X[:0], y, like.codes[:0], like.n_tasks))
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
