@@ -25,7 +25,13 @@ from sklearn_maml._baselines import Episode, TrainingTasks
 from sklearn_maml.comparison import summarize_comparison
 from sklearn_maml.datasets import SinusoidTasks
 
-SMALL = {"hidden_layer_sizes": 8, "steps": 2, "max_iter": 20, "random_state": 0}
+SMALL = {
+    "hidden_layer_sizes": 8,
+    "update_rule": "sgd",
+    "steps": 2,
+    "max_iter": 20,
+    "random_state": 0,
+}
 REG = MAMLRegressor(**SMALL)
 CLF = MAMLClassifier(n_shots=1, **SMALL)
 
