@@ -112,6 +112,10 @@ bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchma
 	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
 
+.PHONY: bench-gate
+bench-gate: $(STAMP) ## compare the speed with that of another checkout: ARGS="--against FOLDER"
+	@$(BIN)/python benchmarks/gate.py $(ARGS)
+
 .PHONY: bench-tabular
 bench-tabular: $(STAMP) ## real collections against baselines (slow); ARGS="--data FOLDER" for all
 	@$(BIN)/python benchmarks/tabular.py $(ARGS)

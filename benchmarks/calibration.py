@@ -23,7 +23,7 @@ from sklearn_maml import MAMLClassifier, MAMLRegressor
 N_BINS = 10
 CLASSIFIERS = {
     "default": {},
-    "gradient steps, not calibrated": {"alpha": 0.03, "steps": 5},
+    "gradient steps, not calibrated": {"update_rule": "sgd", "alpha": 0.03, "steps": 5},
 }
 
 

@@ -79,6 +79,7 @@ def sinusoid(methods: list[str], all_shots: list[int], updates: int | None, seed
         for name in methods:
             settings: dict[str, Any] = {
                 "hidden_layer_sizes": (40, 40),
+                "update_rule": "sgd",
                 "steps": 1,
                 "alpha": 0.01,
                 "max_iter": 70_000,

@@ -93,6 +93,7 @@ class LibraryStep:
         from sklearn_maml.episodes import EpisodeBatch, Rows
 
         settings: dict[str, Any] = {
+            "update_rule": "sgd",
             "module": module,
             "alpha": alpha,
             "beta": 1e-3,

@@ -54,6 +54,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def run(meta_gradient: str, updates: int, shots: int, seed: int, options: dict[str, Any]) -> None:
     """Meta-train once and print a row."""
     settings = {
+        "update_rule": "sgd",
         "steps": 1,
         "alpha": 0.01,
         "max_iter": updates,

@@ -118,6 +118,7 @@ def run_ours(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> 
 
     settings: dict[str, Any] = {
         "hidden_layer_sizes": workload.hidden,
+        "update_rule": "sgd",
         "alpha": workload.alpha,
         "beta": 1e-3,
         "beta_decay": 0.0,

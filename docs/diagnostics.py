@@ -29,7 +29,7 @@ def save(display, name):
 def main():
     sklearn.set_config(enable_metadata_routing=True)
     X, y, task = make_sinusoid_tasks(n_tasks=500, n_rows=30, random_state=0)
-    sines = MAMLRegressor(alpha=0.01, steps=1, max_iter=2000, random_state=0)
+    sines = MAMLRegressor(update_rule="sgd", alpha=0.01, steps=1, max_iter=2000, random_state=0)
     sines.fit(X, y, groups=task)
     save(MetaTrainingDisplay.from_estimator(sines), "meta_training")
     X, y, _ = make_sinusoid_tasks(n_tasks=1, n_rows=10, random_state=1)
@@ -49,7 +49,9 @@ def main():
     X, y = load_omniglot(return_X_y=True)
     classes = np.unique(y)
     known = np.isin(y, classes[: int(0.7 * len(classes))])
-    clf = MAMLClassifier(n_ways=5, n_shots=1, n_queries=10, alpha=0.1, random_state=0)
+    clf = MAMLClassifier(
+        n_ways=5, n_shots=1, n_queries=10, update_rule="sgd", alpha=0.1, random_state=0
+    )
     clf.fit(X[known], y[known])
     audit = class_permutation_audit(clf, X[~known], y[~known], n_permutations=120)
     print({name: round(audit[name], 3) for name in ("mean", "worst", "best", "std", "ensemble")})

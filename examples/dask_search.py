@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     X, y, task = make_sinusoid_tasks(n_tasks=100, n_rows=20, random_state=0)
     X = np.column_stack([X, task])
     search = GridSearchCV(
-        MAMLRegressor(task_column=1, max_iter=30, random_state=0),
+        MAMLRegressor(task_column=1, update_rule="sgd", max_iter=30, random_state=0),
         {"alpha": [0.01, 0.1], "steps": [1, 5]},
         cv=GroupKFold(3),
     )

@@ -281,6 +281,7 @@ def characters(fast: bool) -> dict[str, Any]:
         "(log loss after adaptation)"
     )
     settings: dict[str, Any] = {
+        "update_rule": "sgd",
         "module": ConvNet,
         "n_ways": N_WAYS,
         "n_shots": 1,

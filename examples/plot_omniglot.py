@@ -59,6 +59,7 @@ class ConvNet(nn.Module):
 
 
 clf = MAMLClassifier(
+    update_rule="sgd",
     module=ConvNet,
     n_ways=5,
     n_shots=1,

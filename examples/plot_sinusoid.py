@@ -39,7 +39,7 @@ X_new, y_new, new_task = make_sinusoid_tasks(n_tasks=300, n_rows=110, random_sta
 # meta-gradients, and *first order*, which takes the inner gradient for a constant.
 #
 # *Defaults*: what `MAMLRegressor` does when nothing is said.
-setting = {"alpha": 0.01, "n_shots": 10, "max_iter": 3000, "random_state": 0}
+setting = {"update_rule": "sgd", "alpha": 0.01, "n_shots": 10, "max_iter": 3000, "random_state": 0}
 models = {
     "pooled, fine-tuned": MAMLRegressor(steps=0, **setting),
     "first order": MAMLRegressor(steps=1, meta_gradient="first-order", **setting),

@@ -233,7 +233,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.datasets import make_sinusoid_tasks
     >>> X, y, task = make_sinusoid_tasks(n_tasks=200, n_rows=20, random_state=0)
-    >>> reg = MAMLRegressor(alpha=0.01, steps=1, max_iter=200, random_state=0)
+    >>> reg = MAMLRegressor(update_rule="sgd", alpha=0.01, steps=1, max_iter=200, random_state=0)
     >>> reg = reg.fit(X, y, groups=task)
     >>> X_new, y_new, _ = make_sinusoid_tasks(n_tasks=1, n_rows=20, random_state=1)
     >>> reg.adapt(X_new[:10], y_new[:10]).predict(X_new[10:]).shape

@@ -274,9 +274,9 @@ class SecondOrder(_Unrolled):
     --------
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.meta_gradients import SecondOrder
-    >>> MAMLRegressor(meta_gradient=SecondOrder()).meta_gradient
+    >>> MAMLRegressor(update_rule="sgd", meta_gradient=SecondOrder()).meta_gradient
     SecondOrder()
-    >>> reg = MAMLRegressor(meta_gradient__first_order_updates=50)
+    >>> reg = MAMLRegressor(update_rule="sgd", meta_gradient__first_order_updates=50)
     """
 
     order = 2
@@ -311,7 +311,7 @@ class FirstOrder(_Unrolled):
     --------
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.meta_gradients import FirstOrder
-    >>> MAMLRegressor(meta_gradient=FirstOrder()).meta_gradient
+    >>> MAMLRegressor(update_rule="sgd", meta_gradient=FirstOrder()).meta_gradient
     FirstOrder()
     """
 
@@ -370,9 +370,9 @@ class Implicit(MetaGradient):
     --------
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.meta_gradients import Implicit
-    >>> MAMLRegressor(meta_gradient=Implicit(lam=1.0)).meta_gradient
+    >>> MAMLRegressor(update_rule="sgd", meta_gradient=Implicit(lam=1.0)).meta_gradient
     Implicit(lam=1.0)
-    >>> reg = MAMLRegressor(meta_gradient="implicit", meta_gradient__lam=1.0)
+    >>> reg = MAMLRegressor(update_rule="sgd", meta_gradient="implicit", meta_gradient__lam=1.0)
     """
 
     order = 0
@@ -553,9 +553,11 @@ class Reptile(MetaGradient):
     --------
     >>> from sklearn_maml import MAMLRegressor
     >>> from sklearn_maml.meta_gradients import Reptile
-    >>> MAMLRegressor(meta_gradient=Reptile(batch_size=10)).meta_gradient
+    >>> MAMLRegressor(update_rule="sgd", meta_gradient=Reptile(batch_size=10)).meta_gradient
     Reptile(batch_size=10)
-    >>> reg = MAMLRegressor(meta_gradient="reptile", meta_gradient__step_size=0.5)
+    >>> reg = MAMLRegressor(
+    ...     update_rule="sgd", meta_gradient="reptile", meta_gradient__step_size=0.5
+    ... )
     """
 
     order = 0

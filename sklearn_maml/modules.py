@@ -82,8 +82,8 @@ class ContextMLP(nn.Module):
     >>> from sklearn_maml.modules import ContextMLP
     >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
     >>> reg = MAMLRegressor(
-    ...     module=ContextMLP, module__n_context=5, adapted="context", alpha=1.0, steps=2,
-    ...     max_iter=10, random_state=0,
+    ...     update_rule="sgd", module=ContextMLP, module__n_context=5, adapted="context", alpha=1.0,
+    ...     steps=2, max_iter=10, random_state=0,
     ... ).fit(X, y, groups=task)
     >>> reg.module_.context.shape
     torch.Size([5])

@@ -22,6 +22,7 @@ from sklearn_maml.exceptions import InterruptedFitWarning
 
 SETTINGS = {
     "hidden_layer_sizes": (8,),
+    "update_rule": "sgd",
     "steps": 2,
     "alpha": 0.05,
     "meta_batch_size": 5,

@@ -66,6 +66,7 @@ N_TASKS, N_ROWS, N_FEATURES = 6, 6, 2
 N_TASKS_POSTERIOR = 12
 SMALL: dict[str, Any] = {
     "hidden_layer_sizes": (4,),
+    "update_rule": "sgd",
     "steps": 1,
     "max_iter": 2,
     "meta_batch_size": 3,

@@ -47,7 +47,13 @@ Y = rng.normal(size=36)
 G = np.repeat(np.arange(6), 6)
 C = np.tile([0, 1, 2], 12)
 FRAME = pd.DataFrame(X, columns=["a", "b"])
-SMALL = {"hidden_layer_sizes": (4,), "steps": 1, "max_iter": 3, "random_state": 0}
+SMALL = {
+    "hidden_layer_sizes": (4,),
+    "update_rule": "sgd",
+    "steps": 1,
+    "max_iter": 3,
+    "random_state": 0,
+}
 
 
 def regressor(**params):
@@ -962,6 +968,7 @@ def test_a_failing_warm_start_leaves_the_estimator_as_it_was(grenade):
 
 FLAT = {
     "hidden_layer_sizes": (),
+    "update_rule": "sgd",
     "steps": 5,
     "early_stopping": False,
     "normalize_y": False,
@@ -1080,7 +1087,7 @@ def test_the_warning_comes_again_in_the_next_fit():
 def test_a_diverging_task_leaves_the_others_intact():
     for hidden in ((), (4,)):
         params = {**FLAT, "hidden_layer_sizes": hidden}
-        reg = MAMLRegressor(alpha=0.1, max_iter=10, **params).fit(X, Y, groups=G)
+        reg = MAMLRegressor(update_rule="sgd", alpha=0.1, max_iter=10, **params).fit(X, Y, groups=G)
         support = X.copy()
         support[G == 3] *= 1e80
         with pytest.warns(

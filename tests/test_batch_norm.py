@@ -445,7 +445,13 @@ def tasks(seed=0, n_tasks=6, n_rows=12):
 
 def fitted(estimator=MAMLRegressor, **params):
     X, y, groups = tasks()
-    options = {"module": make_net(estimator), "max_iter": 5, "steps": 2, "alpha": 0.1}
+    options = {
+        "update_rule": "sgd",
+        "module": make_net(estimator),
+        "max_iter": 5,
+        "steps": 2,
+        "alpha": 0.1,
+    }
     model = estimator(**{**options, "early_stopping": False, "random_state": 0, **params})
     return model.fit(X, y if estimator is MAMLRegressor else (y > 0).astype(int), groups=groups)
 

@@ -28,7 +28,13 @@ from sklearn_maml.evaluation.baselines.hierarchical import (
 from sklearn_maml.evaluation.baselines.pooled import Pooled, ResidualProcess, ShrunkIntercept
 from sklearn_maml.evaluation.baselines.registry import CLASSIFICATION, REGRESSION
 
-SMALL = {"hidden_layer_sizes": 8, "steps": 2, "max_iter": 20, "random_state": 0}
+SMALL = {
+    "hidden_layer_sizes": 8,
+    "update_rule": "sgd",
+    "steps": 2,
+    "max_iter": 20,
+    "random_state": 0,
+}
 REG = MAMLRegressor(**SMALL)
 CLF = MAMLClassifier(n_shots=1, **SMALL)
 

@@ -49,6 +49,7 @@ LABELS = np.array(["hop", "run", "sit"])
 SMALL = {
     "hidden_layer_sizes": (8,),
     "activation": "tanh",
+    "update_rule": "sgd",
     "alpha": 0.1,
     "steps": 2,
     "meta_batch_size": 4,
@@ -228,7 +229,7 @@ def test_the_calls_of_the_contract_work_as_written():
     X_s, y_s, g_s = X_new[::2], y_new[::2], g_new[::2]
     X_q, g_q = X_new[1::2], g_new[1::2]
 
-    reg = MAMLRegressor(alpha=0.01, beta=1e-3, steps=1, random_state=0)
+    reg = MAMLRegressor(update_rule="sgd", alpha=0.01, beta=1e-3, steps=1, random_state=0)
     reg.set_params(max_iter=5)
     assert reg.fit(X, y, groups=task_id) is reg
     assert reg.adapt(X_support, y_support) is reg
@@ -1035,7 +1036,7 @@ def test_adapt_never_changes_what_was_meta_learned(module, kind, fitted):
 
 def test_adapt_does_not_change_learned_rates():
     X, y, groups = tasks_of("regression")
-    reg = MAMLRegressor(**SMALL, update_rule="meta-sgd").fit(X, y, groups=groups)
+    reg = MAMLRegressor(**{**SMALL, "update_rule": "meta-sgd"}).fit(X, y, groups=groups)
     before = state_of(reg)
     assert any(name.startswith("rule.") for name in before[1])
     reg.adapt(X, y, groups=groups).predict(X, groups=groups)

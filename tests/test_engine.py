@@ -731,7 +731,9 @@ def test_one_fit_warns_once_about_the_fallback():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(72, 3)), rng.normal(size=(72, 2))
     groups = np.repeat(np.arange(12), 6)
-    reg = MAMLRegressor(Branch, steps=1, max_iter=60, meta_batch_size=4, random_state=0)
+    reg = MAMLRegressor(
+        Branch, update_rule="sgd", steps=1, max_iter=60, meta_batch_size=4, random_state=0
+    )
     with pytest.warns(EngineFallbackWarning, match="data-dependent") as record:
         reg.fit(X, y, groups=groups)  # trains and validates
     assert len(record) == 1
@@ -742,7 +744,9 @@ def test_adapting_a_fitted_model_does_not_warn_about_the_fallback_again():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(24, 3)), rng.normal(size=(24, 2))
     groups = np.repeat(np.arange(4), 6)
-    reg = MAMLRegressor(Branch, steps=1, max_iter=3, meta_batch_size=4, random_state=0)
+    reg = MAMLRegressor(
+        Branch, update_rule="sgd", steps=1, max_iter=3, meta_batch_size=4, random_state=0
+    )
     with pytest.warns(EngineFallbackWarning):
         reg.fit(X, y, groups=groups)
     reg.adapt(X, y, groups=groups).predict(X, groups=groups)
@@ -755,7 +759,13 @@ def test_attention_is_trained_to_second_order_on_any_kernel():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(24, 3)), rng.normal(size=(24, 2))
     groups = np.repeat(np.arange(4), 6)
-    options = {"steps": 1, "max_iter": 3, "meta_batch_size": 4, "random_state": 0}
+    options = {
+        "update_rule": "sgd",
+        "steps": 1,
+        "max_iter": 3,
+        "meta_batch_size": 4,
+        "random_state": 0,
+    }
     reg = MAMLRegressor(Attention, **options).fit(X, y, groups=groups)
     with sdpa_kernel(SDPBackend.MATH):
         exact = MAMLRegressor(Attention, **options).fit(X, y, groups=groups)
@@ -843,7 +853,9 @@ def test_an_instance_of_a_module_is_not_changed_by_fit(training):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(48, 3)), rng.normal(size=(48, 2))
     groups = np.repeat(np.arange(6), 8)
-    reg = MAMLRegressor(module, steps=1, max_iter=5, meta_batch_size=3, random_state=0)
+    reg = MAMLRegressor(
+        module, update_rule="sgd", steps=1, max_iter=5, meta_batch_size=3, random_state=0
+    )
     reg.fit(X, y, groups=groups).adapt(X, y, groups=groups).predict(X, groups=groups)
     reg.score(X, y, groups=groups)
     assert reg.module is module
@@ -866,7 +878,7 @@ def test_a_class_is_built_afresh_by_every_fit():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(24, 3)), rng.integers(0, 2, 24)
     groups = np.repeat(np.arange(4), 6)
-    clf = MAMLClassifier(Residual, steps=1, max_iter=5, random_state=0)
+    clf = MAMLClassifier(Residual, update_rule="sgd", steps=1, max_iter=5, random_state=0)
     first = copy.deepcopy(clf.fit(X, y, groups=groups).module_)
     second = clf.fit(X, y, groups=groups).module_
     assert type(second) is Residual
@@ -955,7 +967,7 @@ def test_threads_do_not_disturb_each_other(module, shared):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(24, 3)), rng.normal(size=(24, 2))
     groups = np.repeat(np.arange(4), 6)
-    reg = MAMLRegressor(module, alpha=0.3, steps=2, max_iter=3, random_state=0)
+    reg = MAMLRegressor(module, update_rule="sgd", alpha=0.3, steps=2, max_iter=3, random_state=0)
     reg.fit(X, y, groups=groups)
     tasks = [(X[groups == j], y[groups == j]) for j in range(4)]
     expected = [adapt(reg, *task).predict(X) for task in tasks]

@@ -21,7 +21,13 @@ X = rng.normal(size=(36, 2))
 Y = rng.normal(size=36)
 G = np.repeat(np.arange(6), 6)
 C = np.tile([0, 1, 2], 12)
-SMALL = {"hidden_layer_sizes": (4,), "steps": 1, "max_iter": 2, "random_state": 0}
+SMALL = {
+    "hidden_layer_sizes": (4,),
+    "update_rule": "sgd",
+    "steps": 1,
+    "max_iter": 2,
+    "random_state": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,9 @@ def test_missing_targets_among_objects_are_refused():
     X, y = np.ones((36, 2)), np.ones((36, 2)).tolist()
     y[1][0] = None
     with pytest.raises(ValueError, match=r"y contains NaN or None, in 1 place"):
-        MAMLRegressor(steps=1, max_iter=2).fit(X, y, groups=np.repeat([0, 1, 2], 12))
+        MAMLRegressor(update_rule="sgd", steps=1, max_iter=2).fit(
+            X, y, groups=np.repeat([0, 1, 2], 12)
+        )
 
 
 def test_features_of_a_series_of_arrays_are_counted():
@@ -298,7 +306,9 @@ def test_the_size_of_a_meta_batch_must_be_a_positive_number(size):
 
 
 def test_adapt_predict_refuses_outputs_that_overflow():
-    model = MAMLRegressor(module=fuzz.Residual, steps=1, max_iter=2, random_state=0)
+    model = MAMLRegressor(
+        update_rule="sgd", module=fuzz.Residual, steps=1, max_iter=2, random_state=0
+    )
     model.fit(X, Y, groups=G)
     query = {"groups_support": G, "groups_query": G}
     assert np.isfinite(adapt_predict(model, X, Y, X, **query)).all()

@@ -777,8 +777,8 @@ def test_a_context_adapts_alone(rule, rung):
 def test_cavia_learns_sinusoids():
     X, y, task = make_sinusoid_tasks(n_tasks=100, n_rows=20, random_state=0)
     reg = MAMLRegressor(
-        module=ContextMLP, module__n_context=4, adapted="context", alpha=1.0, steps=3,
-        max_iter=400, random_state=0,
+        update_rule="sgd", module=ContextMLP, module__n_context=4, adapted="context", alpha=1.0,
+        steps=3, max_iter=400, random_state=0,
     ).fit(X, y, groups=task)  # fmt: skip
     assert reg.history_[-1]["valid_loss"] < 0.5 * reg.history_[-1]["valid_loss_before"]
     X_new, y_new, new = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=1)

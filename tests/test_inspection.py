@@ -63,7 +63,12 @@ def sinusoids():
 def reg():
     X, y, task = make_sinusoid_tasks(n_tasks=40, n_rows=16, random_state=0)
     model = MAMLRegressor(
-        alpha=0.02, steps=2, max_iter=100, hidden_layer_sizes=(16,), random_state=0
+        update_rule="sgd",
+        alpha=0.02,
+        steps=2,
+        max_iter=100,
+        hidden_layer_sizes=(16,),
+        random_state=0,
     )
     return model.fit(X.astype(float), y.astype(float), groups=task)
 
@@ -80,7 +85,13 @@ def blobs(n_classes, n_rows, seed):
 def clf():
     X, y = blobs(30, 12, seed=0)
     model = MAMLClassifier(
-        n_ways=N_WAYS, n_shots=2, n_queries=5, steps=3, max_iter=50, random_state=0
+        n_ways=N_WAYS,
+        n_shots=2,
+        n_queries=5,
+        update_rule="sgd",
+        steps=3,
+        max_iter=50,
+        random_state=0,
     )
     return model.fit(X, y)
 
@@ -589,7 +600,14 @@ def test_an_audit_needs_local_labels_and_positive_counts(clf, reg, shared, sinus
 
 # -- memorisation --------------------------------------------------------------------------------
 
-LONG = {"hidden_layer_sizes": (16,), "alpha": 0.01, "steps": 1, "max_iter": 300, "random_state": 0}
+LONG = {
+    "hidden_layer_sizes": (16,),
+    "update_rule": "sgd",
+    "alpha": 0.01,
+    "steps": 1,
+    "max_iter": 300,
+    "random_state": 0,
+}
 
 
 def one_function(n_tasks=200, n_rows=20):

@@ -555,6 +555,7 @@ def make_tasks(n_tasks=8, n_rows=12, seed=0):
 
 SMALL = {
     "hidden_layer_sizes": (4,),
+    "update_rule": "sgd",
     "steps": 2,
     "meta_batch_size": 5,
     "max_iter": 6,

@@ -167,7 +167,14 @@ def test_each_line_of_the_table_of_methods_learns(name, parameters):
     for kind in kinds:
         X, y = make_tasks(kind is MAMLClassifier, n_tasks=30, n_rows=12)
         ways = {"n_ways": 2, "n_shots": 2} if kind is MAMLClassifier else {}
-        settings = {"steps": 5, "max_iter": 100, "random_state": 0, **ways, **options}
+        settings = {
+            "update_rule": "sgd",
+            "steps": 5,
+            "max_iter": 100,
+            "random_state": 0,
+            **ways,
+            **options,
+        }
         model = kind(**settings).fit(X[:20], y[:20])
         losses = model.history_[:, "train_loss"]
         assert losses[-1] < losses[0]

@@ -562,6 +562,7 @@ def test_losses_gradients_and_types_that_are_not_covered():
         given = {
             "row_loss": squared_error_rows,
             "rule": SGD(),
+            "update_rule": "sgd",
             "meta_gradient": SecondOrder(),
             "adapted": adapted_names(module, "all"),
         }
@@ -939,6 +940,7 @@ def regressor(**options):
     given = {
         "hidden_layer_sizes": (8,),
         "activation": "tanh",
+        "update_rule": "sgd",
         "steps": 1,
         "meta_batch_size": 4,
         "n_shots": 4,
@@ -987,7 +989,7 @@ def count_steps(monkeypatch):
 
 
 def test_a_fit_climbs_at_a_fixed_update_and_learns_the_same(climbing, monkeypatch):
-    options = {"module": mlp((3, 8, 1)), "early_stopping": False}
+    options = {"update_rule": "sgd", "module": mlp((3, 8, 1)), "early_stopping": False}
     calls = count_steps(monkeypatch)
     reg = fit(**options)
     assert len(calls) == 100 - 30
@@ -1155,7 +1157,13 @@ def test_an_engine_shared_by_threads_gives_the_bits_of_one(monkeypatch):
 
 def test_classifiers_climb_too(climbing):
     labels = np.tile([0, 1], 72)
-    options = {"hidden_layer_sizes": (8,), "steps": 1, "meta_batch_size": 4, "n_shots": 2}
+    options = {
+        "hidden_layer_sizes": (8,),
+        "update_rule": "sgd",
+        "steps": 1,
+        "meta_batch_size": 4,
+        "n_shots": 2,
+    }
     clf = MAMLClassifier(max_iter=60, n_ways=2, n_queries=2, random_state=0, **options)
     clf.fit(X_ALL, labels, groups=GROUPS)
     assert clf._rung == "native"

@@ -172,7 +172,13 @@ def test_fused_kernels_are_not_forced_on_anybody():
 
 
 def fit(callbacks=(), **params):
-    settings = {"hidden_layer_sizes": (6,), "steps": 1, "n_shots": 4, "max_iter": 120}
+    settings = {
+        "hidden_layer_sizes": (6,),
+        "update_rule": "sgd",
+        "steps": 1,
+        "n_shots": 4,
+        "max_iter": 120,
+    }
     settings |= {"meta_batch_size": 4, "random_state": 0, "callbacks": list(callbacks), **params}
     return MAMLRegressor(**settings).fit(X, Y, groups=G)
 
@@ -309,7 +315,9 @@ import numpy as np
 import sklearn_maml
 assert "skorch" not in sys.modules, "skorch is imported too early"
 X = np.random.default_rng(0).normal(size=(10, 8, 2))
-reg = sklearn_maml.MAMLRegressor(max_iter=60, hidden_layer_sizes=(4,), steps=1, warm_start=True)
+reg = sklearn_maml.MAMLRegressor(
+    max_iter=60, hidden_layer_sizes=(4,), update_rule="sgd", steps=1, warm_start=True
+)
 reg.fit(X, X.sum(-1)).set_params(max_iter=10).fit(X, X.sum(-1))
 assert "torch._dynamo" not in sys.modules, "a fit has imported torch's compiler"
 import torch

@@ -803,6 +803,7 @@ def small(**changed):
     settings = {
         "hidden_layer_sizes": (8,),
         "activation": "tanh",
+        "update_rule": "sgd",
         "alpha": 0.01,
         "steps": 3,
         "n_shots": 10,
@@ -968,8 +969,8 @@ def test_classifiers_and_single_tasks_meta_train_with_them(gradient):
     labels = np.repeat(np.arange(8), 12)
     X = rng.normal(size=(8, 3))[labels] + 0.3 * rng.normal(size=(96, 3))
     clf = MAMLClassifier(
-        meta_gradient=gradient, n_ways=3, n_shots=2, n_queries=3, alpha=0.1, max_iter=60,
-        early_stopping=False, random_state=0,
+        update_rule="sgd", meta_gradient=gradient, n_ways=3, n_shots=2, n_queries=3, alpha=0.1,
+        max_iter=60, early_stopping=False, random_state=0,
     )  # fmt: skip
     clf.fit(X, labels)
     assert clf.score(X, labels) > 0.6

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def regressor():
     X, y, task = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
-    reg = MAMLRegressor(hidden_layer_sizes=(16,), steps=3, max_iter=20, random_state=0)
+    reg = MAMLRegressor(
+        hidden_layer_sizes=(16,), update_rule="sgd", steps=3, max_iter=20, random_state=0
+    )
     return reg.fit(X, y, groups=task)
 
 
@@ -94,7 +96,7 @@ def test_the_task_column_tells_the_tasks(new, library):
         made = pd.DataFrame({"x": rows[:, 0], "shop": list(ids)})
         return made.set_index("shop") if library == "index level" else made
 
-    reg = MAMLRegressor(max_iter=5, steps=2, task_column=column, random_state=0)
+    reg = MAMLRegressor(max_iter=5, update_rule="sgd", steps=2, task_column=column, random_state=0)
     reg.fit(frame(X, task.astype(float) if library == "array" else map(str, task)), y)
     given = (
         frame(new["X_support"], new["groups_support"]),

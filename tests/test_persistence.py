@@ -48,6 +48,7 @@ from sklearn_maml.update_rules import LogisticHead, MetaSGD, PerLayerPerStep
 
 SMALL = {
     "hidden_layer_sizes": (8,),
+    "update_rule": "sgd",
     "alpha": 0.1,
     "steps": 2,
     "meta_batch_size": 4,
@@ -196,7 +197,7 @@ def test_a_classifier_is_loaded_as_it_was(name, labels, data, tmp_path):
         if name == "zero head":
             pytest.skip("two classes")
         y = y > 0
-    clf = MAMLClassifier(**SMALL, **CLASSIFIERS[name]).fit(X, y, groups=groups)
+    clf = MAMLClassifier(**{**SMALL, **CLASSIFIERS[name]}).fit(X, y, groups=groups)
     path = tmp_path / "before"
     clf.save(path)
     unadapted = sklearn_maml.load(path)

@@ -129,7 +129,7 @@ def clf():
 def test_defaults_choose_the_posterior_where_it_is_better(reg):
     assert reg.posterior_weight_ > 0.5
     X, y, task = slopes(seed=5)
-    plain = fitted(posterior=False)
+    plain = fitted(update_rule="sgd", steps=10)
     assert plain.posterior_ is None
     assert reg.score(X, y, groups=task + 100) > plain.score(X, y, groups=task + 100)
 
@@ -223,7 +223,7 @@ def test_what_is_asked_of_the_inner_loop_is_what_predicts(params):
 
 def test_inner_loop_set_after_fit_takes_gradient_steps(reg):
     X, y, _ = slopes(seed=3)
-    off = fitted(posterior=False)
+    off = fitted(update_rule="sgd", steps=10)
     stepped = copy.copy(reg).set_params(alpha=0.03)
     np.testing.assert_array_equal(
         stepped.adapt(X[:5], y[:5]).predict(X), off.adapt(X[:5], y[:5]).predict(X)
@@ -234,7 +234,7 @@ def test_gradient_steps_that_are_clearly_better_predict(reg):
     worse = copy.copy(reg)
     worse.posterior_weight_ = 0.0
     X, y, _ = slopes(seed=3)
-    off = fitted(posterior=False).adapt(X[:5], y[:5])
+    off = fitted(update_rule="sgd", steps=10).adapt(X[:5], y[:5])
     mean, std = worse.adapt(X[:5], y[:5]).predict(X, return_std=True)
     np.testing.assert_allclose(mean, off.predict(X), rtol=1e-12)
     assert np.isfinite(std).all()
@@ -308,7 +308,7 @@ def test_probabilities_sum_to_one_and_adapting_tells(clf):
 def test_probabilities_of_gradient_steps_are_calibrated_where_nothing_was_asked():
     auto = fitted(MAMLClassifier, labelled)
     auto.posterior_weight_, auto.mixture_logit_scale_ = 0.0, 1.0
-    off = fitted(MAMLClassifier, labelled, alpha=0.03, steps=5)
+    off = fitted(MAMLClassifier, labelled, update_rule="sgd", alpha=0.03, steps=5)
     assert off.logit_scale_ == 1.0
     X, y, _ = labelled(seed=5)
     logits = off.adapt(X[:8], y[:8]).decision_function(X)
@@ -376,7 +376,7 @@ def test_features_of_any_scale_are_learned_in_closed_form():
     X, y, task = slopes(n_tasks=20, seed=5)
     assert reg.score(1e4 * X, y, groups=task + 100) > 0.95
     with pytest.raises(MetaTrainingError):
-        reg.set_params(posterior=False).fit(1e4 * X, y, groups=task)
+        reg.set_params(update_rule="sgd", steps=10).fit(1e4 * X, y, groups=task)
 
 
 @pytest.mark.parametrize("kind", ["reg", "clf"])
@@ -473,7 +473,7 @@ def test_interrupt_while_the_posterior_is_learned_keeps_the_initialisation(monke
     with pytest.warns(InterruptedFitWarning, match="no posterior"):
         reg = quick().fit(X, y, groups=task)
     assert reg.posterior_ is None
-    off = quick(posterior=False).fit(X, y, groups=task)
+    off = quick(update_rule="sgd", steps=10).fit(X, y, groups=task)
     for model in (reg, off):
         model.adapt(X[:5], y[:5])
     np.testing.assert_array_equal(reg.predict(X), off.predict(X))

@@ -19,7 +19,7 @@ from sklearn_maml.exceptions import CutTaskWarning
 from sklearn_maml.outer_loop import TaskStream
 
 X, Y, G = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
-SMALL = {"max_iter": 20, "steps": 1, "random_state": 0}
+SMALL = {"max_iter": 20, "update_rule": "sgd", "steps": 1, "random_state": 0}
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,13 @@ X = rng.normal(size=(N_TASKS * N_ROWS, 4)).astype(np.float32)
 G = np.repeat([f"shop {j}" for j in range(N_TASKS)], N_ROWS)
 Y = X[:, 0] * np.repeat(rng.normal(size=N_TASKS), N_ROWS) + 1
 C = np.array(["sit", "run", "hop", "lie"])[np.arange(len(X)) % 4]
-SMALL = {"hidden_layer_sizes": (5,), "steps": 2, "max_iter": 6, "meta_batch_size": 4}
+SMALL = {
+    "hidden_layer_sizes": (5,),
+    "update_rule": "sgd",
+    "steps": 2,
+    "max_iter": 6,
+    "meta_batch_size": 4,
+}
 
 
 class Dropped(nn.Module):
@@ -80,7 +86,7 @@ FITS = {
         **SMALL, module=seeded_convolutions(s), random_state=s
     ).fit(X, Y, groups=G),
     "learned rates": lambda s: MAMLRegressor(
-        **SMALL, update_rule="meta-sgd", random_state=s
+        **{**SMALL, "update_rule": "meta-sgd"}, random_state=s
     ).fit(X, Y, groups=G),
     "reptile": lambda s: MAMLRegressor(
         **SMALL, meta_gradient="reptile", random_state=s

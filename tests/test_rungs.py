@@ -514,7 +514,15 @@ def test_nothing_is_traced_unless_asked_for():
 def fit_custom(**options):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(80, 3)), rng.normal(size=(80, 2))
-    reg = MAMLRegressor(TwoLayers, steps=1, meta_batch_size=4, n_shots=4, random_state=0, **options)
+    reg = MAMLRegressor(
+        TwoLayers,
+        update_rule="sgd",
+        steps=1,
+        meta_batch_size=4,
+        n_shots=4,
+        random_state=0,
+        **options,
+    )
     return reg.fit(X, y, groups=np.repeat(np.arange(8), 10))
 
 

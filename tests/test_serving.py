@@ -24,7 +24,13 @@ from sklearn_maml import (
 )
 
 N_TASKS, N_ROWS, N_SUPPORT = 12, 10, 6
-SMALL: dict[str, Any] = {"steps": 2, "max_iter": 4, "meta_batch_size": 4, "random_state": 0}
+SMALL: dict[str, Any] = {
+    "update_rule": "sgd",
+    "steps": 2,
+    "max_iter": 4,
+    "meta_batch_size": 4,
+    "random_state": 0,
+}
 
 
 class ConvNorm(nn.Module):

@@ -56,6 +56,7 @@ from sklearn_maml.update_rules import SGD, MetaSGD
 SMALL = {
     "hidden_layer_sizes": (8,),
     "activation": "tanh",
+    "update_rule": "sgd",
     "alpha": 0.1,
     "steps": 1,
     "meta_batch_size": 4,
@@ -980,7 +981,9 @@ def test_representations_name_the_class_and_what_is_not_default(estimator):
 
 
 def test_prefixed_parameters_are_in_the_representations():
-    model = MAMLRegressor(module=Net, module__width=5, optimizer__weight_decay=0.1)
+    model = MAMLRegressor(
+        update_rule="sgd", module=Net, module__width=5, optimizer__weight_decay=0.1
+    )
     assert "module__width=5" in repr(model)
     assert "optimizer__weight_decay=0.1" in repr(model)
     assert "module__width" in model._repr_html_()

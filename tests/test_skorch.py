@@ -50,6 +50,7 @@ Y = (X * SLOPES[G]).sum(1)
 C = (Y > 0).astype(int)
 SMALL = {
     "hidden_layer_sizes": (6,),
+    "update_rule": "sgd",
     "alpha": 0.1,
     "steps": 1,
     "n_shots": 4,
@@ -856,7 +857,10 @@ def test_progress_bar_on_a_pseudo_terminal():
         "from sklearn_maml import MAMLRegressor\n"
         "from sklearn_maml.datasets import make_sinusoid_tasks\n"
         "X, y, g = make_sinusoid_tasks(n_tasks=12, random_state=0)\n"
-        "MAMLRegressor(max_iter=100, steps=1, verbose=1, random_state=0).fit(X, y, groups=g)\n"
+        "reg = MAMLRegressor(\n"
+        "    max_iter=100, update_rule='sgd', steps=1, verbose=1, random_state=0\n"
+        ")\n"
+        "reg.fit(X, y, groups=g)\n"
     )
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))

@@ -40,6 +40,7 @@ ROWS = rng.normal(size=(12, 3, 4))[G, SHARED] + 0.3 * rng.normal(size=(144, 4))
 SMALL = {
     "hidden_layer_sizes": (7,),
     "activation": "tanh",
+    "update_rule": "sgd",
     "alpha": 0.5,
     "steps": 3,
     "meta_batch_size": 4,

@@ -81,7 +81,8 @@ class AdaptationCurveDisplay:
     >>> from sklearn_maml.datasets import make_sinusoid_tasks
     >>> from sklearn_maml.inspection import AdaptationCurveDisplay
     >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
-    >>> reg = MAMLRegressor(steps=2, max_iter=10, random_state=0).fit(X, y, groups=task)
+    >>> reg = MAMLRegressor(update_rule="sgd", steps=2, max_iter=10, random_state=0)
+    >>> reg = reg.fit(X, y, groups=task)
     >>> display = AdaptationCurveDisplay.from_estimator(reg, X, y, groups=task)
     >>> display.steps
     array([0, 1, 2, 3, 4, 5])

@@ -11,7 +11,15 @@ from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import find_prior
-from sklearn_maml.inspection.shared import BLACK, GREY, NAMED_TASKS, check_steps, open_copy
+from sklearn_maml.inspection.shared import (
+    BLACK,
+    GREY,
+    NAMED_TASKS,
+    check_steps,
+    open_copy,
+    share_of_steps,
+    shares_in_words,
+)
 from sklearn_maml.tasks import concatenate_rows, is_frame, is_task_list
 
 # points of a curve against the feature
