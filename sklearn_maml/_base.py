@@ -83,7 +83,7 @@ from sklearn_maml.learners.gradient import (
     Running,
     remembered_rung,
 )
-from sklearn_maml.learners.joint import HeadTrainer, Joint
+from sklearn_maml.learners.joint import RATE, HeadTrainer, Joint
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.learners.shares import Mixed
@@ -819,6 +819,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             "iterator_valid__batch_size": 1,
             **extra,
         }
+        if learner.head is not None:
+            of_head = ("head.*", {"lr": RATE * self.beta, "of_head": True})
+            groups = [*settings.get("optimizer__param_groups", []), of_head]
+            settings["optimizer__param_groups"] = groups
         optimizer = self._resolve_optimizer()
         check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
         chosen = self._prefixed("optimizer")

@@ -115,24 +115,31 @@ class Rows:
 class EpisodeBatch:
     """A meta-batch: the support and query sets of its tasks. Its length is the number of tasks.
 
-    `of_steps` (n_tasks,) tells which of them gradient steps may learn from; None: all.
+    `of_steps` (n_tasks,) tells which of them gradient steps may learn from; None: all. `n_given` is
+    the number of rows, of support and query set together, that a Gaussian head is conditioned on in
+    meta-training; None: the support set.
     """
 
     support: Rows
     query: Rows
     of_steps: np.ndarray | None = None
+    n_given: int | None = None
 
     def __len__(self) -> int:
         return len(self.support)
 
     def to(self, device: torch.device) -> EpisodeBatch:
         """Move to a device."""
-        return EpisodeBatch(self.support.to(device), self.query.to(device), self.of_steps)
+        return dataclasses.replace(
+            self, support=self.support.to(device), query=self.query.to(device)
+        )
 
     def take(self, tasks: np.ndarray) -> EpisodeBatch:
         """Some of the tasks."""
         of_steps = None if self.of_steps is None else self.of_steps[tasks]
-        return EpisodeBatch(self.support.take(tasks), self.query.take(tasks), of_steps)
+        return EpisodeBatch(
+            self.support.take(tasks), self.query.take(tasks), of_steps, self.n_given
+        )
 
 
 def pad_rows(

@@ -29,7 +29,7 @@ from sklearn_maml.exceptions import (
     NonFiniteStepWarning,
 )
 from sklearn_maml.heads import SymmetricHead
-from sklearn_maml.learners.joint import clip_members
+from sklearn_maml.learners.joint import PART_OF_UPDATES, clip_members, rate_factor
 from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
 from sklearn_maml.update_rules import UpdateRule
 
@@ -560,7 +560,7 @@ class MetaNet(NeuralNet):
     ) -> tuple[dict[str, Any], list[Tensor] | None]:
         """Bound the gradient of the steps, and of each member of the head, on its own."""
         of_head = {n: g for n, g in step.grads.items() if n.startswith("head.")}
-        grads = {**step.grads, **clip_members(of_head)}
+        grads = {**step.grads, **(clip_members(of_head) if of_head else {})}
         own = [n for n in ready.trainable if not n.startswith("head.")]
         finite = True
         if own and self.joint.engine is not None:
@@ -597,10 +597,12 @@ class MetaNet(NeuralNet):
         """Lower the rate of the optimiser towards the end of the fit."""
         if not self.beta_decay:
             return
-        left = 1.0 - (self.update_ - self.first_update_) / self.max_iter
-        factor = min(left / self.beta_decay, 1.0)
+        done = self.update_ - self.first_update_
+        factor = min((1.0 - done / self.max_iter) / self.beta_decay, 1.0)
         for group in self.optimizer_.param_groups:
-            group["lr"] = factor * group["base_lr"]
+            of_head = group.get("of_head", False)
+            f = rate_factor((done + 1) / self._updates_of_head) if of_head else factor
+            group["lr"] = f * group["base_lr"]
 
     def _step_size(self) -> float | None:
         """Size of the outer step; None where the optimiser makes it."""
@@ -669,6 +671,13 @@ class MetaNet(NeuralNet):
             f"{self.non_finite_} of {seen} meta-steps were not finite. {advice}"
         )
 
+    def _is_done(self) -> bool:
+        """Whether head and steps are trained."""
+        done = self.update_ - self.first_update_
+        if not self.joint.head_is_done and done >= self._updates_of_head:
+            self._end_head()
+        return bool(self.joint.head_is_done) and self.joint.engine is None
+
     def give_up_steps(self) -> None:
         """Train the Gaussian head alone from now on."""
         self.joint.engine = None
@@ -703,6 +712,11 @@ class MetaNet(NeuralNet):
         self._project()
         if self.checkpoint is not None:
             self.checkpoint.begin(self)
+        if self.joint is not None and self.update_ == self.first_update_:
+            loss = self.joint.held_out(self.module_.meta_params())
+            if math.isfinite(loss):  # the start may be the best
+                self.best_of_parts_["head"] = loss
+                self._keep("head", self.module_.state_dict())
         left = self.max_iter - (self.update_ - self.first_update_)
         self.engine.expect(
             self.update_,
@@ -713,7 +727,7 @@ class MetaNet(NeuralNet):
         )
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
-                self.fit_loop(X, y, epochs=-(-left // UPDATES_PER_EPOCH))
+                self.fit_loop(X, y, epochs=-(-left // UPDATES_PER_EPOCH) + (self.joint is not None))
         except StopTraining:
             pass
         except KeyboardInterrupt as error:
@@ -778,7 +792,10 @@ class MetaNet(NeuralNet):
         if self._prepared is not None:
             self._prepared.signature = []
         dataset_train.first_update = self.update_
-        left = self.max_iter - (self.update_ - self.first_update_)
+        done = self.update_ - self.first_update_
+        left = self.max_iter - done
+        if self.joint is not None and not self.joint.head_is_done:  # its last update ends an epoch
+            left = max(min(left, self._updates_of_head - done), 1)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
@@ -843,26 +860,41 @@ class MetaNet(NeuralNet):
             self.epochs_without_gain_ += 1
 
     def _track_parts(self) -> float:
-        """Remember the best parameters of the steps and of each member; return what may improve."""
-        losses = self.joint.held_out(self.module_.meta_params())
-        if losses is None:
-            return math.nan
-        steps = float(self.history[-1].get("steps_valid_loss", math.nan))
+        """Remember the best parameters of head and steps apart; return what may yet improve."""
+        row, best = self.history[-1], self.best_of_parts_
+        losses = {"steps": float(row.get("steps_valid_loss", math.nan)), "head": math.nan}
         if self.joint.engine is None:
-            steps = math.nan
-        now = {name: t.detach() for name, t in self.module_.state_dict().items()}
-        best = self.best_of_parts_
-        better = losses < best["members"] if best else torch.ones_like(losses, dtype=torch.bool)
-        steps_better = steps < best["steps"] if best else True
-        self.best_state_ = self.joint.merged(self.best_state_, now, better, steps_better)
-        self.best_of_parts_ = {
-            "members": torch.where(better, losses, best["members"]) if best else losses,
-            "steps": min(best.get("steps", math.inf), steps if math.isfinite(steps) else math.inf),
-        }
+            losses["steps"] = math.nan
+        if not self.joint.head_is_done:
+            losses["head"] = self.joint.held_out(self.module_.meta_params())
+        state = self.module_.state_dict()
+        for part, loss in losses.items():
+            if loss < best.get(part, math.inf):
+                best[part] = loss
+                self._keep(part, state)
         if self.joint.fall_behind():
             self.give_up_steps()
-        candidates = [float(losses.mean()), *([steps] if math.isfinite(steps) else [])]
-        return min(candidates)
+        return min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
+
+    def _keep(self, part: str, state: dict[str, Tensor]) -> None:
+        """Keep the parameters of a part."""
+        if self.best_state_ is None:
+            self.best_state_ = copy.deepcopy(state)
+        for name, value in state.items():
+            if name.startswith("head.") == (part == "head"):
+                self.best_state_[name] = value.clone()
+
+    def _end_head(self) -> None:
+        """End the training of the head, and all of it where there is nothing else."""
+        self.joint.head_is_done = True
+        for name, p in self.module_.named_parameters():
+            if name.startswith("head.") and p.requires_grad:
+                p.requires_grad_(False)
+                self._given_up.append(p)
+
+    @property
+    def _updates_of_head(self) -> int:
+        return math.ceil(PART_OF_UPDATES * self.max_iter)
 
     def _listeners(self, method_name: str) -> list[Any]:
         """Methods of the callbacks that do something; looked up once in an epoch."""
@@ -888,6 +920,8 @@ class MetaNet(NeuralNet):
             self.track_best()
             asked = self.epoch_hooks is not None and self.epoch_hooks.end_epoch()
             if asked or (self.patience is not None and self.epochs_without_gain_ >= self.patience):
+                raise StopTraining
+            if self.joint is not None and self._is_done():
                 raise StopTraining
             if self.checkpoint is not None:
                 self.checkpoint.end_epoch(self)

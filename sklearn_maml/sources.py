@@ -254,7 +254,17 @@ class CrossFitted:
             of_steps = np.arange(which.shape[1] + n_more) < which.shape[1]
             which = np.concatenate([which, more], axis=1)
         batches = self.sampler.sample_batches(which, rng)
-        return [dataclasses.replace(batch, of_steps=of_steps) for batch in batches]
+        return [
+            dataclasses.replace(batch, of_steps=of_steps, n_given=self._n_given(batch, rng))
+            for batch in batches
+        ]
+
+    def _n_given(self, batch: EpisodeBatch, rng: np.random.Generator) -> int | None:
+        """Rows to condition on in place of the support set, if fewer: it learns from none, too."""
+        if self.options["by_class"] or self.sampler.tasks.in_query is not None:
+            return None
+        drawn = int(np.exp(rng.uniform(0, np.log(HEAD_SUPPORT[1] + 1)))) - 1
+        return drawn if drawn < min(HEAD_SUPPORT[0], batch.support.X.shape[1]) else None
 
     def _hide_rows(self, tasks: TaskCollection, rng: np.random.Generator) -> None:
         """Hide some distinct rows from the last member, where tasks share their rows.

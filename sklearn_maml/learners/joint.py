@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,15 @@ from sklearn_maml.engine import Engine, MetaStep, one_thread
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 
-__all__ = ["HeadTrainer", "Joint", "clip_members"]
+__all__ = ["PART_OF_UPDATES", "RATE", "HeadTrainer", "Joint", "clip_members", "rate_factor"]
 
 Params = dict[str, Tensor]
 
 PREFIX = "head."
 MAX_GRAD_NORM = 1.0  # of each member
+# outer rate over that of gradient steps; it rises over the first part of the updates, and falls
+# like a cosine to the last of them, which is after half of those of gradient steps
+RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.5
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
@@ -70,20 +74,31 @@ class HeadTrainer:
         self.head.train()
         with torch.enable_grad():
             run = self.functions(leaves)
-            k = batch.support.X.shape[1]
+            k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
             support, query = batch.support, batch.query
             X = torch.cat([support.X, query.X], 1)
             y = torch.cat([self._targets(support), self._targets(query)], 1)
             mask = _joined(self._mask(support), self._mask(query), X)
             nll, mean = run.loss(X, y, mask, k)
-            loss = nll.sum() / (len(batch) * query.X.shape[1])
+            loss = nll.sum() / (len(batch) * (X.shape[1] - k))
             grads = torch.autograd.grad(
                 loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
             )
-        mean = mean.detach()
-        errors = run.error_rows(mean, y[:, k:]).mean(0, keepdim=True)
+        n_query = query.X.shape[1]
+        mean = mean.detach()[:, :, -n_query:]
+        errors = run.error_rows(mean, y[:, -n_query:]).mean(0, keepdim=True)
         losses = (errors * _of_rows(_present(query), mean)).sum(-1)[0]
         return MetaStep(losses, dict(zip(names, grads, strict=True)), mean.mean(0).to(query.X))
+
+    @torch.no_grad()
+    def evaluate(self, meta_params: Params, batch: EpisodeBatch) -> MetaStep:
+        """Errors and outputs of the query rows, as of `meta_step`, without a gradient."""
+        self.head.eval()
+        run = self.functions(meta_params)
+        mean, _, y = self._run(run, batch, self._mask(batch.support))
+        errors = run.error_rows(mean, y).mean(0, keepdim=True)
+        losses = (errors * _of_rows(_present(batch.query), mean)).sum(-1)[0]
+        return MetaStep(losses, {}, mean.mean(0).to(batch.query.X))
 
     def _run(
         self, run: HeadFunctions, batch: EpisodeBatch, mask: Tensor | None
@@ -202,6 +217,11 @@ def clip_members(grads: Params) -> Params:
     return scaled
 
 
+def rate_factor(progress: float) -> float:
+    """Outer rate, over the largest, after this part of the updates."""
+    return min(progress / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
 @dataclass
 class Joint:
     """What the outer loop trains: a Gaussian head and, unless given up, gradient steps.
@@ -223,6 +243,7 @@ class Joint:
     engine: Engine | None
     behind: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     n_validations: int = 0
+    head_is_done: bool = False
 
     @property
     def module(self) -> Any:
@@ -249,11 +270,16 @@ class Joint:
     def progress(self) -> dict[str, Any]:
         """As `Engine.progress`."""
         of_steps = None if self.engine is None else self.engine.progress()
-        return {"steps": of_steps, "n_validations": self.n_validations}
+        return {
+            "steps": of_steps,
+            "n_validations": self.n_validations,
+            "head_is_done": self.head_is_done,
+        }
 
     def resume(self, progress: dict[str, Any]) -> None:
         """As `Engine.resume`."""
         self.n_validations = progress["n_validations"]
+        self.head_is_done = progress["head_is_done"]
         if progress["steps"] is None:
             self.engine = None
         elif self.engine is not None:
@@ -263,7 +289,10 @@ class Joint:
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> MetaStep:
         """As `Engine.meta_step`; gradients of the steps are a sum over the number of all tasks."""
-        step = self.trainer.meta_step(meta_params, batch)
+        if self.head_is_done:
+            step = self.trainer.evaluate(meta_params, batch)
+        else:
+            step = self.trainer.meta_step(meta_params, batch)
         if self.engine is None:
             return step
         part = batch
@@ -293,34 +322,14 @@ class Joint:
         pair = (of_head.double().cpu().numpy(), of_steps.double().cpu().numpy())
         self.behind.append(pair)
 
-    def held_out(self, meta_params: Params) -> Tensor | None:
-        """Errors (n_members,) of the members on their held-out tasks; None if there are none."""
-        if not self.trainer.validation:
-            return None
-        return self.trainer.held_out_errors(meta_params)
+    def held_out(self, meta_params: Params) -> float:
+        """Error of the members on their held-out tasks; NaN if there are none.
 
-    def merged(
-        self,
-        best: Params | None,
-        now: Params,
-        better: Tensor,
-        steps_better: bool,
-    ) -> Params:
-        """State dict with what is better now, of each member and of the steps, and the best."""
-        merged = {}
-        for name, value in now.items():
-            old = value if best is None else best[name]
-            if not name.startswith(PREFIX):
-                merged[name] = value.clone() if steps_better else old
-            elif name in (f"{PREFIX}center", f"{PREFIX}scale"):
-                merged[name] = value
-            elif name.startswith(f"{PREFIX}body.members."):
-                member = int(name.split(".")[3])
-                merged[name] = value.clone() if bool(better[member]) else old
-            else:
-                mask = better.view(-1, *[1] * (value.ndim - 1))
-                merged[name] = torch.where(mask, value, old)
-        return merged
+        Their mean: a member's own held-out tasks are too few to choose its parameters by.
+        """
+        if not self.trainer.validation:
+            return math.nan
+        return float(self.trainer.held_out_errors(meta_params).mean())
 
     def fall_behind(self) -> bool:
         """Whether held-out tasks say by now that gradient steps will have no share."""
