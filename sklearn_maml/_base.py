@@ -424,9 +424,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """Say what stands in the way of a Gaussian head, if anything does."""
         if source.single:
             return "learns how tasks differ, but got one task"
-        if isinstance(source, CollectionSource) and not source.pooled:
-            if source.n_tasks < LEAST_TASKS:
-                return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
+        of_tasks = isinstance(source, CollectionSource) and not source.pooled
+        if of_tasks and source.n_tasks < LEAST_TASKS:
+            return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
         if self.module is None:
             return None
         with _SeededTorch(self.device_, 0):
@@ -565,7 +565,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return joint
 
     def _training_engine(self, learner: Any, plan: Plan) -> Any:
-        """What makes the meta-steps."""
+        """Make what makes the meta-steps."""
         engine = None
         if plan.with_steps:
             engine = self._make_engine(learner.module)
@@ -610,13 +610,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
             for _, c in net._uniquely_named_callbacks()
         )
-        if net.step_size_at is not None and net.step_size_at(0.0) is not None:
-            if scheduled:
-                raise ValueError(
-                    "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
-                    "without the optimizer. Leave the scheduler out, or set "
-                    "meta_gradient__step_size=None."
-                )
+        own_size = net.step_size_at is not None and net.step_size_at(0.0) is not None
+        if scheduled and own_size:
+            raise ValueError(
+                "callbacks have an LRScheduler, but meta_gradient='reptile' makes its steps "
+                "without the optimizer. Leave the scheduler out, or set "
+                "meta_gradient__step_size=None."
+            )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
@@ -760,7 +760,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return learner
 
     def _adapted_from(self, state: dict[str, Any]) -> Adapted:
-        """What was learned of tasks, from a file."""
+        """Make what was learned of tasks, from a file."""
         if state["kind"] == "conditioned":
             return Conditioned.from_state(self._learner.head, self._calibrated(), state)
         if state["kind"] == "steps":

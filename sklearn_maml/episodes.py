@@ -135,7 +135,7 @@ class EpisodeBatch:
         )
 
     def take(self, tasks: np.ndarray) -> EpisodeBatch:
-        """Some of the tasks."""
+        """Take some of the tasks."""
         of_steps = None if self.of_steps is None else self.of_steps[tasks]
         return EpisodeBatch(
             self.support.take(tasks), self.query.take(tasks), of_steps, self.n_given

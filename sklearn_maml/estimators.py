@@ -28,10 +28,11 @@ __all__ = ["MAMLClassifier", "MAMLRegressor"]
 class MAMLRegressor(RegressorMixin, BaseMAML):
     r"""Regressor that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
-    Model-agnostic meta-learning [1]_: `fit` learns, from a collection of tasks, the initialisation
-    from which `steps` gradient steps of rate `alpha` on the support rows of a task give a small
-    squared error on its query rows. `adapt` takes these steps on the support rows of a new task,
-    and `predict` then predicts for that task.
+    `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
+    `predict` then predicts for that task. Model-agnostic meta-learning [1]_ learns the
+    initialisation from which `steps` gradient steps of rate `alpha` on the support rows of a task
+    give a small squared error on its query rows; by default a Gaussian head that is adapted in
+    closed form is learned beside it, and held-out tasks choose, see `update_rule`.
 
     Parameters
     ----------
@@ -45,9 +46,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
         Activation of the default network.
-    alpha : float, default=None
-        Inner rate: step size of adaptation. May be changed after `fit`. None is 0.03, and leaves
-        it to `posterior` how tasks are adapted.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
     beta : float, default=3e-3
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
@@ -58,9 +58,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     max_grad_norm : float, default=1.0
         Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
         a rule where the inner steps of a task diverge; a single one can undo many updates.
-    steps : int, default=None
-        Inner steps. May be changed after `fit`. None is 10, and leaves it to `posterior` how tasks
-        are adapted.
+    steps : int, default=10
+        Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
     meta_gradient : str or MetaGradient, default="second-order"
@@ -70,11 +69,20 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
         adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
         `Reptile` in `sklearn_maml.meta_gradients`.
-    update_rule : str or UpdateRule, default="sgd"
-        How an inner step moves the parameters: "sgd", with rates that are learned ("meta-sgd",
-        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" solves
-        for the last layer in place of taking steps, and needs ``adapted="head"``. See
-        `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule.
+    update_rule : str or UpdateRule, default="auto"
+        How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
+        side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
+        get a share where they show a gain, and are given up early where they fall behind.
+        "gaussian-head" is the head alone: networks whose last layer has a Gaussian prior, learned
+        across tasks, which is adapted in closed form and knows how far to trust a support set
+        (ALPaCA [3]_). "sgd" is MAML as published [1]_ and nothing else. So are the other rules,
+        which say how an inner step moves the parameters: with rates that are learned ("meta-sgd",
+        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" solves for the
+        last layer in place of taking steps, and needs ``adapted="head"``. See
+        `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule. `alpha`,
+        `steps`, `meta_gradient` and `adapted` are about gradient steps; the head takes `module`,
+        too. With fewer than 4 tasks, without task information, and for modules that have batch
+        norm or do not end in a linear layer, "auto" takes gradient steps alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
@@ -90,7 +98,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates.
+        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
+        is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
@@ -130,16 +139,6 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         not depend on which rows are predicted together; "transductive" takes those of the query
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
-    posterior : bool or "auto", default="auto"
-        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
-        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a
-        support set is trusted is then learned, too (ALPaCA [3]_). True predicts with it. "auto"
-        fits it where nothing was asked of the inner loop (`alpha`, `steps`, `adapt_steps`,
-        `module`, `update_rule`, `meta_gradient`, `adapted`, `center_y` as by default), labels
-        or targets are shared by the tasks and tasks are held out, and mixes its predictions
-        with those of gradient steps by a weight that is chosen on the held-out tasks. False
-        never does, nor does "auto" after any of these was set: predictions are then those of
-        `module_` after `steps` gradient steps. It takes tables of up to 500 features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -162,13 +161,15 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     Attributes
     ----------
     module_ : torch.nn.Module
-        Network with the meta-learned initialisation.
+        Network with the meta-learned initialisation; where a Gaussian head was trained alone, the
+        head, whose outputs are population predictions.
     net_ : skorch.NeuralNet
         The net that was meta-trained.
     history_ : skorch.history.History
         Per epoch: `train_loss` (query loss after adaptation), `valid_loss` and
         `valid_loss_before` (of held-out tasks, after and before adaptation), `non_finite` (skipped
-        meta-updates), `dur` (seconds).
+        meta-updates), `dur` (seconds). With a Gaussian head these losses are the head's, and
+        `steps_valid_loss`, `steps_valid_loss_before` those of gradient steps beside it.
     n_iter_ : int
         Meta-updates made.
     n_outputs_ : int
@@ -176,10 +177,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     y_mean_, y_scale_ : ndarray of shape (`n_outputs_`,)
         Mean and scale of the targets. With `center_y` the means of the tasks stand in for
         `y_mean_`, and `y_scale_` is the standard deviation from them.
-    posterior_ : PosteriorEnsemble or None
-        What was learned for closed-form adaptation, if it was.
-    posterior_weight_ : float
-        Its share of predictions, between 0 and 1; that of gradient steps is the rest.
+    learner_weights_ : dict of str to float
+        Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
+        trained.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -327,9 +327,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
             Task id of each row, if `adapt` was called with task ids.
         return_std : bool, default=False
             Whether to return the standard deviations of the targets, too: of a new observation,
-            noise included. They come from the posterior (see `posterior`), widened where it was
-            overconfident on held-out tasks; ``y +- 1.645 std`` is meant to hold nine targets in
-            ten of a new task.
+            noise included. They come from the Gaussian head, calibrated on held-out tasks;
+            ``y +- 1.645 std`` is meant to hold nine targets in ten of a new task.
 
         Returns
         -------
@@ -343,7 +342,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         NotAdaptedError
             If `adapt` was not called.
         ValueError
-            If a task id was not adapted to; with `return_std`, if there is no posterior.
+            If a task id was not adapted to; with `return_std`, if gradient steps predict alone.
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         if not return_std:
@@ -437,7 +436,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         return self._in_units(state, self._outputs(state, rows, codes), codes)
 
     def _in_units(self, state: State, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Outputs in the units of y."""
+        """Return outputs in the units of y."""
         mean = self.y_mean_ if state.center is None else state.center[codes]
         with np.errstate(over="ignore"):
             values = (outputs * self.y_scale_ + mean).astype(self._dtype, copy=False)
@@ -468,10 +467,11 @@ def _task_means(
 class MAMLClassifier(ClassifierMixin, BaseMAML):
     r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
-    Model-agnostic meta-learning [1]_: `fit` learns, from a collection of tasks, the initialisation
-    from which `steps` gradient steps of rate `alpha` on the support rows of a task give a small
-    cross-entropy on its query rows. `adapt` takes these steps on the support rows of a new task,
-    and `predict` then predicts for that task.
+    `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
+    `predict` then predicts for that task. Model-agnostic meta-learning [1]_ learns the
+    initialisation from which `steps` gradient steps of rate `alpha` on the support rows of a task
+    give a small cross-entropy on its query rows; by default a Gaussian head is learned beside it,
+    and held-out tasks choose, see `update_rule`.
 
     Parameters
     ----------
@@ -485,9 +485,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
         Activation of the default network.
-    alpha : float, default=None
-        Inner rate: step size of adaptation. May be changed after `fit`. None is 0.03, and leaves
-        it to `posterior` how tasks are adapted.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
     beta : float, default=3e-3
         Outer rate: step size of meta-training, given to the optimiser.
     beta_decay : float, default=0.3
@@ -498,9 +497,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     max_grad_norm : float, default=1.0
         Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
         a rule where the inner steps of a task diverge; a single one can undo many updates.
-    steps : int, default=None
-        Inner steps. May be changed after `fit`. None is 5, and leaves it to `posterior` how tasks
-        are adapted.
+    steps : int, default=5
+        Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
         Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
     meta_gradient : str or MetaGradient, default="second-order"
@@ -510,12 +508,21 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
         adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
         `Reptile` in `sklearn_maml.meta_gradients`.
-    update_rule : str or UpdateRule, default="sgd"
-        How an inner step moves the parameters: "sgd", with rates that are learned ("meta-sgd",
-        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" and
+    update_rule : str or UpdateRule, default="auto"
+        How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
+        side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
+        get a share where they show a gain, and are given up early where they fall behind.
+        "gaussian-head" is the head alone: networks whose last layer has a Gaussian prior, learned
+        across tasks, which is adapted by Newton's method and knows how far to trust a support set
+        (compare ALPaCA [4]_). "sgd" is MAML as published [1]_ and nothing else. So are the other
+        rules, which say how an inner step moves the parameters: with rates that are learned
+        ("meta-sgd", "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" and
         "logistic-head" solve for the last layer in place of taking steps, and need
         ``adapted="head"``. See `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of
-        the rule.
+        the rule. `alpha`, `steps`, `meta_gradient`, `adapted` and `head` are about gradient steps;
+        the Gaussian head takes `module`, too. With fewer than 4 tasks, without task information,
+        and for modules that have batch norm or do not end in a linear layer, "auto" takes gradient
+        steps alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
@@ -544,7 +551,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates.
+        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
+        is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
@@ -575,17 +583,6 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         not depend on which rows are predicted together; "transductive" takes those of the query
         rows themselves, all rows of the task in one call of `predict` together. May be changed
         after `fit`.
-    posterior : bool or "auto", default="auto"
-        Whether to meta-learn, beside the initialisation, an ensemble of networks whose last
-        layer has a Gaussian prior, learned across tasks, and adapt it in closed form: how far a
-        support set is trusted is then learned, too (compare ALPaCA [4]_). True predicts with
-        it. "auto" fits it where nothing was asked of the inner loop (`alpha`, `steps`,
-        `adapt_steps`, `module`, `update_rule`, `meta_gradient`, `adapted`, `head` as by
-        default), labels or targets are shared by the tasks and tasks are held out, and mixes
-        its predictions with those of gradient steps by a weight that is chosen on the held-out
-        tasks. False never does, nor does "auto" after any of these was set: predictions are
-        then those of `module_` after `steps` gradient steps. It takes tables of up to 500
-        features.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
@@ -608,26 +605,23 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     Attributes
     ----------
     module_ : torch.nn.Module
-        Network with the meta-learned initialisation.
+        Network with the meta-learned initialisation; where a Gaussian head was trained alone, the
+        head, whose outputs are population predictions.
     net_ : skorch.NeuralNet
         The net that was meta-trained.
     history_ : skorch.history.History
         Per epoch: `train_loss` (query loss after adaptation), `valid_loss` and
         `valid_loss_before` (of held-out tasks, after and before adaptation), `non_finite` (skipped
-        meta-updates), `dur` (seconds).
+        meta-updates), `dur` (seconds). With a Gaussian head these losses are the head's, and
+        `steps_valid_loss`, `steps_valid_loss_before` those of gradient steps beside it.
     n_iter_ : int
         Meta-updates made.
     classes_ : ndarray of shape (n_classes,)
         Class labels, in the order of the columns of `predict_proba`. With `n_ways`: those of the
         training pool after `fit`, those of the support sets after `adapt`.
-    posterior_ : PosteriorEnsemble or None
-        What was learned for closed-form adaptation, if it was.
-    posterior_weight_ : float
-        Its share of predictions, between 0 and 1; that of gradient steps is the rest.
-    logit_scale_, mixture_logit_scale_ : float
-        Factors of the logits of gradient steps, and of those of the mixture with the posterior,
-        in `predict_proba`: they calibrate it on the held-out tasks where nothing was asked of the
-        inner loop (see `posterior`), and are 1 elsewhere.
+    learner_weights_ : dict of str to float
+        Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
+        trained.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)

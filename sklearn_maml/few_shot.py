@@ -151,6 +151,7 @@ class _FewShot(SaveMixin, BaseEstimator):
     def _fit_without_prior(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Plain gradient steps from a seeded random initialisation."""
         start = self._prior_class(
+            update_rule="sgd",
             alpha=0.1 if self.alpha is None else self.alpha,
             steps=200 if self.steps is None else self.steps,
             random_state=self.random_state,
@@ -285,7 +286,7 @@ class FewShotRegressor(RegressorMixin, _FewShot):
         Raises
         ------
         ValueError
-            With `return_std`, if the prior has no posterior.
+            With `return_std`, if gradient steps predict alone.
         """
         model = self._fitted_model(X)
         return model.predict(X, return_std=True) if return_std else model.predict(X)

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"targets"},
     {"update_rules", "meta_gradients"},
-    {"inner_loop", "posterior"},
+    {"inner_loop"},
     {"inner"},
     {"modules", "native", "conv", "compiled", "batch_norm"},
     {"traced"},

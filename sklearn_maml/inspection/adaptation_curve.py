@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 from sklearn.utils._optional_dependencies import check_matplotlib_support
+from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import BaseMAML
 from sklearn_maml.evaluation.scoring import check_counts, score_tasks
@@ -162,6 +163,7 @@ class AdaptationCurveDisplay:
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         maml, X = open_copy(estimator, X)
+        check_is_fitted(maml)
         trained = _trained_steps(maml) if share_of_steps(maml) else None
         numbers_of_steps = check_steps(
             _steps_around(trained or maml._n_adapt_steps()) if steps is None else steps

@@ -48,14 +48,14 @@ class Adapted(ABC):
 
     @abstractmethod
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
-        """Outputs (n_rows, n_outputs) of rows (n_rows, ...) of the tasks `codes`.
+        """Return outputs (n_rows, n_outputs) of rows (n_rows, ...) of the tasks `codes`.
 
         In the units of the losses: standardised targets, or logits. `how` is what may be changed
         after `fit`; see `gradient.Running`.
         """
 
     def std(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Outputs, and the standard deviations (n_rows, n_outputs) of the targets."""
+        """Return outputs, and the standard deviations (n_rows, n_outputs) of the targets."""
         raise ValueError(no_std(type(self).__name__))
 
     @abstractmethod

@@ -12,6 +12,7 @@ so that a linear truth needs no training.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class MLPBody(nn.Module):
         self.n_layers = len(sizes) - 1
         self.activation = activation
         self.width = sizes[-1]
-        for k, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for k, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             for name, shape in (("weight", (n_in, n_out)), ("bias", (1, n_out))):
                 values = (2 * torch.rand(n_members, *shape) - 1) / math.sqrt(n_in)
                 self.register_parameter(f"{name}{k}", nn.Parameter(values))
@@ -71,7 +72,7 @@ class ModuleBody(nn.Module):
         self.width = width
 
     def features(self, params: Params, X: Tensor) -> Tensor:
-        """Inputs of the last layer (n_members, n_rows, width) of rows (n_rows, ...)."""
+        """Return inputs of the last layer (n_members, n_rows, width) of rows (n_rows, ...)."""
         X = X.to(next(iter(params.values())).dtype)
         outputs = []
         for j, module in enumerate(self.members):
@@ -86,7 +87,7 @@ class ModuleBody(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """Meta-parameters of the members, and what they make of support sets.
+    r"""Meta-parameters of the members, and what they make of support sets.
 
     Parameters
     ----------
@@ -104,7 +105,7 @@ class GaussianHead(nn.Module):
     -----
     The targets of output o are :math:`y = a_o (m_o + S w_o) + e`, where :math:`m_o` is the prior
     mean, S are the columns times a root of the prior covariance, w is standard normal and e has
-    the variance :math:`a_o^2 \\sigma_o^2`. Outputs share S.
+    the variance :math:`a_o^2 \sigma_o^2`. Outputs share S.
     """
 
     center: Tensor
@@ -177,7 +178,7 @@ class GaussianHead(nn.Module):
         return cls(made, starts, center, center, **options)
 
     def forward(self, X: Tensor) -> Tensor:
-        """Population predictions (n_rows, n_outputs): the prior means, averaged over members."""
+        """Return population predictions (n_rows, n_outputs): the mean of the prior means."""
         return self.functions(dict(self.named_parameters())).columns(X)[0].mean(0)
 
 
@@ -215,7 +216,7 @@ class _Predictive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Derivatives in gram, residual and noise."""
+        """Return derivatives in gram, residual and noise."""
         by_gram, u, by_noise = ctx.saved_tensors
         g = grads[0][:, :, None]
         return g[..., None] * by_gram, g[..., None] * u, (g * by_noise).sum(1), None
@@ -425,7 +426,7 @@ class HeadFunctions:
     def query(
         self, X: Tensor, given: Posterior, variance: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs (n_members, n_tasks, n_query, n_outputs) and, of numbers, their variance."""
+        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of numbers."""
         prior, S = self._of_tasks(X)
         a = self.amplitude_of_tasks()
         mean = a * (prior + S @ given.shift)
@@ -558,7 +559,7 @@ class Conditioned(Adapted):
         return np.clip(means.mean(0), self.low[codes], self.high[codes])
 
     def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Outputs (n_members, n_rows, n_outputs) of each member."""
+        """Return outputs (n_members, n_rows, n_outputs) of each member."""
         run = _exact(self.head)
         means = np.empty((self.head.n_members, len(rows), self.head.n_outputs))
         with torch.no_grad():
@@ -573,7 +574,7 @@ class Conditioned(Adapted):
     def std(
         self, rows: np.ndarray, codes: np.ndarray, how: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Outputs, and standard deviations of the targets: noise, and doubt about the task."""
+        """Return outputs and standard deviations: noise, and doubt about the task."""
         means, within = self._moments(rows, codes)
         factor = np.full((len(rows), 1), self.calibration.factor)
         if self.calibration.seen is not None:

@@ -193,7 +193,7 @@ def _present(rows: Rows) -> Tensor | None:
 
 
 def _of_rows(mask: Tensor | None, like: Tensor) -> Tensor:
-    """Weights (n_members or 1, n_tasks, n_rows) of the rows, which sum to one where there are any."""
+    """Weights (n_members or 1, n_tasks, n_rows) of rows, which sum to one where there are any."""
     if mask is None:
         return like.new_full((1, *like.shape[1:3]), 1 / like.shape[2])
     weight = mask.to(like.dtype)

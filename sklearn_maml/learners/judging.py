@@ -64,7 +64,7 @@ def judge_head(
 def _deviations(
     trainer: HeadTrainer, meta_params: dict[str, Tensor], member: int | None, batch: EpisodeBatch
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and targets of classes; absolute errors and standard deviations of numbers."""
+    """Return outputs and targets of classes; absolute errors and standard deviations of numbers."""
     mean, variance, y = trainer.outputs(meta_params, member, batch)
     mean, y = (batch.query.real(t) for t in (mean, y))
     if variance is None:
@@ -89,7 +89,7 @@ def held_out_outputs(
     alpha: float,
     steps: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Outputs of the first member and of gradient steps, targets and episodes of query rows.
+    """Return outputs of the first member and of gradient steps, targets and episodes of query rows.
 
     Of tasks that neither of them has seen, in the units of the losses; logits, of classes.
     """

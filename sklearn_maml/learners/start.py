@@ -1,4 +1,4 @@
-"""Where a Gaussian head starts: a mixed model of the tasks' linear coefficients, or a pooled one."""
+"""Where a Gaussian head starts: a mixed model of linear coefficients, or a pooled one."""
 
 from __future__ import annotations
 
