@@ -427,6 +427,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         of_tasks = isinstance(source, CollectionSource) and not source.pooled
         if of_tasks and source.n_tasks < LEAST_TASKS:
             return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
+        if self._centers_targets():  # by support rows: an error that it would not know of
+            return "learns how the levels of tasks differ itself, but center_y is set"
         if self.module is None:
             return None
         with _SeededTorch(self.device_, 0):
@@ -496,10 +498,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """Run the outer loop; return what trained the Gaussian head, if there is one."""
         # imported when needed: adapting and predicting do without skorch
         from sklearn_maml.outer_loop import (
-            UPDATES_PER_EPOCH,
             SklearnCallbacks,
             TaskStream,
             ValidateOn,
+            count_epochs,
         )
 
         source, episodes = plan.source, plan.episodes
@@ -527,7 +529,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self._fingerprints = source.fingerprints
         self.learner_weights_ = plan.weights(0.0)
         if HAS_SKLEARN_CALLBACKS:
-            n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
+            n_epochs = count_epochs(net.max_iter, plan.with_head)
             net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
         stream = TaskStream(
             episodes.draw, episodes.n_train, net.batch_size, seed, episodes.bytes_of_episode
@@ -1066,7 +1068,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
-        now = self._settings(self.module_ if everything else None)
+        now = self._settings(self._learner.module if everything else None)
         names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y"]
         if everything:  # a fit goes on with the meta-gradient of now
             names = [name for name in now if name != PROXIMAL]

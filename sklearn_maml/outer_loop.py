@@ -42,6 +42,7 @@ __all__ = [
     "TaskStream",
     "ValidateOn",
     "compare_supports",
+    "count_epochs",
     "use_batch",
 ]
 
@@ -267,6 +268,14 @@ class _Prepared:
     fused: bool
     flat: FlatStep | None
     watched: bool  # whether callbacks may look at gradients
+
+
+def count_epochs(n_updates: int, with_head: bool) -> int:
+    """Epochs of a fit, at most; the last update of a Gaussian head ends one."""
+    if not with_head:
+        return -(-n_updates // UPDATES_PER_EPOCH)
+    of_head = math.ceil(PART_OF_UPDATES * n_updates)
+    return sum(-(-n // UPDATES_PER_EPOCH) for n in (of_head, n_updates - of_head))
 
 
 class StopTraining(KeyboardInterrupt):
@@ -727,7 +736,7 @@ class MetaNet(NeuralNet):
         )
         try:
             with self.engine.threads(X.batch_size * self.rows_per_task):
-                self.fit_loop(X, y, epochs=-(-left // UPDATES_PER_EPOCH) + (self.joint is not None))
+                self.fit_loop(X, y, epochs=count_epochs(left, self.joint is not None))
         except StopTraining:
             pass
         except KeyboardInterrupt as error:

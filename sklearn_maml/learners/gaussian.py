@@ -40,7 +40,11 @@ class MLPBody(nn.Module):
     """Hidden layers of a multilayer perceptron, once for each member, side by side."""
 
     def __init__(
-        self, n_members: int, sizes: Sequence[int], activation: Callable[[Tensor], Tensor]
+        self,
+        n_members: int,
+        sizes: Sequence[int],
+        activation: Callable[[Tensor], Tensor],
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.n_layers = len(sizes) - 1
@@ -48,7 +52,8 @@ class MLPBody(nn.Module):
         self.width = sizes[-1]
         for k, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             for name, shape in (("weight", (n_in, n_out)), ("bias", (1, n_out))):
-                values = (2 * torch.rand(n_members, *shape) - 1) / math.sqrt(n_in)
+                values = torch.rand(n_members, *shape, generator=generator, dtype=torch.float32)
+                values = (2 * values - 1) / math.sqrt(n_in)
                 self.register_parameter(f"{name}{k}", nn.Parameter(values))
 
     def features(self, params: Params, X: Tensor) -> Tensor:
@@ -183,7 +188,7 @@ class GaussianHead(nn.Module):
 
 
 def _parameter(values: np.ndarray) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=torch.get_default_dtype()))
+    return nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
 class _Predictive(torch.autograd.Function):
