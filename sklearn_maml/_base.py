@@ -42,6 +42,7 @@ from sklearn_maml.checkpoint import (
     begin_checkpointed,
     net_state,
 )
+from sklearn_maml.devices import forked_generators, is_host
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     CHUNK,
@@ -82,7 +83,7 @@ from sklearn_maml.modules import (
     linear_head,
     make_mlp,
 )
-from sklearn_maml.optimizers import can_fuse
+from sklearn_maml.optimizers import settings_on
 from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
 from sklearn_maml.posterior import Conditioned, PosteriorEnsemble, find_weight, mix
 from sklearn_maml.sources import CollectionSource, DistributionSource
@@ -487,7 +488,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             n_epochs = -(-net.max_iter // UPDATES_PER_EPOCH)
             net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
         stream = TaskStream(
-            source.draw, source.n_train, net.batch_size, seed, source.bytes_of_episode
+            source.draw,
+            source.n_train,
+            net.batch_size,
+            seed,
+            source.bytes_of_episode,
+            source.draw_on,
         )
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = not is_row_wise(engine.module) or has_dropout(engine.module)
@@ -784,8 +790,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         optimizer = self._resolve_optimizer()
         check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
         chosen = self._prefixed("optimizer")
-        if can_fuse(optimizer, chosen, list(learner.parameters()), self.device_):
-            settings["optimizer__fused"] = True
+        for name, value in settings_on(
+            optimizer, chosen, list(learner.parameters()), self.device_
+        ).items():
+            settings[f"optimizer__{name}"] = value
         for prefix in ("iterator_train", "iterator_valid"):
             check_keywords(DataLoader, self._prefixed(prefix), prefix)
         net = MetaNet(
@@ -1592,8 +1600,7 @@ class _SeededTorch:
     _lock = threading.RLock()
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        devices = [device.index or 0] if device.type == "cuda" else []
-        self._fork = torch.random.fork_rng(devices=devices)
+        self._fork = forked_generators([] if is_host(device) else [device])
         self._seed = seed
 
     def __enter__(self) -> None:

@@ -49,7 +49,7 @@ from sklearn_maml.conv import (
     support_first,
     tasks_at_a_time,
 )
-from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.episodes import EpisodeBatch, Rows, put_back
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import (
     Autograd,
@@ -512,6 +512,16 @@ class Engine:
             buffer.copy_(progress["buffers"][name])
         self.tracer.resume(progress["tracer"])
 
+    def preparation(self, steps: int) -> Callable[[EpisodeBatch], EpisodeBatch] | None:
+        """Return what makes `EpisodeBatch.prepared` of row positions, if that can be done early.
+
+        The meta-gradients of users may look at the rows themselves.
+        """
+        own = type(self.meta_gradient).episodes
+        if own is MetaGradient.episodes or own.__module__ != MetaGradient.__module__:
+            return None
+        return functools.partial(self.meta_gradient.episodes, steps=steps)
+
     def finish(self) -> None:
         """Give up what is prepared in the background: no more meta-steps come."""
         self.tracer.finish()
@@ -684,7 +694,8 @@ class Engine:
                 stacklevel=2,
             )
             self._own_norms = []
-        batch = self.meta_gradient.episodes(batch, steps)
+        ready = batch.prepared
+        batch = self.meta_gradient.episodes(batch, steps) if ready is None else ready
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
@@ -706,14 +717,9 @@ class Engine:
                 ).sum(0)
                 for name in parts[0].grads
             }
-            losses = parts[0].losses.new_empty(n_tasks)
             width = max(part.outputs.shape[1] for part in parts)
-            shape = (n_tasks, width, *parts[0].outputs.shape[2:])
-            outputs = parts[0].outputs.new_zeros(shape)
-            for part, which in zip(parts, index, strict=True):
-                where = torch.as_tensor(which, device=losses.device)
-                losses[where] = part.losses
-                outputs[where, : part.outputs.shape[1]] = part.outputs
+            losses = put_back([part.losses for part in parts], index)
+            outputs = put_back([_pad_rows_to(width, part.outputs) for part in parts], index)
             return MetaStep(losses, grads, outputs)
 
         with _explaining_one_value(support=batch.support, query=batch.query):
@@ -774,11 +780,7 @@ class Engine:
             return self._adapt_rows(fast, shared, rates, rows, rung, alpha, steps)
 
         def join(parts: list[Params], index: list[np.ndarray]) -> Params:
-            where = torch.as_tensor(np.argsort(np.concatenate(index)))
-            return {
-                name: torch.cat([part[name] for part in parts])[where.to(parts[0][name].device)]
-                for name in parts[0]
-            }
+            return {name: put_back([part[name] for part in parts], index) for name in parts[0]}
 
         with _explaining_one_value(support=support):
             adapted = Adapted(self._by_shape(support, run, join), shared, {})
@@ -810,8 +812,7 @@ class Engine:
             if pieces is None:
                 return self._predict(adapted, query)
             parts = [self._predict(adapted.take(k), query.take(k)) for k in pieces]
-        whole = torch.cat([_pad_rows_to(query.X.shape[1], part) for part in parts])
-        return whole[torch.as_tensor(np.argsort(np.concatenate(pieces)), device=whole.device)]
+        return put_back([_pad_rows_to(query.X.shape[1], part) for part in parts], pieces)
 
     def _predict(self, adapted: Adapted, query: Rows) -> Tensor:
         """Predict with the batch-norm statistics among `adapted`, or else those of the rows."""

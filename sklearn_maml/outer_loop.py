@@ -22,14 +22,23 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from sklearn_maml.engine import rate_key
-from sklearn_maml.episodes import EpisodeBatch
+from sklearn_maml.devices import is_host
+from sklearn_maml.episodes import EpisodeBatch, to_device
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
     MetaTrainingError,
     NonFiniteStepWarning,
 )
 from sklearn_maml.heads import SymmetricHead
-from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
+from sklearn_maml.optimizers import (
+    FlatStep,
+    begin,
+    can_mask,
+    has_fused_kernel,
+    step_fused,
+    step_masked,
+    without_compiler,
+)
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
@@ -95,6 +104,15 @@ class TaskStream(torch.utils.data.Dataset):
     seed : int
     bytes_of_episode : int, default=0
         Memory that drawing an episode takes, which bounds the length of a block.
+    draw_on : callable (device, task_positions, rng, prepare) -> list of EpisodeBatch, default=None
+        Draws on a device; None moves what `draw` returns.
+
+    Attributes
+    ----------
+    device : torch.device or None
+        Where `batch` draws; None leaves that to the user of the batches.
+    prepare : callable EpisodeBatch -> EpisodeBatch or None
+        Makes `EpisodeBatch.prepared`, on the host, of batches that are drawn on a device.
     """
 
     def __init__(
@@ -104,8 +122,12 @@ class TaskStream(torch.utils.data.Dataset):
         batch_size: int,
         seed: int,
         bytes_of_episode: int = 0,
+        draw_on: Callable[..., list[EpisodeBatch]] | None = None,
     ) -> None:
         self.draw = draw
+        self.draw_on = draw_on
+        self.device: torch.device | None = None
+        self.prepare: Callable[[EpisodeBatch], EpisodeBatch] | None = None
         self.n_tasks = n_tasks
         self.batch_size = batch_size
         self.seed = seed
@@ -155,8 +177,15 @@ class TaskStream(torch.utils.data.Dataset):
             positions = np.arange(first * self.batch_size, end * self.batch_size)
             which = self._tasks(positions).reshape(-1, self.batch_size)
             rng = np.random.default_rng((self.seed, 1, first))
-            self._block = (first, self.draw(which, rng))
+            self._block = (first, self._drawn(which, rng))
         return self._block[1][update - first]
+
+    def _drawn(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        if self.device is None:
+            return self.draw(which, rng)
+        if self.draw_on is None:
+            return to_device(self.draw(which, rng), self.device)
+        return self.draw_on(self.device, which, rng, self.prepare)
 
     def __getitems__(self, items: list[int]) -> EpisodeBatch:
         positions = self.first_update * self.batch_size + np.asarray(items)
@@ -250,6 +279,9 @@ class _Prepared:
     fused: bool
     flat: FlatStep | None
     watched: bool  # whether callbacks may look at gradients
+    # whether the host decides if an update is made: it reads its loss, which an accelerator would
+    # have to be waited for
+    on_host: bool
 
 
 class StopTraining(KeyboardInterrupt):
@@ -349,6 +381,11 @@ class MetaNet(NeuralNet):
         self._prepared: _Prepared | None = None
         self._heard: dict[str, list[Any]] = {}
         self._loaders: dict[str, Any] = {}
+        self._is_host = is_host(self.device)
+        # whether the update at hand is to be made, where the device alone knows
+        self._finite: Tensor | None = None
+        # rows of the history, and what is to be read from the device for them
+        self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # of the generators of data loaders before an interruption
         self.loader_states_: dict[str, Tensor] = {}
         return self
@@ -391,21 +428,31 @@ class MetaNet(NeuralNet):
             flat.release()
             flat = None
         own_step = self._step_size() is not None
+        fused = has_fused_kernel(self.optimizer_)
+        if fused and not own_step and not self._is_host and not self.optimizer_.state:
+            for p in moving:
+                p.grad = torch.zeros_like(p)
+            begin(self.optimizer_)
+            for p in moving:
+                p.grad = None
         if flat is None and not own_step and FlatStep.can_make(self.optimizer_, moving):
             flat = FlatStep(self.optimizer_, moving)
+        # only optimisers of others may evaluate the closure themselves
+        needs_closure = not type(self.optimizer_).__module__.startswith("torch.optim.")
+        watched = any(
+            self._listeners(name) for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
+        )
+        maskable = own_step or fused or can_mask(self.optimizer_, torch.device(self.device))
         self._prepared = _Prepared(
             params=params,
             signature=self._signature(params),
             meta_params=self.module_.meta_params(),
             trainable=trainable,
-            # only optimisers of others may evaluate the closure themselves
-            needs_closure=not type(self.optimizer_).__module__.startswith("torch.optim."),
-            fused=has_fused_kernel(self.optimizer_),
+            needs_closure=needs_closure,
+            fused=fused,
             flat=flat,
-            watched=any(
-                self._listeners(name)
-                for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
-            ),
+            watched=watched,
+            on_host=self._is_host or needs_closure or watched or not maskable,
         )
         return self._prepared
 
@@ -435,7 +482,10 @@ class MetaNet(NeuralNet):
             with torch.no_grad():
                 for p in self.module_.parameters():
                     if p.grad is not None:
-                        p.add_(p.grad, alpha=-size)
+                        grad = p.grad
+                        if self._finite is not None:
+                            grad = torch.where(self._finite, grad, 0.0)
+                        p.add_(grad, alpha=-size)
             return step
         if ready.needs_closure:
             step = super().train_step(batch, **fit_params)
@@ -444,7 +494,9 @@ class MetaNet(NeuralNet):
             step = self.train_step_single(batch, **fit_params)
             self._notify_grad(batch)
             if ready.fused:
-                step_fused(self.optimizer_)
+                step_fused(self.optimizer_, self._bad())
+            elif self._finite is not None:
+                step_masked(self.optimizer_, self._finite)
             else:
                 self.optimizer_.step()
             return step
@@ -459,8 +511,12 @@ class MetaNet(NeuralNet):
                 self.optimizer_.step()
             grad = changed
         if grad is not None:
-            ready.flat.step(grad)
+            ready.flat.step(grad, self._bad())
         return step
+
+    def _bad(self) -> Tensor | None:
+        """1 where the update at hand is to be skipped, else 0; None if it is known to be made."""
+        return None if self._finite is None else 1.0 - self._finite.view(1).float()
 
     def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
@@ -488,7 +544,9 @@ class MetaNet(NeuralNet):
     ) -> tuple[dict[str, Any], list[Tensor] | None]:
         """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
 
-        The gradients are those of the trainable parameters, or one vector for `FlatStep`.
+        The gradients are those of the trainable parameters, or one vector for `FlatStep`. Where
+        the host does not decide, they are returned in any case, and `_finite` says whether they
+        are.
         """
         episodes, device = batch[0], torch.device(self.device)
         if episodes.query.X.device != device:
@@ -508,22 +566,31 @@ class MetaNet(NeuralNet):
         if whole is None and ready.flat is not None:
             whole = torch.cat([grad.flatten() for grad in grads])
         if whole is not None:
-            norm = torch.linalg.vector_norm(whole).item()
+            length = torch.linalg.vector_norm(whole)
         else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+            length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        pieces = grads if whole is None else [whole]
+        gradient = grads if ready.flat is None or whole is None else [whole]
+        self._decay_rate()
+        self._finite = None
+        if not ready.on_host:
+            self._finite = finite = torch.isfinite(loss + length)
+            if self.max_grad_norm is not None:
+                torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
+            self.update_ += 1
+            loss = torch.where(finite, loss, math.nan)
+            return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
+        norm = length.item()
         finite = math.isfinite(loss.item()) and math.isfinite(norm)
         if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(grads if whole is None else [whole], self.max_grad_norm / norm)
-        self._decay_rate()
+            torch._foreach_mul_(pieces, self.max_grad_norm / norm)
         self._row()["non_finite"] = int(not finite)
         self.update_ += 1
         if not finite:
-            self._note_non_finite(episodes)
-            loss = loss.new_tensor(math.nan)
+            self._note_non_finite(episodes, self.update_)
+            loss = torch.full_like(loss, math.nan)
         outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
-        if not finite:
-            return outcome, None
-        return outcome, grads if ready.flat is None or whole is None else [whole]
+        return outcome, gradient if finite else None
 
     def _row(self) -> dict[str, Any]:
         """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
@@ -553,19 +620,48 @@ class MetaNet(NeuralNet):
         losses, output = self.engine.evaluate(
             params, episodes, alpha=self.alpha, steps=self.eval_steps
         )
-        self._row()["valid_loss_before"] = before.mean().item()
+        self._record(valid_loss_before=before.mean())
         return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
 
-    def _note_non_finite(self, episodes: EpisodeBatch) -> None:
+    def _record(self, **values: Tensor) -> None:
+        """Note scalars in the history, at once or when the device need not be waited for."""
+        row = self._row()
+        if self._is_host:
+            row.update({name: value.item() for name, value in values.items()})
+        else:
+            self._unread.append((row, values))
+
+    def _read(self, episodes: EpisodeBatch | None = None) -> None:
+        """Read what was recorded since the last time, and count the updates that were skipped.
+
+        `episodes` is a batch to look at where too many were.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = torch.stack([v.detach().double() for _, own in unread for v in own.values()])
+        numbers = iter(values.tolist())
+        for row, own in unread:
+            row.update({name: next(numbers) for name in own})
+        rows = [row for row, own in unread if "train_loss" in own and "non_finite" not in row]
+        for row in rows:
+            row["non_finite"] = int(math.isnan(row["train_loss"]))
+        for update, row in enumerate(rows, self.update_ - len(rows) + 1):
+            if row["non_finite"] and episodes is not None:
+                self._note_non_finite(episodes, update)
+            elif row["non_finite"]:  # the fit has been interrupted
+                self.non_finite_ += 1
+
+    def _note_non_finite(self, episodes: EpisodeBatch, update: int) -> None:
         self.non_finite_ += 1
         if self.non_finite_ == 1:
             warnings.warn(
-                f"The loss or meta-gradient of update {self.update_} was not finite; the update "
+                f"The loss or meta-gradient of update {update} was not finite; the update "
                 "was skipped. Skipped updates are counted in history_ ('non_finite').",
                 NonFiniteStepWarning,
                 stacklevel=2,
             )
-        seen = self.update_ - self.first_update_
+        seen = update - self.first_update_
         if seen >= PATIENCE_NON_FINITE and 2 * self.non_finite_ > seen:
             raise self._non_finite_error(episodes, seen)
 
@@ -692,6 +788,8 @@ class MetaNet(NeuralNet):
         plain = getattr(self, f"iterator_{kind}") is DataLoader
         ours = isinstance(dataset, (TaskStream, FixedEpisodes))
         if ours and plain and settings <= {"collate_fn", "batch_size"}:
+            if not self._is_host:
+                self._place(dataset)
             return BatchLoader(dataset)
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
@@ -703,6 +801,15 @@ class MetaNet(NeuralNet):
         if self.checkpoint is not None:
             self._loaders[kind] = iterator
         return iterator
+
+    def _place(self, dataset: TaskStream | FixedEpisodes) -> None:
+        """Draw episodes on the device, or move those that are drawn once."""
+        device = torch.device(self.device)
+        if isinstance(dataset, TaskStream):
+            dataset.device = device
+            dataset.prepare = self.engine.preparation(self.steps)
+        else:
+            dataset.batches = to_device(dataset.batches, device)
 
     def loader_states(self) -> dict[str, Tensor]:
         """Return the states of the generators of the data loaders, for a checkpoint."""
@@ -719,15 +826,21 @@ class MetaNet(NeuralNet):
         """Run one epoch as skorch does, then count its skipped updates."""
         if iterator is None:
             return
-        n_batches = 0
-        for batch in iterator:
-            self.notify("on_batch_begin", batch=batch, training=training)
-            step = step_fn(batch, **fit_params)
-            row = self._row()
-            row[f"{prefix}_loss"] = step["loss"].item()
-            row[f"{prefix}_batch_size"] = len(batch[0])
-            self.notify("on_batch_end", batch=batch, training=training, **step)
-            n_batches += 1
+        n_batches, episodes = 0, None
+        try:
+            for batch in iterator:
+                self.notify("on_batch_begin", batch=batch, training=training)
+                step = step_fn(batch, **fit_params)
+                self._record(**{f"{prefix}_loss": step["loss"]})
+                self._row()[f"{prefix}_batch_size"] = len(batch[0])
+                if self._listeners("on_batch_end"):
+                    self._read()
+                self.notify("on_batch_end", batch=batch, training=training, **step)
+                n_batches, episodes = n_batches + 1, batch[0]
+        except BaseException:
+            self._read()
+            raise
+        self._read(episodes if training else None)
         self.history.record(f"{prefix}_batch_count", n_batches)
         if training:
             self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))

@@ -52,7 +52,7 @@ class CollectionSource:
             "center_y": estimator._centers_targets(),
         }
         training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
-        self.draw = training.sample_batches
+        self.draw, self.draw_on = training.sample_batches, training.sample_on
         self.bytes_of_episode = training.bytes_of_episode()
         self.n_train = train.n_tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
@@ -76,6 +76,7 @@ class DistributionSource:
     n_tasks = None
     n_train = 1
     fingerprints: ClassVar[dict[Hashable, int]] = {}
+    draw_on = None  # fresh tasks are not on any device
 
     def __init__(self, estimator: Any, distribution: Any, seed: int, continued: bool) -> None:
         self.estimator = estimator

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_maml.compiled import Compilation, Uncompilable
+from sklearn_maml.devices import accelerators, generator_states, set_generator_states
 from sklearn_maml.exceptions import EngineFallbackWarning
 
 __all__ = ["Tracer", "Untraceable", "first_line", "module_key", "settings_key", "trace"]
@@ -361,42 +362,55 @@ def _shared_graph(
 class CudaGraph:
     """A function of CUDA tensors whose kernels are launched all at once.
 
-    The kernels are captured for tensors of its own, to which arguments are copied.
+    The kernels are captured for tensors of its own, to which arguments are copied. The next call
+    overwrites what they write, so results are copies.
 
     Parameters
     ----------
     function : callable of tensors
         Without random numbers, and without a look at the tensors' values.
     inputs : sequence of Tensor
+    backend : module
+        ``torch.cuda``, or one like it.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, function: Function, inputs: Sequence[Tensor], backend: Any) -> None:
         self._inputs = [t.detach().clone() for t in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream = backend.Stream()
+        stream.wait_stream(backend.current_stream())
+        with backend.stream(stream):
             for _ in range(3):  # libraries set themselves up in their first calls
                 function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        backend.current_stream().wait_stream(stream)
+        self._graph = backend.CUDAGraph()
+        with backend.graph(self._graph):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        _copy_all(self._inputs, inputs)
         self._graph.replay()
-        return [output.clone() for output in self._outputs]
+        outputs = [torch.empty_like(output) for output in self._outputs]
+        _copy_all(outputs, self._outputs)
+        return outputs
+
+
+def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy tensors of each type in one launch."""
+    for dtype in dict.fromkeys(t.dtype for t in to):
+        pairs = [(t, v) for t, v in zip(to, values, strict=True) if t.dtype == dtype]
+        torch._foreach_copy_([t for t, _ in pairs], [v.detach() for _, v in pairs])
 
 
 def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     """Capture a graph on CUDA, where launching kernels one by one takes longer than they do."""
-    if any(t.device.type != "cuda" for t in inputs):
+    devices = {t.device for t in inputs}
+    if getattr(graph, "is_random", False) or len(devices) != 1:
         return graph
-    if getattr(graph, "is_random", False):
+    backend = torch.get_device_module(devices.pop())
+    if not hasattr(backend, "CUDAGraph"):
         return graph
     try:
-        return CudaGraph(graph, inputs)
+        return CudaGraph(graph, inputs, backend)
     except RuntimeError as error:
         warnings.warn(
             "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "
@@ -525,12 +539,10 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
 
 
 def _generator_states(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
     return (
         random.getstate(),
         np.random.get_state(),
-        torch.get_rng_state(),
-        *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str)),
+        *generator_states(accelerators(tensors)),
     )
 
 
@@ -542,10 +554,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _restore(tensors: Sequence[Tensor], states: tuple[Any, ...]) -> None:
     """Set torch's generators to earlier states."""
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
-    torch.set_rng_state(states[2])
-    for device, state in zip(sorted(devices, key=str), states[3:], strict=True):
-        torch.cuda.set_rng_state(state, device)
+    set_generator_states(accelerators(tensors), states[2:])
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -399,6 +399,7 @@ _libraries[1].impl("_thnn_fused_lstm_cell", _lstm_cell, "PrivateUse1")
 _libraries[1].impl("_thnn_fused_lstm_cell_backward_impl", _lstm_cell_backward, "PrivateUse1")
 _libraries[1].impl("convolution_overrideable", _convolution, "PrivateUse1")
 _libraries[1].impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
+_libraries[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in LOW_PRECISION:
     _libraries[1].impl(_name, _casting(_name, torch.bfloat16), "AutocastPrivateUse1")
 for _name in HIGH_PRECISION:

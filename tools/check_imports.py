@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"exceptions"},
     {"_compat"},
     {"_validation"},
-    {"tasks"},
+    {"tasks", "devices"},
     {"episodes"},
     {"update_rules", "meta_gradients"},
     {"inner_loop", "posterior"},
