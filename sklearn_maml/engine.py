@@ -171,7 +171,9 @@ class Adapted:
         """Parameters of some of the tasks, in this order."""
         first, last = int(tasks[0]), int(tasks[-1])
         in_a_row = len(tasks) == last - first + 1 and (np.diff(tasks) == 1).all()
-        index = slice(first, last + 1) if in_a_row else torch.as_tensor(tasks)
+        index: slice | Tensor = slice(first, last + 1)
+        if not in_a_row:
+            index = torch.as_tensor(tasks, device=next(iter(self.params.values())).device)
         params, statistics = (
             {name: t[index] for name, t in part.items()} for part in (self.params, self.statistics)
         )

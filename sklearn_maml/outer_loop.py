@@ -382,6 +382,8 @@ class MetaNet(NeuralNet):
         self._heard: dict[str, list[Any]] = {}
         self._loaders: dict[str, Any] = {}
         self._is_host = is_host(self.device)
+        # whether the optimiser has the state that a step leaves to the next
+        self._has_stepped = self._is_host
         # whether the update at hand is to be made, where the device alone knows
         self._finite: Tensor | None = None
         # rows of the history, and what is to be read from the device for them
@@ -442,7 +444,11 @@ class MetaNet(NeuralNet):
         watched = any(
             self._listeners(name) for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
         )
-        maskable = own_step or fused or can_mask(self.optimizer_, torch.device(self.device))
+        maskable = (
+            own_step
+            or fused
+            or (self._has_stepped and can_mask(self.optimizer_, torch.device(self.device)))
+        )
         self._prepared = _Prepared(
             params=params,
             signature=self._signature(params),
@@ -499,6 +505,8 @@ class MetaNet(NeuralNet):
                 step_masked(self.optimizer_, self._finite)
             else:
                 self.optimizer_.step()
+            if not self._has_stepped:
+                self._has_stepped, ready.signature = True, []
             return step
         step, grads = self._meta_gradient(batch, ready)
         grad = None if grads is None else grads[0]
@@ -780,6 +788,8 @@ class MetaNet(NeuralNet):
         dataset_train.first_update = self.update_
         left = self.max_iter - (self.update_ - self.first_update_)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
+        if not self._is_host:
+            self._prepare()  # it waits for the device, which updates are not to do
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
         """Make a data loader that leaves torch's global generator alone, or a lighter one."""
