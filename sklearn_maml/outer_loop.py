@@ -647,7 +647,7 @@ class MetaNet(NeuralNet):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        values = torch.stack([v.detach().double() for _, own in unread for v in own.values()])
+        values = torch.stack([v.detach() for _, own in unread for v in own.values()])
         numbers = iter(values.tolist())
         for row, own in unread:
             row.update({name: next(numbers) for name in own})

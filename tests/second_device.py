@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # operations whose result has a size that depends on values, which the host waits for
 SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique2"}
 # what autocast computes in bfloat16 on accelerators, and in float32
-LOW_PRECISION = ("mm", "bmm", "addmm", "addmv", "baddbmm", "convolution", "linear", "matmul")
+LOW_PRECISION = ("mm", "bmm", "addmm", "addmv", "baddbmm", "convolution", "linear", "matmul", "conv1d", "conv2d", "conv3d")
 HIGH_PRECISION = (
     "exp", "log", "log_softmax.int", "softmax.int", "nll_loss", "mse_loss", "logsumexp",
     "sum", "sum.dim_IntList", "pow.Tensor_Scalar", "layer_norm",
@@ -99,6 +99,8 @@ def memory_limit(n_bytes: int) -> Iterator[None]:
 
 
 def _count(kind: str) -> None:
+    if kind != "operations":
+        _refuse_to_wait()
     for counts, locate in _watching:
         setattr(counts, kind, getattr(counts, kind) + 1)
         if locate and kind != "operations":
@@ -141,6 +143,88 @@ def _on_device(tensor: torch.Tensor) -> torch.Tensor:
     return _lend(tensor, EXTENSION)
 
 
+# -- graphs of what is launched --------------------------------------------------------------------
+
+
+class _Graph:
+    """Stands for ``torch.cuda.CUDAGraph``: what was run while it was captured, run again.
+
+    A replay reads and writes the memory that the operations had, as on CUDA: what they read has to
+    be put there before, and what they wrote is overwritten.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
+        self.n_replays = 0
+
+    def replay(self) -> None:
+        self.n_replays += 1
+        for launch in self.launches:
+            launch()
+
+
+class _Stream:
+    def wait_stream(self, other: _Stream) -> None:
+        """Nothing runs beside anything else here."""
+
+
+_capturing: list[_Graph] = []
+
+
+@contextlib.contextmanager
+def capturing(fails: str | None = None) -> Iterator[list[_Graph]]:
+    """Let the device capture graphs; return those that were captured.
+
+    With `fails`, the end of a capture raises an error of these words.
+    """
+    captured: list[_Graph] = []
+
+    @contextlib.contextmanager
+    def graph(made: _Graph) -> Iterator[None]:
+        _capturing.append(made)
+        try:
+            yield
+        finally:
+            _capturing.remove(made)
+        if fails:
+            raise RuntimeError(fails)
+        captured.append(made)
+
+    tools = {
+        "CUDAGraph": _Graph,
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "graph": graph,
+        "stream": contextlib.nullcontext,
+    }
+    for name, tool in tools.items():
+        setattr(_Module, name, staticmethod(tool))
+    try:
+        yield captured
+    finally:
+        for name in tools:
+            delattr(_Module, name)
+
+
+def _note_launch(op: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Let the graphs that are captured do this again, in the same memory."""
+    into = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+
+    def launch() -> None:
+        new = [t for t in pytree.tree_leaves(op(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        for own, value in zip(into, new, strict=True):
+            if own.data_ptr() != value.data_ptr():
+                own.copy_(value)
+
+    for graph in _capturing:
+        graph.launches.append(launch)
+
+
+def _refuse_to_wait() -> None:
+    if _capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
 def _is_ours(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == NAME
 
@@ -179,14 +263,14 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
             return grown[-1][1]
         return on_host(value)
 
-    hosts = {id(t): t for t in operands if _is_ours(t)}
     lent_args, lent_kwargs = pytree.tree_map(lend, (args, kwargs))
     if torch.Tag.nondeterministic_seeded in op.tags:
         with _drawing():
             result = op(*lent_args, **lent_kwargs)
     else:
         result = op(*lent_args, **lent_kwargs)
-    del hosts
+    if _capturing:
+        _note_launch(op, lent_args, lent_kwargs, result)
     for own, new in grown:
         if new.numel():
             own.set_(_on_device(new))
@@ -224,7 +308,8 @@ def _has_mask(operands: list[Any]) -> bool:
 
 def _copy(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if _is_ours(to) and _is_ours(source):
-        on_host(to).copy_(on_host(source))
+        pair = on_host(to), on_host(source)
+        _note_launch(torch.Tensor.copy_, pair, {}, pair[0].copy_(pair[1]))
     elif _is_ours(to):
         _count("to_device")
         on_host(to).copy_(source)
