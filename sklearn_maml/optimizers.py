@@ -110,9 +110,13 @@ def has_fused_kernel(optimizer: torch.optim.Optimizer) -> bool:
 
 def _is_watched(optimizer: Any) -> bool:
     """Whether somebody waits for a call of `step`."""
+    # a scheduler of rates counts the calls
+    return "step" in vars(optimizer) or _has_hooks(optimizer)
+
+
+def _has_hooks(optimizer: Any) -> bool:
     return bool(
-        "step" in vars(optimizer)  # a scheduler of rates counts the calls
-        or optimizer._optimizer_step_pre_hooks
+        optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
@@ -134,7 +138,7 @@ def step_fused(optimizer: Any, bad: Tensor | None = None) -> None:
     Parameters
     ----------
     optimizer : torch.optim.Adam or torch.optim.AdamW
-    bad : float32 Tensor of shape (1,), default=None
+    bad : float32 Tensor without dimensions, default=None
         Where it is 1, and not 0, nothing is to happen. Its value stays on the device.
     """
     if _is_watched(optimizer):
@@ -159,7 +163,7 @@ def step_fused(optimizer: Any, bad: Tensor | None = None) -> None:
             steps = [s["step"] for s in states]
             torch._foreach_add_(steps, 1)
             if bad is not None:
-                torch._foreach_sub_(steps, [bad.view(())] * len(steps))
+                torch._foreach_sub_(steps, [bad] * len(steps))
             moments = [[s[name] for s in states] for name in _moments(group)]
             grads = [p.grad for p in params]
             _run(_kernel(optimizer, group), group, params, grads, moments, steps, bad)
@@ -207,7 +211,7 @@ def can_mask(optimizer: Any, device: torch.device) -> bool:
     values = [v for state in optimizer.state.values() for v in state.values()]
     return (
         type(optimizer).__module__.startswith("torch.optim.")
-        and not _is_watched(optimizer)
+        and not _has_hooks(optimizer)
         and all(v is None or (isinstance(v, Tensor) and v.device == device) for v in values)
     )
 

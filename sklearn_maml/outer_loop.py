@@ -15,7 +15,7 @@ import torch
 from scipy.special import softmax
 from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
-from skorch.callbacks import Callback, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
+from skorch.callbacks import Callback, EpochScoring, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -441,9 +441,10 @@ class MetaNet(NeuralNet):
             flat = FlatStep(self.optimizer_, moving)
         # only optimisers of others may evaluate the closure themselves
         needs_closure = not type(self.optimizer_).__module__.startswith("torch.optim.")
-        watched = any(
-            self._listeners(name) for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
-        )
+        listened = any(self._listeners(name) for name in ("on_grad_computed", "on_batch_begin"))
+        watched = listened or bool(self._listeners("on_batch_end"))
+        # what schedules rates and what scores epochs looks at no batch
+        looked_at = listened or self._is_read()
         maskable = (
             own_step
             or fused
@@ -458,7 +459,7 @@ class MetaNet(NeuralNet):
             fused=fused,
             flat=flat,
             watched=watched,
-            on_host=self._is_host or needs_closure or watched or not maskable,
+            on_host=self._is_host or needs_closure or looked_at or not maskable,
         )
         return self._prepared
 
@@ -524,7 +525,7 @@ class MetaNet(NeuralNet):
 
     def _bad(self) -> Tensor | None:
         """1 where the update at hand is to be skipped, else 0; None if it is known to be made."""
-        return None if self._finite is None else 1.0 - self._finite.view(1).float()
+        return None if self._finite is None else 1.0 - self._finite.float()
 
     def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
@@ -843,7 +844,7 @@ class MetaNet(NeuralNet):
                 step = step_fn(batch, **fit_params)
                 self._record(**{f"{prefix}_loss": step["loss"]})
                 self._row()[f"{prefix}_batch_size"] = len(batch[0])
-                if self._listeners("on_batch_end"):
+                if self._unread and self._is_read():
                     self._read()
                 self.notify("on_batch_end", batch=batch, training=training, **step)
                 n_batches, episodes = n_batches + 1, batch[0]
@@ -875,6 +876,15 @@ class MetaNet(NeuralNet):
                 method for method in methods if getattr(method, "__func__", None) is not nothing
             ]
         return self._heard[method_name]
+
+    def _is_read(self) -> bool:
+        """Whether callbacks may read the losses of a batch when it has been run."""
+        listeners = (method.__self__ for method in self._listeners("on_batch_end"))
+        return not all(
+            isinstance(c, EpochScoring)
+            or (isinstance(c, LRScheduler) and c.policy_ is not ReduceLROnPlateau)
+            for c in listeners
+        )
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Tell the callbacks; afterwards keep the best parameters and stop early."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -211,10 +212,12 @@ def _note_launch(op: Any, args: Any, kwargs: Any, result: Any) -> None:
     into = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
 
     def launch() -> None:
-        new = [t for t in pytree.tree_leaves(op(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-        for own, value in zip(into, new, strict=True):
-            if own.data_ptr() != value.data_ptr():
-                own.copy_(value)
+        with torch.inference_mode():  # tensors that were made so can be written to so alone
+            new = pytree.tree_leaves(op(*args, **kwargs))
+            new = [t for t in new if isinstance(t, torch.Tensor)]
+            for own, value in zip(into, new, strict=True):
+                if own.data_ptr() != value.data_ptr():
+                    own.copy_(value)
 
     for graph in _capturing:
         graph.launches.append(launch)
@@ -232,78 +235,87 @@ def _is_ours(value: Any) -> bool:
 # -- operations ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _facts(op: Any) -> tuple[str, bool, list[Any], bool, bool, set[str]]:
+    """What there is to know about an operation."""
+    schema = op._schema
+    returned = [r.alias_info for r in schema.returns]
+    views = any(alias is not None and not alias.is_write for alias in returned)
+    # positions of the arguments that are returned
+    given = [
+        next(k for k, a in enumerate(schema.arguments) if a.alias_info is not None and
+             a.alias_info.before_set & alias.before_set)
+        for alias in returned if alias is not None and alias.is_write
+    ]  # fmt: skip
+    names = {a.name for a in schema.arguments if a.is_out}
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    return schema.name.removeprefix("aten::"), views, given, random, not schema.returns, names
+
+
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation on the memory of its operands, by the kernels of the CPU."""
-    schema, name = op._schema, op._schema.name.removeprefix("aten::")
+    name, views, given, random, silent, out_names = _facts(op)
     _count("operations")
     if name == "_local_scalar_dense":
         _count("synchronisations")
         return op(on_host(args[0]))
     if name == "_copy_from":
         return _copy(*args)
-    returned = [r.alias_info for r in schema.returns]
-    if any(alias is not None and not alias.is_write for alias in returned):
-        return op.redispatch(CPU_KERNELS, *args, **kwargs)  # a view: of the same storage
+    if views:
+        return op.redispatch(CPU_KERNELS, *args, **kwargs)  # of the same storage
     if name in ("set_", "resize_"):
         return _change_storage(op, *args, **kwargs)
-    operands = pytree.arg_tree_leaves(*args, **kwargs)
-    _refuse_mixture(name, operands)
-    if name in SIZED_BY_VALUES or (name.startswith("index") and _has_mask(operands)):
-        _count("synchronisations")
     # results that are given and empty take the size of what comes
     grown: list[tuple[torch.Tensor, torch.Tensor]] = []
+    masked = False
 
-    def lend(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return torch.device("cpu")
-        if not _is_ours(value):
-            return value
-        if value.numel() == 0 and any(value is kwargs.get(a.name) for a in schema.arguments):
-            grown.append((value, torch.empty(value.shape, dtype=value.dtype)))
-            return grown[-1][1]
-        return on_host(value)
+    def lend(value: Any, is_out: bool = False) -> Any:
+        nonlocal masked
+        if isinstance(value, torch.Tensor):
+            if value.device.type != NAME:
+                if value.dim() > 0:
+                    raise MixedDevicesError(
+                        f"{name} was given tensors on {NAME} and on {value.device} (of shape "
+                        f"{tuple(value.shape)}); expected one device"
+                    )
+                return value
+            if is_out and value.numel() == 0:
+                grown.append((value, torch.empty(value.shape, dtype=value.dtype)))
+                return grown[-1][1]
+            masked = masked or value.dtype in (torch.bool, torch.uint8)
+            return on_host(value)
+        if isinstance(value, (list, tuple)):
+            return [lend(v) for v in value]
+        return torch.device("cpu") if isinstance(value, torch.device) else value
 
-    lent_args, lent_kwargs = pytree.tree_map(lend, (args, kwargs))
-    if torch.Tag.nondeterministic_seeded in op.tags:
-        with _drawing():
-            result = op(*lent_args, **lent_kwargs)
-    else:
-        result = op(*lent_args, **lent_kwargs)
+    lent = [lend(value) for value in args]
+    lent_kwargs = {key: lend(value, key in out_names) for key, value in kwargs.items()}
+    if name in SIZED_BY_VALUES or (masked and name.startswith("index")):
+        _count("synchronisations")
+    with _drawing() if random else contextlib.nullcontext():
+        result = op(*lent, **lent_kwargs)
     if _capturing:
-        _note_launch(op, lent_args, lent_kwargs, result)
+        _note_launch(op, lent, lent_kwargs, result)
     for own, new in grown:
         if new.numel():
             own.set_(_on_device(new))
-    if not schema.returns:
+    if silent:
         return None
-    if schema.is_mutable and all(a is not None and a.is_write for a in returned):
-        given = [_argument(schema, args, kwargs, alias) for alias in returned]
-        return given[0] if len(given) == 1 else tuple(given)
+    if given:
+        names = [a.name for a in op._schema.arguments]
+        own_results = [args[k] if k < len(args) else kwargs[names[k]] for k in given]
+        return own_results[0] if len(given) == 1 else tuple(own_results)
+    if isinstance(result, torch.Tensor):
+        return _on_device(result)
     if not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(result)):
         _count("synchronisations")
     return pytree.tree_map_only(torch.Tensor, _on_device, result)
 
 
-def _argument(schema: Any, args: Any, kwargs: Any, alias: Any) -> Any:
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.before_set & alias.before_set:
-            return args[place] if place < len(args) else kwargs[argument.name]
-    raise AssertionError(f"no argument of {schema} for {alias}")
-
-
 def _refuse_mixture(name: str, operands: list[Any]) -> None:
-    strangers = [
-        t for t in operands if isinstance(t, torch.Tensor) and not _is_ours(t) and t.dim() > 0
-    ]
-    if strangers:
-        raise MixedDevicesError(
-            f"{name} was given tensors on {NAME} and on {strangers[0].device} "
-            f"(of shape {tuple(strangers[0].shape)}); expected one device"
-        )
-
-
-def _has_mask(operands: list[Any]) -> bool:
-    return any(_is_ours(t) and t.dtype in (torch.bool, torch.uint8) for t in operands[1:])
+    for t in operands:
+        if isinstance(t, torch.Tensor) and not _is_ours(t) and t.dim() > 0:
+            raise MixedDevicesError(f"{name} was given a tensor on {t.device} and one on {NAME}")
 
 
 def _copy(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -377,6 +389,9 @@ class _Module:
     @staticmethod
     def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
         _generator.set_state(state)
+
+    class device(contextlib.nullcontext):  # noqa: N801 - as torch calls it
+        """Makes a device the current one; there is only one."""
 
     @staticmethod
     def synchronize(device: Any = None) -> None:
@@ -477,6 +492,13 @@ def _clone_storage(self: Any) -> Any:
     return whole.clone().untyped_storage()
 
 
+def _move_storage(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
+    if torch.device(device).type != NAME or self.device.type == NAME:
+        return _move_of_torch(self, device=device, non_blocking=non_blocking)
+    whole = torch.empty(0, dtype=torch.uint8).set_(self, 0, (self.nbytes(),), (1,))
+    return whole.to(DEVICE).untyped_storage()
+
+
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 _libraries = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
 _libraries[0].fallback(_fallback, "PrivateUse1")
@@ -489,6 +511,8 @@ for _name in LOW_PRECISION:
     _libraries[1].impl(_name, _casting(_name, torch.bfloat16), "AutocastPrivateUse1")
 for _name in HIGH_PRECISION:
     _libraries[1].impl(_name, _casting(_name, torch.float32), "AutocastPrivateUse1")
-# there is no allocator of the device's own, which torch's method wants
+# there is no allocator of the device's own, which torch's methods want
 _clone_of_torch = torch.UntypedStorage.clone
+_move_of_torch = torch.UntypedStorage.to
 torch.UntypedStorage.clone = _clone_storage  # type: ignore[method-assign]
+torch.UntypedStorage.to = _move_storage  # type: ignore[method-assign]
