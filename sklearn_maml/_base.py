@@ -1120,7 +1120,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         most = int(tasks.sizes.max()) if len(by_size) else 0
         engine.expect_tasks(len(by_size), most, steps, compiled=compiled)
         adapted: Adapted | None = None
-        diverged = False
+        finite: list[Tensor] = []
         at_a_time = self._chunk(engine)
         for start in range(0, len(by_size), at_a_time):
             chosen = by_size[start : start + at_a_time]
@@ -1139,12 +1139,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                     steps=steps,
                 )
             # a sum is not finite where a term is not; a closer look at all tasks costs more
-            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
+            finite += [p.sum().isfinite() for p in part.params.values()]
             # written to its place at once: of many tasks, two copies would not fit
             adapted = _place(part, adapted, chosen, tasks.n_tasks)
         assert adapted is not None
         self._remember_rung(engine)
-        if diverged:
+        if not bool(torch.stack(finite).all()):
             restore_diverged(adapted, self.module_, self._alpha())
         return State(engine, adapted, ids, conditioned, **extra)
 

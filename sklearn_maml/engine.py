@@ -70,7 +70,14 @@ from sklearn_maml.native import (
     cache_problem,
     describe,
 )
-from sklearn_maml.traced import Tracer, Untraceable, first_line, module_key, settings_key
+from sklearn_maml.traced import (
+    Tracer,
+    Untraceable,
+    captures,
+    first_line,
+    module_key,
+    settings_key,
+)
 from sklearn_maml.update_rules import UpdateRule, has_linear_rates
 
 __all__ = [
@@ -474,7 +481,9 @@ class Engine:
         """
         self._update, self._end = first_update, first_update + n_updates
         if self._layout is None or not self._on_cpu:
-            self.tracer.updates_left = 0 if self._convolves else n_updates
+            # convolutions gain nothing from a record: only where they are launched at once
+            gains = not self._convolves or self._captures
+            self.tracer.updates_left = n_updates if gains else 0
             return
         if self.rung != "stacked":
             return
@@ -548,6 +557,12 @@ class Engine:
         """Predict with the compiled kernels from now on, where they cover the module."""
         if self._layout is not None and self.rung == "stacked" and self._on_cpu:
             self._compile()
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the kernels of the stacked rung can be launched at once."""
+        device = next(self.module.parameters()).device
+        return device.type != "cpu" and not has_dropout(self.module) and captures(device)
 
     @property
     def _on_cpu(self) -> bool:
@@ -919,7 +934,8 @@ class Engine:
         pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
         if self._convolves:
             X = batch.support.X if isinstance(batch, EpisodeBatch) else batch.X
-            keep_memory()
+            if self._on_cpu:
+                keep_memory()
             step = tasks_at_a_time(self.module, X)
             pieces = [
                 which[start : start + step]
@@ -1148,7 +1164,10 @@ class Engine:
             engine._frozen = {name: next(values) for name in fixed}
             rows: list[Any] = [None if t is None else next(values) for t in sets]
             episodes = EpisodeBatch(Rows(*rows[:3]), Rows(*rows[3:]))
-            step = engine._meta_step_vmap(params, episodes, alpha, steps)
+            if self._convolves:
+                step = engine._meta_step_stacked(params, episodes, alpha, steps)
+            else:
+                step = engine._meta_step_vmap(params, episodes, alpha, steps)
             return [step.losses, step.outputs, *(step.grads[name] for name in meta_params)]
 
         def settings() -> Any:
@@ -1161,7 +1180,9 @@ class Engine:
 
         inputs = [*meta_params.values(), *fixed.values(), *given]
         try:
-            outputs = self.tracer.run(function, inputs, shape=shape, settings=settings)
+            outputs = self.tracer.run(
+                function, inputs, shape=shape, settings=settings, recorded=not self._convolves
+            )
         except Untraceable as error:
             reason, outputs = error.args
             warnings.warn(
@@ -1203,7 +1224,9 @@ class Engine:
         return rounded
 
     def _second_derivatives(self) -> Any:
-        """Context in which attention runs on its one kernel that has a second derivative."""
+        """Context in which layers run on those of their kernels that have second derivatives."""
+        if self._per_task and not self._on_cpu:
+            return _without_cudnn(self._attends)
         return sdpa_kernel(SDPBackend.MATH) if self._attends else contextlib.nullcontext()
 
     def _support_set(
@@ -1385,6 +1408,22 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, EngineFallbackWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _without_cudnn(attends: bool) -> Iterator[None]:
+    """Run recurrent layers, and attention beside them, on kernels of torch's own.
+
+    cuDNN's have no derivative in evaluation mode, and no second one at all. The setting is one for
+    the process.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if attends else contextlib.nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @contextlib.contextmanager

@@ -629,19 +629,14 @@ class MetaNet(NeuralNet):
         losses, output = self.engine.evaluate(
             params, episodes, alpha=self.alpha, steps=self.eval_steps
         )
-        self._record(valid_loss_before=before.mean())
+        if self._is_host:
+            self._row()["valid_loss_before"] = before.mean().item()
+        else:
+            self._unread.append((self._row(), {"valid_loss_before": before.mean()}))
         return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
 
-    def _record(self, **values: Tensor) -> None:
-        """Note scalars in the history, at once or when the device need not be waited for."""
-        row = self._row()
-        if self._is_host:
-            row.update({name: value.item() for name, value in values.items()})
-        else:
-            self._unread.append((row, values))
-
     def _read(self, episodes: EpisodeBatch | None = None) -> None:
-        """Read what was recorded since the last time, and count the updates that were skipped.
+        """Read what the device has for the history, and count the updates that were skipped.
 
         `episodes` is a batch to look at where too many were.
         """
@@ -842,8 +837,12 @@ class MetaNet(NeuralNet):
             for batch in iterator:
                 self.notify("on_batch_begin", batch=batch, training=training)
                 step = step_fn(batch, **fit_params)
-                self._record(**{f"{prefix}_loss": step["loss"]})
-                self._row()[f"{prefix}_batch_size"] = len(batch[0])
+                row = self._row()
+                if self._is_host:
+                    row[f"{prefix}_loss"] = step["loss"].item()
+                else:
+                    self._unread.append((row, {f"{prefix}_loss": step["loss"]}))
+                row[f"{prefix}_batch_size"] = len(batch[0])
                 if self._unread and self._is_read():
                     self._read()
                 self.notify("on_batch_end", batch=batch, training=training, **step)

@@ -24,7 +24,7 @@ from sklearn_maml.compiled import Compilation, Uncompilable
 from sklearn_maml.devices import accelerators, generator_states, set_generator_states
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = ["Tracer", "Untraceable", "first_line", "module_key", "settings_key", "trace"]
+__all__ = ["Tracer", "Untraceable", "captures", "first_line", "module_key", "settings_key", "trace"]
 
 # Updates still to come on a shape that make its trace pay. Tracing took 35 to 90 eager updates in
 # every case measured (it grows with the graph as the updates do), and a second more where it was
@@ -197,6 +197,7 @@ class Tracer:
         *,
         shape: Hashable,
         settings: Callable[[], Hashable],
+        recorded: bool = True,
     ) -> list[Tensor] | None:
         """Run a step traced, if it is; otherwise return None, or trace it now.
 
@@ -209,6 +210,9 @@ class Tracer:
             What tells the calls of this fit apart that need a graph of their own.
         settings : callable () -> hashable
             Everything the step depends on besides its inputs, to share graphs between fits.
+        recorded : bool, default=True
+            Whether the step is traced; otherwise its kernels are captured as they are launched,
+            where the device can do that.
 
         Raises
         ------
@@ -218,7 +222,7 @@ class Tracer:
         """
         graph = self._graphs.get(shape)
         if shape in self._resumed:
-            graph = self._trace_again(function, inputs, shape, settings())
+            graph = self._trace_again(function, inputs, shape, settings(), recorded)
         if graph is not None:
             outputs = graph(*inputs)
             if self._due is not None and self._due[0] == shape and self._updates >= self._due[1]:
@@ -246,9 +250,8 @@ class Tracer:
                 got = graph(*inputs)
                 return _same(_generator_states(inputs), end) and _close(got, expected)
 
-            graph = _shared_graph(key, function, inputs, agrees)
-            self._graphs[shape] = _launched_at_once(graph, inputs)
-            if self._alike_left * seen >= self.compile_from * self._updates:
+            self._graphs[shape] = _prepared(key, function, inputs, agrees, recorded)
+            if recorded and self._alike_left * seen >= self.compile_from * self._updates:
                 self._start_compiling(shape, function, inputs)
         except Untraceable as error:
             self.reason = str(error)
@@ -258,18 +261,23 @@ class Tracer:
         return expected
 
     def _trace_again(
-        self, function: Function, inputs: Sequence[Tensor], shape: Hashable, settings: Hashable
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        shape: Hashable,
+        settings: Hashable,
+        recorded: bool,
     ) -> Function:
         """Trace what was traced before an interruption, and compile what was compiled."""
         self._resumed.discard(shape)
         key = (settings, tuple((t.shape, t.dtype, t.device) for t in inputs))
         try:
             # it agreed with the step before the interruption
-            graph = _shared_graph(key, function, inputs, lambda graph: True)
+            graph = _prepared(key, function, inputs, lambda graph: True, recorded)
         except Untraceable as error:
             self.reason = str(error)
             raise Untraceable(self.reason, function(*inputs)) from error
-        self._graphs[shape] = _launched_at_once(graph, inputs)
+        self._graphs[shape] = graph
         if self._library == shape or (self._due is not None and self._due[0] == shape):
             due, self._due = self._due, None
             self._start_compiling(shape, function, inputs)
@@ -401,16 +409,40 @@ def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_([t for t, _ in pairs], [v.detach() for _, v in pairs])
 
 
+def captures(device: torch.device) -> bool:
+    """Whether torch can capture what it launches on a device."""
+    return hasattr(torch.get_device_module(device), "CUDAGraph")
+
+
+def _prepared(
+    key: Hashable,
+    function: Function,
+    inputs: Sequence[Tensor],
+    agrees: Callable[[Function], bool],
+    recorded: bool,
+) -> Function:
+    """Return what a step is replaced by, once it `agrees` with it."""
+    if recorded:
+        return _launched_at_once(_shared_graph(key, function, inputs, agrees), inputs)
+    try:
+        graph = CudaGraph(function, inputs, torch.get_device_module(inputs[0].device))
+        if not agrees(graph):
+            raise Untraceable("its graph gives other numbers than the module")
+    except RuntimeError as error:
+        raise Untraceable(f"it cannot be captured: {first_line(error)}") from error
+    return graph
+
+
 def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     """Capture a graph on CUDA, where launching kernels one by one takes longer than they do."""
     devices = {t.device for t in inputs}
     if getattr(graph, "is_random", False) or len(devices) != 1:
         return graph
-    backend = torch.get_device_module(devices.pop())
-    if not hasattr(backend, "CUDAGraph"):
+    (device,) = devices
+    if not captures(device):
         return graph
     try:
-        return CudaGraph(graph, inputs, backend)
+        return CudaGraph(graph, inputs, torch.get_device_module(device))
     except RuntimeError as error:
         warnings.warn(
             "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "

@@ -359,6 +359,24 @@ def test_an_lstm(gradient, updates):
     np.testing.assert_allclose(*predictions, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_recurrent_layers_do_without_cudnn_which_has_no_second_derivatives():
+    seen = []
+
+    class Spying(Recurrent):
+        def forward(self, x):
+            if x.requires_grad or torch.is_grad_enabled():
+                seen.append(torch.backends.cudnn.enabled)
+            return super().forward(x)
+
+    assert torch.backends.cudnn.enabled
+    chosen = G < 4
+    settings = {**SMALL, "module": Spying(), "max_iter": 1}
+    MAMLRegressor(**settings, device=DEVICE).fit(X[chosen], Y[chosen], groups=G[chosen])
+    assert set(seen) == {False}
+    assert torch.backends.cudnn.enabled
+
+
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
 def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, updates):
     torch.manual_seed(5)
@@ -878,6 +896,30 @@ def test_a_recorded_step_is_captured_and_replayed(traces, updates):
     assert_unhindered(updates, n_first=2)
     # a replay is one launch: what is left is about the update, not the step
     assert updates[-1].operations < updates[0].operations / 4
+
+
+def test_steps_of_convolutions_are_captured_without_a_record(traces, updates):
+    settings = {
+        **SMALL, "max_iter": 6, "module": conv(), "n_shots": 2, "n_queries": 2,
+    }  # fmt: skip
+    eager = MAMLClassifier(**settings).fit(IMAGES, KINDS, groups=G)
+    with capturing() as graphs:
+        device = MAMLClassifier(**settings, device=DEVICE).fit(IMAGES, KINDS, groups=G)
+    assert len(graphs) == 1
+    assert graphs[0].n_replays >= 4
+    assert_same(eager, device)
+    assert_unhindered(updates, n_first=2)
+    assert updates[-1].operations < updates[0].operations / 4
+
+
+def test_convolutions_run_as_they_are_where_nothing_is_captured(traces):
+    settings = {**SMALL, "module": conv(), "n_shots": 2, "n_queries": 2, "max_iter": 6}
+    with capturing(fails="no room"), pytest.warns(EngineFallbackWarning, match="no room"):
+        failed = MAMLClassifier(**settings, device=DEVICE).fit(IMAGES, KINDS, groups=G)
+    plain = MAMLClassifier(**settings, device=DEVICE).fit(IMAGES, KINDS, groups=G)
+    assert traces == []
+    for a, b in zip(parameters(failed).values(), parameters(plain).values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
