@@ -42,6 +42,7 @@ from sklearn_maml.checkpoint import (
     begin_checkpointed,
     net_state,
 )
+from sklearn_maml.devices import forked_generators, is_host
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     Engine,
@@ -97,7 +98,7 @@ from sklearn_maml.modules import (
     linear_head,
     make_mlp,
 )
-from sklearn_maml.optimizers import can_fuse
+from sklearn_maml.optimizers import settings_on
 from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
 from sklearn_maml.sources import (
     LEAST_TASKS,
@@ -532,7 +533,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             n_epochs = count_epochs(net.max_iter, plan.with_head)
             net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
         stream = TaskStream(
-            episodes.draw, episodes.n_train, net.batch_size, seed, episodes.bytes_of_episode
+            episodes.draw,
+            episodes.n_train,
+            net.batch_size,
+            seed,
+            episodes.bytes_of_episode,
+            episodes.draw_on,
         )
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = any(not is_row_wise(m) or has_dropout(m) for m in learner.networks())
@@ -828,8 +834,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         optimizer = self._resolve_optimizer()
         check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
         chosen = self._prefixed("optimizer")
-        if can_fuse(optimizer, chosen, list(learner.parameters()), self.device_):
-            settings["optimizer__fused"] = True
+        for name, value in settings_on(
+            optimizer, chosen, list(learner.parameters()), self.device_
+        ).items():
+            settings[f"optimizer__{name}"] = value
         for prefix in ("iterator_train", "iterator_valid"):
             check_keywords(DataLoader, self._prefixed(prefix), prefix)
         net = MetaNet(
@@ -1551,8 +1559,7 @@ class _SeededTorch:
     _lock = threading.RLock()
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        devices = [device.index or 0] if device.type == "cuda" else []
-        self._fork = torch.random.fork_rng(devices=devices)
+        self._fork = forked_generators([] if is_host(device) else [device])
         self._seed = seed
 
     def __enter__(self) -> None:

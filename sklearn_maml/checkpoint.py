@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sklearn.base import BaseEstimator
 
+from sklearn_maml.devices import generator_states, is_host, set_generator_states
 from sklearn_maml.exceptions import FileFormatError
 from sklearn_maml.optimizers import without_compiler
 from sklearn_maml.storage import Decoder, Encoder, digest_of, read_tree, write_tree
@@ -264,7 +265,7 @@ class CheckpointedFit:
             if name in saved["callbacks"]:
                 _restore_callback(callback, saved["callbacks"][name])
         if self.draws_random:
-            _restore_generators(saved["generators"])
+            _restore_generators(saved["generators"], torch.device(net.device))
         net.loader_states_ = saved["loaders"]
         self._saved = None
 
@@ -314,19 +315,15 @@ class CheckpointedFit:
 
 
 def _generator_states(net: Any) -> dict[str, Any]:
-    states = {"cpu": torch.get_rng_state()}
     device = torch.device(net.device)
-    if device.type == "cuda":
-        states[str(device)] = torch.cuda.get_rng_state(device)
-    return states
+    devices = [] if is_host(device) else [device]
+    return dict(zip(["cpu", *map(str, devices)], generator_states(devices), strict=True))
 
 
-def _restore_generators(states: dict[str, Any]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, device)
+def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Set the generators; those of a device that the fit does not go on with are left out."""
+    devices = [] if is_host(device) or str(device) not in states else [device]
+    set_generator_states(devices, [states[name] for name in ("cpu", *map(str, devices))])
 
 
 # -- nets ------------------------------------------------------------------------------------------

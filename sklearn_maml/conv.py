@@ -47,6 +47,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # an activation costs several times as much; with less the overhead of the calls shows (a
 # meta-step of conv4 with 1, 2, 4 and 8 MiB: 220, 178, 164, 184 ms).
 ACTIVATION_BYTES = 2**22
+# The same on an accelerator, where few large launches are cheap and memory is the limit (which
+# the engine finds out); not measured.
+DEVICE_BYTES = 2**30
 
 # Just below 32 MiB, the largest block whose release teaches glibc's allocator to keep freed memory
 # of that size. Before, it returned activations to the system and fetched them anew: 16,000 to
@@ -730,7 +733,8 @@ def tasks_at_a_time(module: nn.Module, X: Tensor, n_more: int = 0) -> int:
     first = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     positions = math.prod(X.shape[-2:]) / math.prod(first.stride)
     widest = max(positions * first.out_channels, math.prod(X.shape[2:]))
-    return max(1, int(ACTIVATION_BYTES / (X.element_size() * (X.shape[1] + n_more) * widest)))
+    limit = ACTIVATION_BYTES if X.device.type == "cpu" else DEVICE_BYTES
+    return max(1, int(limit / (X.element_size() * (X.shape[1] + n_more) * widest)))
 
 
 def keep_memory() -> None:

@@ -212,6 +212,9 @@ class SharedEngine:
         """As `Engine.expect`."""
         self.engine.expect(first_update, n_updates, **sizes)
 
+    def preparation(self, steps: int) -> None:
+        """Prepare nothing: each process takes a share of the rows themselves."""
+
     def finish(self) -> None:
         """As `Engine.finish`."""
         self.engine.finish()

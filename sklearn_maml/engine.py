@@ -49,7 +49,7 @@ from sklearn_maml.conv import (
     support_first,
     tasks_at_a_time,
 )
-from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.episodes import EpisodeBatch, Rows, put_back
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import (
     Autograd,
@@ -70,7 +70,14 @@ from sklearn_maml.native import (
     cache_problem,
     describe,
 )
-from sklearn_maml.traced import Tracer, Untraceable, first_line, module_key, settings_key
+from sklearn_maml.traced import (
+    Tracer,
+    Untraceable,
+    captures,
+    first_line,
+    module_key,
+    settings_key,
+)
 from sklearn_maml.update_rules import SGD, UpdateRule, has_linear_rates
 
 __all__ = [
@@ -171,7 +178,9 @@ class Adapted:
         """Parameters of some of the tasks, in this order."""
         first, last = int(tasks[0]), int(tasks[-1])
         in_a_row = len(tasks) == last - first + 1 and (np.diff(tasks) == 1).all()
-        index = slice(first, last + 1) if in_a_row else torch.as_tensor(tasks)
+        index: slice | Tensor = slice(first, last + 1)
+        if not in_a_row:
+            index = torch.as_tensor(tasks, device=next(iter(self.params.values())).device)
         params, statistics = (
             {name: t[index] for name, t in part.items()} for part in (self.params, self.statistics)
         )
@@ -472,7 +481,9 @@ class Engine:
         """
         self._update, self._end = first_update, first_update + n_updates
         if self._layout is None or not self._on_cpu:
-            self.tracer.updates_left = 0 if self._convolves else n_updates
+            # convolutions gain nothing from a record: only where they are launched at once
+            gains = not self._convolves or self._captures
+            self.tracer.updates_left = n_updates if gains else 0
             return
         if self.rung != "stacked":
             return
@@ -546,6 +557,16 @@ class Engine:
         engine._predicts_singly = bool(state["predicts_singly"])
         return engine
 
+    def preparation(self, steps: int) -> Callable[[EpisodeBatch], EpisodeBatch] | None:
+        """Return what makes `EpisodeBatch.prepared` of row positions, if that can be done early.
+
+        The meta-gradients of users may look at the rows themselves.
+        """
+        own = type(self.meta_gradient).episodes
+        if own is MetaGradient.episodes or own.__module__ != MetaGradient.__module__:
+            return None
+        return functools.partial(self.meta_gradient.episodes, steps=steps)
+
     def finish(self) -> None:
         """Give up what is prepared in the background: no more meta-steps come."""
         self.tracer.finish()
@@ -570,6 +591,12 @@ class Engine:
         """Predict with the compiled kernels from now on, where they cover the module."""
         if self._layout is not None and self.rung == "stacked" and self._on_cpu:
             self._compile()
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the kernels of the stacked rung can be launched at once."""
+        device = next(self.module.parameters()).device
+        return device.type != "cpu" and not has_dropout(self.module) and captures(device)
 
     @property
     def _on_cpu(self) -> bool:
@@ -718,7 +745,8 @@ class Engine:
                 stacklevel=2,
             )
             self._own_norms = []
-        batch = self.meta_gradient.episodes(batch, steps)
+        ready = batch.prepared
+        batch = self.meta_gradient.episodes(batch, steps) if ready is None else ready
 
         def run(part: EpisodeBatch, rung: str) -> MetaStep:
             if rung == "loop":
@@ -740,14 +768,9 @@ class Engine:
                 ).sum(0)
                 for name in parts[0].grads
             }
-            losses = parts[0].losses.new_empty(n_tasks)
             width = max(part.outputs.shape[1] for part in parts)
-            shape = (n_tasks, width, *parts[0].outputs.shape[2:])
-            outputs = parts[0].outputs.new_zeros(shape)
-            for part, which in zip(parts, index, strict=True):
-                where = torch.as_tensor(which, device=losses.device)
-                losses[where] = part.losses
-                outputs[where, : part.outputs.shape[1]] = part.outputs
+            losses = put_back([part.losses for part in parts], index)
+            outputs = put_back([_pad_rows_to(width, part.outputs) for part in parts], index)
             return MetaStep(losses, grads, outputs)
 
         with _explaining_one_value(support=batch.support, query=batch.query):
@@ -808,11 +831,7 @@ class Engine:
             return self._adapt_rows(fast, shared, rates, rows, rung, alpha, steps)
 
         def join(parts: list[Params], index: list[np.ndarray]) -> Params:
-            where = torch.as_tensor(np.argsort(np.concatenate(index)))
-            return {
-                name: torch.cat([part[name] for part in parts])[where.to(parts[0][name].device)]
-                for name in parts[0]
-            }
+            return {name: put_back([part[name] for part in parts], index) for name in parts[0]}
 
         with _explaining_one_value(support=support):
             adapted = Adapted(self._by_shape(support, run, join), shared, {})
@@ -844,8 +863,7 @@ class Engine:
             if pieces is None:
                 return self._predict(adapted, query)
             parts = [self._predict(adapted.take(k), query.take(k)) for k in pieces]
-        whole = torch.cat([_pad_rows_to(query.X.shape[1], part) for part in parts])
-        return whole[torch.as_tensor(np.argsort(np.concatenate(pieces)), device=whole.device)]
+        return put_back([_pad_rows_to(query.X.shape[1], part) for part in parts], pieces)
 
     def _predict(self, adapted: Adapted, query: Rows) -> Tensor:
         """Predict with the batch-norm statistics among `adapted`, or else those of the rows."""
@@ -950,7 +968,8 @@ class Engine:
         pieces = None if self.pads or rung == "loop" else _equal_shapes(batch)
         if self._convolves:
             X = batch.support.X if isinstance(batch, EpisodeBatch) else batch.X
-            keep_memory()
+            if self._on_cpu:
+                keep_memory()
             step = tasks_at_a_time(self.module, X)
             pieces = [
                 which[start : start + step]
@@ -1179,7 +1198,10 @@ class Engine:
             engine._frozen = {name: next(values) for name in fixed}
             rows: list[Any] = [None if t is None else next(values) for t in sets]
             episodes = EpisodeBatch(Rows(*rows[:3]), Rows(*rows[3:]))
-            step = engine._meta_step_vmap(params, episodes, alpha, steps)
+            if self._convolves:
+                step = engine._meta_step_stacked(params, episodes, alpha, steps)
+            else:
+                step = engine._meta_step_vmap(params, episodes, alpha, steps)
             return [step.losses, step.outputs, *(step.grads[name] for name in meta_params)]
 
         def settings() -> Any:
@@ -1192,7 +1214,9 @@ class Engine:
 
         inputs = [*meta_params.values(), *fixed.values(), *given]
         try:
-            outputs = self.tracer.run(function, inputs, shape=shape, settings=settings)
+            outputs = self.tracer.run(
+                function, inputs, shape=shape, settings=settings, recorded=not self._convolves
+            )
         except Untraceable as error:
             reason, outputs = error.args
             warnings.warn(
@@ -1234,7 +1258,9 @@ class Engine:
         return rounded
 
     def _second_derivatives(self) -> Any:
-        """Context in which attention runs on its one kernel that has a second derivative."""
+        """Context in which layers run on those of their kernels that have second derivatives."""
+        if self._per_task and not self._on_cpu:
+            return _without_cudnn(self._attends)
         return sdpa_kernel(SDPBackend.MATH) if self._attends else contextlib.nullcontext()
 
     def _support_set(
@@ -1416,6 +1442,22 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, EngineFallbackWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _without_cudnn(attends: bool) -> Iterator[None]:
+    """Run recurrent layers, and attention beside them, on kernels of torch's own.
+
+    cuDNN's have no derivative in evaluation mode, and no second one at all. The setting is one for
+    the process.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if attends else contextlib.nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @contextlib.contextmanager

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_maml.devices import free_memory, is_host
 from sklearn_maml.tasks import TaskCollection
 
 __all__ = [
@@ -28,6 +31,9 @@ __all__ = [
     "large_enough",
     "name_of",
     "pad_rows",
+    "pick",
+    "put_back",
+    "to_device",
 ]
 
 # With n_shots=None the support size varies from episode to episode, so that one model serves
@@ -37,6 +43,9 @@ SUPPORT_RANGE = (5, 20)
 VALIDATION_QUERIES, VALIDATION_QUERIES_OF_CLASS = 100, 10
 # episodes of a validation, as far as the number of held-out tasks allows
 VALIDATION_EPISODES = 100
+# Tasks are kept on a device if they take at most this share of the memory that it has left, or
+# so many bytes where it does not tell
+RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Rows:
         Weights that sum to one in each task, 0 for padding; None for equal weights.
     lengths : int ndarray of shape (n_tasks,) or None
         Number of real rows of each task; None where no task is padded.
+    places : int64 Tensor of shape (n_real_rows,) or None
+        Where the real rows are among all rows, task after task, so that an accelerator need not be
+        waited for; made by a move to one where tasks are padded.
     index : int64 Tensor of shape (n_tasks, n_rows) or None
         Positions of the rows in the collection, where somebody asked for them.
     """
@@ -59,6 +71,7 @@ class Rows:
     y: Tensor
     weight: Tensor | None = None
     lengths: np.ndarray | None = None
+    places: Tensor | None = None
     index: Tensor | None = None
 
     def __len__(self) -> int:
@@ -72,26 +85,29 @@ class Rows:
 
     def take(self, tasks: np.ndarray) -> Rows:
         """Rows of some of the tasks, padded to the longest of them."""
-        index = torch.as_tensor(tasks, device=self.X.device)
         if self.lengths is None:
-            weight, place = (None if t is None else t[index] for t in (self.weight, self.index))
-            return Rows(self.X[index], self.y[index], weight, None, place)
+            weight, index = (
+                None if t is None else pick(t, tasks) for t in (self.weight, self.index)
+            )
+            return Rows(pick(self.X, tasks), pick(self.y, tasks), weight, index=index)
         lengths = self.lengths[tasks]
         stop = int(lengths.max())
         assert self.weight is not None
         ragged = bool((lengths < stop).any())
         return Rows(
-            self.X[index, :stop],
-            self.y[index, :stop],
-            self.weight[index, :stop],
+            pick(self.X, tasks, stop),
+            pick(self.y, tasks, stop),
+            pick(self.weight, tasks, stop),
             lengths if ragged else None,
-            None if self.index is None else self.index[index, :stop],
+            index=None if self.index is None else pick(self.index, tasks, stop),
         )
 
     def real(self, values: Tensor) -> Tensor:
         """Drop the padding of `values` (n_tasks, n_rows, ...) and pool the rows of the tasks."""
         if self.lengths is None:
             return values.flatten(0, 1)
+        if self.places is not None and self.places.device == values.device:
+            return values.flatten(0, 1).index_select(0, self.places)
         length = torch.as_tensor(self.lengths, device=values.device)
         mask = torch.arange(values.shape[1], device=values.device) < length[:, None]
         return values[mask]
@@ -107,21 +123,23 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Move to a device."""
-        weight, index = (None if t is None else t.to(device) for t in (self.weight, self.index))
-        return Rows(self.X.to(device), self.y.to(device), weight, self.lengths, index)
+        if self.X.device == device:
+            return self
+        return to_device([EpisodeBatch(self, self)], device)[0].support
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeBatch:
     """A meta-batch: the support and query sets of its tasks. Its length is the number of tasks.
 
-    `of_steps` (n_tasks,) tells which of them gradient steps may learn from; None: all. `n_given` is
-    the number of rows, of support and query set together, that a Gaussian head is conditioned on in
-    meta-training; None: the support set.
+    `prepared` is what `MetaGradient.episodes` makes of it, where that has been done already.
+    `of_steps` (n_tasks,) tells which tasks gradient steps may learn from; None: all. `n_given` is
+    the number of support rows that a Gaussian head is conditioned on in meta-training; None: all.
     """
 
     support: Rows
     query: Rows
+    prepared: EpisodeBatch | None = None
     of_steps: np.ndarray | None = None
     n_given: int | None = None
 
@@ -130,16 +148,89 @@ class EpisodeBatch:
 
     def to(self, device: torch.device) -> EpisodeBatch:
         """Move to a device."""
-        return dataclasses.replace(
-            self, support=self.support.to(device), query=self.query.to(device)
-        )
+        return to_device([self], device)[0]
 
     def take(self, tasks: np.ndarray) -> EpisodeBatch:
         """Take some of the tasks."""
         of_steps = None if self.of_steps is None else self.of_steps[tasks]
         return EpisodeBatch(
-            self.support.take(tasks), self.query.take(tasks), of_steps, self.n_given
+            self.support.take(tasks), self.query.take(tasks), None, of_steps, self.n_given
         )
+
+
+def pick(values: Tensor, which: np.ndarray, stop: int | None = None) -> Tensor:
+    """Return some items of a tensor, and the first `stop` of the parts of each.
+
+    Their positions are not copied to an accelerator, which would wait for them.
+    """
+    if is_host(values.device):
+        index = torch.as_tensor(which)
+        return values[index] if stop is None else values[index, :stop]
+    if stop is not None:
+        values = values[:, :stop]
+    if len(which) and (np.diff(which) == 1).all():
+        return values[int(which[0]) : int(which[-1]) + 1]
+    return torch.cat([values[j : j + 1] for j in which.tolist()])
+
+
+def put_back(parts: Sequence[Tensor], places: Sequence[np.ndarray]) -> Tensor:
+    """Join the pieces of a batch, whose items were at these positions of it."""
+    return pick(torch.cat(list(parts)), np.argsort(np.concatenate(places)))
+
+
+def to_device(batches: list[EpisodeBatch], device: torch.device) -> list[EpisodeBatch]:
+    """Move batches to a device: all tensors of a type at once.
+
+    Moves cost by their number there, and cannot be made while the device computes.
+    """
+    tensors: dict[int, Tensor] = {}
+    padded: dict[int, Tensor] = {}
+
+    def note(rows: Rows) -> None:
+        for t in (rows.X, rows.y, rows.weight, rows.index):
+            if t is not None and t.device != device:
+                tensors[id(t)] = t
+        if rows.lengths is not None and rows.places is None and not is_host(device):
+            filled = np.arange(rows.X.shape[1]) < rows.lengths[:, None]
+            padded[id(rows)] = places = torch.from_numpy(np.flatnonzero(filled))
+            tensors[id(places)] = places
+
+    each = [b for batch in batches for b in (batch, batch.prepared) if b is not None]
+    for batch in each:
+        note(batch.support)
+        if batch.query is not batch.support:
+            note(batch.query)
+    moved: dict[int, Tensor] = {}
+    for kind in dict.fromkeys((t.dtype, t.device) for t in tensors.values()):
+        some = {k: t for k, t in tensors.items() if (t.dtype, t.device) == kind}
+        if is_host(device) or len(some) == 1:
+            moved |= {k: t.to(device) for k, t in some.items()}
+            continue
+        whole = torch.cat([t.flatten() for t in some.values()])
+        if device.type == "cuda" and is_host(kind[1]):
+            whole = whole.pin_memory()  # the host need not wait for the move
+        parts = whole.to(device, non_blocking=True).split([t.numel() for t in some.values()])
+        moved |= {k: part.view(t.shape) for (k, t), part in zip(some.items(), parts, strict=True)}
+
+    def place(rows: Rows) -> Rows:
+        X, y, weight, index = (
+            t if t is None else moved.get(id(t), t)
+            for t in (rows.X, rows.y, rows.weight, rows.index)
+        )
+        places = rows.places
+        if id(rows) in padded:
+            places = moved[id(padded[id(rows)])]
+        assert X is not None
+        assert y is not None
+        return Rows(X, y, weight, rows.lengths, places, index)
+
+    def place_all(batch: EpisodeBatch) -> EpisodeBatch:
+        prepared = None if batch.prepared is None else place_all(batch.prepared)
+        return dataclasses.replace(
+            batch, support=place(batch.support), query=place(batch.query), prepared=prepared
+        )
+
+    return [place_all(batch) for batch in batches]
 
 
 def pad_rows(
@@ -148,6 +239,7 @@ def pad_rows(
     rows: np.ndarray,
     counts: np.ndarray,
     sample_weight: np.ndarray | None = None,
+    dtype: Any = None,
     names: np.ndarray | None = None,
 ) -> Rows:
     """Gather rows of several tasks into one padded tensor.
@@ -161,9 +253,12 @@ def pad_rows(
         Number of rows of each task.
     sample_weight : ndarray of shape (n_rows,), default=None
         Weight of each row of X; normalised to sum to one in each task.
+    dtype : dtype, default=None
+        That of the weights; None takes that of X.
     names : int ndarray of shape (n_rows,), default=None
         Becomes `Rows.index`.
     """
+    dtype = X.dtype if dtype is None else dtype
     n_tasks, width = len(counts), int(counts.max())
     ragged = bool((counts < width).any())
     if ragged:
@@ -175,18 +270,19 @@ def pad_rows(
         index = rows.reshape(n_tasks, width)
     weight = None
     if sample_weight is not None:
-        weight = sample_weight[index].astype(X.dtype, copy=False)
+        weight = sample_weight[index].astype(dtype, copy=False)
         if ragged:
             weight = np.where(filled, weight, 0)
         weight = weight / weight.sum(1, keepdims=True)
     elif ragged:
-        weight = (filled / counts[:, None]).astype(X.dtype)
+        weight = (filled / counts[:, None]).astype(dtype)
+    gathered = torch.from_numpy(X.take(index, axis=0))
     return Rows(
-        torch.from_numpy(X.take(index, axis=0)),
-        torch.from_numpy(y.take(index, axis=0)),
+        gathered,
+        gathered if y is X else torch.from_numpy(y.take(index, axis=0)),
         None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
         counts if ragged else None,
-        None if names is None else torch.from_numpy(names.take(index)),
+        index=None if names is None else torch.from_numpy(names.take(index)),
     )
 
 
@@ -197,10 +293,58 @@ def _centered(batch: EpisodeBatch) -> EpisodeBatch:
         mean = y.mean(1, keepdim=True)
     else:
         mean = (weight.unsqueeze(-1) * y).sum(1, keepdim=True)
-    support, query = (
-        dataclasses.replace(rows, y=rows.y - mean) for rows in (batch.support, batch.query)
+
+    def center(rows: Rows) -> Rows:  # prepared rows may come in minibatches
+        shape = (len(mean), *[1] * (rows.y.ndim - 2), mean.shape[-1])
+        return dataclasses.replace(rows, y=rows.y - mean.view(shape))
+
+    prepared = batch.prepared
+    if prepared is not None:
+        prepared = EpisodeBatch(center(prepared.support), center(prepared.query))
+    return dataclasses.replace(
+        batch, support=center(batch.support), query=center(batch.query), prepared=prepared
     )
-    return dataclasses.replace(batch, support=support, query=query)
+
+
+def _prepared(
+    batches: list[EpisodeBatch], prepare: Callable[[EpisodeBatch], EpisodeBatch] | None
+) -> list[EpisodeBatch]:
+    if prepare is None:
+        return batches
+    return [dataclasses.replace(batch, prepared=prepare(batch)) for batch in batches]
+
+
+def _gathered(
+    batches: list[EpisodeBatch], X: Tensor, y: Tensor, *, labelled: bool
+) -> list[EpisodeBatch]:
+    """Put rows in the place of their positions, those of all batches at once.
+
+    With `labelled`, the targets are there already.
+    """
+    each = [b for batch in batches for b in (batch, batch.prepared) if b is not None]
+    places = {id(r.X): r.X for batch in each for r in (batch.support, batch.query)}
+    index = torch.cat([t.flatten() for t in places.values()])
+
+    def gather(values: Tensor) -> dict[int, Tensor]:
+        parts = values.index_select(0, index).split([t.numel() for t in places.values()])
+        return {
+            k: part.view(*t.shape, *values.shape[1:])
+            for (k, t), part in zip(places.items(), parts, strict=True)
+        }
+
+    features, targets = gather(X), {} if labelled else gather(y)
+
+    def fill(rows: Rows) -> Rows:
+        own = id(rows.X)
+        return dataclasses.replace(rows, X=features[own], y=targets.get(own, rows.y))
+
+    def fill_all(batch: EpisodeBatch) -> EpisodeBatch:
+        prepared = None if batch.prepared is None else fill_all(batch.prepared)
+        return dataclasses.replace(
+            batch, support=fill(batch.support), query=fill(batch.query), prepared=prepared
+        )
+
+    return [fill_all(batch) for batch in batches]
 
 
 def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatches: int = 1) -> Rows:
@@ -353,6 +497,7 @@ class EpisodeSampler:
         self.by_class = by_class and classification
         self.support_range = support_range
         self.keep_index = keep_index
+        self._resident: tuple[Tensor, Tensor] | None = None  # X and y on a device
         self.tasks = tasks
         self.classification = classification
         self.n_ways = n_ways
@@ -368,12 +513,50 @@ class EpisodeSampler:
 
     def sample_batches(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
         """Draw several batches at once; `which` is of shape (n_batches, n_episodes)."""
+        batches = self._draw(self.tasks.X, self.tasks.y, which, rng)
+        return [_centered(batch) for batch in batches] if self.center_y else batches
+
+    def sample_on(
+        self,
+        device: torch.device,
+        which: np.ndarray,
+        rng: np.random.Generator,
+        prepare: Callable[[EpisodeBatch], EpisodeBatch] | None = None,
+    ) -> list[EpisodeBatch]:
+        """Draw as `sample_batches` does, and gather the rows on a device.
+
+        The tasks are kept there; what moves is the positions of the rows of all batches, at once.
+        Tasks that take too much of the device's memory stay where they are, and rows move.
+
+        Parameters
+        ----------
+        device : torch.device
+        which, rng
+            As for `sample_batches`.
+        prepare : callable EpisodeBatch -> EpisodeBatch, default=None
+            Makes `EpisodeBatch.prepared`.
+        """
+        tasks, resident = self.tasks, self._resident
+        if resident is None or resident[0].device != device:
+            size, free = tasks.X.nbytes + tasks.y.nbytes, free_memory(device)
+            if size > (RESIDENT_BYTES if free is None else RESIDENT_SHARE * free):
+                return to_device(_prepared(self.sample_batches(which, rng), prepare), device)
+            X, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (tasks.X, tasks.y))
+            self._resident = resident = X.to(device), y.to(device)
+        number = np.arange(len(tasks.X))
+        places = _prepared(self._draw(number, number, which, rng), prepare)
+        batches = _gathered(to_device(places, device), *resident, labelled=self.n_ways is not None)
+        return [_centered(batch) for batch in batches] if self.center_y else batches
+
+    def _draw(
+        self, X: np.ndarray, y: np.ndarray, which: np.ndarray, rng: np.random.Generator
+    ) -> list[EpisodeBatch]:
+        """Draw batches of what `X` and `y` have for each row."""
         draw = self.split(which.ravel(), rng, len(which))
         labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
-        support = self._gather(draw.support, draw.n_support, labels[0], len(which))
-        query = self._gather(draw.query, draw.n_query, labels[1], len(which))
-        batches = [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
-        return [_centered(batch) for batch in batches] if self.center_y else batches
+        support = self._gather(X, y, draw.support, draw.n_support, labels[0], len(which))
+        query = self._gather(X, y, draw.query, draw.n_query, labels[1], len(which))
+        return [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
 
     def bytes_of_episode(self) -> int:
         """Rough memory that drawing an episode takes, at most."""
@@ -491,22 +674,31 @@ class EpisodeSampler:
         return [labels[: len(draw.support)], labels[len(draw.support) :]]
 
     def _gather(
-        self, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray | None, n_batches: int
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        rows: np.ndarray,
+        counts: np.ndarray,
+        labels: np.ndarray | None,
+        n_batches: int,
     ) -> list[Rows]:
-        X, y = self.tasks.X, self.tasks.y
+        dtype = self.tasks.X.dtype
         names = np.arange(len(X)) if self.keep_index else None
         if labels is not None:
             names = rows if self.keep_index else None
             X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
         if _is_constant(counts):  # nothing to pad: gathered at once, then cut
-            whole = pad_rows(X, y, rows, counts, None, names)
+            whole = pad_rows(X, y, rows, counts, names=names)
             length = len(counts) // n_batches
+            parts = whole.X.split(length)
+            targets = parts if whole.y is whole.X else whole.y.split(length)
             index = [None] * n_batches if whole.index is None else whole.index.split(length)
-            parts = zip(whole.X.split(length), whole.y.split(length), index, strict=True)
-            return [Rows(x, y, None, None, place) for x, y, place in parts]
+            return [
+                Rows(x, y, index=place) for x, y, place in zip(parts, targets, index, strict=True)
+            ]
         ends = np.cumsum(counts.reshape(n_batches, -1).sum(1))[:-1]
         return [
-            pad_rows(X, y, *part, None, names)
+            pad_rows(X, y, *part, dtype=dtype, names=names)
             for part in zip(np.split(rows, ends), np.split(counts, n_batches), strict=True)
         ]
 

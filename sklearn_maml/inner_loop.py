@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sklearn_maml.devices import (
+    accelerators,
+    forked_generators,
+    generator_states,
+    set_generator_states,
+)
 from sklearn_maml.update_rules import ClosedFormHead, UpdateRule
 
 __all__ = [
@@ -531,26 +537,18 @@ class RecomputedSteps(InnerProblem):
 
     # -- random numbers --------------------------------------------------------------------------
 
-    def _cuda(self) -> list[torch.device]:
-        devices = {p.device for p in self.module.parameters()}
-        return [device for device in devices if device.type == "cuda"]
-
     def _generators(self) -> list[Tensor]:
-        if not self.random:
-            return []
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._cuda())]
+        return generator_states(accelerators(self.module.parameters())) if self.random else []
 
     def _set_generators(self, states: list[Tensor]) -> None:
         if states:
-            torch.set_rng_state(states[0])
-            for device, state in zip(self._cuda(), states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+            set_generator_states(accelerators(self.module.parameters()), states)
 
     def _forked_generators(self) -> Any:
         """Context after which torch's generators are as they were before."""
         if not self.random:
             return contextlib.nullcontext()
-        return torch.random.fork_rng(devices=self._cuda())
+        return forked_generators(accelerators(self.module.parameters()))
 
 
 def _split_state(state: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

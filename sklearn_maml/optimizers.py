@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
+from torch.utils import _foreach_utils
 
-__all__ = ["FlatStep", "can_fuse", "has_fused_kernel", "step_fused", "without_compiler"]
+from sklearn_maml.devices import is_host
+
+__all__ = [
+    "FlatStep",
+    "begin",
+    "can_fuse",
+    "can_mask",
+    "has_fused_kernel",
+    "settings_on",
+    "step_fused",
+    "step_masked",
+    "without_compiler",
+]
 
 # most parameters of a network that are laid end to end: a larger one gains nothing
 FLAT_LIMIT = 2**18
@@ -45,6 +59,31 @@ def without_compiler() -> Iterator[None]:
             delattr(function, _EXEMPT)
 
 
+def settings_on(
+    optimizer: Any, chosen: dict[str, Any], params: Sequence[nn.Parameter], device: torch.device
+) -> dict[str, Any]:
+    """Return settings of an optimiser that make its steps cheap, where the user chose none."""
+    if can_fuse(optimizer, chosen, params, device):
+        return {"fused": True}
+    free = not {"fused", *_OTHER_CODE} & chosen.keys()
+    known = getattr(optimizer, "__module__", "").startswith("torch.optim.")
+    if is_host(device) or not (free and known):
+        return {}
+    # its count of steps is then kept where the decision to make them is
+    takes = "capturable" in inspect.signature(optimizer).parameters
+    return {"capturable": True} if takes and device.type in _capturing_devices() else {}
+
+
+def _capturing_devices() -> list[str]:
+    tell = getattr(torch_optimizer, "_get_capturable_supported_devices", lambda: ["cuda"])
+    return list(tell())
+
+
+def _fusing_devices() -> list[str]:
+    tell = getattr(_foreach_utils, "_get_fused_kernels_supported_devices", lambda: ["cuda"])
+    return ["cpu", *tell()]
+
+
 def can_fuse(
     optimizer: Any, settings: dict[str, Any], params: Sequence[nn.Parameter], device: torch.device
 ) -> bool:
@@ -52,7 +91,7 @@ def can_fuse(
     return (
         optimizer in _KINDS
         and not {"fused", *_OTHER_CODE} & settings.keys()
-        and device.type in ("cpu", "cuda")
+        and device.type in _fusing_devices()
         and all(p.is_floating_point() for p in params)
     )
 
@@ -64,36 +103,58 @@ def has_fused_kernel(optimizer: torch.optim.Optimizer) -> bool:
         type(optimizer) in _KINDS
         and hasattr(optimizer, "_init_group")
         and all(group["fused"] and not any(group.get(k) for k in _OTHER_CODE) for group in groups)
-        and {p.device.type for group in groups for p in group["params"]} == {"cpu"}
+        and len({p.device for group in groups for p in group["params"]}) == 1
         and len({p.dtype for group in groups for p in group["params"]}) == 1
     )
 
 
 def _is_watched(optimizer: Any) -> bool:
     """Whether somebody waits for a call of `step`."""
+    # a scheduler of rates counts the calls
+    return "step" in vars(optimizer) or _has_hooks(optimizer)
+
+
+def _has_hooks(optimizer: Any) -> bool:
     return bool(
-        "step" in vars(optimizer)  # a scheduler of rates counts the calls
-        or optimizer._optimizer_step_pre_hooks
+        optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
     )
 
 
-def step_fused(optimizer: Any) -> None:
+def begin(optimizer: Any) -> None:
+    """Make the state of an optimiser that `has_fused_kernel`, for parameters with a gradient."""
+    for group in optimizer.param_groups:
+        optimizer._init_group(group, [], [], [], [], [], [])
+
+
+def step_fused(optimizer: Any, bad: Tensor | None = None) -> None:
     """Do what ``optimizer.step()`` does, by the same kernel and on the same state.
 
     torch's record for its profiler and its grouping of the parameters take several times as long
     as the kernel does for a small network.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Adam or torch.optim.AdamW
+    bad : float32 Tensor without dimensions, default=None
+        Where it is 1, and not 0, nothing is to happen. Its value stays on the device.
     """
     if _is_watched(optimizer):
-        optimizer.step()
+        if bad is None:
+            optimizer.step()
+            return
+        optimizer.found_inf = bad  # as torch's own scaler of gradients says it
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
         return
     state = optimizer.state
     moving = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
     if not all(state[p] for params in moving for p in params):
-        for group in optimizer.param_groups:
-            optimizer._init_group(group, [], [], [], [], [], [])  # makes the state
+        begin(optimizer)
     with torch.no_grad():
         for group, params in zip(optimizer.param_groups, moving, strict=True):
             if not params:
@@ -101,9 +162,11 @@ def step_fused(optimizer: Any) -> None:
             states = [state[p] for p in params]
             steps = [s["step"] for s in states]
             torch._foreach_add_(steps, 1)
+            if bad is not None:
+                torch._foreach_sub_(steps, [bad] * len(steps))
             moments = [[s[name] for s in states] for name in _moments(group)]
             grads = [p.grad for p in params]
-            _run(_kernel(optimizer, group), group, params, grads, moments, steps)
+            _run(_kernel(optimizer, group), group, params, grads, moments, steps, bad)
 
 
 def _kernel(optimizer: Any, group: dict[str, Any]) -> Any:
@@ -122,6 +185,7 @@ def _run(
     grads: list[Any],
     moments: list[list[Tensor]],
     steps: list[Tensor],
+    bad: Tensor | None = None,
 ) -> None:
     beta1, beta2 = group["betas"]
     kernel(
@@ -138,7 +202,30 @@ def _run(
         eps=group["eps"],
         amsgrad=group["amsgrad"],
         maximize=group["maximize"],
+        found_inf=bad,
     )
+
+
+def can_mask(optimizer: Any, device: torch.device) -> bool:
+    """Whether `step_masked` can stand for the `step` of an optimiser that has made one."""
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return (
+        type(optimizer).__module__.startswith("torch.optim.")
+        and not _has_hooks(optimizer)
+        and all(v is None or (isinstance(v, Tensor) and v.device == device) for v in values)
+    )
+
+
+def step_masked(optimizer: Any, finite: Tensor) -> None:
+    """Make a step where `finite` is true, without waiting for its value."""
+    moving = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    own = [v for p in moving for v in optimizer.state[p].values() if v is not None]
+    with torch.no_grad():
+        tensors = [p.detach() for p in moving] + own
+        before = [t.clone() for t in tensors]
+        optimizer.step()
+        for new, old in zip(tensors, before, strict=True):
+            torch.where(finite, new, old, out=new)
 
 
 class FlatStep:
@@ -188,7 +275,7 @@ class FlatStep:
         return (
             all(state.get(p) and p.is_contiguous() for p in params)
             and sum(p.numel() for p in params) <= FLAT_LIMIT
-            and len({float(state[p]["step"]) for p in params}) == 1
+            and len(set(torch.stack([state[p]["step"] for p in params]).tolist())) == 1
         )
 
     def _cut(self, whole: Tensor) -> list[Tensor]:
@@ -229,10 +316,12 @@ class FlatStep:
             return grad
         return torch.cat([g.flatten() for g in grads])
 
-    def step(self, grad: Tensor) -> None:
-        """Make a step for the gradients of all parameters, end to end."""
+    def step(self, grad: Tensor, bad: Tensor | None = None) -> None:
+        """Make a step for the gradients of all parameters, end to end; for `bad` see above."""
         self.steps += 1
-        _run(self.kernel, self.group, [self.flat], [grad], self.moments, [self.steps[0]])
+        if bad is not None:
+            self.steps -= bad
+        _run(self.kernel, self.group, [self.flat], [grad], self.moments, [self.steps[0]], bad)
 
     def release(self) -> None:
         """Undo the sharing of memory, which would multiply what is pickled."""

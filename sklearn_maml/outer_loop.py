@@ -15,14 +15,22 @@ import torch
 from scipy.special import softmax
 from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
-from skorch.callbacks import Callback, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
+from skorch.callbacks import (
+    Callback,
+    EpochScoring,
+    EpochTimer,
+    LRScheduler,
+    PassthroughScoring,
+    PrintLog,
+)
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from sklearn_maml.devices import is_host
 from sklearn_maml.engine import rate_key
-from sklearn_maml.episodes import EpisodeBatch
+from sklearn_maml.episodes import EpisodeBatch, to_device
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
     MetaTrainingError,
@@ -30,7 +38,15 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.learners.joint import PART_OF_UPDATES, clip_members, rate_factor
-from sklearn_maml.optimizers import FlatStep, has_fused_kernel, step_fused, without_compiler
+from sklearn_maml.optimizers import (
+    FlatStep,
+    begin,
+    can_mask,
+    has_fused_kernel,
+    step_fused,
+    step_masked,
+    without_compiler,
+)
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = [
@@ -113,6 +129,15 @@ class TaskStream(torch.utils.data.Dataset):
     seed : int
     bytes_of_episode : int, default=0
         Memory that drawing an episode takes, which bounds the length of a block.
+    draw_on : callable (device, task_positions, rng, prepare) -> list of EpisodeBatch, default=None
+        Draws on a device; None moves what `draw` returns.
+
+    Attributes
+    ----------
+    device : torch.device or None
+        Where `batch` draws; None leaves that to the user of the batches.
+    prepare : callable EpisodeBatch -> EpisodeBatch or None
+        Makes `EpisodeBatch.prepared`, on the host, of batches that are drawn on a device.
     """
 
     def __init__(
@@ -122,8 +147,12 @@ class TaskStream(torch.utils.data.Dataset):
         batch_size: int,
         seed: int,
         bytes_of_episode: int = 0,
+        draw_on: Callable[..., list[EpisodeBatch]] | None = None,
     ) -> None:
         self.draw = draw
+        self.draw_on = draw_on
+        self.device: torch.device | None = None
+        self.prepare: Callable[[EpisodeBatch], EpisodeBatch] | None = None
         self.n_tasks = n_tasks
         self.batch_size = batch_size
         self.seed = seed
@@ -173,8 +202,15 @@ class TaskStream(torch.utils.data.Dataset):
             positions = np.arange(first * self.batch_size, end * self.batch_size)
             which = self._tasks(positions).reshape(-1, self.batch_size)
             rng = np.random.default_rng((self.seed, 1, first))
-            self._block = (first, self.draw(which, rng))
+            self._block = (first, self._drawn(which, rng))
         return self._block[1][update - first]
+
+    def _drawn(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        if self.device is None:
+            return self.draw(which, rng)
+        if self.draw_on is None:
+            return to_device(self.draw(which, rng), self.device)
+        return self.draw_on(self.device, which, rng, self.prepare)
 
     def __getitems__(self, items: list[int]) -> EpisodeBatch:
         positions = self.first_update * self.batch_size + np.asarray(items)
@@ -268,6 +304,9 @@ class _Prepared:
     fused: bool
     flat: FlatStep | None
     watched: bool  # whether callbacks may look at gradients
+    # whether the host decides if an update is made: it reads its loss, which an accelerator would
+    # have to be waited for
+    on_host: bool
 
 
 def count_epochs(n_updates: int, with_head: bool) -> int:
@@ -383,6 +422,13 @@ class MetaNet(NeuralNet):
         self._prepared: _Prepared | None = None
         self._heard: dict[str, list[Any]] = {}
         self._loaders: dict[str, Any] = {}
+        self._is_host = is_host(self.device)
+        # whether the optimiser has the state that a step leaves to the next
+        self._has_stepped = self._is_host
+        # whether the update at hand is to be made, where the device alone knows
+        self._finite: Tensor | None = None
+        # rows of the history, and what is to be read from the device for them
+        self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # of the generators of data loaders before an interruption
         self.loader_states_: dict[str, Tensor] = {}
         return self
@@ -425,21 +471,36 @@ class MetaNet(NeuralNet):
             flat.release()
             flat = None
         own_step = self._step_size() is not None
+        fused = has_fused_kernel(self.optimizer_)
+        if fused and not own_step and not self._is_host and not self.optimizer_.state:
+            for p in moving:
+                p.grad = torch.zeros_like(p)
+            begin(self.optimizer_)
+            for p in moving:
+                p.grad = None
         if flat is None and not own_step and FlatStep.can_make(self.optimizer_, moving):
             flat = FlatStep(self.optimizer_, moving)
+        # only optimisers of others may evaluate the closure themselves
+        needs_closure = not type(self.optimizer_).__module__.startswith("torch.optim.")
+        listened = any(self._listeners(name) for name in ("on_grad_computed", "on_batch_begin"))
+        watched = listened or bool(self._listeners("on_batch_end"))
+        # what schedules rates and what scores epochs looks at no batch
+        looked_at = listened or self._is_read()
+        maskable = (
+            own_step
+            or fused
+            or (self._has_stepped and can_mask(self.optimizer_, torch.device(self.device)))
+        )
         self._prepared = _Prepared(
             params=params,
             signature=self._signature(params),
             meta_params=self.module_.meta_params(),
             trainable=trainable,
-            # only optimisers of others may evaluate the closure themselves
-            needs_closure=not type(self.optimizer_).__module__.startswith("torch.optim."),
-            fused=has_fused_kernel(self.optimizer_),
+            needs_closure=needs_closure,
+            fused=fused,
             flat=flat,
-            watched=any(
-                self._listeners(name)
-                for name in ("on_grad_computed", "on_batch_begin", "on_batch_end")
-            ),
+            watched=watched,
+            on_host=self._is_host or needs_closure or looked_at or not maskable,
         )
         return self._prepared
 
@@ -469,7 +530,10 @@ class MetaNet(NeuralNet):
             with torch.no_grad():
                 for name, p in self.module_.named_parameters():
                     if p.grad is not None and not name.startswith("head."):
-                        p.add_(p.grad, alpha=-size)
+                        grad = p.grad
+                        if self._finite is not None:
+                            grad = torch.where(self._finite, grad, 0.0)
+                        p.add_(grad, alpha=-size)
                         p.grad = None
             if self.joint is not None:
                 self.optimizer_.step()
@@ -481,9 +545,13 @@ class MetaNet(NeuralNet):
             step = self.train_step_single(batch, **fit_params)
             self._notify_grad(batch)
             if ready.fused:
-                step_fused(self.optimizer_)
+                step_fused(self.optimizer_, self._bad())
+            elif self._finite is not None:
+                step_masked(self.optimizer_, self._finite)
             else:
                 self.optimizer_.step()
+            if not self._has_stepped:
+                self._has_stepped, ready.signature = True, []
             return step
         step, grads = self._meta_gradient(batch, ready)
         grad = None if grads is None else grads[0]
@@ -496,8 +564,12 @@ class MetaNet(NeuralNet):
                 self.optimizer_.step()
             grad = changed
         if grad is not None:
-            ready.flat.step(grad)
+            ready.flat.step(grad, self._bad())
         return step
+
+    def _bad(self) -> Tensor | None:
+        """1 where the update at hand is to be skipped, else 0; None if it is known to be made."""
+        return None if self._finite is None else 1.0 - self._finite.float()
 
     def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
@@ -525,7 +597,9 @@ class MetaNet(NeuralNet):
     ) -> tuple[dict[str, Any], list[Tensor] | None]:
         """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
 
-        The gradients are those of the trainable parameters, or one vector for `FlatStep`.
+        The gradients are those of the trainable parameters, or one vector for `FlatStep`. Where
+        the host does not decide, they are returned in any case, and `_finite` says whether they
+        are.
         """
         episodes, device = batch[0], torch.device(self.device)
         if episodes.query.X.device != device:
@@ -547,22 +621,31 @@ class MetaNet(NeuralNet):
         if whole is None and ready.flat is not None:
             whole = torch.cat([grad.flatten() for grad in grads])
         if whole is not None:
-            norm = torch.linalg.vector_norm(whole).item()
+            length = torch.linalg.vector_norm(whole)
         else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
-        finite = math.isfinite(loss.item()) and math.isfinite(norm)
-        if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(grads if whole is None else [whole], self.max_grad_norm / norm)
+            length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        pieces = grads if whole is None else [whole]
+        gradient = grads if ready.flat is None or whole is None else [whole]
         self._decay_rate()
-        self._row()["non_finite"] = int(not finite)
+        self._finite = None
+        if not ready.on_host:
+            self._finite = finite = torch.isfinite(loss + length)
+            if self.max_grad_norm is not None:
+                torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
+            self.update_ += 1
+            loss = torch.where(finite, loss, math.nan)
+            return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
+        norm = length.item()
+        is_finite = math.isfinite(loss.item()) and math.isfinite(norm)
+        if is_finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
+            torch._foreach_mul_(pieces, self.max_grad_norm / norm)
+        self._row()["non_finite"] = int(not is_finite)
         self.update_ += 1
-        if not finite:
-            self._note_non_finite(episodes)
-            loss = loss.new_tensor(math.nan)
+        if not is_finite:
+            self._note_non_finite(episodes, self.update_)
+            loss = torch.full_like(loss, math.nan)
         outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
-        if not finite:
-            return outcome, None
-        return outcome, grads if ready.flat is None or whole is None else [whole]
+        return outcome, gradient if is_finite else None
 
     def _joint_gradient(
         self, step: Any, episodes: EpisodeBatch, ready: _Prepared
@@ -571,26 +654,28 @@ class MetaNet(NeuralNet):
         of_head = {n: g for n, g in step.grads.items() if n.startswith("head.")}
         grads = {**step.grads, **(clip_members(of_head) if of_head else {})}
         own = [n for n in ready.trainable if not n.startswith("head.")]
-        finite = True
+        self._finite = None  # what is not is zero
+        finite: Tensor | None = None
         if own and self.joint.engine is not None:
             if self.symmetric_head is not None:
                 self.symmetric_head.project_gradient(grads, in_place=False)
             norm = torch.linalg.vector_norm(
                 torch.stack(torch._foreach_norm([grads[n] for n in own]))
-            ).item()
-            finite = math.isfinite(norm)
-            factor = 1.0
-            if not finite:  # the head goes on
-                grads.update({n: torch.zeros_like(grads[n]) for n in own})
-            elif self.max_grad_norm is not None and norm > self.max_grad_norm:
-                factor = self.max_grad_norm / norm
-            if factor < 1:
-                grads.update({n: factor * grads[n] for n in own})
+            )
+            finite = torch.isfinite(norm)
+            factor = torch.ones_like(norm)
+            if self.max_grad_norm is not None:
+                factor = (self.max_grad_norm / norm).clamp(max=1.0)
+            grads.update({n: torch.where(finite, factor * grads[n], 0.0) for n in own})
         self._decay_rate()
-        self._row()["non_finite"] = int(not finite)
         self.update_ += 1
-        if not finite:
-            self._note_non_finite(episodes)
+        if not ready.on_host:
+            skipped = step.losses.new_zeros(()) if finite is None else (~finite).to(step.losses)
+            self._unread.append((self._row(), {"non_finite": skipped}))
+        else:
+            self._row()["non_finite"] = int(finite is not None and not bool(finite))
+            if self._row()["non_finite"]:
+                self._note_non_finite(episodes, self.update_)
         outcome = {"loss": step.losses.mean(), "y_pred": episodes.query.real(step.outputs)}
         listed = [grads[name] for name in ready.trainable]
         if ready.flat is not None:
@@ -623,7 +708,8 @@ class MetaNet(NeuralNet):
         """Query loss of held-out tasks, before and after adaptation."""
         episodes = batch[0].to(torch.device(self.device))
         params = self.module_.meta_params()
-        joint, row = self.joint, self._row()
+        joint = self.joint
+        row: dict[str, Tensor] = {}
         if joint is None or joint.engine is not None:
             before, _ = self.engine.evaluate(params, episodes, alpha=self.alpha, steps=0)
             losses, output = self.engine.evaluate(
@@ -631,25 +717,55 @@ class MetaNet(NeuralNet):
             )
         if joint is not None:
             if joint.engine is not None:
-                row["steps_valid_loss"] = losses.mean().item()
-                row["steps_valid_loss_before"] = before.mean().item()
+                row["steps_valid_loss"] = losses.mean()
+                row["steps_valid_loss_before"] = before.mean()
                 of_steps = losses
             before, losses, output = joint.trainer.errors(params, episodes)
             if joint.engine is not None:
                 joint.compare(losses, of_steps)
-        row["valid_loss_before"] = before.mean().item()
+        row["valid_loss_before"] = before.mean()
+        if self._is_host:
+            self._row().update({name: value.item() for name, value in row.items()})
+        else:
+            self._unread.append((self._row(), row))
         return {"loss": losses.mean(), "y_pred": episodes.query.real(output)}
 
-    def _note_non_finite(self, episodes: EpisodeBatch) -> None:
+    def _read(self, episodes: EpisodeBatch | None = None) -> None:
+        """Read what the device has for the history, and count the updates that were skipped.
+
+        `episodes` is a batch to look at where too many were.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = torch.stack([v.detach() for _, own in unread for v in own.values()])
+        numbers = iter(values.tolist())
+        for row, own in unread:
+            row.update({name: next(numbers) for name in own})
+        of_head = self.joint is not None  # which goes on where steps are skipped
+        rows = [
+            row
+            for row, own in unread
+            if "train_loss" in own and (of_head or "non_finite" not in row)
+        ]
+        for row in rows:
+            row["non_finite"] = int(row.get("non_finite", math.isnan(row["train_loss"])))
+        for update, row in enumerate(rows, self.update_ - len(rows) + 1):
+            if row["non_finite"] and episodes is not None:
+                self._note_non_finite(episodes, update)
+            elif row["non_finite"]:  # the fit has been interrupted
+                self.non_finite_ += 1
+
+    def _note_non_finite(self, episodes: EpisodeBatch, update: int) -> None:
         self.non_finite_ += 1
         if self.non_finite_ == 1:
             warnings.warn(
-                f"The loss or meta-gradient of update {self.update_} was not finite; the update "
+                f"The loss or meta-gradient of update {update} was not finite; the update "
                 "was skipped. Skipped updates are counted in history_ ('non_finite').",
                 NonFiniteStepWarning,
                 stacklevel=2,
             )
-        seen = self.update_ - self.first_update_
+        seen = update - self.first_update_
         if seen >= PATIENCE_NON_FINITE and 2 * self.non_finite_ > seen:
             if self.joint is None:
                 raise self._non_finite_error(episodes, seen)
@@ -806,6 +922,8 @@ class MetaNet(NeuralNet):
         if self.joint is not None and not self.joint.head_is_done:  # its last update ends an epoch
             left = max(min(left, self._updates_of_head - done), 1)
         dataset_train.n_updates = min(UPDATES_PER_EPOCH, left)
+        if not self._is_host:
+            self._prepare()  # it waits for the device, which updates are not to do
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
         """Make a data loader that leaves torch's global generator alone, or a lighter one."""
@@ -814,6 +932,8 @@ class MetaNet(NeuralNet):
         plain = getattr(self, f"iterator_{kind}") is DataLoader
         ours = isinstance(dataset, (TaskStream, FixedEpisodes))
         if ours and plain and settings <= {"collate_fn", "batch_size"}:
+            if not self._is_host:
+                self._place(dataset)
             return BatchLoader(dataset)
         iterator = super().get_iterator(dataset, training=training)
         if getattr(iterator, "generator", True) is None:
@@ -825,6 +945,15 @@ class MetaNet(NeuralNet):
         if self.checkpoint is not None:
             self._loaders[kind] = iterator
         return iterator
+
+    def _place(self, dataset: TaskStream | FixedEpisodes) -> None:
+        """Draw episodes on the device, or move those that are drawn once."""
+        device = torch.device(self.device)
+        if isinstance(dataset, TaskStream):
+            dataset.device = device
+            dataset.prepare = self.engine.preparation(self.steps)
+        else:
+            dataset.batches = to_device(dataset.batches, device)
 
     def loader_states(self) -> dict[str, Tensor]:
         """Return the states of the generators of the data loaders, for a checkpoint."""
@@ -841,15 +970,25 @@ class MetaNet(NeuralNet):
         """Run one epoch as skorch does, then count its skipped updates."""
         if iterator is None:
             return
-        n_batches = 0
-        for batch in iterator:
-            self.notify("on_batch_begin", batch=batch, training=training)
-            step = step_fn(batch, **fit_params)
-            row = self._row()
-            row[f"{prefix}_loss"] = step["loss"].item()
-            row[f"{prefix}_batch_size"] = len(batch[0])
-            self.notify("on_batch_end", batch=batch, training=training, **step)
-            n_batches += 1
+        n_batches, episodes = 0, None
+        try:
+            for batch in iterator:
+                self.notify("on_batch_begin", batch=batch, training=training)
+                step = step_fn(batch, **fit_params)
+                row = self._row()
+                if self._is_host:
+                    row[f"{prefix}_loss"] = step["loss"].item()
+                else:
+                    self._unread.append((row, {f"{prefix}_loss": step["loss"]}))
+                row[f"{prefix}_batch_size"] = len(batch[0])
+                if self._unread and self._is_read():
+                    self._read()
+                self.notify("on_batch_end", batch=batch, training=training, **step)
+                n_batches, episodes = n_batches + 1, batch[0]
+        except BaseException:
+            self._read()
+            raise
+        self._read(episodes if training else None)
         self.history.record(f"{prefix}_batch_count", n_batches)
         if training:
             self.history.record("non_finite", sum(self.history[-1, "batches", :, "non_finite"]))
@@ -914,6 +1053,15 @@ class MetaNet(NeuralNet):
                 method for method in methods if getattr(method, "__func__", None) is not nothing
             ]
         return self._heard[method_name]
+
+    def _is_read(self) -> bool:
+        """Whether callbacks may read the losses of a batch when it has been run."""
+        listeners = (method.__self__ for method in self._listeners("on_batch_end"))
+        return not all(
+            isinstance(c, EpochScoring)
+            or (isinstance(c, LRScheduler) and c.policy_ is not ReduceLROnPlateau)
+            for c in listeners
+        )
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Tell the callbacks; afterwards keep the best parameters and stop early."""

@@ -72,7 +72,7 @@ class CollectionSource:
         }
         self.encoded, self.options = encoded, options
         training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
-        self.draw = training.sample_batches
+        self.draw, self.draw_on = training.sample_batches, training.sample_on
         self.bytes_of_episode = training.bytes_of_episode()
         self.n_train = train.n_tasks
         self.rows_per_task = _episode_rows(estimator, tasks)
@@ -98,6 +98,7 @@ class DistributionSource:
     n_tasks = None
     n_train = 1
     fingerprints: ClassVar[dict[Hashable, int]] = {}
+    draw_on = None  # fresh tasks are not on any device
 
     def __init__(self, estimator: Any, distribution: Any, seed: int, continued: bool) -> None:
         self.estimator = estimator
@@ -201,7 +202,8 @@ class CrossFitted:
     ) -> None:
         self.source = source
         self.n_train, self.rows_per_task = source.n_train, source.rows_per_task
-        self.draw, self.bytes_of_episode = source.draw, source.bytes_of_episode
+        self.draw, self.draw_on = source.draw, source.draw_on
+        self.bytes_of_episode = source.bytes_of_episode
         self.visible: np.ndarray | None = None
         self.validation: Any = source.validation
         self.shared_rows: np.ndarray | None = None
@@ -233,7 +235,7 @@ class CrossFitted:
         self.held = self.folds[0] if with_steps and holds_out else np.arange(0)
         self.kept = np.setdiff1d(np.arange(tasks.n_tasks), self.held)
         self.n_train = len(self.kept)
-        self.draw = self._draw
+        self.draw, self.draw_on = self._draw, self._draw_on
         self.validation, self.member_validation = None, []
         if not holds_out:
             return
@@ -246,14 +248,31 @@ class CrossFitted:
                 self.validation, self.task_of_episode = batches, np.concatenate(which)
 
     def _draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
-        of_steps = None
+        which, of_steps = self._with_held_out(which, rng)
+        return self._marked(self.sampler.sample_batches(which, rng), of_steps, rng)
+
+    def _draw_on(
+        self, device: Any, which: np.ndarray, rng: np.random.Generator, prepare: Any
+    ) -> list[EpisodeBatch]:
+        which, of_steps = self._with_held_out(which, rng)
+        # what gradient steps prepare is of their own tasks
+        return self._marked(self.sampler.sample_on(device, which, rng), of_steps, rng)
+
+    def _with_held_out(
+        self, which: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Add tasks that gradient steps do not learn from, as often as the others come."""
         which = self.kept[which]
-        if len(self.held):  # as often as the other tasks come
-            n_more = max(round(which.shape[1] * len(self.held) / self.n_train), 1)
-            more = self.held[rng.integers(0, len(self.held), (len(which), n_more))]
-            of_steps = np.arange(which.shape[1] + n_more) < which.shape[1]
-            which = np.concatenate([which, more], axis=1)
-        batches = self.sampler.sample_batches(which, rng)
+        if not len(self.held):
+            return which, None
+        n_more = max(round(which.shape[1] * len(self.held) / self.n_train), 1)
+        more = self.held[rng.integers(0, len(self.held), (len(which), n_more))]
+        of_steps = np.arange(which.shape[1] + n_more) < which.shape[1]
+        return np.concatenate([which, more], axis=1), of_steps
+
+    def _marked(
+        self, batches: list[EpisodeBatch], of_steps: np.ndarray | None, rng: np.random.Generator
+    ) -> list[EpisodeBatch]:
         return [
             dataclasses.replace(batch, of_steps=of_steps, n_given=self._n_given(batch, rng))
             for batch in batches

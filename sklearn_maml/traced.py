@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_maml.compiled import Compilation, Uncompilable
+from sklearn_maml.devices import accelerators, generator_states, set_generator_states
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = ["Tracer", "Untraceable", "first_line", "module_key", "settings_key", "trace"]
+__all__ = ["Tracer", "Untraceable", "captures", "first_line", "module_key", "settings_key", "trace"]
 
 # Updates still to come on a shape that make its trace pay. Tracing took 35 to 90 eager updates in
 # every case measured (it grows with the graph as the updates do), and a second more where it was
@@ -196,6 +197,7 @@ class Tracer:
         *,
         shape: Hashable,
         settings: Callable[[], Hashable],
+        recorded: bool = True,
     ) -> list[Tensor] | None:
         """Run a step traced, if it is; otherwise return None, or trace it now.
 
@@ -208,6 +210,9 @@ class Tracer:
             What tells the calls of this fit apart that need a graph of their own.
         settings : callable () -> hashable
             Everything the step depends on besides its inputs, to share graphs between fits.
+        recorded : bool, default=True
+            Whether the step is traced; otherwise its kernels are captured as they are launched,
+            where the device can do that.
 
         Raises
         ------
@@ -217,7 +222,7 @@ class Tracer:
         """
         graph = self._graphs.get(shape)
         if shape in self._resumed:
-            graph = self._trace_again(function, inputs, shape, settings())
+            graph = self._trace_again(function, inputs, shape, settings(), recorded)
         if graph is not None:
             outputs = graph(*inputs)
             if self._due is not None and self._due[0] == shape and self._updates >= self._due[1]:
@@ -245,9 +250,8 @@ class Tracer:
                 got = graph(*inputs)
                 return _same(_generator_states(inputs), end) and _close(got, expected)
 
-            graph = _shared_graph(key, function, inputs, agrees)
-            self._graphs[shape] = _launched_at_once(graph, inputs)
-            if self._alike_left * seen >= self.compile_from * self._updates:
+            self._graphs[shape] = _prepared(key, function, inputs, agrees, recorded)
+            if recorded and self._alike_left * seen >= self.compile_from * self._updates:
                 self._start_compiling(shape, function, inputs)
         except Untraceable as error:
             self.reason = str(error)
@@ -257,18 +261,23 @@ class Tracer:
         return expected
 
     def _trace_again(
-        self, function: Function, inputs: Sequence[Tensor], shape: Hashable, settings: Hashable
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        shape: Hashable,
+        settings: Hashable,
+        recorded: bool,
     ) -> Function:
         """Trace what was traced before an interruption, and compile what was compiled."""
         self._resumed.discard(shape)
         key = (settings, tuple((t.shape, t.dtype, t.device) for t in inputs))
         try:
             # it agreed with the step before the interruption
-            graph = _shared_graph(key, function, inputs, lambda graph: True)
+            graph = _prepared(key, function, inputs, lambda graph: True, recorded)
         except Untraceable as error:
             self.reason = str(error)
             raise Untraceable(self.reason, function(*inputs)) from error
-        self._graphs[shape] = _launched_at_once(graph, inputs)
+        self._graphs[shape] = graph
         if self._library == shape or (self._due is not None and self._due[0] == shape):
             due, self._due = self._due, None
             self._start_compiling(shape, function, inputs)
@@ -361,42 +370,79 @@ def _shared_graph(
 class CudaGraph:
     """A function of CUDA tensors whose kernels are launched all at once.
 
-    The kernels are captured for tensors of its own, to which arguments are copied.
+    The kernels are captured for tensors of its own, to which arguments are copied. The next call
+    overwrites what they write, so results are copies.
 
     Parameters
     ----------
     function : callable of tensors
         Without random numbers, and without a look at the tensors' values.
     inputs : sequence of Tensor
+    backend : module
+        ``torch.cuda``, or one like it.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, function: Function, inputs: Sequence[Tensor], backend: Any) -> None:
         self._inputs = [t.detach().clone() for t in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream = backend.Stream()
+        stream.wait_stream(backend.current_stream())
+        with backend.stream(stream):
             for _ in range(3):  # libraries set themselves up in their first calls
                 function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        backend.current_stream().wait_stream(stream)
+        self._graph = backend.CUDAGraph()
+        with backend.graph(self._graph):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        _copy_all(self._inputs, inputs)
         self._graph.replay()
-        return [output.clone() for output in self._outputs]
+        outputs = [torch.empty_like(output) for output in self._outputs]
+        _copy_all(outputs, self._outputs)
+        return outputs
+
+
+def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy tensors of each type in one launch."""
+    for dtype in dict.fromkeys(t.dtype for t in to):
+        pairs = [(t, v) for t, v in zip(to, values, strict=True) if t.dtype == dtype]
+        torch._foreach_copy_([t for t, _ in pairs], [v.detach() for _, v in pairs])
+
+
+def captures(device: torch.device) -> bool:
+    """Whether torch can capture what it launches on a device."""
+    return hasattr(torch.get_device_module(device), "CUDAGraph")
+
+
+def _prepared(
+    key: Hashable,
+    function: Function,
+    inputs: Sequence[Tensor],
+    agrees: Callable[[Function], bool],
+    recorded: bool,
+) -> Function:
+    """Return what a step is replaced by, once it `agrees` with it."""
+    if recorded:
+        return _launched_at_once(_shared_graph(key, function, inputs, agrees), inputs)
+    try:
+        graph = CudaGraph(function, inputs, torch.get_device_module(inputs[0].device))
+        if not agrees(graph):
+            raise Untraceable("its graph gives other numbers than the module")
+    except RuntimeError as error:
+        raise Untraceable(f"it cannot be captured: {first_line(error)}") from error
+    return graph
 
 
 def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     """Capture a graph on CUDA, where launching kernels one by one takes longer than they do."""
-    if any(t.device.type != "cuda" for t in inputs):
+    devices = {t.device for t in inputs}
+    if getattr(graph, "is_random", False) or len(devices) != 1:
         return graph
-    if getattr(graph, "is_random", False):
+    (device,) = devices
+    if not captures(device):
         return graph
     try:
-        return CudaGraph(graph, inputs)
+        return CudaGraph(graph, inputs, torch.get_device_module(device))
     except RuntimeError as error:
         warnings.warn(
             "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "
@@ -525,12 +571,10 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
 
 
 def _generator_states(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
     return (
         random.getstate(),
         np.random.get_state(),
-        torch.get_rng_state(),
-        *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str)),
+        *generator_states(accelerators(tensors)),
     )
 
 
@@ -542,10 +586,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _restore(tensors: Sequence[Tensor], states: tuple[Any, ...]) -> None:
     """Set torch's generators to earlier states."""
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
-    torch.set_rng_state(states[2])
-    for device, state in zip(sorted(devices, key=str), states[3:], strict=True):
-        torch.cuda.set_rng_state(state, device)
+    set_generator_states(accelerators(tensors), states[2:])
 
 
 def _mutates(node: fx.Node) -> bool:

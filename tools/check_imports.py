@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"_compat"},
     {"_validation"},
     {"_types"},
-    {"tasks"},
+    {"tasks", "devices"},
     {"episodes"},
     {"data"},
     {"targets"},

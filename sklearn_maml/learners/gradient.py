@@ -73,7 +73,7 @@ class GradientSteps:
         most = int(sizes.max()) if len(by_size) else 0
         engine.expect_tasks(len(by_size), most, self.steps, compiled=compiled)
         adapted: Parameters | None = None
-        diverged = False
+        finite: list[Tensor] = []
         at_a_time = _chunk(engine, self.how)
         for start in range(0, len(by_size), at_a_time):
             chosen = by_size[start : start + at_a_time]
@@ -89,12 +89,12 @@ class GradientSteps:
                     self.meta_params, rows.to(self.how.device), alpha=self.alpha, steps=self.steps
                 )
             # a sum is not finite where a term is not; a closer look at all tasks costs more
-            diverged = diverged or not all(bool(p.sum().isfinite()) for p in part.params.values())
+            finite += [p.sum().isfinite() for p in part.params.values()]
             # written to its place at once: of many tasks, two copies would not fit
             adapted = _place(part, adapted, chosen, support.n_tasks)
         assert adapted is not None
         self.rung = remembered_rung(engine, self.rung)
-        if diverged:
+        if not bool(torch.stack(finite).all()):
             restore_diverged(adapted, self.module, self.alpha)
         return AdaptedBySteps(engine, adapted, self.alpha)
 
