@@ -1087,7 +1087,7 @@ def test_the_warning_comes_again_in_the_next_fit():
 def test_a_diverging_task_leaves_the_others_intact():
     for hidden in ((), (4,)):
         params = {**FLAT, "hidden_layer_sizes": hidden}
-        reg = MAMLRegressor(update_rule="sgd", alpha=0.1, max_iter=10, **params).fit(X, Y, groups=G)
+        reg = MAMLRegressor(alpha=0.1, max_iter=10, **params).fit(X, Y, groups=G)
         support = X.copy()
         support[G == 3] *= 1e80
         with pytest.warns(

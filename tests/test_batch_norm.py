@@ -9,18 +9,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from builders import build, make_engine, make_meta_params, make_rows
 from sklearn.base import clone
 from torch import nn
 from torch.nn import functional
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.batch_norm import TaskBatchNorm
-from sklearn_maml.engine import Engine, cross_entropy_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
+from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning
-from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
-from sklearn_maml.modules import adapted_names
-from sklearn_maml.update_rules import SGD
+from sklearn_maml.meta_gradients import SecondOrder
 
 MODES = ("inductive", "transductive")
 ALPHA, STEPS = 0.2, 2
@@ -101,46 +99,25 @@ NETS = {
 }  # fmt: skip
 
 
-def build(name):
+def build_net(name):
     constructor, shape, _ = NETS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = constructor().double()
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-    return module, shape
+    return build(constructor), shape
 
 
 def make_batch(shape, sizes=((5, 5, 5), (4, 4, 4))):
     rng = np.random.default_rng(0)
-    sets = []
-    for k, counts in enumerate(np.array(sizes)):
-        X = rng.normal(loc=0.3 * k, size=(counts.sum(), *shape))  # sets unlike each other
-        y = rng.integers(0, 3, counts.sum())
-        sets.append(pad_rows(X, y, np.arange(counts.sum()), counts))
-    return EpisodeBatch(*sets)
-
-
-def make_engine(module, batch_norm, rung="auto", order=2, **options):
-    return Engine(
-        module,
-        row_loss=cross_entropy_rows,
-        rule=SGD(),
-        meta_gradient=FirstOrder() if order == 1 else SecondOrder(),
-        adapted=adapted_names(module, "all"),
-        rung=rung,
-        batch_norm=batch_norm,
-        **options,
+    # sets unlike each other
+    return EpisodeBatch(
+        *(make_rows(rng, part, shape, n_classes=3, loc=0.3 * k) for k, part in enumerate(sizes))
     )
 
 
-def meta_params(module):
-    return {f"module.{name}": p.detach() for name, p in module.named_parameters()}
+def engine_in(mode, module, rung="auto", **options):
+    return make_engine(module, rung, classes=True, batch_norm=mode, **options)
 
 
 def meta_step(engine, module, batch, *, n_steps=STEPS):
-    return engine.meta_step(meta_params(module), batch, alpha=ALPHA, steps=n_steps)
+    return engine.meta_step(make_meta_params(module), batch, alpha=ALPHA, steps=n_steps)
 
 
 def difference(got, expected):
@@ -193,13 +170,13 @@ def loss_by_hand(p, batch, mode, order):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("rung", ["stacked", "vmap", "loop", "traced"])
 def test_meta_gradient_is_that_of_a_loop_written_out(rung, order, mode):
-    module, shape = build("conv")
+    module, shape = build_net("conv")
     batch = make_batch(shape)
     leaves = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
     losses = loss_by_hand(leaves, batch, mode, order)
     grads = torch.autograd.grad(losses.mean(), list(leaves.values()))
     expected = {f"module.{n}": g for n, g in zip(leaves, grads, strict=True)}
-    engine = make_engine(module, mode, rung, order)
+    engine = engine_in(mode, module, rung, order=order)
     for _ in range(2):  # what is traced runs from the second on
         step = meta_step(engine, module, batch)
         assert difference(step.grads, expected) <= 1e-9
@@ -207,20 +184,20 @@ def test_meta_gradient_is_that_of_a_loop_written_out(rung, order, mode):
     assert engine.tracer.n_traced == (rung == "traced")
     # negative control: the other mode is another gradient
     (other,) = set(MODES) - {mode}
-    step = meta_step(make_engine(module, other, rung, order), module, batch)
+    step = meta_step(engine_in(other, module, rung, order=order), module, batch)
     assert difference(step.grads, expected) > 1e-3
 
 
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_meta_gradient_is_the_slope_of_the_loss_that_predictions_have(name, checkpoint_steps):
-    module, shape = build(name)
-    batch, params = make_batch(shape), meta_params(module)
+    module, shape = build_net(name)
+    batch, params = make_batch(shape), make_meta_params(module)
     generator = torch.Generator().manual_seed(0)
     way = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
     for mode in MODES:
         for rung in (NETS[name][2], "loop"):
-            engine = make_engine(module, mode, rung, checkpoint_steps=checkpoint_steps)
+            engine = engine_in(mode, module, rung, checkpoint_steps=checkpoint_steps)
             step = meta_step(engine, module, batch)
 
             def loss(h, engine=engine):
@@ -242,12 +219,12 @@ def test_meta_gradient_is_the_slope_of_the_loss_that_predictions_have(name, chec
 )
 @pytest.mark.parametrize("name", NETS)
 def test_training_loss_is_the_loss_of_the_predictions(name, sizes):
-    module, shape = build(name)
-    batch, params = make_batch(shape, sizes), meta_params(module)
+    module, shape = build_net(name)
+    batch, params = make_batch(shape, sizes), make_meta_params(module)
     losses = {}
     for mode in MODES:
         for rung in dict.fromkeys((NETS[name][2], "vmap", "loop")):
-            engine = make_engine(module, mode, rung)
+            engine = engine_in(mode, module, rung)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 step = meta_step(engine, module, batch)
@@ -271,13 +248,15 @@ def test_training_loss_is_the_loss_of_the_predictions(name, sizes):
 
 @pytest.mark.parametrize("name", ["conv", "1d"])
 def test_predictions_depend_on_the_other_rows_if_transductive_alone(name):
-    module, shape = build(name)
+    module, shape = build_net(name)
     batch = make_batch(shape)
     few = Rows(batch.query.X[:, :2], batch.query.y[:, :2])
     for rung in (NETS[name][2], "loop"):
         for mode in MODES:
-            engine = make_engine(module, mode, rung)
-            adapted = engine.adapt(meta_params(module), batch.support, alpha=ALPHA, steps=STEPS)
+            engine = engine_in(mode, module, rung)
+            adapted = engine.adapt(
+                make_meta_params(module), batch.support, alpha=ALPHA, steps=STEPS
+            )
             whole, part = (engine.predict(adapted, rows) for rows in (batch.query, few))
             distance = (whole[:, :2] - part).abs().max()
             assert distance < 1e-12 if mode == "inductive" else distance > 1e-2
@@ -285,14 +264,14 @@ def test_predictions_depend_on_the_other_rows_if_transductive_alone(name):
 
 @pytest.mark.parametrize("name", ["conv", "1d"])
 def test_pieces_of_the_query_set_give_the_same_numbers(name, monkeypatch):
-    module, shape = build(name)
+    module, shape = build_net(name)
     batch = make_batch(shape)
     for mode in MODES:
-        whole = meta_step(make_engine(module, mode), module, batch)
+        whole = meta_step(engine_in(mode, module), module, batch)
         with monkeypatch.context() as patch:
             patch.setattr("sklearn_maml.conv.ACTIVATION_BYTES", 1)
             for options in ({}, {"max_tasks_in_memory": 2}):
-                step = meta_step(make_engine(module, mode, **options), module, batch)
+                step = meta_step(engine_in(mode, module, **options), module, batch)
                 assert difference(step.grads, whole.grads) <= 1e-9
                 torch.testing.assert_close(step.losses, whole.losses, rtol=1e-9, atol=0)
 
@@ -303,10 +282,10 @@ def test_other_meta_gradients_get_a_query_loss_to_differentiate_twice():
     class Own(SecondOrder):
         pass
 
-    module, shape = build("conv")
+    module, shape = build_net("conv")
     batch = make_batch(shape)
     for mode in MODES:
-        engine = make_engine(module, mode)
+        engine = engine_in(mode, module)
         expected = meta_step(engine, module, batch)
         engine.meta_gradient = Own()
         assert difference(meta_step(engine, module, batch).grads, expected.grads) <= 1e-9
@@ -317,7 +296,7 @@ def test_nets_without_batch_norm_take_the_same_path_in_both_modes():
     batch = make_batch((2, 7, 7))
     for rung in ("auto", "loop"):
         inductive, transductive = (
-            meta_step(make_engine(module, mode, rung), module, batch) for mode in MODES
+            meta_step(engine_in(mode, module, rung), module, batch) for mode in MODES
         )
         for n, g in inductive.grads.items():
             assert torch.equal(g, transductive.grads[n])
@@ -328,29 +307,29 @@ def test_nets_without_batch_norm_take_the_same_path_in_both_modes():
 
 @pytest.mark.parametrize("rung", ["auto", "loop"])
 def test_one_query_row_is_enough_for_inductive_alone(rung):
-    module, shape = build("1d")
+    module, shape = build_net("1d")
     batch = make_batch(shape, ((4, 4), (1, 1)))
-    engine = make_engine(module, "inductive", rung)
+    engine = engine_in("inductive", module, rung)
     assert torch.isfinite(meta_step(engine, module, batch).losses).all()
-    adapted = engine.adapt(meta_params(module), batch.support, alpha=ALPHA, steps=STEPS)
+    adapted = engine.adapt(make_meta_params(module), batch.support, alpha=ALPHA, steps=STEPS)
     assert torch.isfinite(engine.predict(adapted, batch.query)).all()
     with pytest.raises(ValueError, match=r"query set has one row.*batch_norm='inductive'"):
         engine.predict(adapted, batch.query, batch_norm="transductive")
     with pytest.raises(ValueError, match=r"query set has one row.*batch_norm='inductive'"):
-        meta_step(make_engine(module, "transductive", rung), module, batch)
+        meta_step(engine_in("transductive", module, rung), module, batch)
 
 
 @pytest.mark.parametrize("n_steps", [0, 1])
 @pytest.mark.parametrize("name", ["conv, then flat", "1d"])
 def test_one_support_row_is_refused(name, n_steps):
-    module, shape = build(name)
+    module, shape = build_net(name)
     batch = make_batch(shape, ((1, 1), (4, 4)))
     for rung in ("auto", "loop"):
-        engine = make_engine(module, "inductive", rung)
+        engine = engine_in("inductive", module, rung)
         with pytest.raises(ValueError, match="support set has one row"):
             meta_step(engine, module, batch, n_steps=n_steps)
         with pytest.raises(ValueError, match="support set has one row"):
-            engine.adapt(meta_params(module), batch.support, alpha=ALPHA, steps=n_steps)
+            engine.adapt(make_meta_params(module), batch.support, alpha=ALPHA, steps=n_steps)
 
 
 # --- layers of the user's own
@@ -374,7 +353,7 @@ def test_subclasses_that_inherit_the_forward_pass_are_batch_norm():
     twin.load_state_dict(module.state_dict())
     for rung in ("vmap", "loop"):
         step, expected = (
-            meta_step(make_engine(m, "inductive", rung), m, batch) for m in (module, twin)
+            meta_step(engine_in("inductive", m, rung), m, batch) for m in (module, twin)
         )
         assert difference(step.grads, expected.grads) == 0.0
 
@@ -383,38 +362,38 @@ def test_subclasses_that_inherit_the_forward_pass_are_batch_norm():
 def test_a_forward_pass_of_its_own_is_kept_with_a_warning(rung):
     module = Net(Doubled).double()
     batch = make_batch((3,))
-    engine = make_engine(module, "inductive", rung)
+    engine = engine_in("inductive", module, rung)
     with pytest.warns(EngineFallbackWarning, match=r"\['norm'\] of Net"):
         step = meta_step(engine, module, batch)
     meta_step(engine, module, batch)  # once is enough: warnings are errors
-    expected = meta_step(make_engine(module, "transductive", rung), module, batch)
+    expected = meta_step(engine_in("transductive", module, rung), module, batch)
     assert difference(step.grads, expected.grads) == 0.0
 
 
 def test_hooks_of_the_layer_run_still():
-    module, shape = build("1d")
+    module, shape = build_net("1d")
     module[1].register_forward_hook(lambda layer, inputs, output: 2 * output)
-    plain = build("1d")[0]
+    plain = build_net("1d")[0]
     batch = make_batch(shape)
     for mode in MODES:
-        step, other = (meta_step(make_engine(m, mode, "loop"), m, batch) for m in (module, plain))
+        step, other = (meta_step(engine_in(mode, m, "loop"), m, batch) for m in (module, plain))
         assert difference(step.grads, other.grads) > 1e-3
 
 
 def test_a_norm_alone_is_a_module_too():
     module = nn.BatchNorm1d(3).double()
     batch = make_batch((3,))
-    engine = make_engine(module, "inductive")
+    engine = engine_in("inductive", module)
     assert isinstance(engine.module, TaskBatchNorm)
     step = meta_step(engine, module, batch)
-    evaluated, _ = engine.evaluate(meta_params(module), batch, alpha=ALPHA, steps=STEPS)
+    evaluated, _ = engine.evaluate(make_meta_params(module), batch, alpha=ALPHA, steps=STEPS)
     torch.testing.assert_close(step.losses, evaluated, rtol=1e-9, atol=0)
 
 
 def test_engines_can_be_pickled():
-    module, shape = build("1d")
+    module, shape = build_net("1d")
     batch = make_batch(shape)
-    engine = make_engine(module, "inductive")
+    engine = engine_in("inductive", module)
     step = meta_step(engine, module, batch)
     for twin in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
         assert difference(meta_step(twin, module, batch).grads, step.grads) == 0.0
@@ -422,13 +401,13 @@ def test_engines_can_be_pickled():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rounded_layers_train_what_they_predict(mode):
-    module, shape = build("conv")
+    module, shape = build_net("conv")
     module = module.float()
     batch = make_batch(shape)
     batch = EpisodeBatch(*(Rows(rows.X.float(), rows.y) for rows in (batch.support, batch.query)))
-    engine = make_engine(module, mode, "loop", precision="bf16")
+    engine = engine_in(mode, module, "loop", precision="bf16")
     step = meta_step(engine, module, batch)
-    losses, _ = engine.evaluate(meta_params(module), batch, alpha=ALPHA, steps=STEPS)
+    losses, _ = engine.evaluate(make_meta_params(module), batch, alpha=ALPHA, steps=STEPS)
     torch.testing.assert_close(step.losses, losses, rtol=0.02, atol=0)
 
 

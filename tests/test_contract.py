@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
@@ -1876,15 +1875,6 @@ def test_warm_start_continues_on_new_tasks_in_the_units_of_the_first(kind, fitte
 
 
 # -- threads -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def impatient_threads():
-    """Make threads take turns often, so that what they share is seen in all states."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("impatient_threads")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from builders import build, make_engine, make_meta_params
 from torch import nn
 from torch.nn import functional
 
 from sklearn_maml import conv
-from sklearn_maml.engine import Engine, cross_entropy_rows
 from sklearn_maml.episodes import EpisodeBatch, Rows
-from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
-from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9
@@ -90,14 +88,8 @@ REFUSED = {
 }
 
 
-def build(name, dtype=torch.float64):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = NETS[name]().to(dtype)
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-    return module
+def build_net(name, dtype=torch.float64):
+    return build(NETS[name], noise=0.1, dtype=dtype)
 
 
 def make_rows(rng, n_tasks, n_rows, channels, dtype=torch.float64, side=SIDE):
@@ -113,20 +105,8 @@ def make_batch(n_tasks, channels=2, **kwargs):
 
 def run(module, batch, rung, *, order=2, steps=2, what="all", rule=None):
     """Meta-step, and the outputs of adapted parameters on the query rows."""
-    rule = rule or SGD()
-    names = adapted_names(module, what)
-    engine = Engine(
-        module,
-        row_loss=cross_entropy_rows,
-        rule=rule,
-        meta_gradient=SecondOrder() if order == 2 else FirstOrder(),
-        adapted=names,
-        rung=rung,
-    )
-    params = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
-    fast = {name: p.detach() for name, p in module.named_parameters() if name in names}
-    for name, rate in rule.initial_rates(fast).items():
-        params[f"rule.{name.replace('.', '__')}"] = rate
+    engine = make_engine(module, rung, rule=rule, order=order, adapted=what, classes=True)
+    params = make_meta_params(module, rule, what)
     step = engine.meta_step(params, batch, alpha=0.2, steps=steps)
     adapted = engine.adapt(params, batch.support, alpha=0.2, steps=steps)
     return engine, step, engine.predict(adapted, batch.query)
@@ -145,7 +125,7 @@ def largest_difference(got, expected):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", NETS)
 def test_batched_equals_the_loop(name, order):
-    module = build(name)
+    module = build_net(name)
     batch = make_batch(3, channels=module.get_submodule("0").in_channels if name != "nested" else 2)
     got = run(module, batch, "auto", order=order)
     assert got[0].rung == "stacked"
@@ -156,7 +136,7 @@ def test_batched_equals_the_loop(name, order):
 @pytest.mark.parametrize("what", ["head", "body", "*weight"])
 @pytest.mark.parametrize("name", ["stride", "max pool"])
 def test_some_adapted_parameters_equal_the_loop(name, what):
-    module, batch = build(name), make_batch(3)
+    module, batch = build_net(name), make_batch(3)
     expected = run(module, batch, "loop", what=what)
     assert largest_difference(run(module, batch, "auto", what=what), expected) < TOLERANCE
 
@@ -164,7 +144,7 @@ def test_some_adapted_parameters_equal_the_loop(name, what):
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("n_tasks", [1, 2])
 def test_learned_rates_and_step_counts_equal_the_loop(n_tasks, steps):
-    module, batch = build("stride"), make_batch(n_tasks)
+    module, batch = build_net("stride"), make_batch(n_tasks)
     for rule in (SGD(max_grad_norm=0.1), MetaSGD()):
         expected = run(module, batch, "loop", steps=steps, rule=rule)
         got = run(module, batch, "auto", steps=steps, rule=rule)
@@ -172,7 +152,7 @@ def test_learned_rates_and_step_counts_equal_the_loop(n_tasks, steps):
 
 
 def test_tasks_in_chunks_give_the_same_numbers(monkeypatch):
-    module, batch = build("stride"), make_batch(5)
+    module, batch = build_net("stride"), make_batch(5)
     whole = run(module, batch, "auto")
     monkeypatch.setattr(conv, "ACTIVATION_BYTES", 2 * 5 * 8 * SIDE**2 * 3)
     assert conv.tasks_at_a_time(module, batch.support.X) not in (1, 5)
@@ -186,7 +166,7 @@ def test_either_way_to_convolve_gives_the_same_numbers(small, channels, monkeypa
     for name in ("SMALL_CONVOLUTION", "SMALL_WEIGHT_GRADIENT"):
         monkeypatch.setattr(conv, name, small)
     monkeypatch.setattr(conv, "FEW_CHANNELS", 0)
-    module = build("one channel" if channels == 1 else "no norm", torch.float32)
+    module = build_net("one channel" if channels == 1 else "no norm", torch.float32)
     batch = make_batch(3, channels=channels, dtype=torch.float32)
     for what in ("all", "head"):
         expected = run(module, batch, "loop", what=what)
@@ -195,7 +175,7 @@ def test_either_way_to_convolve_gives_the_same_numbers(small, channels, monkeypa
 
 def test_a_sum_over_tasks_taken_for_each_task_would_be_noticed(monkeypatch):
     """Negative control: the promise that only sums are asked for, made where it is not true."""
-    module, batch = build("stride"), make_batch(3)
+    module, batch = build_net("stride"), make_batch(3)
     expected = run(module, batch, "loop")
     monkeypatch.setattr(conv._sums, "only", True, raising=False)
     assert largest_difference(run(module, batch, "auto"), expected) > 1e-4
@@ -203,7 +183,7 @@ def test_a_sum_over_tasks_taken_for_each_task_would_be_noticed(monkeypatch):
 
 def test_wrong_order_would_be_noticed():
     """Negative control: first and second order differ by far more than the tolerance."""
-    module, batch = build("stride"), make_batch(3)
+    module, batch = build_net("stride"), make_batch(3)
     first, second = (run(module, batch, "auto", order=order) for order in (1, 2))
     assert largest_difference(first, second) > 1e-4
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import builders
 import numpy as np
 import pytest
 import torch
+from builders import build, make_engine, make_meta_params
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml import engine as engine_module
-from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
+from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.exceptions import EngineFallbackWarning
-from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
-from sklearn_maml.modules import ACTIVATIONS, adapted_names, make_mlp
+from sklearn_maml.modules import ACTIVATIONS, make_mlp
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9
@@ -322,46 +324,7 @@ MODULES = {
 # --- helpers
 
 
-def build(constructor, seed=0):
-    """Build in float64, with every parameter away from the values it starts with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = constructor().double()
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-    return module
-
-
-def make_rows(rng, sizes, shape, n_outputs, classification):
-    counts = np.array(sizes)
-    total = int(counts.sum())
-    X = 1.5 * rng.normal(size=(total, *shape))
-    y = rng.integers(0, 2, total) if classification else rng.normal(size=(total, n_outputs))
-    return pad_rows(X, y, np.arange(total), counts)
-
-
-def make_batch(sizes, shape, *, n_outputs=2, classification=False, seed=0):
-    rng = np.random.default_rng(seed)
-    return EpisodeBatch(*(make_rows(rng, s, shape, n_outputs, classification) for s in sizes))
-
-
-def make_engine(
-    module, rung, *, order=2, rule=None, adapted="all", row_loss=squared_error_rows, **options
-):
-    return Engine(
-        module,
-        row_loss=row_loss,
-        rule=rule or SGD(),
-        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
-        adapted=adapted_names(module, adapted),
-        rung=rung,
-        **options,
-    )
-
-
-def meta_params_of(module):
-    return {f"module.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
+make_batch = functools.partial(builders.make_batch, scale=1.5)  # where activations bend
 
 
 def single(batch, j):
@@ -375,7 +338,14 @@ def single(batch, j):
 
 def task_by_task(module, batch, *, alpha=0.2, steps=3, **options):
     """Reference: the plain loop over single, unpadded tasks."""
-    params, losses, grads, outputs, adapted, predicted = meta_params_of(module), [], [], [], [], []
+    params, losses, grads, outputs, adapted, predicted = (
+        make_meta_params(module),
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for j in range(len(batch)):
         engine, task = make_engine(module, "loop", **options), single(batch, j)
         step = engine.meta_step(params, task, alpha=alpha, steps=steps)
@@ -395,7 +365,7 @@ def task_by_task(module, batch, *, alpha=0.2, steps=3, **options):
 
 
 def batched(module, batch, rung, *, alpha=0.2, steps=3, **options):
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     engine = make_engine(module, rung, **options)
     step = engine.meta_step(params, batch, alpha=alpha, steps=steps)
     adapted = engine.adapt(params, batch.support, alpha=alpha, steps=steps)
@@ -475,7 +445,7 @@ def test_every_stackable_module_runs_under_vmap_with_the_same_numbers(name):
 def test_options_change_nothing_about_it(name, options):
     constructor, shape, first_rung = MODULES[name]
     module = build(constructor)
-    batch = make_batch(RAGGED, shape, classification="row_loss" in options)
+    batch = make_batch(RAGGED, shape, n_classes=2 if "row_loss" in options else None)
     engine, got = batched(module, batch, "auto", **options)
     assert engine.rung == first_rung
     expected = task_by_task(module, batch, **options)
@@ -499,7 +469,7 @@ def test_learned_rates_act_on_every_rung(rung):
         f"rule.{n.replace('.', '__')}": torch.randn(p.shape, generator=g, dtype=p.dtype)
         for n, p in module.named_parameters()
     }
-    params = {**meta_params_of(module), **rates}
+    params = {**make_meta_params(module), **rates}
     results = {}
     for r in ("loop", rung):
         engine = make_engine(module, r, rule=rule)
@@ -516,7 +486,7 @@ def test_evaluate_is_adapt_then_predict(name):
     constructor, shape, _ = MODULES[name]
     module, batch = build(constructor), make_batch(RAGGED, shape)
     engine = make_engine(module, "auto")
-    losses, outputs = engine.evaluate(meta_params_of(module), batch, alpha=0.2, steps=2)
+    losses, outputs = engine.evaluate(make_meta_params(module), batch, alpha=0.2, steps=2)
     expected = task_by_task(module, batch, steps=2)["predicted"]
     assert_same(batch.query.real(outputs), expected)
     y = batch.query.real(batch.query.y)
@@ -542,7 +512,7 @@ def test_row_weights_equal_repeated_rows(name):
     repeated = pad_rows(X, y, rows, np.array([repeat[:4].sum(), repeat[4:].sum()]))
     for rung in ("auto", "loop"):
         engine = make_engine(module, rung)
-        params = meta_params_of(module)
+        params = make_meta_params(module)
         got, expected = (
             engine.adapt(params, support, alpha=0.2, steps=3).params
             for support in (weighted, repeated)
@@ -602,7 +572,7 @@ def functional_maml_loss(module, params, batch, alpha, adapted):
 def test_affine_norm_layers_have_exact_second_order_gradients(name, constructor, shape):
     """`torch.vmap` under plain autograd gets these wrong by percents, without a warning."""
     module, batch = build(constructor), make_batch(EQUAL, shape)
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     # as `functional_maml_loss` below: each set with its own statistics
     engines = {
         rung: make_engine(module, rung, batch_norm="transductive") for rung in ("loop", "vmap")
@@ -653,7 +623,7 @@ def test_a_module_that_cannot_be_batched_falls_back_once_with_the_reason(
     constructor, reason, sizes
 ):
     module, batch = build(constructor), make_batch(sizes, (3,))
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     expected = task_by_task(module, batch)
     engine = make_engine(module, "auto")
     assert engine.rung == "vmap"
@@ -679,7 +649,7 @@ def test_a_module_that_cannot_be_batched_falls_back_once_with_the_reason(
 
 def test_falling_back_in_adapt_and_in_predict():
     module, batch = build(Branch), make_batch(EQUAL, (3,))
-    params, expected = meta_params_of(module), task_by_task(module, batch)
+    params, expected = make_meta_params(module), task_by_task(module, batch)
     engine = make_engine(module, "auto")
     with pytest.warns(EngineFallbackWarning, match="data-dependent") as record:
         adapted = engine.adapt(params, batch.support, alpha=0.2, steps=3)
@@ -708,7 +678,7 @@ def test_predictions_that_cannot_be_batched_leave_the_meta_steps_batched(monkeyp
     # a GRU runs another kernel where no gradient is asked for, and vmap knows the other one alone
     monkeypatch.setattr(engine_module, "_warned", set())
     module, batch = build(lambda: Recurrent(nn.GRU)), make_batch(EQUAL, (3,))
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     engine = make_engine(module, "auto")
     adapted = engine.adapt(params, batch.support, alpha=0.2, steps=1)
     with pytest.warns(EngineFallbackWarning, match="cannot predict for a batch") as record:
@@ -723,7 +693,7 @@ def test_an_error_of_the_module_itself_is_raised_as_it_is():
     module, batch = build(Broken), make_batch(EQUAL, (3,))
     engine = make_engine(module, "auto")
     with pytest.raises(RuntimeError, match="this module is broken"):
-        engine.meta_step(meta_params_of(module), batch, alpha=0.2, steps=1)
+        engine.meta_step(make_meta_params(module), batch, alpha=0.2, steps=1)
     assert engine.rung == "vmap"  # no fault of the rung
 
 
@@ -794,7 +764,7 @@ def test_batch_norm_predictions_do_not_depend_on_the_other_query_rows(name):
         )  # fmt: skip
     for rung in ("auto", "loop"):
         engine = make_engine(module, rung)
-        adapted = engine.adapt(meta_params_of(module), batch.support, alpha=0.2, steps=2)
+        adapted = engine.adapt(make_meta_params(module), batch.support, alpha=0.2, steps=2)
         together = engine.predict(adapted, batch.query)
         for row in range(3):
             query = EpisodeBatch(batch.support, batch.query).query
@@ -816,7 +786,7 @@ def test_batch_norm_predicts_with_the_statistics_of_the_support_set():
         constructor, shape, _ = MODULES[name]
         module, batch = build(constructor), make_batch(EQUAL, shape)
         engine = make_engine(module, "auto")
-        adapted = engine.adapt(meta_params_of(module), batch.support, alpha=0.2, steps=2)
+        adapted = engine.adapt(make_meta_params(module), batch.support, alpha=0.2, steps=2)
         predicted = engine.predict(adapted, batch.support)
         training = copy.deepcopy(engine.module).train()
         for j in range(3):
@@ -888,7 +858,7 @@ def test_a_class_is_built_afresh_by_every_fit():
 
 def test_dropout_acts_in_training_and_not_in_predictions():
     module = build(lambda: nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 2)))
-    params, batch = meta_params_of(module), make_batch(EQUAL, (3,))
+    params, batch = make_meta_params(module), make_batch(EQUAL, (3,))
     for rung in ("loop", "vmap", "stacked"):
         engine = make_engine(module, rung)
         with torch.random.fork_rng(devices=[]):
@@ -916,7 +886,7 @@ def test_a_pickled_engine_predicts_the_same(name):
     constructor, shape, _ = MODULES[name]
     module, batch = build(constructor), make_batch(RAGGED, shape)
     engine = make_engine(module, "auto")
-    adapted = engine.adapt(meta_params_of(module), batch.support, alpha=0.2, steps=2)
+    adapted = engine.adapt(make_meta_params(module), batch.support, alpha=0.2, steps=2)
     expected = engine.predict(adapted, batch.query)
     copied, state = pickle.loads(pickle.dumps((engine, adapted)))
     assert torch.equal(copied.predict(state, batch.query), expected)
@@ -927,7 +897,7 @@ def test_taking_some_of_the_adapted_tasks():
         constructor, shape, _ = MODULES[name]
         module, batch = build(constructor), make_batch(EQUAL, shape)
         engine = make_engine(module, "auto")
-        adapted = engine.adapt(meta_params_of(module), batch.support, alpha=0.2, steps=2)
+        adapted = engine.adapt(make_meta_params(module), batch.support, alpha=0.2, steps=2)
         assert adapted.n_tasks == 3
         which = np.array([2, 0, 2])
         taken = adapted.take(which)
@@ -993,6 +963,6 @@ def test_out_of_memory_is_not_taken_for_a_module_that_cannot_be_batched(monkeypa
 
     monkeypatch.setattr(engine, "_meta_step_vmap", exhausted)
     with pytest.warns(EngineFallbackWarning, match="memory did not suffice"):
-        engine.meta_step(meta_params_of(module), batch, alpha=0.1, steps=1)
+        engine.meta_step(make_meta_params(module), batch, alpha=0.1, steps=1)
     assert engine.rung == "vmap"
     assert engine.fallback_reason is None

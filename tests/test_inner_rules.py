@@ -9,6 +9,16 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from builders import (
+    SIZES,
+    flat,
+    has_compiler,
+    make_batch,
+    make_engine,
+    make_meta_params,
+    make_mlp,
+    plain_tasks,
+)
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -16,11 +26,10 @@ from torch import nn
 
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import load_omniglot, make_sinusoid_tasks
-from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
-from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
+from sklearn_maml.engine import rate_key
+from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.meta_gradients import MetaGradient
 from sklearn_maml.modules import ContextMLP, adapted_names
-from sklearn_maml.native import NativeUnavailableError, _compiler
 from sklearn_maml.update_rules import (
     SGD,
     UPDATE_RULES,
@@ -34,7 +43,6 @@ from sklearn_maml.update_rules import (
 )
 
 RUNGS = ["loop", "vmap", "stacked"]
-SIZES = {"equal": ([5, 5, 5], [4, 4, 4]), "ragged": ([5, 3, 7], [4, 6, 2])}
 STEPS = 3
 GRADIENT_RULES = [
     PerLayerPerStep(),
@@ -52,57 +60,6 @@ GRADIENT_RULES = [
 
 
 # --- helpers
-
-
-def make_rows(rng, sizes, n_features, n_outputs, classes, weighted):
-    counts = np.array(sizes)
-    total = int(counts.sum())
-    X = rng.normal(size=(total, n_features))
-    y = rng.integers(0, n_outputs, total) if classes else rng.normal(size=(total, n_outputs))
-    weight = rng.uniform(0.5, 2.0, total) if weighted else None
-    return pad_rows(X, y, np.arange(total), counts, weight)
-
-
-def make_batch(sizes="equal", n_features=2, n_outputs=2, classes=False, weighted=False, seed=0):
-    rng = np.random.default_rng(seed)
-    return EpisodeBatch(
-        *(make_rows(rng, part, n_features, n_outputs, classes, weighted) for part in SIZES[sizes])
-    )
-
-
-def make_mlp(n_features=2, n_outputs=2, width=4, bias=True):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = [nn.Linear(n_features, width), nn.Tanh(), nn.Linear(width, n_outputs, bias=bias)]
-    return nn.Sequential(*layers).double()
-
-
-def make_engine(module, rule, *, rung="loop", order=2, adapted="all", classes=False, **options):
-    return Engine(
-        module,
-        row_loss=cross_entropy_rows if classes else squared_error_rows,
-        rule=rule,
-        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
-        adapted=adapted_names(module, adapted),
-        rung=rung,
-        **options,
-    )
-
-
-def make_meta_params(module, rule, *, adapted="all", steps=STEPS, classes=False):
-    """Meta-parameters with what the rule learns away from its start."""
-    params = {n: p.detach() for n, p in module.named_parameters()}
-    fast = {n: params[n] for n in adapted_names(module, adapted)}
-    generator = torch.Generator().manual_seed(1)
-    rates = {
-        f"rule.{rate_key(n)}": r + 0.3 * torch.randn(r.shape, generator=generator, dtype=r.dtype)
-        for n, r in rule.initial_rates(fast, steps=steps, classification=classes).items()
-    }
-    return {**{f"module.{n}": p for n, p in params.items()}, **rates}
-
-
-def flat(tensors):
-    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
 
 def assert_same(got, expected, tolerance=1e-9):
@@ -169,13 +126,6 @@ def plain_move(rule, k, theta, slopes, learned, memory, alpha):
             theta[n] = theta[n] - alpha * m / torch.sqrt(v + rule.eps * rule.eps)
 
 
-def plain_tasks(batch):
-    return [
-        (s.X, s.y, q.X, q.y)
-        for s, q in ((batch.support.task(j), batch.query.task(j)) for j in range(len(batch)))
-    ]
-
-
 def plain_loop(rule, meta_params, batch, *, alpha, steps, fast, second_order, classes=False):
     """Meta-gradient for a tanh network with one hidden layer, as a loop over tasks."""
     leaves = {name: p.clone().requires_grad_() for name, p in meta_params.items()}
@@ -220,8 +170,11 @@ def test_gradient_rules_agree_with_a_plain_loop(rule, order, rung):
         ("*.bias", True, "ragged"),
     ]  # fmt: skip
     for adapted, classes, sizes in settings:
-        module, batch = make_mlp(n_outputs=3), make_batch(sizes, n_outputs=3, classes=classes)
-        engine = make_engine(module, rule, rung=rung, order=order, adapted=adapted, classes=classes)
+        module = make_mlp(n_outputs=3)
+        batch = make_batch(sizes, n_outputs=3, n_classes=3 if classes else None)
+        engine = make_engine(
+            module, rule=rule, rung=rung, order=order, adapted=adapted, classes=classes
+        )
         meta_params = make_meta_params(module, rule, adapted=adapted)
         # more steps than have rates
         step = engine.meta_step(meta_params, batch, alpha=0.2, steps=STEPS + 1)
@@ -241,14 +194,14 @@ def test_gradient_rules_agree_with_a_plain_loop(rule, order, rung):
 def test_second_order_gradients_are_the_derivative_of_the_evaluated_loss(rule, rung):
     module, batch = make_mlp(), make_batch("ragged")
     meta_params = make_meta_params(module, rule)
-    assert_is_the_derivative(make_engine(module, rule, rung=rung), meta_params, batch)
+    assert_is_the_derivative(make_engine(module, rule=rule, rung=rung), meta_params, batch)
 
 
 @pytest.mark.parametrize("rule", GRADIENT_RULES, ids=repr)
 def test_first_order_gradients_are_not(rule):
     """Negative control of the finite differences."""
     module, batch = make_mlp(), make_batch("ragged")
-    engine, meta_params = make_engine(module, rule, order=1), make_meta_params(module, rule)
+    engine, meta_params = make_engine(module, rule=rule, order=1), make_meta_params(module, rule)
     with pytest.raises(AssertionError):
         assert_is_the_derivative(engine, meta_params, batch)
 
@@ -261,7 +214,7 @@ def test_rules_that_learn_nothing_unusual_start_as_gradient_descent_and_others_d
     learned = {f"rule.{rate_key(n)}": r for n, r in rule.initial_rates(fast, steps=STEPS).items()}
 
     def adapted(rule, params):
-        engine = make_engine(module, rule)
+        engine = make_engine(module, rule=rule)
         return flat(engine.adapt(params, batch.support, alpha=0.2, steps=STEPS).params)
 
     descent = adapted(SGD(max_grad_norm=rule.max_grad_norm), start)
@@ -311,7 +264,7 @@ def number_batch(support_target, query_target):
 )
 def test_two_steps_by_hand(rule, expected):
     module = Number()
-    engine = make_engine(module, rule)
+    engine = make_engine(module, rule=rule)
     params = {"module.value": module.value.detach()}
     adapted = engine.adapt(params, number_batch(0.0, 0.5).support, alpha=0.1, steps=2)
     assert adapted.params["value"].item() == pytest.approx(expected, rel=1e-10)
@@ -332,7 +285,7 @@ def test_learned_rates_by_hand(rule, rates, factors):
         "module.value": module.value.detach(),
         **{name: torch.tensor(r, dtype=torch.float64).log() for name, r in rates.items()},
     }
-    engine = make_engine(module, rule)
+    engine = make_engine(module, rule=rule)
     batch = number_batch(0.0, 0.0)
     step = engine.meta_step(params, batch, alpha=0.1, steps=3)
     product = np.prod([1 - 0.2 * f for f in factors])
@@ -346,7 +299,7 @@ def test_learned_rates_by_hand(rule, rates, factors):
 
 def test_adam_takes_the_steps_of_torch():
     module, batch = make_mlp(), make_batch()
-    engine = make_engine(module, Adam(beta1=0.8, beta2=0.9))
+    engine = make_engine(module, rule=Adam(beta1=0.8, beta2=0.9))
     params = make_meta_params(module, Adam())
     adapted = engine.adapt(params, batch.support, alpha=0.05, steps=6).params
     for j in range(len(batch)):
@@ -379,7 +332,7 @@ def test_gradients_of_exactly_zero_have_finite_second_derivatives(rule, rung, dt
     batch = EpisodeBatch(
         *(Rows(r.X.to(dtype), r.y.to(dtype)) for r in (batch.support, batch.query))
     )
-    engine = make_engine(module, rule, rung=rung)
+    engine = make_engine(module, rule=rule, rung=rung)
     params = make_meta_params(module, rule)
     step = engine.meta_step(params, batch, alpha=0.01, steps=STEPS)
     assert all(torch.isfinite(g).all() for g in step.grads.values())
@@ -399,7 +352,7 @@ def test_state_is_carried_through_recomputed_steps(rule, rung, sizes):
     module, batch = make_mlp(), make_batch(sizes)
     meta_params = make_meta_params(module, rule)
     plain, recomputed = (
-        make_engine(module, rule, rung=rung, checkpoint_steps=on).meta_step(
+        make_engine(module, rule=rule, rung=rung, checkpoint_steps=on).meta_step(
             meta_params, batch, alpha=0.2, steps=4
         )
         for on in (False, True)
@@ -416,7 +369,7 @@ def test_traced_steps_are_those_of_the_loop(rule, rung):
     module, batch = make_mlp(), make_batch("ragged")
     adapted = "head" if rule.in_closed_form else "all"
     meta_params = make_meta_params(module, rule, adapted=adapted)
-    traced, loop = (make_engine(module, rule, rung=r, adapted=adapted) for r in (rung, "loop"))
+    traced, loop = (make_engine(module, rule=rule, rung=r, adapted=adapted) for r in (rung, "loop"))
     # as in a long fit
     traced.tracer.min_seen, traced.tracer.min_updates, traced.tracer.updates_left = 1, 0, 10
     expected = loop.meta_step(meta_params, batch, alpha=0.2, steps=STEPS)
@@ -425,14 +378,6 @@ def test_traced_steps_are_those_of_the_loop(rule, rung):
             traced.meta_step(meta_params, batch, alpha=0.2, steps=STEPS).grads, expected.grads
         )
     assert traced.tracer.n_traced == 1
-
-
-def has_compiler():
-    try:
-        _compiler()
-    except NativeUnavailableError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -448,7 +393,7 @@ def test_compiled_kernels_take_the_learned_rates_of_each_step(rule, steps, order
         meta_params = make_meta_params(module, rule, adapted=adapted)
         native, loop = (
             make_engine(
-                module, rule, rung=rung, order=order, adapted=adapted,
+                module, rule=rule, rung=rung, order=order, adapted=adapted,
                 checkpoint_steps=checkpoint_steps,
             )
             for rung in ("native", "loop")
@@ -469,7 +414,7 @@ def test_compiled_kernels_take_the_learned_rates_of_each_step(rule, steps, order
 @pytest.mark.parametrize("rule", [Momentum(), Adam(), LearnedAlpha(max_grad_norm=1.0)], ids=repr)
 def test_compiled_kernels_are_not_for_other_rules(rule):
     with pytest.raises(ValueError, match="do not cover"):
-        make_engine(make_mlp(), rule, rung="native")
+        make_engine(make_mlp(), rule=rule, rung="native")
 
 
 # --- heads in closed form
@@ -495,7 +440,7 @@ def plain_weights(rows, j):
 
 
 def adapt_head(module, rule, batch, *, rung="loop", classes=False, **options):
-    engine = make_engine(module, rule, rung=rung, adapted="head", classes=classes, **options)
+    engine = make_engine(module, rule=rule, rung=rung, adapted="head", classes=classes, **options)
     params = make_meta_params(module, rule, adapted="head", classes=classes)
     return engine, params, engine.adapt(params, batch.support, alpha=0.0, steps=1).params
 
@@ -508,7 +453,7 @@ def adapt_head(module, rule, batch, *, rung="loop", classes=False, **options):
 @pytest.mark.parametrize("width", [3, 8], ids=["fewer features", "fewer rows"])
 def test_ridge_head_solves_the_normal_equations(width, bias, classes, weighted, sizes, rung):
     rule, module = RidgeHead(lam=0.3), make_mlp(n_outputs=3, width=width, bias=bias)
-    batch = make_batch(sizes, n_outputs=3, classes=classes, weighted=weighted)
+    batch = make_batch(sizes, n_outputs=3, n_classes=3 if classes else None, weighted=weighted)
     engine, params, adapted = adapt_head(module, rule, batch, rung=rung, classes=classes)
     assert engine.rung == rung
     lam = 0.3 * np.exp(params["rule.lam"].item())
@@ -531,7 +476,7 @@ def test_ridge_head_solves_the_normal_equations(width, bias, classes, weighted, 
 def test_logistic_head_finds_the_optimum_of_its_objective(width, bias, weighted, sizes, rung):
     rule = LogisticHead(lam=0.3, newton_steps=12)
     module = make_mlp(n_outputs=3, width=width, bias=bias)
-    batch = make_batch(sizes, n_outputs=3, classes=True, weighted=weighted)
+    batch = make_batch(sizes, n_outputs=3, n_classes=3, weighted=weighted)
     _, params, adapted = adapt_head(module, rule, batch, rung=rung, classes=True)
     lam, scale = 0.3 * np.exp(params["rule.lam"].item()), 3 * np.exp(params["rule.scale"].item())
     for j in range(len(batch)):
@@ -555,7 +500,7 @@ def test_logistic_head_is_the_logistic_regression_of_scikit_learn():
     X, y = rng.normal(size=(1, 30, 4)), rng.integers(0, 3, (1, 30))
     module = nn.Linear(4, 3, bias=False).double()
     rule = LogisticHead(lam=0.5, newton_steps=12)
-    engine = make_engine(module, rule, rung="stacked", adapted="head", classes=True)
+    engine = make_engine(module, rule=rule, rung="stacked", adapted="head", classes=True)
     params = {
         "module.weight": module.weight.detach(),
         **{f"rule.{n}": torch.zeros((), dtype=torch.float64) for n in ("lam", "scale")},
@@ -574,8 +519,10 @@ def test_meta_gradients_of_heads_are_the_derivative_of_the_evaluated_loss(rule, 
     for classes in (True, False)[: 1 if isinstance(rule, LogisticHead) else 2]:
         for width in (3, 8):
             module = make_mlp(n_outputs=3, width=width)
-            batch = make_batch(sizes, n_outputs=3, classes=classes, weighted=width == 3)
-            engine = make_engine(module, rule, rung=rung, adapted="head", classes=classes)
+            batch = make_batch(
+                sizes, n_outputs=3, n_classes=3 if classes else None, weighted=width == 3
+            )
+            engine = make_engine(module, rule=rule, rung=rung, adapted="head", classes=classes)
             params = make_meta_params(module, rule, adapted="head", classes=classes)
             assert ("rule.scale" in params) == classes
             assert_is_the_derivative(engine, params, batch)
@@ -584,17 +531,17 @@ def test_meta_gradients_of_heads_are_the_derivative_of_the_evaluated_loss(rule, 
             assert not grads["module.2.weight"].any()
             assert not grads["module.2.bias"].any()
             assert all(g.abs().max() > 1e-4 for n, g in grads.items() if "module.2" not in n)
-            loop = make_engine(module, rule, adapted="head", classes=classes)
+            loop = make_engine(module, rule=rule, adapted="head", classes=classes)
             assert_same(grads, loop.meta_step(params, batch, alpha=0.3, steps=1).grads)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("rule", HEADS, ids=repr)
 def test_first_order_takes_the_solution_as_a_constant(rule, rung):
-    module, batch = make_mlp(n_outputs=3), make_batch("ragged", n_outputs=3, classes=True)
+    module, batch = make_mlp(n_outputs=3), make_batch("ragged", n_outputs=3, n_classes=3)
     params = make_meta_params(module, rule, adapted="head", classes=True)
     first, second = (
-        make_engine(module, rule, rung=rung, order=order, adapted="head", classes=True)
+        make_engine(module, rule=rule, rung=rung, order=order, adapted="head", classes=True)
         for order in (1, 2)
     )
     solved = first.adapt(params, batch.support, alpha=0.1, steps=1).params
@@ -624,9 +571,9 @@ def test_first_order_takes_the_solution_as_a_constant(rule, rung):
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("rule", HEADS, ids=repr)
 def test_a_head_is_solved_once_or_not_at_all(rule, rung):
-    module, batch = make_mlp(n_outputs=3), make_batch(n_outputs=3, classes=True)
+    module, batch = make_mlp(n_outputs=3), make_batch(n_outputs=3, n_classes=3)
     params = make_meta_params(module, rule, adapted="head", classes=True)
-    engine = make_engine(module, rule, rung=rung, adapted="head", classes=True)
+    engine = make_engine(module, rule=rule, rung=rung, adapted="head", classes=True)
     never, once, thrice = (
         engine.adapt(params, batch.support, alpha=alpha, steps=steps).params
         for alpha, steps in ((0.1, 0), (0.1, 1), (9.0, 3))
@@ -642,7 +589,7 @@ def test_a_head_is_solved_once_or_not_at_all(rule, rung):
 
 @pytest.mark.parametrize("rule", HEADS, ids=repr)
 def test_padding_and_its_contents_do_not_matter_to_heads(rule):
-    module, batch = make_mlp(n_outputs=3), make_batch("ragged", n_outputs=3, classes=True)
+    module, batch = make_mlp(n_outputs=3), make_batch("ragged", n_outputs=3, n_classes=3)
     filled = batch.support.weight == 0
     batch.support.X[filled] = 1e3
     _, _, padded = adapt_head(module, rule, batch, rung="stacked", classes=True)
@@ -713,7 +660,7 @@ def test_heads_of_other_modules_are_those_of_the_loop(kind, rule):
     batch = EpisodeBatch(Rows(X[:, :5], y[:, :5]), Rows(X[:, 5:], y[:, 5:]))
     params = make_meta_params(module, rule, adapted="head", classes=True)
     engine, loop = (
-        make_engine(module, rule, rung=r, adapted="head", classes=True) for r in (rung, "loop")
+        make_engine(module, rule=rule, rung=r, adapted="head", classes=True) for r in (rung, "loop")
     )
     engine.tracer.updates_left = 10
     expected = loop.meta_step(params, batch, alpha=0.1, steps=1)
@@ -753,7 +700,7 @@ def test_a_context_adapts_alone(rule, rung):
         module = ContextMLP(2, 2, hidden_layer_sizes=4, n_context=3, activation="tanh").double()
     assert adapted_names(module, "head") == ["layers.2.weight", "layers.2.bias"]
     batch = make_batch("ragged")
-    engine = make_engine(module, rule, rung=rung, adapted="context")
+    engine = make_engine(module, rule=rule, rung=rung, adapted="context")
     assert engine.pads  # ragged batches stay whole
     params = make_meta_params(module, rule, adapted="context")
     adapted = engine.adapt(params, batch.support, alpha=0.3, steps=STEPS)
@@ -769,7 +716,7 @@ def test_a_context_adapts_alone(rule, rung):
         got = engine.predict(adapted, batch.query)[j, : len(rows)]
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     assert_is_the_derivative(engine, params, batch)
-    loop = make_engine(module, rule, adapted="context")
+    loop = make_engine(module, rule=rule, adapted="context")
     expected = loop.meta_step(params, batch, alpha=0.3, steps=STEPS).grads
     assert_same(engine.meta_step(params, batch, alpha=0.3, steps=STEPS).grads, expected)
 
@@ -1106,7 +1053,7 @@ class AllSteps(MetaGradient):
 def test_meta_gradients_may_look_at_every_step_of_a_head(rung):
     module, batch, rule = make_mlp(), make_batch("ragged"), RidgeHead()
     params = make_meta_params(module, rule, adapted="head")
-    engine = make_engine(module, rule, rung=rung, adapted="head")
+    engine = make_engine(module, rule=rule, rung=rung, adapted="head")
     expected = engine.meta_step(params, batch, alpha=0.1, steps=3)
     engine.meta_gradient = AllSteps()
     assert_same(engine.meta_step(params, batch, alpha=0.1, steps=3).grads, expected.grads)

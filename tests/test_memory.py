@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from builders import build, make_batch, make_engine, make_meta_params
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from torch import nn
@@ -15,11 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
-from sklearn_maml.engine import CHUNK, Engine, rate_key, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, pad_rows
+from sklearn_maml.engine import CHUNK, Engine
 from sklearn_maml.exceptions import EngineFallbackWarning
-from sklearn_maml.meta_gradients import FirstOrder, MetaGradient, SecondOrder
-from sklearn_maml.modules import adapted_names
+from sklearn_maml.meta_gradients import FirstOrder, MetaGradient
 from sklearn_maml.update_rules import SGD, MetaSGD, UpdateRule
 
 RUNGS = ["loop", "vmap", "stacked"]
@@ -141,29 +140,6 @@ MODULES = {
 # --- helpers
 
 
-def make_rows(rng, sizes, shape):
-    counts = np.array(sizes)
-    total = int(counts.sum())
-    X, y = rng.normal(size=(total, *shape)), rng.normal(size=(total, 2))
-    return pad_rows(X, y, np.arange(total), counts)
-
-
-def make_batch(sizes="equal", shape=(2,), seed=0):
-    rng = np.random.default_rng(seed)
-    parts = SIZES[sizes] if isinstance(sizes, str) else sizes
-    return EpisodeBatch(*(make_rows(rng, part, shape) for part in parts))
-
-
-def build(constructor, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = constructor().double()
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-    return module
-
-
 def make_mlp(dropout=0.0, width=4):
     return build(
         lambda: nn.Sequential(
@@ -174,33 +150,6 @@ def make_mlp(dropout=0.0, width=4):
 
 def make_batch_norm():
     return build(MODULES["batch norm with running statistics"][0])
-
-
-def make_engine(module, *, rung="loop", rule=None, meta_gradient=None, adapted="all", **options):
-    return Engine(
-        module,
-        row_loss=squared_error_rows,
-        rule=rule or SGD(),
-        meta_gradient=meta_gradient or SecondOrder(),
-        adapted=adapted_names(module, adapted),
-        rung=rung,
-        **options,
-    )
-
-
-def make_meta_params(module, rule=None, adapted="all", seed=1):
-    """Meta-parameters with rates away from their start."""
-    params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    names = adapted_names(module, adapted)
-    rates = (rule or SGD()).initial_rates({n: p for n, p in params.items() if n in names})
-    g = torch.Generator().manual_seed(seed)
-    return {
-        **{f"module.{n}": p for n, p in params.items()},
-        **{
-            f"rule.{rate_key(n)}": r + 0.3 * torch.randn(r.shape, generator=g, dtype=r.dtype)
-            for n, r in rates.items()
-        },
-    }
 
 
 def meta_step(module, batch, *, rule=None, adapted="all", alpha=0.2, steps=3, **options):
@@ -255,7 +204,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rung", RUNGS)
 def test_recomputed_steps_give_the_plain_gradient(rung, rule, sizes, adapted):
-    module, batch = make_mlp(), make_batch(sizes)
+    module, batch = make_mlp(), make_batch(SIZES[sizes])
     for steps in (0, 1, 4):
         options = {"rung": rung, "rule": RULES[rule], "adapted": adapted, "steps": steps}
         plain = meta_step(module, batch, **options)
@@ -269,7 +218,7 @@ def test_recomputed_steps_give_the_plain_gradient(rung, rule, sizes, adapted):
 @pytest.mark.parametrize("name", MODULES)
 def test_recomputed_steps_work_for_modules_of_many_kinds(name, sizes):
     constructor, shape, rung = MODULES[name]
-    module, batch = build(constructor), make_batch(sizes, shape)
+    module, batch = build(constructor), make_batch(SIZES[sizes], shape)
     plain = meta_step(module, batch, rung="loop")
     for each in ("loop", rung):
         assert_same(meta_step(module, batch, rung=each, checkpoint_steps=True), plain, batch)
@@ -408,7 +357,7 @@ def record_sizes(monkeypatch, method, seen):
 )
 def test_chunks_give_the_numbers_of_the_whole_meta_batch(module, rung, sizes, checkpoint_steps):
     module = module()
-    batch = make_batch(sizes)
+    batch = make_batch(SIZES[sizes])
     params = make_meta_params(module)
     whole = make_engine(module, rung=rung)
     step = whole.meta_step(params, batch, alpha=0.2, steps=3)

@@ -7,74 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders import SIZES, flat, make_batch, make_engine, make_meta_params, make_mlp, plain_tasks
 from torch import nn
 
-from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
-from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
+from sklearn_maml.engine import cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 RUNGS = ["loop", "vmap", "stacked"]
-SIZES = {"equal": ([5, 5, 5], [4, 4, 4]), "ragged": ([5, 3, 7], [4, 6, 2])}
 
 
 # --- helpers
-
-
-def make_rows(rng, sizes, n_features, n_outputs, classification):
-    counts = np.array(sizes)
-    total = int(counts.sum())
-    X = rng.normal(size=(total, n_features))
-    y = rng.integers(0, n_outputs, total) if classification else rng.normal(size=(total, n_outputs))
-    return pad_rows(X, y, np.arange(total), counts)
-
-
-def make_batch(sizes="equal", n_features=2, n_outputs=2, classification=False, seed=0):
-    rng = np.random.default_rng(seed)
-    support, query = (
-        make_rows(rng, part, n_features, n_outputs, classification) for part in SIZES[sizes]
-    )
-    return EpisodeBatch(support, query)
-
-
-def make_mlp(seed=0, n_features=2, n_outputs=2):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = nn.Sequential(nn.Linear(n_features, 4), nn.Tanh(), nn.Linear(4, n_outputs))
-    return module.double()
-
-
-def make_engine(
-    module, *, rung="loop", rule=None, order=2, adapted=None, row_loss=squared_error_rows
-):
-    return Engine(
-        module,
-        row_loss=row_loss,
-        rule=rule or SGD(),
-        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
-        adapted=adapted_names(module, "all") if adapted is None else adapted,
-        rung=rung,
-    )
-
-
-def make_meta_params(module, rule=None, adapted=None, seed=1):
-    """Meta-parameters with rates away from their start, where every factor is 1."""
-    params = {n: p.detach() for n, p in module.named_parameters()}
-    fast = {n: p for n, p in params.items() if adapted is None or n in adapted}
-    rates = (rule or SGD()).initial_rates(fast)
-    g = torch.Generator().manual_seed(seed)
-    return {
-        **{f"module.{n}": p for n, p in params.items()},
-        **{
-            f"rule.{rate_key(n)}": r + 0.3 * torch.randn(r.shape, generator=g, dtype=r.dtype)
-            for n, r in rates.items()
-        },
-    }
-
-
-def flat(tensors):
-    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
 
 def relative_error(got, expected):
@@ -188,7 +132,7 @@ def linear_by_hand(batch, theta, alpha, steps):
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_linear_regression_matches_its_closed_form(rung, steps, sizes):
-    batch = make_batch(sizes, n_features=3, n_outputs=1)
+    batch = make_batch(sizes, (3,), n_outputs=1)
     theta = np.array([0.7, -1.3, 0.4])
     module = nn.Linear(3, 1, bias=False).double()
     meta_params = {"module.weight": torch.tensor(theta[None])}
@@ -252,7 +196,7 @@ def test_second_order_matches_finite_differences(rung, rule):
 
 
 def test_second_order_of_the_cross_entropy_matches_finite_differences():
-    module, batch = make_mlp(n_outputs=3), make_batch(n_outputs=3, classification=True)
+    module, batch = make_mlp(n_outputs=3), make_batch(n_outputs=3, n_classes=3)
     meta_params = make_meta_params(module)
     engine = make_engine(module, rung="stacked", row_loss=cross_entropy_rows)
     numeric = finite_differences(engine, meta_params, batch, alpha=0.5, steps=3)
@@ -315,13 +259,6 @@ def plain_maml(params, tasks, *, alpha, steps, second_order, fast, classificatio
     return dict(zip(inputs, grads, strict=True)), losses, adapted_to
 
 
-def plain_tasks(batch):
-    return [
-        (s.X, s.y, q.X, q.y)
-        for s, q in ((batch.support.task(j), batch.query.task(j)) for j in range(len(batch)))
-    ]
-
-
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(
@@ -343,7 +280,7 @@ def plain_tasks(batch):
 def test_agrees_with_a_plain_loop(rung, order, rule, adapted, classification, steps, sizes):
     n_outputs = 3 if classification else 2
     module = make_mlp(n_outputs=n_outputs)
-    batch = make_batch(sizes, n_outputs=n_outputs, classification=classification)
+    batch = make_batch(sizes, n_outputs=n_outputs, n_classes=n_outputs if classification else None)
     names = adapted_names(module, adapted)
     meta_params = make_meta_params(module, rule, names)
     engine = make_engine(

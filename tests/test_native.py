@@ -19,27 +19,19 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from builders import has_compiler, make_engine, make_meta_params
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from test_engine import Tied, meta_params_of
+from test_engine import Tied
 from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, engine, native
-from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.engine import Engine, squared_error_rows
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning
-from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
+from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD, MetaSGD
-
-
-def has_compiler():
-    try:
-        native._compiler()
-    except native.NativeUnavailableError:
-        return False
-    return True
-
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 
@@ -89,34 +81,11 @@ def make_batch(sizes, n_tasks=5, *, classes=False, dtype=torch.float64, widths=(
     )
 
 
-def make_engine(module, rung, *, classes=False, order=2, rule=None, adapted="all", **options):
-    return Engine(
-        module,
-        row_loss=cross_entropy_rows if classes else squared_error_rows,
-        rule=rule or SGD(),
-        meta_gradient={1: FirstOrder(), 2: SecondOrder()}[order],
-        adapted=adapted_names(module, adapted),
-        rung=rung,
-        **options,
-    )
-
-
-def meta_params(runner, module):
-    """Parameters of the module and of the rule, with rates away from those they start with."""
-    params = meta_params_of(module)
-    fast = {n: p.detach() for n, p in module.named_parameters() if n in runner.adapted}
-    generator = torch.Generator().manual_seed(1)
-    for name, r in runner.rule.initial_rates(fast).items():
-        drawn = torch.randn(r.shape, generator=generator, dtype=r.dtype)
-        params[f"rule.{rate_key(name)}"] = 0.3 * drawn
-    return params
-
-
 def everything(module, batch, rung, *, alpha=0.2, steps=3, **options):
     """Run the three entry points."""
     runner = make_engine(module, rung, **options)
     assert runner.rung == rung
-    params = meta_params(runner, module)
+    params = make_meta_params(module, runner.rule, runner.adapted)
     step = runner.meta_step(params, batch, alpha=alpha, steps=steps)
     adapted = runner.adapt(params, batch.support, alpha=alpha, steps=steps)
     predicted = runner.predict(adapted, batch.query)
@@ -294,7 +263,7 @@ def test_frozen_parameters():
     assert_equals_loop(module, batch)
     assert_equals_loop(module, batch, order=1, rule=MetaSGD())
     got = everything(module, batch, "native")
-    assert set(got["grads"]) == set(meta_params_of(module))
+    assert set(got["grads"]) == set(make_meta_params(module))
 
 
 @pytest.mark.parametrize("n_tasks", [1, 7, 8, 9, 25, 300])
@@ -381,7 +350,7 @@ def test_inputs_that_are_not_finite_have_losses_as_in_the_loop(sizes, where, val
         losses, finite = [], []
         for rung in ("native", "loop"):
             runner = make_engine(module, rung)
-            step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+            step = runner.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2)
             losses.append(step.losses)
             finite.append({name: bool(g.isfinite().all()) for name, g in step.grads.items()})
         assert torch.equal(losses[0].isfinite(), losses[1].isfinite())
@@ -395,7 +364,7 @@ def test_inner_steps_that_diverge_do_so_in_the_loop_too():
     got = []
     for rung in ("native", "loop"):
         runner = make_engine(module, rung)
-        adapted = runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=4)
+        adapted = runner.adapt(make_meta_params(module), batch.support, alpha=0.1, steps=4)
         got.append(
             [bool(torch.isfinite(p[j]).all()) for p in adapted.params.values() for j in range(4)]
         )
@@ -425,7 +394,7 @@ def test_labels_of_no_class_give_nan():
         batch = make_batch(sizes, 9, classes=True)
         getattr(batch, where).y[3, 1] = label
         runner = make_engine(module, "native", classes=True)
-        step = runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        step = runner.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2)
         others = [j for j in range(9) if j != 3]
         assert step.losses[3].isnan()
         assert step.losses[others].isfinite().all()
@@ -440,7 +409,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(rule):
     sizes = (3, 5, 3)
     module, batch = mlp(sizes), make_batch(sizes, classes=True, weighted=True)
     runner = make_engine(module, "native", classes=True, rule=rule)
-    params = meta_params(runner, module)
+    params = make_meta_params(module, runner.rule, runner.adapted)
     grads = runner.meta_step(params, batch, alpha=0.4, steps=3).grads
 
     def loss(shift):
@@ -530,7 +499,7 @@ def test_modules_that_are_not_covered_run_elsewhere(name):
     runner = make_engine(module, "auto")
     assert runner._layout is None
     runner.expect(0, 10**6, n_tasks=5, n_rows=16, steps=2)
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     got, expected = (
         r.meta_step(params, batch, alpha=0.1, steps=2)
         for r in (runner, make_engine(module, "loop"))
@@ -549,7 +518,7 @@ def test_rules_that_are_not_covered_run_elsewhere(options):
     runner = make_engine(module, "auto", **options)
     assert runner._layout is None
     got, expected = (
-        r.meta_step(meta_params(r, module), batch, alpha=0.5, steps=2)
+        r.meta_step(make_meta_params(module, r.rule, r.adapted), batch, alpha=0.5, steps=2)
         for r in (runner, make_engine(module, "loop", **options))
     )
     assert_same(got.grads, expected.grads, 1e-11)
@@ -562,7 +531,6 @@ def test_losses_gradients_and_types_that_are_not_covered():
         given = {
             "row_loss": squared_error_rows,
             "rule": SGD(),
-            "update_rule": "sgd",
             "meta_gradient": SecondOrder(),
             "adapted": adapted_names(module, "all"),
         }
@@ -638,9 +606,9 @@ def test_rates_that_do_not_fit_the_parameters_are_refused(rule, message):
     module, batch = mlp((3, 6, 2)), make_batch((3, 2))
     runner = make_engine(module, "native", rule=rule)
     with pytest.raises(ValueError, match=message):
-        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        runner.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2)
     with pytest.raises(ValueError, match=message):
-        runner.adapt(meta_params_of(module), batch.support, alpha=0.1, steps=2)
+        runner.adapt(make_meta_params(module), batch.support, alpha=0.1, steps=2)
 
 
 def test_an_empty_batch_does_no_harm():
@@ -648,7 +616,7 @@ def test_an_empty_batch_does_no_harm():
     none = np.array([], dtype=int)
     empty = EpisodeBatch(batch.support.take(none), batch.query.take(none))
     runner = make_engine(module, "native")
-    step = runner.meta_step(meta_params_of(module), empty, alpha=0.1, steps=2)
+    step = runner.meta_step(make_meta_params(module), empty, alpha=0.1, steps=2)
     assert step.losses.shape == (0,)
     assert all(g.isnan().all() for g in step.grads.values())
 
@@ -658,7 +626,7 @@ def test_running_out_of_memory_is_said(monkeypatch):
     runner = make_engine(module, "native")
     with pytest.raises(MemoryError, match="not enough memory"):
         # the memory of so many steps is asked for at once
-        runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2**45)
+        runner.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2**45)
 
 
 def test_wide_inputs_take_memory_in_proportion():
@@ -679,7 +647,7 @@ def test_the_memory_of_large_problems_is_given_back():
     sizes, dtype = (3, 900, 900, 1), torch.float32
     module, batch = mlp(sizes, dtype=dtype), make_batch(sizes, 1, dtype=dtype, widths=(2, 2))
     runner = make_engine(module, "native")
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     runner.meta_step(params, batch, alpha=1e-3, steps=1)
     before = resident_bytes()
     runner.meta_step(params, batch, alpha=1e-3, steps=30)  # keeps 200 MB, and more, as it runs
@@ -708,7 +676,7 @@ def nothing_built(monkeypatch, tmp_path):
 def run_step(rung="native", dtype=torch.float64):
     module, batch = mlp((3, 6, 4), dtype=dtype), make_batch((3, 4), dtype=dtype)
     runner = make_engine(module, rung)
-    return runner, runner.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+    return runner, runner.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2)
 
 
 def assert_the_loops_numbers(step):
@@ -1105,7 +1073,7 @@ def test_an_engine_on_the_kernels_can_be_copied():
     module, batch = mlp((3, 6, 4)), make_batch((3, 4))
     for twin in (pickle.loads(pickle.dumps(runner)), copy.deepcopy(runner), copy.copy(runner)):
         assert twin.rung == "native"
-        again = twin.meta_step(meta_params_of(module), batch, alpha=0.1, steps=2)
+        again = twin.meta_step(make_meta_params(module), batch, alpha=0.1, steps=2)
         assert_bits(again.grads, step.grads)
 
 
@@ -1143,7 +1111,7 @@ def test_an_engine_shared_by_threads_gives_the_bits_of_one(monkeypatch):
     monkeypatch.setattr(native, "PARALLEL_WORK", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     runner = make_engine(module, "native")
-    params = meta_params_of(module)
+    params = make_meta_params(module)
 
     def work(alpha):
         return runner.meta_step(params, batch, alpha=alpha, steps=3).grads

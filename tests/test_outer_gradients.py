@@ -16,25 +16,27 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from builders import (
+    SIZES,
+    flat,
+    has_compiler,
+    make_batch,
+    make_engine,
+    make_meta_params,
+    make_mlp,
+    plain_tasks,
+)
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from skorch.callbacks import Callback, LRScheduler
 from test_memory import LiveBytes
-from test_meta_gradients import (
-    SIZES,
-    flat,
-    make_batch,
-    make_meta_params,
-    make_mlp,
-    plain_tasks,
-    relative_error,
-)
+from test_meta_gradients import relative_error
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, conv, native
+from sklearn_maml import MAMLClassifier, MAMLRegressor, conv
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
+from sklearn_maml.engine import Engine, cross_entropy_rows
 from sklearn_maml.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
@@ -43,14 +45,6 @@ from sklearn_maml.update_rules import SGD
 
 RUNGS = ["loop", "vmap", "stacked", "traced"]
 TOLERANCE = 1e-9
-
-
-def has_compiler():
-    try:
-        native._compiler()
-    except native.NativeUnavailableError:
-        return False
-    return True
 
 
 with_kernels = [
@@ -64,21 +58,9 @@ with_kernels = [
 # --- helpers
 
 
-def make_engine(module, meta_gradient, rung="loop", *, adapted="all", **options):
-    return Engine(
-        module,
-        row_loss=options.pop("row_loss", squared_error_rows),
-        rule=options.pop("rule", SGD()),
-        meta_gradient=meta_gradient,
-        adapted=adapted_names(module, adapted),
-        rung=rung,
-        **options,
-    )
-
-
 def meta_step(module, batch, meta_gradient, rung="loop", *, alpha=0.1, steps=3, **options):
     """Run a meta-step; the traced rung runs its graph, not the step it was recorded from."""
-    engine = make_engine(module, meta_gradient, rung, **options)
+    engine = make_engine(module, rung, meta_gradient=meta_gradient, **options)
     params = make_meta_params(module)
     for _ in range(2 if rung == "traced" else 1):
         step = engine.meta_step(params, batch, alpha=alpha, steps=steps)
@@ -159,7 +141,7 @@ def implicit_by_hand(batch, theta, alpha, steps, lam):
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_implicit_gradient_of_linear_regression_matches_its_closed_form(rung, steps, sizes):
-    batch = make_batch(sizes, n_features=3, n_outputs=1)
+    batch = make_batch(sizes, (3,), n_outputs=1)
     # three parameters: conjugate gradients are exact after three products
     gradient = Implicit(lam=1.5, cg_steps=3)
     step = meta_step(linear_model(THETA), batch, gradient, rung, steps=steps)
@@ -173,7 +155,7 @@ def test_implicit_gradient_of_linear_regression_matches_its_closed_form(rung, st
 
 @pytest.mark.parametrize("rung", ["loop", "stacked"])
 def test_implicit_gradient_of_a_solved_linear_regression_is_exact(rung):
-    batch = make_batch("ragged", n_features=3, n_outputs=1)
+    batch = make_batch("ragged", (3,), n_outputs=1)
     step = meta_step(
         linear_model(THETA), batch, Implicit(lam=1.5, cg_steps=3), rung, steps=300, alpha=0.15
     )
@@ -184,7 +166,7 @@ def test_implicit_gradient_of_a_solved_linear_regression_is_exact(rung):
 
 def test_the_closed_form_is_the_derivative_of_the_solution():
     """The hand-derived reference itself, against finite differences."""
-    batch = make_batch("ragged", n_features=3, n_outputs=1)
+    batch = make_batch("ragged", (3,), n_outputs=1)
     grad, _ = implicit_by_hand(batch, THETA, None, None, 1.5)
     for i in range(3):
         ends = [
@@ -345,7 +327,7 @@ def test_the_neumann_series_converges_where_the_proximal_term_outweighs_the_curv
 
 
 def test_the_neumann_series_is_the_sum_of_its_powers():
-    batch = make_batch("ragged", n_features=3, n_outputs=1)
+    batch = make_batch("ragged", (3,), n_outputs=1)
     for powers in (1, 3):
         expected = []
         for j in range(len(batch)):
@@ -438,7 +420,7 @@ def test_the_proximal_term_holds_adapted_parameters_back():
     for rung in ("loop", "vmap", "stacked"):
         lengths = []
         for gradient in (SecondOrder(), Implicit(lam=0.5), Implicit(lam=5.0)):
-            engine = make_engine(module, gradient, rung)
+            engine = make_engine(module, rung, meta_gradient=gradient)
             adapted = engine.adapt(params, batch.support, alpha=0.1, steps=30).params
             moved = [(p - params[f"module.{n}"]).flatten(1) for n, p in adapted.items()]
             lengths.append(torch.cat(moved, 1).norm(dim=1))
@@ -464,7 +446,7 @@ def reptile_by_hand(batch, theta, alpha, steps):
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_reptile_on_linear_regression_matches_its_closed_form(rung, steps, sizes):
-    batch = make_batch(sizes, n_features=3, n_outputs=1)
+    batch = make_batch(sizes, (3,), n_outputs=1)
     step = meta_step(linear_model(THETA), batch, Reptile(), rung, steps=steps)
     grad, losses = reptile_by_hand(batch, THETA, 0.1, steps)
     np.testing.assert_allclose(step.grads["module.weight"][0], grad, rtol=1e-10)
@@ -507,7 +489,7 @@ def test_minibatches_written_out():
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 20])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_reptile_on_minibatches_takes_its_steps_on_these_rows(rung, batch_size, sizes):
-    batch = make_batch(sizes, n_features=3, n_outputs=1)
+    batch = make_batch(sizes, (3,), n_outputs=1)
     steps, grads, losses = 7, [], []
     for j in range(len(batch)):
         (Xs, ys), (Xq, yq) = parts_of(batch, j)
@@ -620,7 +602,7 @@ def test_frozen_parameters_stay_out(gradient):
     for step in steps[1:]:
         assert_same(step, steps[0], batch)
     params = {n: p for n, p in make_meta_params(module).items() if n != "module.0.weight"}
-    engine = make_engine(module, gradient, "stacked")
+    engine = make_engine(module, "stacked", meta_gradient=gradient)
     without = engine.meta_step(params, batch, alpha=0.1, steps=3)
     assert without.grads.keys() == params.keys()
     for name, g in without.grads.items():
@@ -674,7 +656,7 @@ def test_the_multi_step_loss_weighs_the_steps_as_the_formula_says(rung, order, u
     module, batch = make_mlp(), make_batch("ragged")
     gradient = {1: FirstOrder, 2: SecondOrder}[order](multi_step_updates=10)
     assert gradient.step_weights(update, 4) == pytest.approx(weights)
-    engine = make_engine(module, gradient, rung)
+    engine = make_engine(module, rung, meta_gradient=gradient)
     step = step_at(engine, make_meta_params(module), batch, update)
     expected, last = plain_multi_step(module, batch, 0.3, weights, order == 2)
     for name, g in expected.items():
@@ -704,7 +686,7 @@ def test_the_order_changes_at_the_update_that_is_asked_for(rung):
         meta_step(module, batch, g, alpha=0.3, steps=3).grads for g in (FirstOrder(), SecondOrder())
     ]
     assert relative_error(flat(expected[0]), flat(expected[1])) > 1e-2
-    engine = make_engine(module, SecondOrder(first_order_updates=3), rung)
+    engine = make_engine(module, rung, meta_gradient=SecondOrder(first_order_updates=3))
     engine.expect(0, 8, n_tasks=3, n_rows=10, steps=3)
     for update in range(8):
         grads = engine.meta_step(params, batch, alpha=0.3, steps=3).grads
@@ -716,7 +698,7 @@ def test_both_anneal_together(rung):
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)
     gradient = SecondOrder(first_order_updates=2, multi_step_updates=4)
-    engine = make_engine(module, gradient, rung)
+    engine = make_engine(module, rung, meta_gradient=gradient)
     engine.expect(0, 7, n_tasks=3, n_rows=10, steps=3)
     for update in range(7):
         step = engine.meta_step(params, batch, alpha=0.3, steps=3)
@@ -729,7 +711,7 @@ def test_changing_weights_are_not_traced_and_each_order_once(monkeypatch):
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)
     gradient = SecondOrder(first_order_updates=6, multi_step_updates=3)
-    engine = make_engine(module, gradient, "traced")
+    engine = make_engine(module, "traced", meta_gradient=gradient)
     calls = []
     original = Engine._meta_step_vmap
 
@@ -748,7 +730,7 @@ def test_changing_weights_are_not_traced_and_each_order_once(monkeypatch):
 
 
 def test_only_updates_that_compute_alike_make_a_trace_pay():
-    engine = make_engine(make_mlp(), SecondOrder(first_order_updates=50), "vmap")
+    engine = make_engine(make_mlp(), "vmap", meta_gradient=SecondOrder(first_order_updates=50))
     engine._layout = None
     engine.expect(0, 5000, n_tasks=3, n_rows=10, steps=3)
     params, batch = make_meta_params(make_mlp()), make_batch("ragged")
@@ -764,7 +746,7 @@ def test_only_updates_that_compute_alike_make_a_trace_pay():
 def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over():
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)
-    engine = make_engine(module, SecondOrder(multi_step_updates=70), "auto")
+    engine = make_engine(module, "auto", meta_gradient=SecondOrder(multi_step_updates=70))
     engine.expect(0, 80, n_tasks=3, n_rows=10, steps=2)
     rungs = []
     engine._climbs_at = min(engine._climbs_at, 70)  # as if the steps were long ones
@@ -1142,7 +1124,10 @@ def test_recomputed_steps_follow_the_order():
     params = make_meta_params(module)
     for rung in ("loop", "stacked"):
         engine = make_engine(
-            module, SecondOrder(first_order_updates=1), rung, checkpoint_steps=True
+            module,
+            rung,
+            meta_gradient=SecondOrder(first_order_updates=1),
+            checkpoint_steps=True,
         )
         for g in (FirstOrder(), SecondOrder()):
             got = engine.meta_step(params, batch, alpha=0.3, steps=3)

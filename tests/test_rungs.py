@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from builders import build, make_engine, make_meta_params
 from test_engine import (
     EQUAL,
     MODULES,
@@ -22,11 +23,8 @@ from test_engine import (
     Branch,
     Recurrent,
     assert_same,
-    build,
     functional_maml_loss,
     make_batch,
-    make_engine,
-    meta_params_of,
     task_by_task,
 )
 from torch import nn
@@ -49,7 +47,7 @@ def nothing_traced_yet(monkeypatch):
 def traced_steps(module, batch, n=3, *, rung="traced", alpha=0.2, steps=3, **options):
     """Engine and its last meta-step; the first is eager, and traces."""
     runner = make_engine(module, rung, **options)
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     for _ in range(n):
         step = runner.meta_step(params, batch, alpha=alpha, steps=steps)
     return runner, step
@@ -225,7 +223,7 @@ def test_traced_equals_the_unpadded_loop(name):
 def test_options_are_traced_with_the_same_numbers(name, options):
     constructor, shape, _ = MODULES[name]
     module = build(constructor)
-    batch = make_batch(RAGGED, shape, classification="row_loss" in options)
+    batch = make_batch(RAGGED, shape, n_classes=2 if "row_loss" in options else None)
     expected = task_by_task(module, batch, **options)
     runner, step = traced_steps(module, batch, **options)
     assert runner.tracer.n_traced == 1
@@ -238,7 +236,7 @@ def test_learned_rates_are_traced():
         f"rule.{n.replace('.', '__')}": torch.full_like(p, -0.3).detach()
         for n, p in module.named_parameters()
     }
-    params = {**meta_params_of(module), **rates}
+    params = {**make_meta_params(module), **rates}
     steps = {}
     for rung in ("loop", "traced"):
         runner = make_engine(module, rung, rule=MetaSGD())
@@ -267,7 +265,7 @@ def test_rows_that_do_not_lie_in_order_in_memory():
     for rows in (turned.support, turned.query):
         object.__setattr__(rows, "X", rows.X.transpose(0, 2).contiguous().transpose(0, 2))
         assert not rows.X.is_contiguous()
-    again = runner.meta_step(meta_params_of(module), turned, alpha=0.2, steps=3)
+    again = runner.meta_step(make_meta_params(module), turned, alpha=0.2, steps=3)
     assert_same(again.grads, step.grads)
 
 
@@ -278,7 +276,7 @@ def test_results_can_be_written_to():
     expected = {n: g.clone() for n, g in step.grads.items()}
     for values in (*step.grads.values(), step.losses, step.outputs):
         values.mul_(0.0)
-    step = runner.meta_step(meta_params_of(module), batch, alpha=0.2, steps=3)
+    step = runner.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
     assert_same(step.grads, expected)
 
 
@@ -290,7 +288,7 @@ def test_norm_layers_are_right_where_the_obvious_trace_is_wrong(name):
     _, step = traced_steps(module, batch, steps=1)
     assert_same(step.grads, expected)
     runner = make_engine(module, "loop")
-    leaves = {n[7:]: p.clone().requires_grad_() for n, p in meta_params_of(module).items()}
+    leaves = {n[7:]: p.clone().requires_grad_() for n, p in make_meta_params(module).items()}
     loss = functional_maml_loss(runner.module, leaves, batch, 0.2, None)
     naive = torch.autograd.grad(loss, list(leaves.values()))
     wrong = max(
@@ -307,7 +305,7 @@ def test_norm_layers_are_right_where_the_obvious_trace_is_wrong(name):
 @pytest.mark.parametrize("layer", [nn.Dropout, nn.AlphaDropout], ids=lambda kind: kind.__name__)
 def test_dropout_draws_as_the_eager_step_does(layer):
     module, batch = build(lambda: Wrapped(layer(0.5))), make_batch(EQUAL, (3,))
-    params, losses, states = meta_params_of(module), {}, {}
+    params, losses, states = make_meta_params(module), {}, {}
     for rung in ("vmap", "traced"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -338,7 +336,7 @@ def test_dropout_draws_as_the_eager_step_does(layer):
 )
 def test_what_cannot_be_traced_runs_untraced_and_says_so_once(constructor, reason):
     module, batch = build(constructor), make_batch(EQUAL, (3,))
-    params, got = meta_params_of(module), {}
+    params, got = make_meta_params(module), {}
     python, numpy = random.getstate(), np.random.get_state()
     for rung in ("vmap", "traced"):
         random.seed(0)
@@ -376,7 +374,7 @@ def test_spectral_norm_gives_the_numbers_of_the_loop():
         return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
 
     module, batch = build(constructor), make_batch(EQUAL, (3,))
-    params, losses = meta_params_of(module), {}
+    params, losses = make_meta_params(module), {}
     for rung in ("loop", "traced"):
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
@@ -442,7 +440,7 @@ def test_alpha_steps_and_shapes_have_graphs_of_their_own():
         batch = make_batch(sizes, (3,))
         runner = runner or make_engine(module, "traced")
         for _ in range(2):
-            step = runner.meta_step(meta_params_of(module), batch, alpha=alpha, steps=steps)
+            step = runner.meta_step(make_meta_params(module), batch, alpha=alpha, steps=steps)
         expected = task_by_task(module, batch, alpha=alpha, steps=steps)
         assert_same(step.grads, expected["grads"])
     assert runner.tracer.n_traced == 4
@@ -463,7 +461,7 @@ def test_graphs_are_shared_by_threads():
 
     def work(k):
         runner, _ = traced_steps(module, batches[k])
-        params = meta_params_of(module)
+        params = make_meta_params(module)
         steps = [runner.meta_step(params, batches[k], alpha=0.2, steps=3) for _ in range(20)]
         return runner.tracer.n_traced, [step.grads for step in steps]
 
@@ -480,7 +478,7 @@ def test_an_engine_with_graphs_can_be_pickled_and_copied():
     runner, step = traced_steps(module, batch)
     for other in (pickle.loads(pickle.dumps(runner)), copy.deepcopy(runner)):
         assert other.tracer.n_traced == 0
-        again = other.meta_step(meta_params_of(module), batch, alpha=0.2, steps=3)
+        again = other.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
         assert_same(again.grads, step.grads)
 
 
@@ -490,7 +488,7 @@ def test_an_engine_with_graphs_can_be_pickled_and_copied():
 def test_tracing_waits_until_a_shape_has_recurred_and_enough_is_to_come():
     module, params = build(TwoLayers), None
     often, seldom = make_batch(EQUAL, (3,)), make_batch(([5, 5], [2, 2]), (3,))
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     runner = make_engine(module, "auto")
     runner.tracer = traced.Tracer(min_updates=10, min_seen=3)
     runner.tracer.updates_left = 20
@@ -507,7 +505,7 @@ def test_nothing_is_traced_unless_asked_for():
     runner, _ = traced_steps(module, batch, n=10, rung="auto")
     assert runner.tracer.n_traced == 0
     runner.tracer.updates_left = traced.MIN_UPDATES - 1
-    runner.meta_step(meta_params_of(module), batch, alpha=0.2, steps=3)
+    runner.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
     assert runner.tracer.n_traced == 0
 
 
@@ -555,7 +553,7 @@ def test_a_short_fit_traces_nothing():
 def test_batches_with_diverging_tasks_wait():
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
     runner = make_engine(module, "traced")
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     runner.meta_step(params, batch, alpha=float("inf"), steps=1)
     assert runner.tracer.n_traced == 0
     assert runner.tracer.reason is None
@@ -583,7 +581,7 @@ def own_cache(monkeypatch, tmp_path):
 def test_compiled_equals_the_loop(name, own_cache):
     constructor, shape = CASES[name]
     module, batch = build(constructor), make_batch(EQUAL, shape)
-    params = meta_params_of(module)
+    params = make_meta_params(module)
     expected = task_by_task(module, batch)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     for _ in range(2):  # the second finds the library of the first
@@ -601,7 +599,7 @@ def test_compiled_equals_the_loop(name, own_cache):
 def test_without_a_compiler_steps_stay_traced(own_cache, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), meta_params_of(module)
+    runner, params = compiling_engine(module), make_meta_params(module)
     with pytest.warns(EngineFallbackWarning, match=r"C\+\+ compiler") as record:
         steps = [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
     assert len(record) == 1
@@ -615,7 +613,7 @@ BROKEN_WORKER = compiled.WORKER.replace("import torch\n", "raise OSError('the re
 def test_a_compilation_that_fails_leaves_the_traced_step(own_cache, monkeypatch):
     monkeypatch.setattr(compiled, "WORKER", BROKEN_WORKER)
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), meta_params_of(module)
+    runner, params = compiling_engine(module), make_meta_params(module)
     with pytest.warns(EngineFallbackWarning, match="the reason why") as record:
         steps = [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
     assert len(record) == 1
@@ -627,7 +625,7 @@ def test_a_compilation_that_fails_leaves_the_traced_step(own_cache, monkeypatch)
 def test_a_compilation_is_abandoned_when_the_fit_ends(own_cache, monkeypatch):
     monkeypatch.setattr(compiled, "WORKER", "import time; time.sleep(600)")
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module, delay=100), meta_params_of(module)
+    runner, params = compiling_engine(module, delay=100), make_meta_params(module)
     for _ in range(3):
         runner.meta_step(params, batch, alpha=0.2, steps=3)
     process = runner.tracer._compilation._process
@@ -642,7 +640,7 @@ def test_a_compilation_nobody_waits_for_is_ended(own_cache, monkeypatch):
     monkeypatch.setattr(compiled, "WORKER", "import time; time.sleep(600)")
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
     runner = compiling_engine(module)
-    runner.meta_step(meta_params_of(module), batch, alpha=0.2, steps=3)
+    runner.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
     process = runner.tracer._compilation._process
     del runner
     gc.collect()
@@ -655,7 +653,7 @@ def test_a_compilation_nobody_waits_for_is_ended(own_cache, monkeypatch):
 )
 def test_what_cannot_be_compiled_stays_traced(constructor, reason, own_cache):
     module, batch = build(constructor), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), meta_params_of(module)
+    runner, params = compiling_engine(module), make_meta_params(module)
     state = torch.get_rng_state()
     with pytest.warns(EngineFallbackWarning, match=reason) as record:
         [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
@@ -682,7 +680,7 @@ def test_a_library_is_used_from_a_fixed_update_on_if_it_agrees(error, monkeypatc
     monkeypatch.setattr(Library, "error", error)
     monkeypatch.setattr(traced, "Compilation", Library)
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params, used = compiling_engine(module, delay=3), meta_params_of(module), []
+    runner, params, used = compiling_engine(module, delay=3), make_meta_params(module), []
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         for _ in range(6):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +21,8 @@ from sklearn_maml import (
     MAMLRegressor,
     adapt,
 )
+
+pytestmark = pytest.mark.usefixtures("impatient_threads")
 
 N_TASKS, N_ROWS, N_SUPPORT = 12, 10, 6
 SMALL: dict[str, Any] = {
@@ -98,15 +99,6 @@ def fitted(name, kind):
     if kind == "classifier":
         return MAMLClassifier(n_ways=2, n_shots=2, **params).fit(*tasks(name, kind))
     return MAMLRegressor(**params).fit(*tasks(name, kind))
-
-
-@pytest.fixture(autouse=True)
-def impatient_threads():
-    """Make threads take turns often, so that what they share is seen in all states."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def answers(model, X, **groups):
