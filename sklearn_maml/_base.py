@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.sparse import issparse
 from scipy.special import stdtrit
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -86,6 +86,7 @@ from sklearn_maml.learners.gradient import (
 )
 from sklearn_maml.learners.joint import RATE, HeadTrainer, Joint
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
+from sklearn_maml.learners.learner import AdaptedBySupport, Learner, LearnerEngine, Problem
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.meta_gradients import resolve_meta_gradient
@@ -389,6 +390,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _plan(self, source: Any, seed: int) -> Plan:
         """Decide what is trained: gradient steps, a Gaussian head, or both."""
+        learner = self._own_learner()
+        if learner is not None:
+            reason = learner.refuses(self._problem(source.encoded))
+            if reason is not None:
+                raise ValueError(f"update_rule={type(learner).__name__} {reason}")
+            return Plan(source, source, with_steps=False, with_head=False, learner=learner)
         asked = self._rule_name()
         if asked not in ("auto", "gaussian-head"):
             return Plan(source, source, with_steps=True, with_head=False)
@@ -413,6 +420,26 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             seed=seed,
         )
         return Plan(source, episodes, with_steps=with_steps, with_head=True)
+
+    def _own_learner(self) -> Learner | None:
+        """Learner that the user gave as `update_rule`, with its ``update_rule__*``."""
+        if not isinstance(self.update_rule, Learner):
+            return None
+        made: Learner = clone(self.update_rule).set_params(**self._prefixed("update_rule"))
+        return made
+
+    def _problem(self, tasks: TaskCollection | None) -> Problem:
+        """Describe the tasks to a learner; None, of a model from a file, has their shapes only."""
+        n_outputs = self._n_module_outputs()
+        if tasks is None:
+            X = np.zeros((1, *self.feature_shape_), dtype=self._dtype)
+            y = np.zeros(1, int) if self._classification else np.zeros((1, n_outputs), self._dtype)
+            return Problem(self._reshape(X), y, n_outputs, self._classification)
+        return Problem(tasks.X, tasks.y, n_outputs, self._classification)
+
+    def _build_network(self, learner: Learner, tasks: TaskCollection | None) -> nn.Module:
+        network = learner.build(self._problem(tasks))
+        return network.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
 
     def _rule_name(self) -> str | None:
         return self.update_rule if isinstance(self.update_rule, str) else None
@@ -467,7 +494,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         if continued:
             self._check_unchanged(everything=True)
             learner = copy.deepcopy(self._learner)
-            if (learner.head is not None) != plan.with_head:
+            if isinstance(learner.head, GaussianHead) != plan.with_head:
                 raise ValueError(
                     "warm_start=True continues a fit, but the Gaussian head of the last one and "
                     "the tasks of this one do not go together. Fit anew with warm_start=False."
@@ -479,9 +506,11 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             module = self._make_module()
             self._check_module(module)
         learner = self._make_learner(module)
-        if plan.with_head:
-            with _SeededTorch(self.device_, seed):
+        with _SeededTorch(self.device_, seed):
+            if plan.with_head:
                 learner.head = self._make_head(plan)
+            elif plan.learner is not None:
+                learner.head = self._build_network(plan.learner, plan.source.encoded)
         if not plan.with_steps:
             learner.without_steps()
         learner.to(self.device_)
@@ -554,7 +583,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         ):
             net.partial_fit(stream)
             if not plan.with_head:
-                copy_buffers(engine.module, learner.module)
+                copy_buffers(engine.module, learner.network)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()
         # a head has learned how far to trust a support set: nothing to be changed then
@@ -574,6 +603,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _training_engine(self, learner: Any, plan: Plan) -> Any:
         """Make what makes the meta-steps."""
+        if plan.learner is not None:
+            return LearnerEngine(plan.learner, learner.head, self._row_loss())
         engine = None
         if plan.with_steps:
             engine = self._make_engine(learner.module)
@@ -754,7 +785,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
         with _SeededTorch(self.device_, 0):
             learner = self._make_learner(self._make_module())
-            if of_head:
+            own = self._own_learner()
+            if own is not None:
+                learner.head = self._build_network(own, None)
+            elif of_head:
                 learner.head = GaussianHead.like(
                     of_head,
                     self._head_body(),
@@ -771,9 +805,14 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """Make what was learned of tasks, from a file."""
         if state["kind"] == "conditioned":
             return Conditioned.from_state(self._learner.head, self._calibrated(), state)
+        if state["kind"] == "support":
+            support, learner = Support(**state["support"]), self._own_learner()
+            assert learner is not None
+            return AdaptedBySupport(learner, self._learner.head, support, state["known"])
         if state["kind"] == "steps":
-            row_loss = cross_entropy_rows if self._classification else squared_error_rows
-            return AdaptedBySteps.from_state(self._learner.module, row_loss, self.device_, state)
+            return AdaptedBySteps.from_state(
+                self._learner.module, self._row_loss(), self.device_, state
+            )
         return self._mixed(self._adapted_from(state["head"]), self._adapted_from(state["steps"]))
 
     def _calibrated(self) -> Calibration:
@@ -827,7 +866,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             "iterator_valid__batch_size": 1,
             **extra,
         }
-        if learner.head is not None:
+        if isinstance(learner.head, GaussianHead):
             of_head = ("head.*", {"lr": RATE * self.beta, "of_head": True})
             groups = [*settings.get("optimizer__param_groups", []), of_head]
             settings["optimizer__param_groups"] = groups
@@ -1054,7 +1093,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         rule = self._gradient_rule()
         gradient = resolve_meta_gradient(self.meta_gradient, self._prefixed("meta_gradient"))
         settings = {
-            "update_rule": type(rule),
+            "update_rule": type(self.update_rule)
+            if isinstance(self.update_rule, Learner)
+            else (self._rule_name() in ("auto", "gaussian-head") and self._rule_name())
+            or type(rule),
             PROXIMAL: gradient.proximal > 0,
             "adapted": self.adapted,
             "n_ways": self._n_ways(),
@@ -1119,15 +1161,20 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _after_adapt(self) -> None:
         """Update what depends on the adapted tasks."""
 
+    def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return cross_entropy_rows if self._classification else squared_error_rows
+
     def _gradient_rule(self) -> UpdateRule:
         """Rule of the gradient steps."""
+        if isinstance(self.update_rule, Learner):
+            return resolve_update_rule("sgd", {})
         rule = "sgd" if self._rule_name() in ("auto", "gaussian-head") else self.update_rule
         return resolve_update_rule(rule, self._prefixed("update_rule"))
 
     def _make_engine(self, module: nn.Module, rung: str = "auto") -> Engine:
         return Engine(
             module,
-            row_loss=cross_entropy_rows if self._classification else squared_error_rows,
+            row_loss=self._row_loss(),
             rule=self._gradient_rule(),
             meta_gradient=resolve_meta_gradient(
                 self.meta_gradient, self._prefixed("meta_gradient")
@@ -1157,6 +1204,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _learn(self, support: Support, steps: int | None) -> Adapted:
         """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
+        learner = self._own_learner()
+        if learner is not None:
+            return AdaptedBySupport(learner, self._learner.head, support, known=steps != 0)
         share = self.learner_weights_.get(GRADIENT_STEPS, 0.0)
         if share == 1:
             return self._steps_adapted(support, steps)

@@ -37,6 +37,7 @@ from sklearn_maml.exceptions import (
     NonFiniteStepWarning,
 )
 from sklearn_maml.heads import SymmetricHead
+from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import PART_OF_UPDATES, clip_members, rate_factor
 from sklearn_maml.optimizers import (
     FlatStep,
@@ -105,7 +106,9 @@ class MetaLearner(nn.Module):
 
     def networks(self) -> list[nn.Module]:
         """All that has a forward pass of its own."""
-        of_head = [] if self.head is None else list(getattr(self.head.body, "members", []))
+        of_head = [] if self.head is None else [self.head]
+        if isinstance(self.head, GaussianHead):
+            of_head = list(getattr(self.head.body, "members", []))
         return [*([] if self.module is None else [self.module]), *of_head]
 
     def meta_params(self) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sklearn_maml.learners.learner import Learner
+
 __all__ = ["GAUSSIAN_HEAD", "GRADIENT_STEPS", "Plan"]
 
 GRADIENT_STEPS, GAUSSIAN_HEAD = "gradient-steps", "gaussian-head"
@@ -22,21 +24,23 @@ class Plan:
         Where meta-batches come from.
     with_steps, with_head : bool
         What is trained.
+    learner : Learner or None
+        What is trained in place of either.
     engine : Engine or None
         Of the gradient steps.
-    steps_left : bool
-        Whether gradient steps were trained to the end beside a head.
     """
 
     source: Any
     episodes: Any
     with_steps: bool
     with_head: bool
+    learner: Learner | None = None
     engine: Any = None
-    steps_left: bool = False
 
     def weights(self, share: float) -> dict[str, float]:
         """Shares of the learners in predictions; `share` is that of steps beside a head."""
+        if self.learner is not None:
+            return {type(self.learner).__name__: 1.0}
         if not self.with_head:
             return {GRADIENT_STEPS: 1.0}
         if not self.with_steps:
