@@ -671,6 +671,8 @@ class MetaNet(NeuralNet):
                 factor = (self.max_grad_norm / norm).clamp(max=1.0)
             grads.update({n: torch.where(finite, factor * grads[n], 0.0) for n in own})
         self._decay_rate()
+        rate = next(g["lr"] for g in self.optimizer_.param_groups if g.get("of_head"))
+        self.joint.shrink(ready.meta_params, rate)
         self.update_ += 1
         if not ready.on_host:
             skipped = step.losses.new_zeros(()) if finite is None else (~finite).to(step.losses)
