@@ -624,14 +624,14 @@ class Engine:
     def threads(self, n_rows: int) -> Any:
         """Context that limits torch to one thread if passes over `n_rows` rows are small.
 
-        The limit holds for the calling thread alone. On CUDA, the context sets the precision
-        "tf32", which holds for the process.
+        The limit holds for the calling thread alone. On CUDA, the context allows products in
+        TF32 or forbids them (torch itself allows them in convolutions), for the process.
         """
-        if self.precision == "tf32" and not self._on_cpu:
-            return _tf32()
+        if not self._on_cpu:
+            return _tf32(self.precision == "tf32")
         spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
         work = n_rows * sum(p.numel() for p in self.module.parameters())
-        if spatial or work > SMALL_WORK or next(self.module.parameters()).device.type != "cpu":
+        if spatial or work > SMALL_WORK:
             return contextlib.nullcontext()
         return one_thread()
 
@@ -1385,10 +1385,10 @@ def _warn_once(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
+def _tf32(allowed: bool) -> Iterator[None]:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
