@@ -111,6 +111,10 @@ bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchma
 	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
 
+.PHONY: gpu
+gpu: $(STAMP) ## measure a CUDA card, in under eight minutes; ARGS go to benchmarks/gpu.py
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 .PHONY: bench-tabular
 bench-tabular: $(STAMP) ## real collections against baselines (slow); ARGS="--data FOLDER" for all
 	@$(BIN)/python benchmarks/tabular.py $(ARGS)

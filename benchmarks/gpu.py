@@ -66,10 +66,10 @@ class Stage:
 
 STAGES = {
     "tests": Stage(45, needs=("pytest",)),
-    "steps": Stage(75),
-    "jax": Stage(50, needs=("jax", "optax")),
+    "steps": Stage(90),
+    "jax": Stage(55, needs=("jax", "optax")),
     "precision": Stage(25),
-    "omniglot-5w1s": Stage(130, elastic=True),
+    "omniglot-5w1s": Stage(170, elastic=True),
     "inductor": Stage(35),
     "omniglot-20w1s": Stage(45, elastic=True),
 }

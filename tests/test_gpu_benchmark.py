@@ -85,7 +85,7 @@ def test_gradients_are_checked_before_anything_is_timed(dry_run):
             assert row["gradient_error"] < 1e-5, row
     fits = [row for row in timed if row["variant"] == "as fit runs it" and row["workload"] != "W4"]
     assert len(fits) == 4 + 3  # and the precisions
-    assert all(row["fit_ms"] > 0 for row in fits)
+    assert all(row["fit_ms"] > 0 for row in fits if not row["ran_as"].startswith("loop"))
     variants = {row["variant"] for row in timed if row["workload"] == "W1"}
     assert {"eager", "recorded", "CUDA graph", "inductor"} <= variants
     ran_as = {row["variant"]: row["ran_as"] for row in timed if row["workload"] == "W3"}
