@@ -130,6 +130,8 @@ def tests_stage(context: Any, out: Path) -> None:
     ]
     passed = n - skipped - len(failures)
     context.emit(TestsResult(passed, len(failures), skipped, failures))
+    if failures:
+        sys.exit(f"{len(failures)} of {n} tests failed")
 
 
 def describe(device: str) -> Machine:
@@ -139,6 +141,8 @@ def describe(device: str) -> Machine:
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             sys.exit(NO_CARD)
+        if ":" in device:
+            torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -207,6 +211,7 @@ def supervise(name: str, args: argparse.Namespace, limit: float) -> StageReport:
     ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     report = StageReport("done", limit=limit)
+    lines.unlink(missing_ok=True)  # of a run that was killed
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -234,7 +239,7 @@ def supervise(name: str, args: argparse.Namespace, limit: float) -> StageReport:
     said = log.read_text(encoding="utf-8", errors="replace").splitlines()
     log.unlink()
     if report.status != "done":
-        report.log = "\n".join(said[-15:])
+        report.log = "\n".join(said[-60:])
         if report.status == "failed" and said:
             report.reason += f": {said[-1]}"
     return report
@@ -327,8 +332,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     # a kill by the shell's `timeout` takes the stage along
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_all(args)
+    results = run_all(args)
     print(f"\n{(args.out / 'table.md').read_text(encoding='utf-8')}")
+    failed = [name for name, stage in results["stages"].items() if stage["status"] == "failed"]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; their last lines are in {args.out}/results.json")
 
 
 if __name__ == "__main__":

@@ -381,7 +381,10 @@ def fit_milliseconds(
 
 @contextlib.contextmanager
 def launched_by(launch: Callable[..., Any]) -> Iterator[None]:
-    """Let `launch` say how a recorded graph is run, in the place of CUDA graphs."""
+    """Let `launch` say how a recorded graph is run, in the place of CUDA graphs.
+
+    There is no public way to that. `StepResult.ran_as` says what came of it.
+    """
     original = traced._launched_at_once
     traced._launched_at_once = launch
     try:

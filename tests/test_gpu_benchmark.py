@@ -88,9 +88,10 @@ def test_gradients_are_checked_before_anything_is_timed(dry_run):
     assert all(row["fit_ms"] > 0 for row in fits if not row["ran_as"].startswith("loop"))
     variants = {row["variant"] for row in timed if row["workload"] == "W1"}
     assert {"eager", "recorded", "CUDA graph", "inductor"} <= variants
-    ran_as = {row["variant"]: row["ran_as"] for row in timed if row["workload"] == "W3"}
-    assert ran_as["recorded"] == "vmap, recorded"
-    assert ran_as["eager vmap"] == "vmap"
+    ran_as = {(row["workload"], row["variant"]): row["ran_as"] for row in timed}
+    assert ran_as["W3", "recorded"] == "vmap, recorded"
+    assert ran_as["W3", "eager vmap"] == "vmap"
+    assert ran_as["W1", "inductor"] == "vmap, built"
 
 
 def test_a_wrong_gradient_is_reported_and_not_timed(dry_run):
