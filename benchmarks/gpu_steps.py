@@ -321,7 +321,8 @@ def ran_as(step: Any) -> str:
 class Clock(Callback):
     """Time of an update in each epoch of a fit, by synchronised clocks; ends the fit after a while.
 
-    The first epoch, in which steps are recorded, does not count into the seconds unless `strict`.
+    The first epoch, in which steps are recorded, does not count into the seconds. If `strict`, it
+    does, and no epoch is begun for which there is no time.
     Raising KeyboardInterrupt is how a skorch callback ends a fit.
     """
 
@@ -344,7 +345,8 @@ class Clock(Callback):
         self.times.append((now - self.began) / (net.update_ - self.update))
         if len(self.times) == 1 and not self.strict:
             self.start = now
-        if now - self.start > self.seconds:
+        next_one = now - self.began if self.strict else 0.0
+        if now - self.start + next_one > self.seconds:
             raise KeyboardInterrupt
 
     @property
@@ -398,7 +400,8 @@ def by_inductor(backend: str) -> Callable[..., Any]:
     options = {"triton.cudagraphs": True} if backend == "inductor" else None
 
     def launch(graph: Any, inputs: Any) -> Callable[..., list[torch.Tensor]]:
-        built = torch.compile(graph._forward, backend=backend, options=options, dynamic=False)
+        forward = getattr(graph, "_forward", graph)
+        built = torch.compile(forward, backend=backend, options=options, dynamic=False)
 
         def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
             with torch.no_grad():
