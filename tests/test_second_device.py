@@ -942,7 +942,9 @@ def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
 def test_a_graph_takes_the_arguments_of_each_call(traces):
     weights = torch.ones(3, device=DEVICE)
     with capturing():
-        graph = traced.CudaGraph(lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.second)
+        graph = traced.CudaGraph(
+            lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.second
+        )
     weights.mul_(10)
     floats, numbers = graph(weights, weights.long())
     assert on_host(floats).tolist() == [20, 20, 20]
