@@ -62,7 +62,7 @@ def without_compiler() -> Iterator[None]:
 def settings_on(
     optimizer: Any, chosen: dict[str, Any], params: Sequence[nn.Parameter], device: torch.device
 ) -> dict[str, Any]:
-    """Settings of an optimiser class that make its steps cheap, where the user chose none."""
+    """Return settings of an optimiser class that make its steps cheap, unless the user chose."""
     if can_fuse(optimizer, chosen, params, device):
         return {"fused": True}
     free = not {"fused", *_OTHER_CODE} & chosen.keys()

@@ -15,14 +15,21 @@ import torch
 from scipy.special import softmax
 from sklearn.utils import ClassifierTags
 from skorch import NeuralNet
-from skorch.callbacks import Callback, EpochScoring, EpochTimer, LRScheduler, PassthroughScoring, PrintLog
+from skorch.callbacks import (
+    Callback,
+    EpochScoring,
+    EpochTimer,
+    LRScheduler,
+    PassthroughScoring,
+    PrintLog,
+)
 from skorch.utils import TeeGenerator, to_numpy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from sklearn_maml.engine import rate_key
 from sklearn_maml.devices import is_host
+from sklearn_maml.engine import rate_key
 from sklearn_maml.episodes import EpisodeBatch, to_device
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
@@ -579,27 +586,25 @@ class MetaNet(NeuralNet):
         else:
             length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         pieces = grads if whole is None else [whole]
-        gradient = grads if ready.flat is None or whole is None else [whole]
+        gradient: list[Tensor] | None = pieces if ready.flat is not None else grads
         self._decay_rate()
+        self.update_ += 1
         self._finite = None
-        if not ready.on_host:
-            self._finite = finite = torch.isfinite(loss + length)
+        if ready.on_host:
+            norm = length.item()
+            finite = math.isfinite(loss.item()) and math.isfinite(norm)
+            if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
+                torch._foreach_mul_(pieces, self.max_grad_norm / norm)
+            self._row()["non_finite"] = int(not finite)
+            if not finite:
+                self._note_non_finite(episodes, self.update_)
+                loss, gradient = torch.full_like(loss, math.nan), None
+        else:
+            self._finite = torch.isfinite(loss + length)
             if self.max_grad_norm is not None:
                 torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
-            self.update_ += 1
-            loss = torch.where(finite, loss, math.nan)
-            return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
-        norm = length.item()
-        finite = math.isfinite(loss.item()) and math.isfinite(norm)
-        if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(pieces, self.max_grad_norm / norm)
-        self._row()["non_finite"] = int(not finite)
-        self.update_ += 1
-        if not finite:
-            self._note_non_finite(episodes, self.update_)
-            loss = torch.full_like(loss, math.nan)
-        outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
-        return outcome, gradient if finite else None
+            loss = torch.where(self._finite, loss, math.nan)
+        return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
 
     def _row(self) -> dict[str, Any]:
         """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
