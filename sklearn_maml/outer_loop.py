@@ -42,6 +42,7 @@ from sklearn_maml.optimizers import (
     begin,
     can_mask,
     has_fused_kernel,
+    load_state,
     step_fused,
     step_masked,
     without_compiler,
@@ -410,7 +411,8 @@ class MetaNet(NeuralNet):
                 for group in self.optimizer_.param_groups
             ]
             with without_compiler():
-                self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
+                state = net.optimizer_.state_dict()
+            load_state(self.optimizer_, state)
             for group, own in zip(self.optimizer_.param_groups, settings, strict=True):
                 # rates and the like are those of now; none are left of an earlier schedule
                 for name in group.keys() - own.keys() - {"params"}:
@@ -524,7 +526,10 @@ class MetaNet(NeuralNet):
             changed = None if grad is None else ready.flat.seen(grad)
             if changed is None:
                 self._release()
-                self.optimizer_.step()
+                if self._finite is None:
+                    self.optimizer_.step()
+                else:
+                    step_fused(self.optimizer_, self._bad())
             grad = changed
         if grad is not None:
             ready.flat.step(grad, self._bad())
@@ -600,7 +605,7 @@ class MetaNet(NeuralNet):
                 self._note_non_finite(episodes, self.update_)
                 loss, gradient = torch.full_like(loss, math.nan), None
         else:
-            self._finite = torch.isfinite(loss + length)
+            self._finite = torch.isfinite(loss) & torch.isfinite(length)
             if self.max_grad_norm is not None:
                 torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
             loss = torch.where(self._finite, loss, math.nan)
@@ -883,7 +888,7 @@ class MetaNet(NeuralNet):
 
     def _is_read(self) -> bool:
         """Whether callbacks may read the losses of a batch when it has been run."""
-        listeners = (method.__self__ for method in self._listeners("on_batch_end"))
+        listeners = (getattr(m, "__self__", None) for m in self._listeners("on_batch_end"))
         return not all(
             isinstance(c, EpochScoring)
             or (isinstance(c, LRScheduler) and c.policy_ is not ReduceLROnPlateau)

@@ -743,6 +743,36 @@ def test_a_fit_resumes_on_the_device(settings, tmp_path, monkeypatch):
     assert resumed.history_[:, "train_loss"] == whole.history_[:, "train_loss"]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", torch.optim.NAdam, torch.optim.RMSprop])
+@pytest.mark.parametrize("begun", ["cpu", DEVICE])
+def test_a_fit_resumes_on_another_device(optimizer, begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    settings = {**SMALL, "max_iter": 6, "optimizer": optimizer}
+    whole = MAMLRegressor(**settings).fit(X, Y, groups=G)
+
+    def fit(device):
+        callbacks = [Checkpoint(tmp_path / "fit", every=0)]
+        return MAMLRegressor(**settings, device=device, callbacks=callbacks).fit(X, Y, groups=G)
+
+    original = MetaNet._meta_gradient
+
+    def die(self, *args):
+        if self.update_ == 5:
+            raise RuntimeError("died")
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaNet, "_meta_gradient", die)
+        with pytest.raises(RuntimeError, match="died"):
+            fit(begun)
+    resumed = fit("cpu" if begun == DEVICE else DEVICE)
+    for a, b in zip(parameters(resumed).values(), parameters(whole).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        resumed.history_[:, "train_loss"], whole.history_[:, "train_loss"], rtol=1e-4
+    )
+
+
 # --- what a fitted model does
 
 
