@@ -290,6 +290,9 @@ class _Prepared:
     # whether the host decides if an update is made: it reads its loss, which an accelerator would
     # have to be waited for
     on_host: bool
+    # otherwise whether the update at hand is to be made, and 1 where it is to be skipped, else 0
+    finite: Tensor | None = None
+    bad: Tensor | None = None
 
 
 class StopTraining(KeyboardInterrupt):
@@ -392,8 +395,6 @@ class MetaNet(NeuralNet):
         self._is_host = is_host(self.device)
         # whether the optimiser has the state that a step leaves to the next
         self._has_stepped = self._is_host
-        # whether the update at hand is to be made, where the device alone knows
-        self._finite: Tensor | None = None
         # rows of the history, and what is to be read from the device for them
         self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # of the generators of data loaders before an interruption
@@ -499,8 +500,8 @@ class MetaNet(NeuralNet):
                 for p in self.module_.parameters():
                     if p.grad is not None:
                         grad = p.grad
-                        if self._finite is not None:
-                            grad = torch.where(self._finite, grad, 0.0)
+                        if ready.finite is not None:
+                            grad = torch.where(ready.finite, grad, 0.0)
                         p.add_(grad, alpha=-size)
             return step
         if ready.needs_closure:
@@ -510,9 +511,9 @@ class MetaNet(NeuralNet):
             step = self.train_step_single(batch, **fit_params)
             self._notify_grad(batch)
             if ready.fused:
-                step_fused(self.optimizer_, self._bad())
-            elif self._finite is not None:
-                step_masked(self.optimizer_, self._finite)
+                step_fused(self.optimizer_, ready.bad)
+            elif ready.finite is not None:
+                step_masked(self.optimizer_, ready.finite)
             else:
                 self.optimizer_.step()
             if not self._has_stepped:
@@ -526,18 +527,14 @@ class MetaNet(NeuralNet):
             changed = None if grad is None else ready.flat.seen(grad)
             if changed is None:
                 self._release()
-                if self._finite is None:
+                if ready.bad is None:
                     self.optimizer_.step()
                 else:
-                    step_fused(self.optimizer_, self._bad())
+                    step_fused(self.optimizer_, ready.bad)
             grad = changed
         if grad is not None:
-            ready.flat.step(grad, self._bad())
+            ready.flat.step(grad, ready.bad)
         return step
-
-    def _bad(self) -> Tensor | None:
-        """1 where the update at hand is to be skipped, else 0; None if it is known to be made."""
-        return None if self._finite is None else 1.0 - self._finite.float()
 
     def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
@@ -566,8 +563,8 @@ class MetaNet(NeuralNet):
         """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
 
         The gradients are those of the trainable parameters, or one vector for `FlatStep`. Where
-        the host does not decide, they are returned in any case, and `_finite` says whether they
-        are.
+        the host does not decide, they are returned in any case, and `ready.finite` says whether
+        they are.
         """
         episodes, device = batch[0], torch.device(self.device)
         if episodes.query.X.device != device:
@@ -594,21 +591,21 @@ class MetaNet(NeuralNet):
         gradient: list[Tensor] | None = pieces if ready.flat is not None else grads
         self._decay_rate()
         self.update_ += 1
-        self._finite = None
         if ready.on_host:
             norm = length.item()
-            finite = math.isfinite(loss.item()) and math.isfinite(norm)
-            if finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
+            made = math.isfinite(loss.item()) and math.isfinite(norm)
+            if made and self.max_grad_norm is not None and norm > self.max_grad_norm:
                 torch._foreach_mul_(pieces, self.max_grad_norm / norm)
-            self._row()["non_finite"] = int(not finite)
-            if not finite:
+            self._row()["non_finite"] = int(not made)
+            if not made:
                 self._note_non_finite(episodes, self.update_)
                 loss, gradient = torch.full_like(loss, math.nan), None
         else:
-            self._finite = torch.isfinite(loss) & torch.isfinite(length)
+            ready.finite = finite = torch.isfinite(loss) & torch.isfinite(length)
+            ready.bad = 1.0 - finite.float()
             if self.max_grad_norm is not None:
                 torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
-            loss = torch.where(self._finite, loss, math.nan)
+            loss = torch.where(finite, loss, math.nan)
         return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
 
     def _row(self) -> dict[str, Any]:
