@@ -61,7 +61,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     steps : int, default=10
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
     meta_gradient : str or MetaGradient, default="second-order"
         How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
         "second-order" is exact through the inner steps, "first-order" takes the inner gradients
@@ -500,7 +501,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     steps : int, default=5
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
     meta_gradient : str or MetaGradient, default="second-order"
         How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
         "second-order" is exact through the inner steps, "first-order" takes the inner gradients
