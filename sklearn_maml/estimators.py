@@ -99,8 +99,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
-        is left, meta-training ends there.
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, and where it is all
+        that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
@@ -553,8 +553,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
-        is left, meta-training ends there.
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, and where it is all
+        that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
