@@ -54,6 +54,7 @@ KINDS = np.tile(np.arange(3), N_TASKS * N_ROWS // 3)
 IMAGES = RNG.normal(size=(N_TASKS * N_ROWS, 64)).astype(np.float32)
 RAGGED = RNG.random(len(X)) < 0.8
 SMALL = {
+    "update_rule": "sgd",
     "alpha": 0.03,
     "steps": 2,
     "hidden_layer_sizes": (8,),
@@ -434,6 +435,32 @@ def test_every_kind_of_data(name, updates):
     cpu, device = both(make, features, y, groups, **settings)
     assert_same(cpu, device)
     assert_unhindered(updates, n_first="optimizer" in settings)
+
+
+HEADS = {
+    "numbers": (MAMLRegressor, X, Y, G, {}),
+    "several targets": (MAMLRegressor, X, np.c_[Y, X[:, 0]], G, {}),
+    "shared labels": (MAMLClassifier, X, C, G, {}),
+    "local labels": (MAMLClassifier, X, KINDS, G, {"n_ways": 3, "n_shots": 2, "n_queries": 3}),
+    "ragged tasks": (MAMLRegressor, X[RAGGED], Y[RAGGED], G[RAGGED], {}),
+    "a module": (MAMLRegressor, X, Y, G, {"module": nn.Sequential(nn.Linear(3, 1))}),
+    "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
+    "one step outside": (MAMLRegressor, X, Y, G, {"meta_gradient": "reptile"}),
+}
+
+
+@pytest.mark.parametrize("rule", ["auto", "gaussian-head"])
+@pytest.mark.parametrize("name", HEADS)
+def test_gaussian_heads(name, rule, updates):
+    make, features, y, groups, settings = HEADS[name]
+    cpu, device = both(make, features, y, groups, update_rule=rule, early_stopping=True, **settings)
+    assert_same(cpu, device, rtol=1e-3, atol=1e-4)
+    assert cpu.learner_weights_ == device.learner_weights_
+    assert_unhindered(updates)
+    for model in (cpu, device):
+        model.adapt(features, y, groups=groups)
+    ask = "predict" if make is MAMLRegressor else "predict_proba"
+    close([getattr(m, ask)(features[::7], groups=groups[::7]) for m in (cpu, device)], rtol=1e-2)
 
 
 def test_bfloat16_rounds_on_the_device():

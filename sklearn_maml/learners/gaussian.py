@@ -79,7 +79,8 @@ class ModuleBody(nn.Module):
 
     def features(self, params: Params, X: Tensor) -> Tensor:
         """Return inputs of the last layer (n_members, n_rows, width) of rows (n_rows, ...)."""
-        X = X.to(next(iter(params.values())).dtype)
+        first = next(iter(params.values()), None)
+        X = X if first is None else X.to(first.dtype)
         outputs = []
         for j, module in enumerate(self.members):
             prefix = f"members.{j}."

@@ -63,7 +63,9 @@ class HeadTrainer:
         self.head = head
         device = head.factor.device
         self._classes = torch.arange(head.n_outputs, device=device)
-        self.visible = None if visible is None else torch.from_numpy(visible).to(device)
+        self.visible: Tensor | None = None
+        if visible is not None:
+            self.visible = torch.from_numpy(visible.astype(np.int8)).to(device)
         self.validation = [(member, batch.to(device)) for member, batch in validation]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
@@ -133,7 +135,8 @@ class HeadTrainer:
         present = _present(rows)
         if self.visible is None or rows.index is None:
             return present
-        seen = self.visible[:, rows.index]
+        seen = self.visible.index_select(1, rows.index.flatten()) > 0
+        seen = seen.view(-1, *rows.index.shape)
         return seen if present is None else seen & present
 
     # -- held-out tasks --------------------------------------------------------------------------
@@ -279,6 +282,9 @@ class Joint:
         """As `Engine.finish`."""
         if self.engine is not None:
             self.engine.finish()
+
+    def preparation(self, steps: int) -> None:
+        """As `Engine.preparation`: what gradient steps would prepare is of their own tasks."""
 
     def progress(self) -> dict[str, Any]:
         """As `Engine.progress`."""
