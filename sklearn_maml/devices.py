@@ -45,7 +45,7 @@ def generator_states(devices: Sequence[torch.device]) -> list[Any]:
 
     None stands for a device that keeps its state to itself.
     """
-    states = [torch.get_rng_state()]
+    states: list[Any] = [torch.get_rng_state()]
     for device in devices:
         tell = getattr(backend_of(device), "get_rng_state", lambda *_: None)
         states.append(tell(*_arguments(device)))
