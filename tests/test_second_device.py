@@ -646,6 +646,17 @@ def test_updates_that_are_not_finite_are_skipped(settings, limit, monkeypatch):
             )
 
 
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")
+def test_first_updates_that_are_skipped_leave_the_optimiser_without_a_state():
+    rows = np.where(np.isin(G, (1, 3, 6))[:, None], np.float32(77), X)
+    cpu, device = both(
+        MAMLRegressor, rows, Y, G, module=Overflow(), meta_batch_size=1, max_iter=8,
+        optimizer="sgd", optimizer__momentum=0.9, optimizer__dampening=0.5, random_state=1,
+    )  # fmt: skip
+    assert cpu.history_[0, "batches", :, "non_finite"][:2] == [1, 1]
+    assert_same(cpu, device)
+
+
 def test_a_skipped_update_is_announced_as_on_the_cpu():
     seen = []
     for device in ("cpu", DEVICE):
