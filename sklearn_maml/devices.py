@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "accelerators",
+    "backend_of",
     "forked_generators",
     "free_memory",
     "generator_states",
@@ -29,23 +30,34 @@ def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
     return sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
 
 
-def _call(device: torch.device, name: str, *args: Any) -> Any:
-    """Call a function of the module that torch has for a device, such as ``torch.cuda``."""
-    # there is one device of this kind, and its functions take none
-    where = () if device.type == "mps" else (device,)
-    return getattr(torch.get_device_module(device), name)(*args, *where)
+def backend_of(device: torch.device) -> Any:
+    """Return the module that torch has for a kind of device, such as ``torch.cuda``, or None."""
+    return getattr(torch, device.type, None)
 
 
-def generator_states(devices: Sequence[torch.device]) -> list[Tensor]:
-    """Return the states of torch's generators: that of the CPU, then those of devices."""
-    return [torch.get_rng_state(), *(_call(device, "get_rng_state") for device in devices)]
+def _arguments(device: torch.device) -> tuple[torch.device, ...]:
+    """Arguments that name a device to the functions of its module."""
+    return () if device.type == "mps" else (device,)  # of which there is one
 
 
-def set_generator_states(devices: Sequence[torch.device], states: Sequence[Tensor]) -> None:
+def generator_states(devices: Sequence[torch.device]) -> list[Any]:
+    """Return the states of torch's generators: that of the CPU, then those of devices.
+
+    None stands for a device that keeps its state to itself.
+    """
+    states: list[Any] = [torch.get_rng_state()]
+    for device in devices:
+        tell = getattr(backend_of(device), "get_rng_state", lambda *_: None)
+        states.append(tell(*_arguments(device)))
+    return states
+
+
+def set_generator_states(devices: Sequence[torch.device], states: Sequence[Any]) -> None:
     """Set torch's generators to states that `generator_states` returned for the same devices."""
     torch.set_rng_state(states[0])
     for device, state in zip(devices, states[1:], strict=True):
-        _call(device, "set_rng_state", state)
+        if state is not None:
+            backend_of(device).set_rng_state(state, *_arguments(device))
 
 
 @contextlib.contextmanager
@@ -60,5 +72,5 @@ def forked_generators(devices: Sequence[torch.device]) -> Iterator[None]:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a device has left; None if it does not say."""
-    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    tell = getattr(backend_of(device), "mem_get_info", None)
     return None if tell is None else int(tell(device)[0])

@@ -537,10 +537,10 @@ class RecomputedSteps(InnerProblem):
 
     # -- random numbers --------------------------------------------------------------------------
 
-    def _generators(self) -> list[Tensor]:
+    def _generators(self) -> list[Any]:
         return generator_states(accelerators(self.module.parameters())) if self.random else []
 
-    def _set_generators(self, states: list[Tensor]) -> None:
+    def _set_generators(self, states: list[Any]) -> None:
         if states:
             set_generator_states(accelerators(self.module.parameters()), states)
 

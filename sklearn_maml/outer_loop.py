@@ -561,7 +561,8 @@ class MetaNet(NeuralNet):
                 step_masked(self.optimizer_, ready.finite)
             else:
                 self.optimizer_.step()
-            if not self._has_stepped:
+            # a skipped step leaves no state
+            if not self._has_stepped and any(p.grad is not None for p in ready.trainable.values()):
                 self._has_stepped, ready.signature = True, []
             return step
         step, grads = self._meta_gradient(batch, ready)

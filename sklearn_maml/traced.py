@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_maml.compiled import Compilation, Uncompilable
-from sklearn_maml.devices import accelerators, generator_states, set_generator_states
+from sklearn_maml.devices import (
+    accelerators,
+    backend_of,
+    generator_states,
+    set_generator_states,
+)
 from sklearn_maml.exceptions import EngineFallbackWarning
 
 __all__ = ["Tracer", "Untraceable", "captures", "first_line", "module_key", "settings_key", "trace"]
@@ -411,7 +416,7 @@ def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def captures(device: torch.device) -> bool:
     """Whether torch can capture what it launches on a device."""
-    return hasattr(torch.get_device_module(device), "CUDAGraph")
+    return hasattr(backend_of(device), "CUDAGraph")
 
 
 def _prepared(
@@ -425,7 +430,7 @@ def _prepared(
     if recorded:
         return _launched_at_once(_shared_graph(key, function, inputs, agrees), inputs)
     try:
-        graph = CudaGraph(function, inputs, torch.get_device_module(inputs[0].device))
+        graph = CudaGraph(function, inputs, backend_of(inputs[0].device))
         if not agrees(graph):
             raise Untraceable("its graph gives other numbers than the module")
     except RuntimeError as error:
@@ -442,7 +447,7 @@ def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     if not captures(device):
         return graph
     try:
-        return CudaGraph(graph, inputs, torch.get_device_module(device))
+        return CudaGraph(graph, inputs, backend_of(device))
     except RuntimeError as error:
         warnings.warn(
             "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "

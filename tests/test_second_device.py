@@ -28,6 +28,7 @@ from sklearn_maml import (
     MAMLClassifier,
     MAMLRegressor,
     adapt_predict,
+    class_permutation_audit,
     load,
     optimizers,
     outer_loop,
@@ -40,7 +41,12 @@ from sklearn_maml.exceptions import (
     MetaTrainingError,
     NonFiniteStepWarning,
 )
-from sklearn_maml.inspection import AdaptationCurveDisplay, FewShotFitDisplay, TaskScoresDisplay
+from sklearn_maml.inspection import (
+    AdaptationCurveDisplay,
+    FewShotFitDisplay,
+    MetaTrainingDisplay,
+    TaskScoresDisplay,
+)
 from sklearn_maml.outer_loop import MetaNet
 from sklearn_maml.update_rules import SGD
 
@@ -667,6 +673,17 @@ def test_updates_that_are_not_finite_are_skipped(settings, limit, monkeypatch):
             )
 
 
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")
+def test_first_updates_that_are_skipped_leave_the_optimiser_without_a_state():
+    rows = np.where(np.isin(G, (1, 3, 6))[:, None], np.float32(77), X)
+    cpu, device = both(
+        MAMLRegressor, rows, Y, G, module=Overflow(), meta_batch_size=1, max_iter=8,
+        optimizer="sgd", optimizer__momentum=0.9, optimizer__dampening=0.5, random_state=1,
+    )  # fmt: skip
+    assert cpu.history_[0, "batches", :, "non_finite"][:2] == [1, 1]
+    assert_same(cpu, device)
+
+
 def test_a_skipped_update_is_announced_as_on_the_cpu():
     seen = []
     for device in ("cpu", DEVICE):
@@ -743,6 +760,21 @@ def test_a_warm_start_continues_on_the_device(updates):
     assert_unhindered(updates)
 
 
+def dies_midway(fit):
+    """Begin a fit that dies in its sixth update."""
+    original = MetaNet._meta_gradient
+
+    def die(self, *args):
+        if self.update_ == 5:
+            raise RuntimeError("died")
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetaNet, "_meta_gradient", die)
+        with pytest.raises(RuntimeError, match="died"):
+            fit()
+
+
 @pytest.mark.parametrize("settings", [{}, {"module": dropout()}], ids=["mlp", "dropout"])
 def test_a_fit_resumes_on_the_device(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
@@ -753,17 +785,7 @@ def test_a_fit_resumes_on_the_device(settings, tmp_path, monkeypatch):
         callbacks = [Checkpoint(tmp_path / "fit", every=0)]
         return MAMLRegressor(**settings, callbacks=callbacks).fit(X, Y, groups=G)
 
-    original = MetaNet._meta_gradient
-
-    def die(self, *args):
-        if self.update_ == 5:
-            raise RuntimeError("died")
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetaNet, "_meta_gradient", die)
-        with pytest.raises(RuntimeError, match="died"):
-            fit()
+    dies_midway(fit)
     resumed = fit()
     for a, b in zip(parameters(resumed).values(), parameters(whole).values(), strict=True):
         assert torch.equal(a, b)
@@ -781,17 +803,7 @@ def test_a_fit_resumes_on_another_device(optimizer, begun, tmp_path, monkeypatch
         callbacks = [Checkpoint(tmp_path / "fit", every=0)]
         return MAMLRegressor(**settings, device=device, callbacks=callbacks).fit(X, Y, groups=G)
 
-    original = MetaNet._meta_gradient
-
-    def die(self, *args):
-        if self.update_ == 5:
-            raise RuntimeError("died")
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetaNet, "_meta_gradient", die)
-        with pytest.raises(RuntimeError, match="died"):
-            fit(begun)
+    dies_midway(lambda: fit(begun))
     resumed = fit("cpu" if begun == DEVICE else DEVICE)
     for a, b in zip(parameters(resumed).values(), parameters(whole).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -856,6 +868,17 @@ def test_displays(regressors):
     one = both(MAMLRegressor, X[:, :1], Y, G)
     fits = [FewShotFitDisplay.from_estimator(m, X[:9, :1], Y[:9], steps=[0, 2]) for m in one]
     close([fit.curves for fit in fits])
+
+
+def test_the_course_of_a_fit_and_the_order_of_classes():
+    pytest.importorskip("matplotlib").use("Agg")
+    models = both(MAMLClassifier, X, KINDS, G, n_ways=3, n_shots=2, early_stopping=True)
+    displays = [MetaTrainingDisplay.from_estimator(m) for m in models]
+    close([display.train_loss for display in displays])
+    audits = [
+        class_permutation_audit(m, X, KINDS, groups=G, n_episodes=5, random_state=0) for m in models
+    ]
+    assert audits[0].mean == pytest.approx(audits[1].mean)
 
 
 def test_the_default_model_with_its_standard_deviations():
@@ -971,6 +994,25 @@ def test_a_recorded_step_is_captured_and_replayed(traces, updates):
     assert_unhindered(updates, n_first=2)
     # a replay is one launch: what is left is about the update, not the step
     assert updates[-1].operations < updates[0].operations / 4
+
+
+@pytest.mark.parametrize("module", [None, conv(1)], ids=["recorded", "as they are"])
+def test_a_resumed_fit_captures_again(module, traces, tmp_path, monkeypatch):
+    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    data = (X, Y) if module is None else (IMAGES, Y)
+    settings = {**SMALL, **LONG, "module": module, "device": DEVICE}
+
+    def fit(*callbacks):
+        return MAMLRegressor(**settings, callbacks=list(callbacks)).fit(*data, groups=G)
+
+    with capturing() as graphs:
+        whole = fit()
+        dies_midway(lambda: fit(Checkpoint(tmp_path / "fit", every=0)))
+        resumed = fit(Checkpoint(tmp_path / "fit", every=0))
+    assert len(graphs) >= 3
+    assert graphs[-1].n_replays >= 4
+    for a, b in zip(parameters(resumed).values(), parameters(whole).values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_steps_of_convolutions_are_captured_without_a_record(traces, updates):
