@@ -116,6 +116,10 @@ bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchma
 bench-gate: $(STAMP) ## compare the speed with that of another checkout: ARGS="--against FOLDER"
 	@$(BIN)/python benchmarks/gate.py $(ARGS)
 
+.PHONY: gpu
+gpu: $(STAMP) ## measure a CUDA card, in under eight minutes; ARGS go to benchmarks/gpu.py
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 .PHONY: bench-tabular
 bench-tabular: $(STAMP) ## real collections against baselines (slow); ARGS="--data FOLDER" for all
 	@$(BIN)/python benchmarks/tabular.py $(ARGS)

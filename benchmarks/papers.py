@@ -133,18 +133,21 @@ OMNIGLOT: dict[str, dict[str, Any]] = {
 }
 
 
-def conv4(n_ways: int) -> nn.Sequential:
-    """Four convolutions of stride 2, the network of Finn et al. (2017) for Omniglot."""
+def conv4(n_ways: int, filters: int = FILTERS, *, averages: bool = True) -> nn.Sequential:
+    """Four convolutions of stride 2, the network of Finn et al. (2017) for Omniglot.
+
+    `averages` is whether batch norm keeps running ones, which the library does not use.
+    """
     layers: list[nn.Module] = []
     n_in = 1
     for _ in range(4):
         layers += [
-            nn.Conv2d(n_in, FILTERS, 3, stride=2, padding=1),
-            nn.BatchNorm2d(FILTERS),
+            nn.Conv2d(n_in, filters, 3, stride=2, padding=1),
+            nn.BatchNorm2d(filters, track_running_stats=averages),
             nn.ReLU(),
         ]
-        n_in = FILTERS
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(FILTERS, n_ways))
+        n_in = filters
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, n_ways))
 
 
 class Progress(Callback):
@@ -165,7 +168,7 @@ class Progress(Callback):
 
 
 def draw_episodes(
-    y: np.ndarray, n_ways: int, n_shots: int, seed: int
+    y: np.ndarray, n_ways: int, n_shots: int, seed: int, n_episodes: int = N_EPISODES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row positions of the support and query sets, (n_episodes, n_ways, n_rows)."""
     rng = np.random.default_rng(seed)
@@ -173,7 +176,7 @@ def draw_episodes(
     rows = np.stack(
         [
             rng.permuted(by_class[rng.choice(len(by_class), n_ways, replace=False)], axis=1)
-            for _ in range(N_EPISODES)
+            for _ in range(n_episodes)
         ]
     )
     return rows[..., :n_shots], rows[..., n_shots : n_shots + QUERIES_OF_CLASS]
@@ -195,6 +198,34 @@ def accuracies(
     return np.concatenate(result)
 
 
+def split_characters(
+    rotations: bool = True,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images and classes of 1,200 characters and their quarter turns, and of the other 423."""
+    data = load_omniglot(rotations=rotations)
+    images = data.images.reshape(-1, 1, SIDE, SIDE)
+    character = data.target % 1623  # turned ones are classes 1623, 3246, 4869 further on
+    training = np.random.RandomState(0).permutation(1623)[:N_TRAINING]
+    train = np.isin(character, training)
+    test = ~train & (data.target < 1623)
+    return images[train], data.target[train], images[test], data.target[test]
+
+
+def omniglot_classifier(
+    ways: int, shots: int, seed: int, *, filters: int = FILTERS, **settings: Any
+) -> MAMLClassifier:
+    """Few-shot classifier with conv4, not fitted yet."""
+    torch.manual_seed(seed)  # of the weights that conv4 starts with
+    return MAMLClassifier(
+        module=conv4(ways, filters),
+        n_ways=ways,
+        n_shots=shots,
+        early_stopping=False,  # nothing is chosen by held-out classes
+        random_state=seed,
+        **settings,
+    )
+
+
 def omniglot(
     ways: int,
     shots: int,
@@ -204,15 +235,7 @@ def omniglot(
     overrides: dict[str, Any],
 ) -> None:
     """Meta-train on 1,200 characters and print accuracies on episodes of the other 423."""
-    data = load_omniglot(rotations=True)
-    images = data.images.reshape(-1, 1, SIDE, SIDE)
-    character = data.target % 1623  # turned ones are classes 1623, 3246, 4869 further on
-    training = np.random.RandomState(0).permutation(1623)[:N_TRAINING]
-    train = np.isin(character, training)
-    test = ~train & (data.target < 1623)
-    X, y = images[train], data.target[train]
-    X_new, y_new = images[test], data.target[test]
-    del data, images
+    X, y, X_new, y_new = split_characters()
     support, query = draw_episodes(y_new, ways, shots, seed=1)
     print(
         f"Omniglot, {ways}-way {shots}-shot: accuracy in per cent, ± 95 % interval over "
@@ -222,16 +245,7 @@ def omniglot(
         settings = {"beta": 2e-3, **OMNIGLOT_SETTINGS[ways, shots], **OMNIGLOT[name], **overrides}
         if updates is not None:
             settings["max_iter"] = updates
-        torch.manual_seed(seed)  # of the weights that conv4 starts with
-        clf = MAMLClassifier(
-            module=conv4(ways),
-            n_ways=ways,
-            n_shots=shots,
-            early_stopping=False,  # nothing is chosen by held-out classes
-            random_state=seed,
-            callbacks=[Progress()],
-            **settings,
-        )
+        clf = omniglot_classifier(ways, shots, seed, callbacks=[Progress()], **settings)
         wall, cpu = time.perf_counter(), time.process_time()
         clf.fit(X, y)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -77,7 +77,9 @@ def make_batch(name: str, seed: int, n_tasks: int | None = None) -> Batch:
 class LibraryStep:
     """The library's training step on given batches of tasks: `MetaNet.train_step`, as in `fit`.
 
-    A fit of one update sets everything up; the optimiser is the default one (Adam, 1e-3).
+    A fit of one update sets everything up; the optimiser is the default one (Adam, 1e-3). The
+    batches lie on the device. `updates_left` is the length of the fit that the step is taken to be
+    in the middle of; in one of 0 the engine climbs nowhere. Other settings are the estimator's.
     """
 
     def __init__(
@@ -89,10 +91,14 @@ class LibraryStep:
         steps: int,
         classification: bool,
         meta_gradient: str = "second-order",
+        device: str = "cpu",
+        rung: str = "auto",
+        updates_left: int = 20_000,
+        **settings: Any,
     ) -> None:
         from sklearn_maml.episodes import EpisodeBatch, Rows
 
-        settings: dict[str, Any] = {
+        settings = {
             "update_rule": "sgd",
             "module": module,
             "alpha": alpha,
@@ -103,8 +109,9 @@ class LibraryStep:
             "meta_batch_size": len(batches[0][0]),
             "max_iter": 1,
             "early_stopping": False,
-            "device": "cpu",
+            "device": device,
             "random_state": 0,
+            **settings,
         }
         if classification:
             self.estimator: Any = MAMLClassifier(**settings)
@@ -112,18 +119,24 @@ class LibraryStep:
             self.estimator = MAMLRegressor(normalize_y=False, **settings)
         self.estimator.fit(list(zip(*batches[0], strict=True)))
         self.net = self.estimator.net_
-        self.net.engine = self.estimator._make_engine(self.estimator.module_)
+        self.net.engine = self.estimator._make_engine(self.estimator.module_, rung)
         n_rows = sum(batches[0][k].shape[1] for k in (0, 2))
         sizes = {"n_tasks": len(batches[0][0]), "n_rows": n_rows, "steps": steps}
-        self.net.engine.expect(1_000, 20_000, **sizes)  # in the middle of a long fit
+        if updates_left:
+            self.net.engine.expect(1_000, updates_left, **sizes)
         self.alpha, self.steps = alpha, steps
 
         def rows(X: np.ndarray, y: np.ndarray) -> Rows:
-            target = torch.from_numpy(y)
-            return Rows(torch.from_numpy(X), target if classification else target.unsqueeze(-1))
+            target = torch.from_numpy(y).contiguous()  # as `fit` draws them
+            return Rows(
+                torch.from_numpy(X).contiguous(), target if classification else target.unsqueeze(-1)
+            )
 
         self.raw = batches
-        self.batches = [EpisodeBatch(rows(b[0], b[1]), rows(b[2], b[3])) for b in batches]
+        self.batches = [
+            EpisodeBatch(rows(b[0], b[1]), rows(b[2], b[3])).to(torch.device(device))
+            for b in batches
+        ]
         self.start = {name: p.detach().clone() for name, p in module.named_parameters()}
         self.reset()
         self._limit = contextlib.ExitStack()  # as `fit` limits torch's threads
@@ -133,6 +146,10 @@ class LibraryStep:
     @staticmethod
     def _sets(batch: Any) -> tuple[Any, Any]:
         return batch.support, batch.query
+
+    def close(self) -> None:
+        """Undo the limits that `fit` sets to the process."""
+        self._limit.close()
 
     def reset(self) -> None:
         """Put the initial weights back."""
@@ -154,20 +171,23 @@ class LibraryStep:
             alpha=self.alpha,
             steps=self.steps,
         )
-        grads = {name.removeprefix("module."): g.numpy() for name, g in step.grads.items()}
+        grads = {name.removeprefix("module."): g.cpu().numpy() for name, g in step.grads.items()}
         return step.losses.mean().item(), grads
 
-    def step(self, i: int) -> float:
-        """Make one meta-update."""
+    def train(self, i: int) -> torch.Tensor:
+        """Make one meta-update; returns the loss as the step does."""
         if self._since == UPDATES_PER_EPOCH:
             self._begin_epoch()
         self._since += 1
         self.net.history.new_batch()
-        # the collate function belongs to the step; `fit` reports the loss it returns as a number
-        loss: float = self.net.train_step(use_batch(self.batches[i % len(self.batches)]))[
-            "loss"
-        ].item()
+        # the collate function belongs to the step
+        batch = use_batch(self.batches[i % len(self.batches)])
+        loss: torch.Tensor = self.net.train_step(batch)["loss"]
         return loss
+
+    def step(self, i: int) -> float:
+        """Make one meta-update; `fit` reports the loss as a number."""
+        return self.train(i).item()
 
     def adapt_predict(self, i: int) -> np.ndarray:
         """Outputs (tasks, rows, outputs) of adapted tasks, by the public methods."""
@@ -184,9 +204,25 @@ class LibraryStep:
 class PlainLoop:
     """MAML written down plainly: one task after another, autograd through the inner steps."""
 
-    def __init__(self, module: nn.Module, batches: list[Batch], alpha: float, steps: int) -> None:
-        self.module, self.alpha, self.steps = module, alpha, steps
-        self.batches = [tuple(map(torch.from_numpy, batch)) for batch in batches]
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: list[Batch],
+        alpha: float,
+        steps: int,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        second_order: bool = True,
+    ) -> None:
+        self.module, self.alpha, self.steps = module.to(device, dtype), alpha, steps
+        self.second_order = second_order
+
+        def move(values: np.ndarray) -> torch.Tensor:
+            tensor = torch.from_numpy(values)
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        self.batches = [tuple(map(move, batch)) for batch in batches]
         self.optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
 
     def loss(self, params: dict[str, torch.Tensor], X: torch.Tensor, y: torch.Tensor) -> Any:
@@ -195,36 +231,51 @@ class PlainLoop:
             return nn.functional.mse_loss(output.squeeze(-1), y)
         return nn.functional.cross_entropy(output, y)
 
+    def adapted(self, X: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Parameters after the inner steps."""
+        params = dict(self.module.named_parameters())
+        for _ in range(self.steps):
+            grads = torch.autograd.grad(
+                self.loss(params, X, y), params.values(), create_graph=self.second_order
+            )
+            params = {
+                name: p - self.alpha * g for (name, p), g in zip(params.items(), grads, strict=True)
+            }
+        return params
+
     def backward(self, i: int) -> float:
         batch = self.batches[i % len(self.batches)]
-        n_tasks, total = len(batch[0]), 0.0
+        n_tasks, total = len(batch[0]), batch[0].new_zeros(())
         self.optimizer.zero_grad()
         for X_support, y_support, X_query, y_query in zip(*batch, strict=True):
-            params = dict(self.module.named_parameters())
-            for _ in range(self.steps):
-                grads = torch.autograd.grad(
-                    self.loss(params, X_support, y_support), params.values(), create_graph=True
-                )
-                params = {
-                    name: p - self.alpha * g
-                    for (name, p), g in zip(params.items(), grads, strict=True)
-                }
+            params = self.adapted(X_support, y_support)
             loss = self.loss(params, X_query, y_query) / n_tasks
             loss.backward()
-            total += loss.item()
-        return total
+            total += loss.detach()
+        return total.item()
+
+    def meta_grad(self, i: int) -> tuple[float, dict[str, np.ndarray]]:
+        """Mean query loss and its gradient, without an update."""
+        loss = self.backward(i)
+        return loss, {n: p.grad.cpu().numpy() for n, p in self.module.named_parameters()}
 
     def step(self, i: int) -> float:
         loss = self.backward(i)
         self.optimizer.step()
         return loss
 
+    def adapt_predict(self, i: int) -> np.ndarray:
+        """Outputs (tasks, rows, outputs) of adapted tasks."""
+        X_support, y_support, X_query, _ = self.batches[i % len(self.batches)]
+        outputs = []
+        for X, y, X_new in zip(X_support, y_support, X_query, strict=True):
+            outputs.append(functional_call(self.module, self.adapted(X, y), (X_new,)).detach())
+        return torch.stack(outputs).cpu().numpy()
 
-def gradient_error(ours: LibraryStep, loop: PlainLoop) -> float:
-    """Norm of the difference of their meta-gradients, relative to that of the loop's."""
-    _, grads = ours.meta_grad(0)
-    loop.backward(0)
-    pairs = [(grads[n], p.grad.numpy()) for n, p in loop.module.named_parameters()]
+
+def relative_error(grads: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """Norm of the difference, relative to that of the reference."""
+    pairs = [(grads[name].astype(np.float64), value) for name, value in reference.items()]
     difference = sum(((a - b) ** 2).sum() for a, b in pairs)
     return float(np.sqrt(difference / sum((b**2).sum() for _, b in pairs)))
 
@@ -265,7 +316,7 @@ def meta_steps(seconds: float) -> None:
             make_mlp(sizes), batches, alpha=alpha, steps=steps, classification=classification
         )
         loop = PlainLoop(make_mlp(sizes), batches, alpha, steps)
-        error = gradient_error(ours, loop)
+        error = relative_error(ours.meta_grad(0)[1], loop.meta_grad(0)[1])
         a, b = take_turns([ours.step, loop.step], seconds / len(WORKLOADS))
         print(
             f"{name:8s}{1e3 * statistics.median(a):9.2f} ms{1e3 * statistics.median(b):10.2f} ms"

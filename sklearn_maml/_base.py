@@ -929,23 +929,25 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         return net
 
     def _resolve_device(self) -> torch.device:
-        if str(self.device) == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        automatic = str(self.device) == "auto"
+        if automatic and not torch.cuda.is_available():
+            return torch.device("cpu")
         try:
-            device = torch.device(self.device)
+            device = torch.device("cuda" if automatic else self.device)
         except RuntimeError as error:
             raise ValueError(
                 f"device={self.device!r} is not a torch device. Expected 'auto', 'cpu', 'cuda' or "
                 "'cuda:0', ..."
             ) from error
         try:
-            torch.zeros(1, device=device).cpu()
+            probe = torch.zeros(1, device=device)
+            probe.cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(
                 f"device={self.device!r} was asked for, but torch has no such device here. Use "
                 "device='auto' to take CUDA where there is one."
             ) from error
-        return device
+        return probe.device  # with its number, as tensors have it
 
     def _resolve_optimizer(self) -> Any:
         if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import numbers
 import sys
 import time
@@ -15,7 +14,7 @@ from sklearn.base import BaseEstimator
 
 from sklearn_maml.devices import generator_states, is_host, set_generator_states
 from sklearn_maml.exceptions import FileFormatError
-from sklearn_maml.optimizers import without_compiler
+from sklearn_maml.optimizers import load_state, without_compiler
 from sklearn_maml.storage import Decoder, Encoder, digest_of, read_tree, write_tree
 
 __all__ = ["Checkpoint", "CheckpointedFit", "begin_checkpointed", "net_state", "restore_net"]
@@ -346,8 +345,7 @@ def restore_net(net: Any, state: dict[str, Any]) -> None:
 
     vars(net).update(state["counters"])
     net.history_ = History(state["history"])
-    with without_compiler():
-        net.optimizer_.load_state_dict(copy.deepcopy(state["optimizer"]))
+    load_state(net.optimizer_, state["optimizer"])
 
 
 # -- callbacks -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -675,14 +676,14 @@ class Engine:
     def threads(self, n_rows: int) -> Any:
         """Context that limits torch to one thread if passes over `n_rows` rows are small.
 
-        The limit holds for the calling thread alone. On CUDA, the context sets the precision
-        "tf32", which holds for the process.
+        The limit holds for the calling thread alone. On CUDA, the context allows TF32 or, where
+        torch itself would take it for convolutions, forbids it; that holds for the process.
         """
-        if self.precision == "tf32" and not self._on_cpu:
-            return _tf32()
+        if not self._on_cpu:
+            return _tf32(self.precision == "tf32")
         spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
         work = n_rows * sum(p.numel() for p in self.module.parameters())
-        if spatial or work > SMALL_WORK or next(self.module.parameters()).device.type != "cpu":
+        if spatial or work > SMALL_WORK:
             return contextlib.nullcontext()
         return one_thread()
 
@@ -1434,6 +1435,29 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, EngineFallbackWarning, stacklevel=3)
 
 
+# what brings back the settings before each context that has begun, in any thread
+_bring_back: list[list[Callable[[], Any]]] = []
+_precision_lock = threading.Lock()
+
+
+def _kept_precision(products: bool) -> list[Callable[[], Any]]:
+    """Return calls that set the precision of cuDNN's layers, and of products, to that of now."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        kept: list[Callable[[], Any]] = [
+            functools.partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        ]
+    except RuntimeError:  # somebody has set convolutions and recurrent layers, each by itself
+        kept = [
+            functools.partial(setattr, kind, "fp32_precision", kind.fp32_precision)
+            for kind in (cudnn.conv, cudnn.rnn)
+        ]
+    if products:
+        now = torch.get_float32_matmul_precision()
+        kept.append(functools.partial(torch.set_float32_matmul_precision, now))
+    return kept
+
+
 @contextlib.contextmanager
 def _without_cudnn(attends: bool) -> Iterator[None]:
     """Run recurrent layers, and attention beside them, on kernels of torch's own.
@@ -1451,15 +1475,23 @@ def _without_cudnn(attends: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 in matrix products and cuDNN's layers, or forbid it in the latter.
+
+    torch's own default allows it in cuDNN's layers alone. It holds for the process; where threads
+    overlap, the first setting comes back with the last of them.
+    """
+    with _precision_lock:
+        _bring_back.append(_kept_precision(products=allowed))
+        torch.backends.cudnn.allow_tf32 = allowed
+        if allowed:
+            torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        with _precision_lock:
+            for call in _bring_back.pop():
+                call()
 
 
 @functools.cache

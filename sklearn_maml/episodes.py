@@ -178,59 +178,52 @@ def put_back(parts: Sequence[Tensor], places: Sequence[np.ndarray]) -> Tensor:
     return pick(torch.cat(list(parts)), np.argsort(np.concatenate(places)))
 
 
-def to_device(batches: list[EpisodeBatch], device: torch.device) -> list[EpisodeBatch]:
-    """Move batches to a device: all tensors of a type at once.
-
-    Moves cost by their number there, and cannot be made while the device computes.
-    """
-    tensors: dict[int, Tensor] = {}
-    padded: dict[int, Tensor] = {}
-
-    def note(rows: Rows) -> None:
-        for t in (rows.X, rows.y, rows.weight, rows.index):
-            if t is not None and t.device != device:
-                tensors[id(t)] = t
-        if rows.lengths is not None and rows.places is None and not is_host(device):
-            filled = np.arange(rows.X.shape[1]) < rows.lengths[:, None]
-            padded[id(rows)] = places = torch.from_numpy(np.flatnonzero(filled))
-            tensors[id(places)] = places
-
+def _rows_of(batches: list[EpisodeBatch]) -> dict[int, Rows]:
+    """Return the rows of batches, also those that are prepared, each once and by its identity."""
     each = [b for batch in batches for b in (batch, batch.prepared) if b is not None]
-    for batch in each:
-        note(batch.support)
-        if batch.query is not batch.support:
-            note(batch.query)
-    moved: dict[int, Tensor] = {}
+    return {id(rows): rows for b in each for rows in (b.support, b.query)}
+
+
+def _exchange(batch: EpisodeBatch, rows: dict[int, Rows]) -> EpisodeBatch:
+    """Put other rows in the places of those that `_rows_of` returned."""
+    prepared = None if batch.prepared is None else _exchange(batch.prepared, rows)
+    support, query = rows[id(batch.support)], rows[id(batch.query)]
+    return dataclasses.replace(batch, support=support, query=query, prepared=prepared)
+
+
+def _cut(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut items that lie end to end into tensors of the shapes of others."""
+    parts = whole.split([t.numel() for t in like])
+    return [part.view(*t.shape, *whole.shape[1:]) for part, t in zip(parts, like, strict=True)]
+
+
+def to_device(batches: list[EpisodeBatch], device: torch.device) -> list[EpisodeBatch]:
+    """Move batches to a device: all tensors of a type at once, which costs as much as one."""
+    fields = {}
+    for key, rows in _rows_of(batches).items():
+        places = rows.places
+        if rows.lengths is not None and places is None and not is_host(device):
+            filled = np.arange(rows.X.shape[1]) < rows.lengths[:, None]
+            places = torch.from_numpy(np.flatnonzero(filled))
+        fields[key] = (rows.X, rows.y, rows.weight, places, rows.index), rows.lengths
+    tensors = {id(t): t for part, _ in fields.values() for t in part if t is not None}
+    moved: dict[int, Tensor] = dict(tensors)
     for kind in dict.fromkeys((t.dtype, t.device) for t in tensors.values()):
         some = {k: t for k, t in tensors.items() if (t.dtype, t.device) == kind}
-        if is_host(device) or len(some) == 1:
-            moved |= {k: t.to(device) for k, t in some.items()}
+        if kind[1] == device:
             continue
         whole = torch.cat([t.flatten() for t in some.values()])
-        if device.type == "cuda" and is_host(kind[1]):
-            whole = whole.pin_memory()  # the host need not wait for the move
-        parts = whole.to(device, non_blocking=True).split([t.numel() for t in some.values()])
-        moved |= {k: part.view(t.shape) for (k, t), part in zip(some.items(), parts, strict=True)}
+        pinned = device.type == "cuda" and is_host(kind[1])  # the host need not wait for the move
+        whole = (whole.pin_memory() if pinned else whole).to(device, non_blocking=pinned)
+        moved.update(zip(some, _cut(whole, list(some.values())), strict=True))
 
-    def place(rows: Rows) -> Rows:
-        X, y, weight, index = (
-            t if t is None else moved.get(id(t), t)
-            for t in (rows.X, rows.y, rows.weight, rows.index)
-        )
-        places = rows.places
-        if id(rows) in padded:
-            places = moved[id(padded[id(rows)])]
-        assert X is not None
-        assert y is not None
-        return Rows(X, y, weight, rows.lengths, places, index)
+    def place(part: tuple[Any, ...], lengths: np.ndarray | None) -> Rows:
+        values: list[Any] = [t if t is None else moved[id(t)] for t in part]
+        X, y, weight, places, index = values
+        return Rows(X, y, weight, lengths, places, index)
 
-    def place_all(batch: EpisodeBatch) -> EpisodeBatch:
-        prepared = None if batch.prepared is None else place_all(batch.prepared)
-        return dataclasses.replace(
-            batch, support=place(batch.support), query=place(batch.query), prepared=prepared
-        )
-
-    return [place_all(batch) for batch in batches]
+    new = {key: place(*value) for key, value in fields.items()}
+    return [_exchange(batch, new) for batch in batches]
 
 
 def pad_rows(
@@ -298,12 +291,7 @@ def _centered(batch: EpisodeBatch) -> EpisodeBatch:
         shape = (len(mean), *[1] * (rows.y.ndim - 2), mean.shape[-1])
         return dataclasses.replace(rows, y=rows.y - mean.view(shape))
 
-    prepared = batch.prepared
-    if prepared is not None:
-        prepared = EpisodeBatch(center(prepared.support), center(prepared.query))
-    return dataclasses.replace(
-        batch, support=center(batch.support), query=center(batch.query), prepared=prepared
-    )
+    return _exchange(batch, {key: center(rows) for key, rows in _rows_of([batch]).items()})
 
 
 def _prepared(
@@ -321,30 +309,20 @@ def _gathered(
 
     With `labelled`, the targets are there already.
     """
-    each = [b for batch in batches for b in (batch, batch.prepared) if b is not None]
-    places = {id(r.X): r.X for batch in each for r in (batch.support, batch.query)}
+    rows = _rows_of(batches)
+    places = {id(r.X): r.X for r in rows.values()}
     index = torch.cat([t.flatten() for t in places.values()])
 
     def gather(values: Tensor) -> dict[int, Tensor]:
-        parts = values.index_select(0, index).split([t.numel() for t in places.values()])
-        return {
-            k: part.view(*t.shape, *values.shape[1:])
-            for (k, t), part in zip(places.items(), parts, strict=True)
-        }
+        parts = _cut(values.index_select(0, index), list(places.values()))
+        return dict(zip(places, parts, strict=True))
 
     features, targets = gather(X), {} if labelled else gather(y)
-
-    def fill(rows: Rows) -> Rows:
-        own = id(rows.X)
-        return dataclasses.replace(rows, X=features[own], y=targets.get(own, rows.y))
-
-    def fill_all(batch: EpisodeBatch) -> EpisodeBatch:
-        prepared = None if batch.prepared is None else fill_all(batch.prepared)
-        return dataclasses.replace(
-            batch, support=fill(batch.support), query=fill(batch.query), prepared=prepared
-        )
-
-    return [fill_all(batch) for batch in batches]
+    new = {
+        key: dataclasses.replace(r, X=features[id(r.X)], y=targets.get(id(r.X), r.y))
+        for key, r in rows.items()
+    }
+    return [_exchange(batch, new) for batch in batches]
 
 
 def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatches: int = 1) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ __all__ = [
     "can_fuse",
     "can_mask",
     "has_fused_kernel",
+    "load_state",
     "settings_on",
     "step_fused",
     "step_masked",
@@ -59,10 +61,20 @@ def without_compiler() -> Iterator[None]:
             delattr(function, _EXEMPT)
 
 
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Give an optimiser the state of another one, which may have been on another device."""
+    state = copy.deepcopy(state)
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        # they say where the count of steps is kept, and are for the device at hand
+        group.update({name: own[name] for name in ("fused", "capturable") if name in own})
+    with without_compiler():
+        optimizer.load_state_dict(state)
+
+
 def settings_on(
     optimizer: Any, chosen: dict[str, Any], params: Sequence[nn.Parameter], device: torch.device
 ) -> dict[str, Any]:
-    """Return settings of an optimiser that make its steps cheap, where the user chose none."""
+    """Return settings of an optimiser class that make its steps cheap, unless the user chose."""
     if can_fuse(optimizer, chosen, params, device):
         return {"fused": True}
     free = not {"fused", *_OTHER_CODE} & chosen.keys()
@@ -318,9 +330,7 @@ class FlatStep:
 
     def step(self, grad: Tensor, bad: Tensor | None = None) -> None:
         """Make a step for the gradients of all parameters, end to end; for `bad` see above."""
-        self.steps += 1
-        if bad is not None:
-            self.steps -= bad
+        self.steps += 1 if bad is None else 1 - bad
         _run(self.kernel, self.group, [self.flat], [grad], self.moments, [self.steps[0]], bad)
 
     def release(self) -> None:

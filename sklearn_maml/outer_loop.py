@@ -44,6 +44,7 @@ from sklearn_maml.optimizers import (
     begin,
     can_mask,
     has_fused_kernel,
+    load_state,
     step_fused,
     step_masked,
     without_compiler,
@@ -310,6 +311,9 @@ class _Prepared:
     # whether the host decides if an update is made: it reads its loss, which an accelerator would
     # have to be waited for
     on_host: bool
+    # otherwise whether the update at hand is to be made, and 1 where it is to be skipped, else 0
+    finite: Tensor | None = None
+    bad: Tensor | None = None
 
 
 def count_epochs(n_updates: int, with_head: bool) -> int:
@@ -428,8 +432,6 @@ class MetaNet(NeuralNet):
         self._is_host = is_host(self.device)
         # whether the optimiser has the state that a step leaves to the next
         self._has_stepped = self._is_host
-        # whether the update at hand is to be made, where the device alone knows
-        self._finite: Tensor | None = None
         # rows of the history, and what is to be read from the device for them
         self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # of the generators of data loaders before an interruption
@@ -447,7 +449,8 @@ class MetaNet(NeuralNet):
                 for group in self.optimizer_.param_groups
             ]
             with without_compiler():
-                self.optimizer_.load_state_dict(copy.deepcopy(net.optimizer_.state_dict()))
+                state = net.optimizer_.state_dict()
+            load_state(self.optimizer_, state)
             for group, own in zip(self.optimizer_.param_groups, settings, strict=True):
                 # rates and the like are those of now; none are left of an earlier schedule
                 for name in group.keys() - own.keys() - {"params"}:
@@ -534,8 +537,8 @@ class MetaNet(NeuralNet):
                 for name, p in self.module_.named_parameters():
                     if p.grad is not None and not name.startswith("head."):
                         grad = p.grad
-                        if self._finite is not None:
-                            grad = torch.where(self._finite, grad, 0.0)
+                        if ready.finite is not None:
+                            grad = torch.where(ready.finite, grad, 0.0)
                         p.add_(grad, alpha=-size)
                         p.grad = None
             if self.joint is not None:
@@ -548,9 +551,9 @@ class MetaNet(NeuralNet):
             step = self.train_step_single(batch, **fit_params)
             self._notify_grad(batch)
             if ready.fused:
-                step_fused(self.optimizer_, self._bad())
-            elif self._finite is not None:
-                step_masked(self.optimizer_, self._finite)
+                step_fused(self.optimizer_, ready.bad)
+            elif ready.finite is not None:
+                step_masked(self.optimizer_, ready.finite)
             else:
                 self.optimizer_.step()
             if not self._has_stepped:
@@ -564,15 +567,14 @@ class MetaNet(NeuralNet):
             changed = None if grad is None else ready.flat.seen(grad)
             if changed is None:
                 self._release()
-                self.optimizer_.step()
+                if ready.bad is None:
+                    self.optimizer_.step()
+                else:
+                    step_fused(self.optimizer_, ready.bad)
             grad = changed
         if grad is not None:
-            ready.flat.step(grad, self._bad())
+            ready.flat.step(grad, ready.bad)
         return step
-
-    def _bad(self) -> Tensor | None:
-        """1 where the update at hand is to be skipped, else 0; None if it is known to be made."""
-        return None if self._finite is None else 1.0 - self._finite.float()
 
     def _notify_grad(self, batch: Any) -> None:
         if self._listeners("on_grad_computed"):
@@ -601,8 +603,8 @@ class MetaNet(NeuralNet):
         """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
 
         The gradients are those of the trainable parameters, or one vector for `FlatStep`. Where
-        the host does not decide, they are returned in any case, and `_finite` says whether they
-        are.
+        the host does not decide, they are returned in any case, and `ready.finite` says whether
+        they are.
         """
         episodes, device = batch[0], torch.device(self.device)
         if episodes.query.X.device != device:
@@ -628,27 +630,25 @@ class MetaNet(NeuralNet):
         else:
             length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         pieces = grads if whole is None else [whole]
-        gradient = grads if ready.flat is None or whole is None else [whole]
+        gradient: list[Tensor] | None = pieces if ready.flat is not None else grads
         self._decay_rate()
-        self._finite = None
-        if not ready.on_host:
-            self._finite = finite = torch.isfinite(loss + length)
+        self.update_ += 1
+        if ready.on_host:
+            norm = length.item()
+            made = math.isfinite(loss.item()) and math.isfinite(norm)
+            if made and self.max_grad_norm is not None and norm > self.max_grad_norm:
+                torch._foreach_mul_(pieces, self.max_grad_norm / norm)
+            self._row()["non_finite"] = int(not made)
+            if not made:
+                self._note_non_finite(episodes, self.update_)
+                loss, gradient = torch.full_like(loss, math.nan), None
+        else:
+            ready.finite = finite = torch.isfinite(loss) & torch.isfinite(length)
+            ready.bad = 1.0 - finite.float()
             if self.max_grad_norm is not None:
                 torch._foreach_mul_(pieces, (self.max_grad_norm / length).clamp(max=1.0))
-            self.update_ += 1
             loss = torch.where(finite, loss, math.nan)
-            return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
-        norm = length.item()
-        is_finite = math.isfinite(loss.item()) and math.isfinite(norm)
-        if is_finite and self.max_grad_norm is not None and norm > self.max_grad_norm:
-            torch._foreach_mul_(pieces, self.max_grad_norm / norm)
-        self._row()["non_finite"] = int(not is_finite)
-        self.update_ += 1
-        if not is_finite:
-            self._note_non_finite(episodes, self.update_)
-            loss = torch.full_like(loss, math.nan)
-        outcome = {"loss": loss, "y_pred": episodes.query.real(step.outputs)}
-        return outcome, gradient if is_finite else None
+        return {"loss": loss, "y_pred": episodes.query.real(step.outputs)}, gradient
 
     def _joint_gradient(
         self, step: Any, episodes: EpisodeBatch, ready: _Prepared
@@ -657,7 +657,6 @@ class MetaNet(NeuralNet):
         of_head = {n: g for n, g in step.grads.items() if n.startswith("head.")}
         grads = {**step.grads, **(clip_members(of_head) if of_head else {})}
         own = [n for n in ready.trainable if not n.startswith("head.")]
-        self._finite = None  # what is not is zero
         finite: Tensor | None = None
         if own and self.joint.engine is not None:
             if self.symmetric_head is not None:
@@ -671,6 +670,8 @@ class MetaNet(NeuralNet):
                 factor = (self.max_grad_norm / norm).clamp(max=1.0)
             grads.update({n: torch.where(finite, factor * grads[n], 0.0) for n in own})
         self._decay_rate()
+        rate = next(g["lr"] for g in self.optimizer_.param_groups if g.get("of_head"))
+        self.joint.shrink(ready.meta_params, rate)
         self.update_ += 1
         if not ready.on_host:
             skipped = step.losses.new_zeros(()) if finite is None else (~finite).to(step.losses)
@@ -1059,7 +1060,7 @@ class MetaNet(NeuralNet):
 
     def _is_read(self) -> bool:
         """Whether callbacks may read the losses of a batch when it has been run."""
-        listeners = (method.__self__ for method in self._listeners("on_batch_end"))
+        listeners = (getattr(m, "__self__", None) for m in self._listeners("on_batch_end"))
         return not all(
             isinstance(c, EpochScoring)
             or (isinstance(c, LRScheduler) and c.policy_ is not ReduceLROnPlateau)

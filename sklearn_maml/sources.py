@@ -32,7 +32,10 @@ VALIDATION_TASKS = 100
 # Gaussian head (docs/defaults.md has what these were compared with): members, and tasks from which
 # on some are held out from each; sizes of support sets, log-uniform, and query rows
 N_MEMBERS, LEAST_TASKS = 5, 4
-HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 20
+HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
+# Rows of all classes together in episodes that have as many of each: of every second meta-batch,
+# so that support sets with a row of each class are learned from beside those that come as they do
+HEAD_ROWS_BY_CLASS = 10
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
 UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
@@ -246,14 +249,27 @@ class CrossFitted:
         ]
         natural = source.options["n_ways"] is None and source.options["n_shots"] is None
         self.options = {**source.options, "by_class": not natural}
-        self.sampler = EpisodeSampler(
-            tasks,
-            n_queries=HEAD_QUERIES if natural else source.n_queries,
-            support_range=HEAD_SUPPORT,
-            keep_index=True,
-            **self.options,
-        )
-        self.bytes_of_episode = self.sampler.bytes_of_episode()
+        self.samplers = [
+            EpisodeSampler(
+                tasks,
+                n_queries=HEAD_QUERIES if natural else source.n_queries,
+                support_range=HEAD_SUPPORT,
+                keep_index=True,
+                **self.options,
+            )
+        ]
+        if natural and source.options["classification"] and tasks.in_query is None:
+            of_class = max(HEAD_ROWS_BY_CLASS // (int(tasks.y.max()) + 1), 1)
+            self.samplers.append(
+                EpisodeSampler(
+                    tasks,
+                    n_queries=of_class,
+                    support_range=(1, of_class),
+                    keep_index=True,
+                    **source.options,
+                )
+            )
+        self.bytes_of_episode = self.samplers[0].bytes_of_episode()
         self.held = self.folds[0] if with_steps and holds_out else np.arange(0)
         self.kept = np.setdiff1d(np.arange(tasks.n_tasks), self.held)
         self.n_train = len(self.kept)
@@ -271,14 +287,27 @@ class CrossFitted:
 
     def _draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
         which, of_steps = self._with_held_out(which, rng)
-        return self._marked(self.sampler.sample_batches(which, rng), of_steps, rng)
+        batches = self._in_turn(which, lambda s, part: s.sample_batches(part, rng))
+        return self._marked(batches, of_steps, rng)
 
     def _draw_on(
         self, device: Any, which: np.ndarray, rng: np.random.Generator, prepare: Any
     ) -> list[EpisodeBatch]:
         which, of_steps = self._with_held_out(which, rng)
         # what gradient steps prepare is of their own tasks
-        return self._marked(self.sampler.sample_on(device, which, rng), of_steps, rng)
+        batches = self._in_turn(which, lambda s, part: s.sample_on(device, part, rng))
+        return self._marked(batches, of_steps, rng)
+
+    def _in_turn(
+        self, which: np.ndarray, sample: Callable[[EpisodeSampler, np.ndarray], list[EpisodeBatch]]
+    ) -> list[EpisodeBatch]:
+        """Batches of the samplers in turn."""
+        n = len(self.samplers)
+        parts = [
+            sample(sampler, which[k::n]) if len(which) > k else []
+            for k, sampler in enumerate(self.samplers)
+        ]
+        return [parts[k % n][k // n] for k in range(len(which))]
 
     def _with_held_out(
         self, which: np.ndarray, rng: np.random.Generator
@@ -302,7 +331,8 @@ class CrossFitted:
 
     def _n_given(self, batch: EpisodeBatch, rng: np.random.Generator) -> int | None:
         """Rows to condition on in place of the support set, if fewer: it learns from none, too."""
-        if self.options["by_class"] or self.sampler.tasks.in_query is not None:
+        sampler = self.samplers[0]
+        if sampler.by_class or sampler.classification or sampler.tasks.in_query is not None:
             return None
         drawn = int(np.exp(rng.uniform(0, np.log(HEAD_SUPPORT[1] + 1)))) - 1
         return drawn if drawn < min(HEAD_SUPPORT[0], batch.support.X.shape[1]) else None

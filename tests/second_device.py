@@ -41,7 +41,10 @@ CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # operations whose result has a size that depends on values, which the host waits for
 SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique2"}
 # what autocast computes in bfloat16 on accelerators, and in float32
-LOW_PRECISION = ("mm", "bmm", "addmm", "addmv", "baddbmm", "convolution", "linear", "matmul", "conv1d", "conv2d", "conv3d")
+LOW_PRECISION = (
+    "mm", "bmm", "addmm", "addmv", "baddbmm", "linear", "matmul", "convolution", "conv1d",
+    "conv2d", "conv3d",
+)  # fmt: skip
 HIGH_PRECISION = (
     "exp", "log", "log_softmax.int", "softmax.int", "nll_loss", "mse_loss", "logsumexp",
     "sum", "sum.dim_IntList", "pow.Tensor_Scalar", "layer_norm",

@@ -9,7 +9,9 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import Engine
+from sklearn_maml.engine import Engine, _tf32, squared_error_rows
+from sklearn_maml.meta_gradients import SecondOrder
+from sklearn_maml.update_rules import SGD
 
 X, Y, G = make_sinusoid_tasks(n_tasks=12, n_rows=20, random_state=0)
 X32, Y32 = X.astype(np.float32), Y.astype(np.float32)
@@ -92,6 +94,45 @@ def test_tf32_changes_nothing_on_the_cpu():
     full, rounded = fitted(X32, Y32), fitted(X32, Y32, precision="tf32")
     for a, b in zip(full.module_.parameters(), rounded.module_.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("full", False), ("tf32", True)])
+def test_convolutions_are_rounded_on_an_accelerator_only_if_asked_for(precision, allowed):
+    # torch's own default rounds them
+    engine = Engine(
+        nn.Linear(2, 1, device="meta"),
+        row_loss=squared_error_rows,
+        rule=SGD(),
+        meta_gradient=SecondOrder(),
+        adapted=["weight", "bias"],
+        precision=precision,
+    )
+    before = torch.backends.cudnn.allow_tf32
+    assert before
+    outer, inner = engine.threads(8), engine.threads(8)
+    outer.__enter__()
+    inner.__enter__()
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    outer.__exit__(None, None, None)  # of another thread, say: not in the order of nesting
+    inner.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_precision_of_the_users_own_comes_back():
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(conv, "fp32_precision"):
+        pytest.skip("this torch has one setting for all")
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"  # another than that of recurrent layers
+    try:
+        with _tf32(False):
+            assert not torch.backends.cudnn.allow_tf32
+        assert conv.fp32_precision == "ieee"
+    finally:
+        conv.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def test_an_unknown_precision_is_refused():

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -31,7 +32,7 @@ __all__ = ["Conditioned", "GaussianHead", "MLPBody", "ModuleBody"]
 Params = dict[str, Tensor]
 
 BEYOND = 1e4  # standard deviations at which features are cut off
-NEWTON_STEPS = 8
+CODE = 8.0  # of a class, before meta-training
 MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
 
@@ -140,6 +141,8 @@ class GaussianHead(nn.Module):
         self.factor = _parameter(factors)
         self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
         self.log_noise = _parameter(0.5 * np.log(ratio))
+        if classification:
+            self.log_code = _parameter(np.full((len(starts), 1), math.log(CODE)))
         if amplitudes.shape[1] > 1:
             self.log_amplitude = _parameter(np.log(amplitudes[:, 1:]))
         self.register_buffer("center", torch.tensor(center, dtype=torch.float64))
@@ -348,15 +351,17 @@ class HeadFunctions:
             m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
         A = S * m
         solve, factor = self._solver(A)
+        return Posterior(solve(m * (self._coded(y) - prior)), A, factor)
+
+    def _coded(self, y: Tensor) -> Tensor:
+        """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on.
+
+        Classes become codes, whose size is learned; the conditioned mean is their logits.
+        """
         if not self.head.classification:
-            return Posterior(solve(m * (y / self.amplitude_of_tasks() - prior)), A, factor)
-        # maximum a posteriori by Newton's method with the constant curvature 1 / noise
-        noise = self.noise()[:, None, :, None]
-        shift = prior.new_zeros(*prior.shape[:2], S.shape[-1], prior.shape[-1])
-        for _ in range(NEWTON_STEPS):
-            residual = y - (prior + S @ shift).softmax(-1)
-            shift = solve(A @ shift + noise * m * residual)
-        return Posterior(shift, A, factor)
+            return y / self.amplitude_of_tasks()
+        size = self.params["log_code"].exp().view(-1, 1, 1, 1)
+        return size * (y - 1 / y.shape[-1])
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Negative log likelihood (n_members, n_tasks) of query rows, and their outputs.
@@ -377,14 +382,14 @@ class HeadFunctions:
         if mask is not None:
             m = mask.to(S.dtype).unsqueeze(-1)
             S = S * m
+        residual = (self._coded(y) - prior) * m
         if self.head.classification:
-            u = self._class_residuals(S[:, :, :k], prior[:, :, :k], y[:, :k], m, k)
-            mean = prior[:, :, k:] + S[:, :, k:] @ (S[:, :, :k].mT @ u)
+            mean = prior[:, :, k:] + self._moved(S, residual, k)
             rows = -(y[:, k:] * mean.log_softmax(-1)).sum(-1)
             rows = rows if mask is None else rows * mask[..., k:]
             return rows.sum(-1), mean
         a, noise = self.amplitude_of_tasks(), self.noise()
-        residual = ((y / a - prior) * m).mT
+        residual = residual.mT
         gram = S @ S.mT
         nll, u = _Predictive.apply(gram, residual, noise, k)
         n_outputs = residual.shape[2]
@@ -402,21 +407,17 @@ class HeadFunctions:
         """Sum (n_members, 1) over the outputs of what (n_members, n_noises) has."""
         return values.sum(1, keepdim=True) * (n_outputs / values.shape[1])
 
-    def _class_residuals(
-        self, S: Tensor, prior: Tensor, y: Tensor, m: Tensor | float, k: int
-    ) -> Tensor:
-        """Residuals of support rows at the maximum a posteriori, so that w = S' residuals."""
-        noise = self.noise()[:, None, :, None]
-        gram = S @ S.mT
-        eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(gram + noise * eye)
+    def _moved(self, S: Tensor, residual: Tensor, k: int) -> Tensor | float:
+        """Return how far conditioning on the first k rows moves the outputs of the others."""
+        if not k:
+            return 0.0
+        A = S[:, :, :k]
+        system = (A @ A.mT).double()
+        system = system + torch.diag_embed(self.noise().double()[:, None].expand(-1, 1, k))
+        factor, failed = torch.linalg.cholesky_ex(system)
         factor = factor.where((failed == 0)[..., None, None], torch.nan)
-        step = noise * torch.cholesky_inverse(factor)
-        u = torch.zeros_like(prior)
-        m = m[..., :k, :] if isinstance(m, Tensor) else m
-        for _ in range(NEWTON_STEPS):
-            u = u + step @ (m * (y - (prior + gram @ u).softmax(-1)) - u)
-        return u
+        u = torch.cholesky_solve(residual[:, :, :k].double(), factor).to(S.dtype)
+        return S[:, :, k:] @ (A.mT @ u)
 
     def amplitude_of_tasks(self) -> Tensor | float:
         """Amplitude (n_members, 1, 1, n_outputs)."""
@@ -556,12 +557,11 @@ class Conditioned(Adapted):
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
-        means = self.member_outputs(rows, codes)
-        if self.head.classification:
-            logits = torch.from_numpy(self.calibration.factor * means)
-            p = logits.softmax(-1).mean(0).numpy()
-            return np.log(np.maximum(p, np.finfo(np.float64).tiny))
-        return np.clip(means.mean(0), self.low[codes], self.high[codes])
+        mean: np.ndarray = self.member_outputs(rows, codes).mean(0)
+        if self.head.classification:  # a mean of probabilities would not be sharp enough
+            mean = log_softmax(self.calibration.factor * mean, axis=1)
+            return mean
+        return np.clip(mean, self.low[codes], self.high[codes])
 
     def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return outputs (n_members, n_rows, n_outputs) of each member."""

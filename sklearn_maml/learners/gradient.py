@@ -214,7 +214,8 @@ def _place(
 
     if whole is None:
         whole = Parameters(room(part.params), part.shared, room(part.statistics))
+    where = torch.as_tensor(tasks, device=next(iter(part.params.values())).device)
     for to, some in ((whole.params, part.params), (whole.statistics, part.statistics)):
         for name, values in some.items():
-            to[name].index_copy_(0, torch.as_tensor(tasks, device=values.device), values)
+            to[name].index_copy_(0, where, values)
     return whole

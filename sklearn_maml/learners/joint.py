@@ -26,6 +26,7 @@ RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.5
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
+DECAY = 0.1
 # work of a pass, in rows times weights, that more than one thread speeds up
 SMALL_WORK = 3e8
 
@@ -316,6 +317,22 @@ class Joint:
         assert self.engine is not None
         own = {n: p for n, p in meta_params.items() if not n.startswith(PREFIX)}
         return self.engine.evaluate(own, batch, alpha=alpha, steps=steps)
+
+    @torch.no_grad()
+    def shrink(self, params: dict[str, Any], rate: float) -> None:
+        """Decay the weights of the networks, and of their outputs in the prior mean, in place.
+
+        Apart from the gradient (Loshchilov & Hutter 2019): it keeps new rows in bounds.
+        """
+        if self.head_is_done:
+            return
+        n_linear = self.trainer.head.factor.shape[-1]
+        shrunk = [
+            p[:, n_linear:] if name == f"{PREFIX}mean" else p
+            for name, p in params.items()
+            if name == f"{PREFIX}mean" or (name.startswith(f"{PREFIX}body.") and "weight" in name)
+        ]
+        torch._foreach_mul_(shrunk, 1 - rate * DECAY)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
         """Note held-out errors of the same episodes."""

@@ -14,7 +14,7 @@ __all__ = ["NOISE_FLOOR", "start_of_classes", "start_of_numbers"]
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 # features of a mixed model, a round of which is cubic in them; entries of all matrices of the tasks
 LARGEST_MIXED, MIXED_ENTRIES = 100, 2**20
-ROUNDS = 60
+ROUNDS = 40
 # rows that a pooled classifier sees
 POOLED_ROWS = 20_000
 
@@ -58,7 +58,11 @@ def start_of_numbers(X: np.ndarray, y: np.ndarray, codes: np.ndarray) -> Start:
 def _mixed_model(
     X: np.ndarray, y: np.ndarray, codes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean and covariance of the tasks' linear coefficients, and the noise, by EM."""
+    """Mean and covariance of the tasks' linear coefficients, and the noise, by ECME.
+
+    The mean is the generalised least-squares solution under the covariance at hand (Liu & Rubin
+    1994): where slopes hardly differ, EM takes hundreds of rounds to it.
+    """
     ones = np.c_[np.ones(len(X)), X]
     n_columns = ones.shape[1]
     order = np.argsort(codes, kind="stable")
@@ -68,18 +72,21 @@ def _mixed_model(
     used = y[np.concatenate(parts)]
     gram = np.stack([ones[rows].T @ ones[rows] for rows in parts])
     moment = np.stack([ones[rows].T @ y[rows] for rows in parts])
-    mean, cov, noise = np.zeros(n_columns), np.eye(n_columns), 1.0
+    eye = np.eye(n_columns)
+    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5
     for _ in range(ROUNDS):
         precision = np.linalg.inv(cov)
         posterior = np.linalg.inv(precision + gram / noise)
-        means = (posterior @ (precision @ mean + moment / noise)[..., None])[..., 0]
-        mean = means.mean(0)
+        shrunk = posterior @ gram / noise
+        left = (gram - gram @ shrunk).sum(0) / noise
+        right = (moment - np.einsum("tpq,tq->tp", gram @ posterior, moment) / noise).sum(0) / noise
+        mean = np.linalg.solve(left + 1e-8 * np.trace(left) / n_columns * eye, right)
+        means = np.einsum("tpq,tq->tp", posterior, precision @ mean + moment / noise)
         deviation = means - mean
         cov = posterior.mean(0) + deviation.T @ deviation / len(parts)
-        cov = (cov + cov.T) / 2 + 1e-8 * np.eye(n_columns)
+        cov = (cov + cov.T) / 2 + 1e-8 * eye
         error = used @ used - 2 * (means * moment).sum()
-        error += np.einsum("tp,tpq,tq->", means, gram, means)
-        error += np.einsum("tpq,tqp->", posterior, gram)
+        error += np.einsum("tp,tpq,tq->", means, gram, means) + noise * np.einsum("tpp->", shrunk)
         noise = max(float(error) / used.size, NOISE_FLOOR)
     return mean, cov, noise
 
