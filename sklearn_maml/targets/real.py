@@ -160,7 +160,7 @@ def _task_means(
 
 def _check_rows(loss: Loss, y: np.ndarray) -> None:
     """Refuse a loss that gives something else than one number a row."""
-    some = torch.from_numpy(y[np.arange(6) % len(y)].reshape(2, 3, -1))
+    some = torch.from_numpy(y[np.arange(6) % len(y)].reshape(2, 3, -1).astype(np.float64))
     losses = loss.rows(torch.zeros_like(some), some)
     got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if got != (2, 3):
