@@ -36,6 +36,8 @@ SHOTS = (10, 5)
 N_EPISODES = 300
 N_WAYS, N_QUERIES = 5, 15
 BEFORE, AFTER = "MAML before adaptation", "MAML after adaptation"
+DEFAULT_BEFORE, DEFAULT = "MAMLRegressor() before adaptation", "MAMLRegressor()"
+STEPS = "MAML, gradient steps alone"
 MIXED = "  + intercept and slopes (mixed)"
 
 
@@ -173,6 +175,10 @@ def bitrates(fast: bool) -> dict[str, Any]:
         random_state=0,
     )
     reg.fit(X[train], y[train], groups=task[train])
+    shares = " + ".join(f"{name} {w:.0%}" for name, w in reg.learner_weights_.items() if w)
+    print(f"  held-out videos choose: {shares}")
+    maml = MAMLRegressor(update_rule="sgd", max_iter=updates, random_state=0)
+    maml.fit(X[train], y[train], groups=task[train])
     pooled = HistGradientBoostingRegressor(random_state=0).fit(X[train], y[train]).predict(X)
 
     corrections = correct_pooled(pooled, X, y, task, train)
@@ -189,9 +195,13 @@ def bitrates(fast: bool) -> dict[str, Any]:
             **{name: correct(episodes) for name, correct in corrections.items()},
         }
         # all held-out videos in one call, each row predicted by the parameters of its own video
-        for name, steps in ((BEFORE, 0), (AFTER, None)):
-            reg.set_params(adapt_steps=steps).adapt(X[s], y[s], groups=task[s])
-            predicted[name] = reg.predict(X[q], groups=task[q])
+        for name, model, steps in (
+            (DEFAULT_BEFORE, reg, 0),
+            (STEPS, maml, None),
+            (DEFAULT, reg, None),
+        ):
+            model.set_params(adapt_steps=steps).adapt(X[s], y[s], groups=task[s])
+            predicted[name] = model.predict(X[q], groups=task[q])
         for name, values in predicted.items():
             rows.setdefault(name, {})[shots] = episodes.rmse(values, y)
         if shots == SHOTS[0]:
@@ -362,13 +372,13 @@ def draw(bitrate: dict[str, Any], character: dict[str, Any], output: Path) -> No
 def draw_errors(figure: Any, bitrate: dict[str, Any]) -> None:
     axes = figure.subplots()
     shots = SHOTS[0]
-    before, after, mixed = (bitrate["rows"][n][shots] for n in (BEFORE, AFTER, MIXED))
+    before, after, mixed = (bitrate["rows"][n][shots] for n in (DEFAULT_BEFORE, DEFAULT, MIXED))
     order = np.argsort(before)
     place = np.arange(len(order))
     axes.vlines(place, after[order], before[order], color="#d9d9d9", lw=1.5)
-    axes.scatter(place, before[order], s=20, color=GREY, label="MAML before adaptation")
+    axes.scatter(place, before[order], s=20, color=GREY, label="before adaptation")
     axes.scatter(place, mixed[order], s=16, color=ORANGE, label="pooled + mixed model")
-    axes.scatter(place, after[order], s=20, color=BLUE, label=f"MAML after {shots} settings")
+    axes.scatter(place, after[order], s=20, color=BLUE, label=f"after {shots} settings")
     axes.set(
         yscale="log",
         xlabel="video, sorted by error before adaptation",
@@ -382,8 +392,8 @@ def draw_errors(figure: Any, bitrate: dict[str, Any]) -> None:
 def draw_videos(figure: Any, bitrate: dict[str, Any]) -> None:
     shown, shots = bitrate["shown"], SHOTS[0]
     episodes, y = shown["episodes"], shown["y"]
-    errors = bitrate["rows"][AFTER][shots]
-    before = bitrate["rows"][BEFORE][shots]
+    errors = bitrate["rows"][DEFAULT][shots]
+    before = bitrate["rows"][DEFAULT_BEFORE][shots]
     # of the videos that adaptation has to move, two of median error
     moved = np.flatnonzero(before >= np.median(before))
     middle = moved[np.argsort(errors[moved])][len(moved) // 2 - 1 : len(moved) // 2 + 1]
@@ -393,8 +403,8 @@ def draw_videos(figure: Any, bitrate: dict[str, Any]) -> None:
     for axes, k in zip(panels, middle, strict=True):
         s, q = episodes.pairs[k]
         on_support = shown["on_support"][k * shots : (k + 1) * shots]
-        axes.scatter(y[q], shown[BEFORE][query[k]], s=9, color=GREY, label="before")
-        axes.scatter(y[q], shown[AFTER][query[k]], s=9, color=BLUE, label="after")
+        axes.scatter(y[q], shown[DEFAULT_BEFORE][query[k]], s=9, color=GREY, label="before")
+        axes.scatter(y[q], shown[DEFAULT][query[k]], s=9, color=BLUE, label="after")
         axes.scatter(
             y[s],
             on_support,

@@ -1233,6 +1233,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _learn(self, support: Support, steps: int | None) -> Adapted:
         """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
+        if steps is None and self.adapt_steps == 0:
+            steps = 0
         learner = self._own_learner()
         if learner is not None:
             return AdaptedBySupport(learner, self._learner.head, support, known=steps != 0)

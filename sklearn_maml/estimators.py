@@ -62,7 +62,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     steps : int, default=10
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
     meta_gradient : str or MetaGradient, default="second-order"
         How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
         "second-order" is exact through the inner steps, "first-order" takes the inner gradients
@@ -100,8 +101,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
-        is left, meta-training ends there.
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, and where it is all
+        that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
@@ -424,7 +425,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     steps : int, default=5
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`.
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
     meta_gradient : str or MetaGradient, default="second-order"
         How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
         "second-order" is exact through the inner steps, "first-order" takes the inner gradients
@@ -475,8 +477,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates. A Gaussian head takes half of them, of a larger rate, and where it is all that
-        is left, meta-training ends there.
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, and where it is all
+        that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does

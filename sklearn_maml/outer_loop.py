@@ -38,7 +38,12 @@ from sklearn_maml.exceptions import (
 )
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.joint import PART_OF_UPDATES, clip_members, rate_factor
+from sklearn_maml.learners.joint import (
+    PART_OF_UPDATES,
+    PATIENCE,
+    clip_members,
+    rate_factor,
+)
 from sklearn_maml.optimizers import (
     FlatStep,
     begin,
@@ -803,7 +808,10 @@ class MetaNet(NeuralNet):
     def _is_done(self) -> bool:
         """Whether head and steps are trained."""
         done = self.update_ - self.first_update_
-        if not self.joint.head_is_done and done >= self._updates_of_head:
+        best = self.best_of_parts_
+        start_is_best = "start" in best and best["head"] == best["start"]
+        most = self._updates_of_head * (PATIENCE if start_is_best else 1.0)
+        if not self.joint.head_is_done and done >= most:
             self._end_head()
         return bool(self.joint.head_is_done) and self.joint.engine is None
 
@@ -844,7 +852,7 @@ class MetaNet(NeuralNet):
         if self.joint is not None and self.update_ == self.first_update_:
             loss = self.joint.held_out(self.module_.meta_params())
             if math.isfinite(loss):  # the start may be the best
-                self.best_of_parts_["head"] = loss
+                self.best_of_parts_ = {"head": loss, "start": loss}
                 self._keep("head", self.module_.state_dict())
         left = self.max_iter - (self.update_ - self.first_update_)
         self.engine.expect(

@@ -25,8 +25,8 @@ from sklearn_maml.exceptions import FileFormatError
 
 __all__ = ["Decoder", "Encoder", "digest_of", "read_tree", "write_tree"]
 
-# raised with every change after which older versions would misread a file
-FORMAT = 1
+# raised with every change after which versions would misread each other's files
+FORMAT = 2
 # entries of the metadata
 DOCUMENT, VERSION, DIGEST = "sklearn_maml", "format", "sha256"
 _NO_DIGEST = "0" * 64
@@ -442,6 +442,12 @@ def read_tree(path: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = metadata.get(VERSION, "")
     if not version.isascii() or not version.isdigit() or int(version) < 1:
         raise FileFormatError(f"{path} has the format version {version!r}; expected {FORMAT}.")
+    if int(version) < FORMAT:
+        raise FileFormatError(
+            f"{path} has the format version {version}, of an earlier sklearn_maml, and this one "
+            f"reads {FORMAT}: what a model learns has changed since. Fit it anew and save it; for "
+            "predictions as they were, load it with the version that wrote it."
+        )
     if int(version) > FORMAT:
         raise FileFormatError(
             f"{path} has the format version {version}, but this version of sklearn_maml reads up "

@@ -28,11 +28,14 @@ def test_demo_prints_its_tables_and_saves_its_figure(tmp_path, capsys):
         {line[:34].strip(): float(line[34:].split()[0]) for line in part if " ± " in line[40:50]}
         for part in (lines[:start], lines[start:])
     )
-    assert len(error) == 7
+    assert len(error) == 8
     assert len(accuracy) == 5
     # adaptation helps on tasks never seen, already after a tenth of the meta-training
-    assert error["MAML after adaptation"] < 0.5 * error["MAML before adaptation"]
-    assert error["MAML after adaptation"] < error["ridge on the K rows"]
+    assert error["MAMLRegressor()"] < 0.5 * error["MAMLRegressor() before adaptation"]
+    assert error["MAMLRegressor()"] < error["ridge on the K rows"]
+    assert error["MAML, gradient steps alone"] < error["MAMLRegressor() before adaptation"]
+    # the one model that is drawn, scored and told of
+    assert sum("held-out videos choose: gaussian-head" in line for line in lines) == 1
     assert accuracy["MAML after adaptation"] > accuracy["nearest neighbour, pixels"] > 30
     assert 10 < accuracy["MAML before adaptation"] < 30
     progress = [line for line in lines if " updates " in line]

@@ -14,19 +14,29 @@ from sklearn_maml.engine import Engine, MetaStep, one_thread
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 
-__all__ = ["PART_OF_UPDATES", "RATE", "HeadTrainer", "Joint", "clip_members", "rate_factor"]
+__all__ = [
+    "PART_OF_UPDATES",
+    "PATIENCE",
+    "RATE",
+    "HeadTrainer",
+    "Joint",
+    "clip_members",
+    "rate_factor",
+]
 
 Params = dict[str, Tensor]
 
 PREFIX = "head."
 MAX_GRAD_NORM = 1.0  # of each member
 # outer rate over that of gradient steps; it rises over the first part of the updates, and falls
-# like a cosine to the last of them, which is after half of those of gradient steps
-RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.5
+# like a cosine to the last of them, which is after a part of those of gradient steps
+RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.6
+# part of these after which a start that nothing has beaten is kept
+PATIENCE = 0.4
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
-DECAY = 0.1
+DECAY, DECAY_OF_CLASSES = 1.0, 0.1
 # work of a pass, in rows times weights, that more than one thread speeds up
 SMALL_WORK = 3e8
 
@@ -52,6 +62,7 @@ class HeadTrainer:
     ) -> None:
         self.head = head
         device = head.factor.device
+        self._classes = torch.arange(head.n_outputs, device=device)
         self.visible = None if visible is None else torch.from_numpy(visible).to(device)
         self.validation = [(member, batch.to(device)) for member, batch in validation]
 
@@ -114,7 +125,8 @@ class HeadTrainer:
     def _targets(self, rows: Rows) -> Tensor:
         if not self.head.classification:
             return rows.y.float()
-        return torch.nn.functional.one_hot(rows.y, self.head.n_outputs).float()
+        # not F.one_hot: it may wait for a device to check the labels
+        return (rows.y.unsqueeze(-1) == self._classes).float()
 
     def _mask(self, rows: Rows) -> Tensor | None:
         """Rows (n_members or 1, n_tasks, n_rows) that the members may see."""
@@ -332,7 +344,8 @@ class Joint:
             for name, p in params.items()
             if name == f"{PREFIX}mean" or (name.startswith(f"{PREFIX}body.") and "weight" in name)
         ]
-        torch._foreach_mul_(shrunk, 1 - rate * DECAY)
+        decay = DECAY_OF_CLASSES if self.trainer.head.classification else DECAY
+        torch._foreach_mul_(shrunk, 1 - rate * decay)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
         """Note held-out errors of the same episodes."""
