@@ -27,6 +27,7 @@ from sklearn_maml import (
 )
 from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.inspection import MetaTrainingDisplay
+from sklearn_maml.learners import Learner
 from sklearn_maml.targets import (
     ClassTargets,
     Coding,
@@ -393,6 +394,28 @@ def test_a_loss_in_pipelines_few_shot_estimators_and_checkpoints(tmp_path):
     once = poisson(callbacks=[saver]).fit(X, Y, groups=TASK).adapt(X[:9], Y[:9])
     again = poisson(callbacks=[saver]).fit(X, Y, groups=TASK).adapt(X[:9], Y[:9])
     assert_array_equal(once.predict(X), again.predict(X))
+
+
+class Pooled(Learner):
+    """The mean of the support rows of a task, drawn towards one that is learned."""
+
+    def build(self, problem):
+        assert problem.y.max() == Y.max()  # as they are
+        return nn.ParameterList([nn.Parameter(torch.zeros(()))])
+
+    def outputs(self, network, support, query):
+        weight = torch.ones_like(support.y[..., 0]) if support.weight is None else support.weight
+        total = (support.y[..., 0] * weight).sum(1) + network[0].exp()
+        rate = total / (weight.sum(1) + 1)
+        return rate.log()[:, None, None].expand(*query.X.shape[:2], 1)
+
+
+def test_learners_of_users_lower_losses_of_users():
+    reg = poisson(update_rule=Pooled(), max_iter=200, beta=0.02).fit(X, Y, groups=TASK)
+    learned = float(reg.module_[0].detach())
+    assert learned != 0
+    rates = reg.adapt(X[:9], Y[:9]).predict(X)
+    assert_allclose(rates, (Y[:9].sum() + np.exp(learned)) / 10, rtol=1e-6)
 
 
 def test_several_targets_of_a_loss():
