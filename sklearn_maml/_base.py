@@ -46,17 +46,11 @@ from sklearn_maml.devices import forked_generators, is_host
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     Engine,
-    cross_entropy_rows,
     has_dropout,
     is_row_wise,
     one_thread,
-    squared_error_rows,
 )
-from sklearn_maml.episodes import (
-    EpisodeSampler,
-    check_splittable,
-    large_enough,
-)
+from sklearn_maml.episodes import EpisodeSampler
 from sklearn_maml.exceptions import (
     CutTaskWarning,
     MemorizationWarning,
@@ -107,7 +101,10 @@ from sklearn_maml.sources import (
     CollectionSource,
     CrossFitted,
     DistributionSource,
+    EpisodeSettings,
 )
+from sklearn_maml.targets.base import Coding, Loss, Targets
+from sklearn_maml.targets.losses import LOSSES, has_closed_forms
 from sklearn_maml.tasks import (
     FLOATS,
     TaskCollection,
@@ -147,19 +144,14 @@ NEGLIGIBLE_GAIN, UNPROVEN_GAIN = 0.02, 0.1
 SCORED_TASKS = 600
 # episodes of a score where tasks are drawn from a pool of classes
 SCORED_EPISODES = 100
-# support rows of each task in `score` with n_shots=None (regression): half of the rows, at most
-SCORED_SHOTS = 10
 
 
-@dataclasses.dataclass
-class State:
+@dataclasses.dataclass(kw_only=True)
+class State(Coding):
     """What `adapt` sets: what was learned of each task, and what its outputs stand for."""
 
     adapted: Adapted
     ids: np.ndarray | None  # None: one task without an id
-    labels: np.ndarray | None = None  # with n_ways: the classes of all adapted tasks
-    slots: np.ndarray | None = None  # (n_tasks, n_ways) position in labels of each output, or -1
-    center: np.ndarray | None = None  # with center_y: (n_tasks, n_outputs), in the units of y
 
     @property
     def n_tasks(self) -> int:
@@ -187,9 +179,10 @@ class Scored:
 class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     """What the classifier and the regressor share."""
 
-    _classification: bool
+    _targets_class: type[Targets]
     _dtype: Any
     net_: Any
+    targets_: Any
     learner_weights_: dict[str, float]
     calibration_: Calibration | None
     _learner: Any
@@ -214,6 +207,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     __metadata_request__predict: ClassVar = {"groups": True}
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "loss": [StrOptions(set(LOSSES)), Loss],
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "alpha": [Interval(numbers.Real, 0, None, closed="left")],
@@ -309,6 +303,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         if processes is not None:
             given = continued or self.random_state is not None
             seed = processes.agree_on_seed(seed, given)
+        targets = self.targets_ if continued else self._make_targets()
         source: DistributionSource | CollectionSource
         if is_task_distribution(X):
             if y is not None or groups is not None:
@@ -316,9 +311,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                     "Got a task distribution and y or groups: the tasks it samples bring their "
                     "own targets. Leave y and groups out."
                 )
-            source = DistributionSource(self, X, seed, continued)
+            source = DistributionSource(
+                X, targets, self._episode_settings(), seed, self._read_tasks, learns=not continued
+            )
         else:
-            source = self._collect(X, y, groups, seed, continued)
+            source = self._collect(X, y, groups, targets, seed, continued)
+        if not continued:
+            self._take_targets(targets)
         self._score_seed = seed
         self.device_ = self._resolve_device()
         self.__dict__.pop("_state", None)
@@ -342,7 +341,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             groups,
             task_column=self.task_column,
             reset=reset,
-            classification=self._classification,
+            classification=self._targets_class.are_classes,
             dtype=FLOATS if reset else self._dtype,
         )
         if reset:
@@ -353,7 +352,18 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             self._check_features(tasks.X)
         return tasks
 
-    def _without_cut_tasks(self, tasks: TaskCollection, n_shots: int | None) -> TaskCollection:
+    def _episode_settings(self) -> EpisodeSettings:
+        return EpisodeSettings(
+            self.n_shots,
+            self.n_queries,
+            self.early_stopping,
+            self.validation_fraction,
+            self._reshape,
+        )
+
+    def _without_cut_tasks(
+        self, tasks: TaskCollection, targets: Targets, n_shots: int | None
+    ) -> TaskCollection:
         """Leave out tasks that a tool of scikit-learn has cut down to too few rows.
 
         `learning_curve` and successive halving draw rows, not tasks. Outside of such tools a task
@@ -361,7 +371,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """
         if not tasks.named or not inside_cross_validation():
             return tasks
-        large = large_enough(tasks, n_shots, self._n_ways(), self._classification)
+        large = targets.large_enough(tasks, n_shots)
         if large.all() or not large.any():
             return tasks
         warnings.warn(
@@ -374,10 +384,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         )
         return tasks.select(np.flatnonzero(large))
 
-    def _collect(self, X: Any, y: Any, groups: Any, seed: int, continued: bool) -> CollectionSource:
+    def _collect(
+        self, X: Any, y: Any, groups: Any, targets: Targets, seed: int, continued: bool
+    ) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
-        tasks = self._without_cut_tasks(tasks, self.n_shots)
-        if tasks.spelling == "single" and self._n_ways() is None:
+        tasks = self._without_cut_tasks(tasks, targets, self.n_shots)
+        if tasks.spelling == "single" and targets.n_ways is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
                 f"{len(tasks.X)} rows as one task. If the rows belong to several tasks, pass "
@@ -386,7 +398,14 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 SingleTaskWarning,
                 stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
             )
-        return CollectionSource(self, tasks, seed, continued)
+        if not continued:
+            targets.learn(tasks)
+        return CollectionSource(tasks, targets, self._episode_settings(), seed)
+
+    def _take_targets(self, targets: Targets) -> None:
+        """Have what targets have learned as fitted attributes."""
+        self.targets_ = targets
+        self.__dict__.update(targets.attributes())
 
     def _plan(self, source: Any, seed: int) -> Plan:
         """Decide what is trained: gradient steps, a Gaussian head, or both."""
@@ -430,12 +449,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _problem(self, tasks: TaskCollection | None) -> Problem:
         """Describe the tasks to a learner; None, of a model from a file, has their shapes only."""
-        n_outputs = self._n_module_outputs()
+        n_outputs, are_classes = self.targets_.n_outputs, self.targets_.are_classes
         if tasks is None:
             X = np.zeros((1, *self.feature_shape_), dtype=self._dtype)
-            y = np.zeros(1, int) if self._classification else np.zeros((1, n_outputs), self._dtype)
-            return Problem(self._reshape(X), y, n_outputs, self._classification)
-        return Problem(tasks.X, tasks.y, n_outputs, self._classification)
+            y = np.zeros(1, int) if are_classes else np.zeros((1, n_outputs), self._dtype)
+            return Problem(self._reshape(X), y, n_outputs, are_classes)
+        return Problem(tasks.X, tasks.y, n_outputs, are_classes)
 
     def _build_network(self, learner: Learner, tasks: TaskCollection | None) -> nn.Module:
         network = learner.build(self._problem(tasks))
@@ -455,7 +474,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         of_tasks = isinstance(source, CollectionSource) and not source.pooled
         if of_tasks and source.n_tasks < LEAST_TASKS:
             return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
-        if self._centers_targets():  # by support rows: an error that it would not know of
+        if not has_closed_forms(self.targets_.loss):
+            loss = self.targets_.loss.name
+            return f"is for squared error and cross-entropy, but the loss is {loss}"
+        if self.targets_.center_y:  # by support rows: an error that it would not know of
             return "learns how the levels of tasks differ itself, but center_y is set"
         if self.module is None:
             return None
@@ -473,7 +495,6 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _make_head(self, plan: Plan) -> GaussianHead:
         """Gaussian head at its start."""
         tasks, visible = plan.source.encoded, plan.episodes.visible
-        n_ways = self._n_ways()
         head = build_head(
             tasks.X,
             tasks.y,
@@ -483,9 +504,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             body=self._head_body(),
             hidden=self.hidden_layer_sizes,
             activation=self.activation,
-            n_outputs=self._n_module_outputs(),
-            classification=self._classification,
-            same_classes=n_ways is not None,
+            n_outputs=self.targets_.n_outputs,
+            classification=self.targets_.are_classes,
+            same_classes=self.targets_.n_ways is not None,
         )
         return head.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
 
@@ -723,7 +744,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             or source.single
             or source.n_held_out < MEMORIZATION_TASKS
             # labels are shuffled in every episode: no function of the features alone fits them
-            or self._n_ways() is not None
+            or self.targets_.n_ways is not None
             # by request, nothing is learned from support sets
             or 0 in (self._n_steps(), steps, self._alpha())
             # a search compares its candidates; the one it takes is fitted anew
@@ -749,7 +770,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             f"{before.mean():.4g} before, and {others.mean():.4g} after adapting to the support "
             "set of another task. One function serves all tasks so far, whatever their support "
             "sets say (memorisation, Yin et al. 2020). What to check: "
-            f"{rules if self._classification else ''}leave out features that tell the tasks "
+            f"{rules if self.targets_.are_classes else ''}leave out features that tell the tasks "
             "apart, such as an id; if the tasks do not differ, a pooled model is enough; if they "
             f"do, try another alpha (now {self._alpha():g}), more steps (now {self._n_steps()}) or "
             f"more updates (now {self.max_iter}).",
@@ -771,18 +792,26 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         """Meta-parameters at their start: the module's, and those of the update rule."""
         from sklearn_maml.outer_loop import MetaLearner
 
+        rule, targets = self._gradient_rule(), self.targets_
+        if rule.in_closed_form and not has_closed_forms(targets.loss):
+            raise ValueError(
+                f"update_rule={self.update_rule!r} solves for squared error or cross-entropy, but "
+                f"the loss is {targets.loss.name}. Use update_rule='sgd' or another rule that "
+                "takes steps."
+            )
         return MetaLearner(
             module,
-            self._gradient_rule(),
+            rule,
             adapted_names(module, self.adapted),
             steps=self._n_steps(),
-            classification=self._classification,
+            classification=targets.are_classes,
         )
 
     def _new_learner(self, weights: dict[str, Tensor]) -> Any:
         """Meta-parameters of the shapes of a fit, for those of a file."""
         prefix = "head."
         of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
+        self.targets_ = self._make_targets().restore(self.__dict__)
         with _SeededTorch(self.device_, 0):
             learner = self._make_learner(self._make_module())
             own = self._own_learner()
@@ -792,10 +821,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 learner.head = GaussianHead.like(
                     of_head,
                     self._head_body(),
-                    self._n_module_outputs(),
+                    self.targets_.n_outputs,
                     activation=ACTIVATIONS[self.activation](),
-                    classification=self._classification,
-                    same_classes=self._n_ways() is not None,
+                    classification=self.targets_.are_classes,
+                    same_classes=self.targets_.n_ways is not None,
                 ).to(TORCH_DTYPES[self._dtype])
         if not any(name.startswith("module.") for name in weights):
             learner.without_steps()
@@ -825,7 +854,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             head,
             steps,
             self.learner_weights_[GRADIENT_STEPS],
-            self._classification,
+            self.targets_.are_classes,
             calibration.steps_scale,
             calibration.scale,
         )
@@ -883,7 +912,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             learner,
             optimizer=optimizer,
             lr=self.beta,
-            classes=np.arange(self._n_module_outputs()) if self._classification else None,
+            classes=np.arange(self.targets_.n_outputs) if self.targets_.are_classes else None,
             callbacks=callbacks,
             verbose=int(self.verbose),
             device=str(self.device_),
@@ -949,7 +978,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         self._validate_params()
         tasks = self._read_tasks(X, y, reset=True)
         sample_weight = self._support_weights(sample_weight, tasks)
-        self._learn_targets(tasks, sample_weight)
+        targets = self._make_targets()
+        targets.learn(tasks, sample_weight)
+        self._take_targets(targets)
         self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.device_ = self._resolve_device()
         self._fingerprints = {}
@@ -967,7 +998,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _make_module(self) -> nn.Module:
         options = self._prefixed("module")
-        n_outputs = self._n_module_outputs()
+        n_outputs = self.targets_.n_outputs
         if self.module is None:
             if options:
                 raise ValueError(
@@ -1008,7 +1039,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _check_module(self, module: nn.Module) -> None:
         """Run the module once, so that a wrong one is refused before training starts."""
-        n_outputs = self._n_module_outputs()
+        n_outputs = self.targets_.n_outputs
         rows = self._two_rows()
         probe = copy.deepcopy(module).eval()
         try:
@@ -1020,13 +1051,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
                 f"{tuple(self._reshape(rows).shape)}: {error}"
             ) from error
         expected: list[tuple[int, ...]] = [(2, n_outputs)]
-        if n_outputs == 1 and not self._classification:
+        if n_outputs == 1 and not self.targets_.are_classes:
             expected.append((2,))
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if got not in expected:
             raise ValueError(
                 f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
-                f"shape {expected[0]}: one column for each {self._output_word}."
+                f"shape {expected[0]}: one column for each {self.targets_.word}."
             )
         rule = self._gradient_rule()
         if rule.in_closed_form:
@@ -1101,8 +1132,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             or type(rule),
             PROXIMAL: gradient.proximal > 0,
             "adapted": self.adapted,
-            "n_ways": self._n_ways(),
-            "center_y": self._centers_targets(),
+            **self._make_targets().settings(),
             "head": getattr(self, "head", "free"),
             "hidden_layer_sizes": str(self.hidden_layer_sizes),
             "activation": self.activation,
@@ -1113,7 +1143,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
             adapted = adapted_names(module, self.adapted)
             fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
             # for one step: the number of steps may change, and that of the rates then stays
-            rates = rule.initial_rates(fast, classification=self._classification)
+            rates = rule.initial_rates(fast, classification=self.targets_.are_classes)
             shapes = {name: tuple(rate.shape) for name, rate in rates.items()}
             settings["what update_rule learns"] = shapes
         return settings
@@ -1121,7 +1151,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
         now = self._settings(self._learner.module if everything else None)
-        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y"]
+        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y", "loss"]
         if everything:  # a fit goes on with the meta-gradient of now
             names = [name for name in now if name != PROXIMAL]
         for name in names:
@@ -1158,13 +1188,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         state = self._adapted_state(tasks, sample_weight)
         with _STATE_LOCK:
             self._state = state
-            self._after_adapt()
-
-    def _after_adapt(self) -> None:
-        """Update what depends on the adapted tasks."""
+            if state.labels is not None:
+                self.classes_ = state.labels
 
     def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return cross_entropy_rows if self._classification else squared_error_rows
+        rows: Callable[[Tensor, Tensor], Tensor] = self.targets_.loss.rows
+        return rows
 
     def _gradient_rule(self) -> UpdateRule:
         """Rule of the gradient steps."""
@@ -1197,12 +1226,10 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     ) -> State:
         """Adapt to every task of a collection; `steps` None is what `adapt` does, 0 nothing."""
         self._check_features(tasks.X)
-        targets, extra = self._encode_support(tasks, sample_weight)
+        y, coding = self.targets_.encode_support(tasks, sample_weight)
         ids = None if tasks.spelling == "single" else tasks.ids
-        support = Support(
-            self._reshape(tasks.X), targets, tasks.codes, tasks.n_tasks, sample_weight
-        )
-        return State(self._learn(support, steps), ids, **extra)
+        support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, sample_weight)
+        return State(adapted=self._learn(support, steps), ids=ids, **vars(coding))
 
     def _learn(self, support: Support, steps: int | None) -> Adapted:
         """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
@@ -1237,7 +1264,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     def _condition(self, support: Support, prior: bool) -> Conditioned:
         """Adapt in closed form; `prior` leaves the support rows out."""
         y = support.y
-        y = np.eye(self._n_module_outputs())[y] if self._classification else y.reshape(len(y), -1)
+        targets = self.targets_
+        y = np.eye(targets.n_outputs)[y] if targets.are_classes else y.reshape(len(y), -1)
         make = Conditioned.prior if prior else Conditioned.on
         with one_thread():
             return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
@@ -1340,11 +1368,16 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         outputs = state.adapted.outputs(rows, codes, self._running())
         return self._finite(outputs.astype(rows.dtype, copy=False))
 
+    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Predictions of rows under the parameters of the task of each."""
+        values: np.ndarray = self.targets_.decode(self._outputs(state, rows, codes), codes, state)
+        return values if self.targets_.are_classes else self._finite(values)
+
     def _finite(self, outputs: np.ndarray) -> np.ndarray:
         """Refuse outputs that have overflowed."""
         if np.isfinite(outputs).all():
             return outputs
-        rows = np.flatnonzero(~np.isfinite(outputs).all(1))
+        rows = np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))
         raise ValueError(
             f"The outputs of {len(rows)} of {len(outputs)} rows, such as row {rows[0]}, are not "
             f"finite in {outputs.dtype}. Their features, or those of the support set, are too "
@@ -1387,15 +1420,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         tasks = self._read_tasks(X, y, groups)
         self._warn_if_seen(tasks)
         n_shots = self.n_shots if n_shots is None else n_shots
-        tasks = self._without_cut_tasks(tasks, n_shots)
-        if n_shots is None and not self._classification:
-            n_shots = max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
-        n_ways = self._n_ways()
-        encoded = self._encode(tasks)
-        check_splittable(encoded, n_shots, n_ways, self._classification)
-        sampler = EpisodeSampler(
-            encoded, classification=self._classification, n_ways=n_ways, n_shots=n_shots
-        )
+        targets = self.targets_
+        tasks = self._without_cut_tasks(tasks, targets, n_shots)
+        n_shots, n_ways = targets.scored_shots(tasks, n_shots), targets.n_ways
+        encoded = targets.encode(tasks)
+        targets.check_splittable(encoded, n_shots)
+        sampler = EpisodeSampler(encoded, n_shots=n_shots, **targets.sampling())
         if n_ways is not None and tasks.in_query is None:
             n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
         which = np.repeat(np.arange(tasks.n_tasks), n_repeats)
@@ -1453,39 +1483,13 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     # -- what the subclasses define --------------------------------------------------------------
 
-    _output_word: str
-
-    def _n_ways(self) -> int | None:
-        return None
-
-    def _n_module_outputs(self) -> int:
+    def _make_targets(self) -> Targets:
+        """Return what y means by the parameters of now."""
         raise NotImplementedError
-
-    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
-        """Set the fitted attributes that describe the targets."""
-        raise NotImplementedError
-
-    def _centers_targets(self) -> bool:
-        """Whether the mean of the support targets of a task is taken from its targets."""
-        return False
 
     def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
         """Projection of the meta-parameters in meta-training."""
         return None
-
-    def _encode(self, tasks: TaskCollection) -> TaskCollection:
-        """Targets as the losses take them, for episodes."""
-        raise NotImplementedError
-
-    def _encode_support(
-        self, tasks: TaskCollection, sample_weight: np.ndarray | None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Targets of support sets as the losses take them, and what `State` keeps of them."""
-        raise NotImplementedError
-
-    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Predictions of rows under the parameters of the task of each."""
-        raise NotImplementedError
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "module_")

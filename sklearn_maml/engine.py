@@ -71,6 +71,7 @@ from sklearn_maml.native import (
     cache_problem,
     describe,
 )
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
 from sklearn_maml.traced import (
     Tracer,
     Untraceable,
@@ -126,17 +127,6 @@ ROW_WISE = (
     nn.InstanceNorm1d, nn.InstanceNorm2d,
 )  # fmt: skip
 RECURRENT = (nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-
-
-def squared_error_rows(output: Tensor, y: Tensor) -> Tensor:
-    """Squared error of each row, averaged over the outputs."""
-    return (output - y).square().mean(-1)
-
-
-def cross_entropy_rows(output: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each row; `output` are logits."""
-    # not F.cross_entropy: this form takes any number of leading axes
-    return -output.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
 @dataclasses.dataclass

@@ -8,19 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 
 from sklearn_maml._base import BaseMAML, State
-from sklearn_maml.episodes import (
-    name_of,
-)
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
-from sklearn_maml.tasks import (
-    TaskCollection,
-)
+from sklearn_maml.targets.classes import ClassTargets
+from sklearn_maml.targets.losses import resolve_loss
+from sklearn_maml.targets.real import RealTargets
 
 __all__ = ["MAMLClassifier", "MAMLRegressor"]
 
@@ -31,8 +27,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
     `predict` then predicts for that task. Model-agnostic meta-learning [1]_ learns the
     initialisation from which `steps` gradient steps of rate `alpha` on the support rows of a task
-    give a small squared error on its query rows; by default a Gaussian head that is adapted in
-    closed form is learned beside it, and held-out tasks choose, see `update_rule`.
+    give a small squared error, or other `loss`, on its query rows; by default a Gaussian head that
+    is adapted in closed form is learned beside it, and held-out tasks choose, see `update_rule`.
 
     Parameters
     ----------
@@ -42,6 +38,11 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         ``out_features`` if it takes parameters of these names and they are not given. An instance
         is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
         (n_rows, n_outputs).
+    loss : str or Loss, default="squared_error"
+        What inner steps and meta-training lower. An object of a subclass of
+        `sklearn_maml.targets.Loss` is a loss of one's own, with a domain of y and a link: a Poisson
+        regression for example. ``loss__*`` are its parameters. The Gaussian head and heads in
+        closed form are for squared error alone.
     hidden_layer_sizes : int or sequence of int, default=(64, 64)
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
@@ -82,8 +83,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         last layer in place of taking steps, and needs ``adapted="head"``. See
         `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule. `alpha`,
         `steps`, `meta_gradient` and `adapted` are about gradient steps; the head takes `module`,
-        too. With fewer than 4 tasks, without task information, and for modules that have batch
-        norm or do not end in a linear layer, "auto" takes gradient steps alone.
+        too. With fewer than 4 tasks, without task information, with another `loss`, and for
+        modules that have batch norm or do not end in a linear layer, "auto" takes gradient steps
+        alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
@@ -112,7 +114,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Epochs, of 50 meta-updates each, without improvement before an early stop.
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
-        training rows. Predictions are in the units of y.
+        training rows, for a `loss` that allows it. Predictions are in the units of y.
     center_y : bool, default=False
         Whether to subtract, in each task, the mean target of its support rows (weighted by
         `sample_weight`) from its targets, in meta-training as in `adapt`; predictions have it
@@ -181,6 +183,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     learner_weights_ : dict of str to float
         Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
         trained.
+    targets_ : sklearn_maml.targets.RealTargets
+        What y means: how it is encoded for the loss, and outputs are decoded.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -241,8 +245,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     (10,)
     """
 
-    _classification = False
-    _output_word = "target"
+    _targets_class = RealTargets
 
     __metadata_request__predict: ClassVar = {"groups": True, "return_std": True}
 
@@ -250,6 +253,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self,
         module: Any = None,
         *,
+        loss: Any = "squared_error",
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         alpha: float = 0.03,
@@ -284,6 +288,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         **net_params: Any,
     ) -> None:
         self.module = module
+        self.loss = loss
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.alpha = alpha
@@ -349,9 +354,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         if not return_std:
             return shape_like(self._decide(state, rows, codes))
         outputs, std = state.adapted.std(rows, codes, self._running())
-        std = self._finite((std * self.y_scale_).astype(rows.dtype))
-        values = self._in_units(state, outputs.astype(rows.dtype), codes)
-        return shape_like(values), shape_like(std[:, 0] if self._y_is_1d else std)
+        std = self._finite(self.targets_.decode_std(std).astype(rows.dtype))
+        values = self._finite(self.targets_.decode(outputs.astype(rows.dtype), codes, state))
+        return shape_like(values), shape_like(std)
 
     def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
         """Return the coefficient of determination after adaptation, query rows pooled.
@@ -375,94 +380,13 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         """
         return self._score(X, y, groups, sample_weight, r2_score)
 
-    def _n_module_outputs(self) -> int:
-        return len(self.y_mean_)
-
-    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
-        y = tasks.y.reshape(len(tasks.y), -1)
-        self._y_is_1d = tasks.y.ndim == 1
-        self.n_outputs_ = y.shape[1]
-        self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
-        self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
-        if self.normalize_y:
-            self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
-            center, level = self.y_mean_, np.abs(self.y_mean_)
-            if self.center_y:
-                means = _task_means(y, tasks, sample_weight)
-                center, level = means[tasks.codes], np.abs(means).max(0)
-            spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
-            constant = spread <= 10 * np.finfo(y.dtype).eps * level
-            self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)
-
-    def _centers_targets(self) -> bool:
-        return bool(self.center_y)
-
-    def _encode(self, tasks: TaskCollection) -> TaskCollection:
-        y = self._targets(tasks)
-        # with center_y a constant of a task goes with the mean of its support rows; without the
-        # mean of all its rows float32 keeps more digits of what is left
-        mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
-        return tasks.with_y(self._standardised(y - mean, tasks.X.dtype))
-
-    def _standardised(self, y: np.ndarray, dtype: Any) -> np.ndarray:
-        """Centred targets in units of those of meta-training."""
-        with np.errstate(over="ignore"):
-            encoded = (y / self.y_scale_).astype(dtype)
-        if not np.isfinite(encoded).all():
-            raise ValueError(
-                f"y has values of up to {np.abs(y).max():g}, too large for {np.dtype(dtype)} in "
-                f"units of the targets of fit, {self.y_scale_.tolist()}. Give y in the same units."
-            )
-        return encoded
-
-    def _targets(self, tasks: TaskCollection) -> np.ndarray:
-        y = tasks.y.reshape(len(tasks.y), -1)
-        if y.shape[1] != self.n_outputs_:
-            raise ValueError(
-                f"y has {y.shape[1]} output(s), but {type(self).__name__} was meta-fitted on "
-                f"{self.n_outputs_}. Give as many."
-            )
-        return y
-
-    def _encode_support(
-        self, tasks: TaskCollection, sample_weight: np.ndarray | None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        if not self.center_y:
-            return self._encode(tasks).y, {}
-        y = self._targets(tasks)
-        center = _task_means(y, tasks, sample_weight)
-        return self._standardised(y - center[tasks.codes], tasks.X.dtype), {"center": center}
-
-    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        return self._in_units(state, self._outputs(state, rows, codes), codes)
-
-    def _in_units(self, state: State, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Return outputs in the units of y."""
-        mean = self.y_mean_ if state.center is None else state.center[codes]
-        with np.errstate(over="ignore"):
-            values = (outputs * self.y_scale_ + mean).astype(self._dtype, copy=False)
-        values = self._finite(values)
-        return values[:, 0] if self._y_is_1d else values
+    def _make_targets(self) -> RealTargets:
+        return RealTargets(resolve_loss(self.loss), self.normalize_y, bool(self.center_y))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
-
-
-def _task_means(
-    y: np.ndarray, tasks: TaskCollection, sample_weight: np.ndarray | None = None
-) -> np.ndarray:
-    """Mean targets (n_tasks, n_outputs) of the rows of each task."""
-    total = np.bincount(tasks.codes, sample_weight, tasks.n_tasks)
-    means = [
-        np.bincount(
-            tasks.codes, column if sample_weight is None else sample_weight * column, tasks.n_tasks
-        )
-        / total
-        for column in y.T
-    ]
-    return np.stack(means, axis=1)
 
 
 class MAMLClassifier(ClassifierMixin, BaseMAML):
@@ -624,6 +548,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     learner_weights_ : dict of str to float
         Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
         trained.
+    targets_ : sklearn_maml.targets.ClassTargets
+        What y means: how it is encoded for the loss, and outputs are decoded.
     n_features_in_ : int
         Number of features seen during `fit`, the task column included.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -686,8 +612,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
     (2, 5)
     """
 
-    _classification = True
-    _output_word = "class"
+    _targets_class = ClassTargets
 
     __metadata_request__predict_proba: ClassVar = {"groups": True}
     __metadata_request__predict_log_proba: ClassVar = {"groups": True}
@@ -868,8 +793,8 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         """
         return self._score(X, y, groups, sample_weight, accuracy_score)
 
-    def _n_ways(self) -> int | None:
-        return self.n_ways
+    def _make_targets(self) -> ClassTargets:
+        return ClassTargets(self.n_ways)
 
     def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
         if self.head == "free":
@@ -888,7 +813,7 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
         module = learner.module
         rule = self._gradient_rule()
         head = find_head(
-            module, self.head, rule, adapted_names(module, self.adapted), self._n_module_outputs()
+            module, self.head, rule, adapted_names(module, self.adapted), self.targets_.n_outputs
         )
         probe = copy.deepcopy(module).eval()
         head.project({f"module.{name}": p for name, p in probe.named_parameters()})
@@ -903,93 +828,15 @@ class MAMLClassifier(ClassifierMixin, BaseMAML):
             )
         return head
 
-    def _n_module_outputs(self) -> int:
-        return len(self.classes_) if self.n_ways is None else int(self.n_ways)
-
-    def _learn_targets(self, tasks: TaskCollection, sample_weight: Any = None) -> None:
-        self.classes_ = np.unique(tasks.y)
-
-    def _encode(self, tasks: TaskCollection) -> TaskCollection:
-        if self.n_ways is not None:  # labels mean something inside their task only
-            return tasks.with_y(np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
-        return tasks.with_y(self._positions(tasks.y))
-
-    def _positions(self, y: np.ndarray) -> np.ndarray:
-        unseen = np.setdiff1d(y, self.classes_)
-        if len(unseen):
-            raise ValueError(
-                f"y contains labels that were not seen in fit: {unseen[:5].tolist()}. Labels are "
-                f"shared by the tasks (n_ways=None), and fit saw {self.classes_[:10].tolist()}. "
-                "Meta-fit with n_ways if every task has labels of its own."
-            )
-        return np.searchsorted(self.classes_, y)
-
-    def _encode_support(
-        self, tasks: TaskCollection, sample_weight: np.ndarray | None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        if self.n_ways is None:
-            return self._positions(tasks.y), {}
-        labels, codes = np.unique(tasks.y, return_inverse=True)
-        key, inverse = np.unique(tasks.codes * len(labels) + codes.reshape(-1), return_inverse=True)
-        task = key // len(labels)
-        rank = np.arange(len(key)) - np.searchsorted(task, np.arange(tasks.n_tasks))[task]
-        n_classes = np.bincount(task, minlength=tasks.n_tasks)
-        if n_classes.max() > self.n_ways:
-            j = int(n_classes.argmax())
-            raise ValueError(
-                f"The support set{name_of(tasks, j)} has {n_classes[j]} classes, but the head has "
-                f"n_ways={self.n_ways} outputs. Give at most {self.n_ways} classes, or meta-fit "
-                "with a larger n_ways."
-            )
-        slots = np.full((tasks.n_tasks, self.n_ways), -1)
-        slots[task, rank] = key % len(labels)
-        return rank[inverse.reshape(-1)], {"slots": slots, "labels": labels}
-
-    def _after_adapt(self) -> None:
-        if self._state.labels is not None:
-            self.classes_ = self._state.labels
-
-    def _logits(
-        self, state: State, rows: np.ndarray, codes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits of the head, lowest where a task lacks the class; class of each output."""
-        logits = self._outputs(state, rows, codes)
-        if state.slots is None:
-            return logits, None
-        slots = state.slots[codes]
-        return np.where(slots >= 0, logits, np.finfo(logits.dtype).min), slots
-
-    def _spread(self, values: np.ndarray, slots: np.ndarray | None, fill: float, n: int) -> Any:
-        """Move columns from the outputs of each task to the classes of all adapted tasks."""
-        if slots is None:
-            return values
-        wide = np.full((len(values), n), fill, dtype=values.dtype)
-        row, output = np.nonzero(slots >= 0)
-        wide[row, slots[row, output]] = values[row, output]
-        return wide
-
-    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        logits, slots = self._logits(state, rows, codes)
-        best = logits.argmax(1)
-        if slots is None:
-            return self.classes_[best]
-        assert state.labels is not None
-        return state.labels[slots[np.arange(len(best)), best]]
-
     def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        logits, slots = self._logits(state, rows, codes)
-        p = softmax(logits, axis=1)
-        return self._spread(p, slots, 0.0, 0 if state.labels is None else len(state.labels))
+        outputs = self._outputs(state, rows, codes)
+        p: np.ndarray = self.targets_.probabilities(outputs, codes, state)
+        return p
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        logits, slots = self._logits(state, rows, codes)
-        lowest = float(np.finfo(logits.dtype).min)
-        n_labels = 0 if state.labels is None else len(state.labels)
-        logits = self._spread(logits, slots, lowest, n_labels)
-        if logits.shape[1] != 2:
-            return logits
-        with np.errstate(over="ignore"):
-            return np.clip(logits[:, 1] - logits[:, 0], lowest, -lowest)
+        outputs = self._outputs(state, rows, codes)
+        values: np.ndarray = self.targets_.decision(outputs, codes, state)
+        return values
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -27,6 +27,7 @@ from sklearn_maml.learners.gaussian import Calibration
 from sklearn_maml.meta_gradients import META_GRADIENTS
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
+from sklearn_maml.targets.losses import LOSSES
 from sklearn_maml.update_rules import UPDATE_RULES
 
 __all__ = ["SaveMixin", "describe", "load"]
@@ -64,6 +65,7 @@ REBUILT = {
     "_learner",
     "_metadata_request",
     "_state",
+    "targets_",
 }
 # Those of scikit-learn that belong to the process: set_output, set_callbacks.
 LEFT_OUT = {"_sklearn_output_config", "_skl_callbacks", "_parent_callback_ctx"}
@@ -72,6 +74,7 @@ LEFT_OUT = {"_sklearn_output_config", "_skl_callbacks", "_parent_callback_ctx"}
 OBJECTS: dict[str, type] = {
     **{c.__name__ + "Rule": c for c in UPDATE_RULES.values()},
     **{c.__name__ + "Gradient": c for c in META_GRADIENTS.values()},
+    **{c.__name__ + "Loss": c for c in LOSSES.values()},
     "Checkpoint": Checkpoint,
 }
 # classes that a file may name, as a module or optimiser, or as an option of a module
@@ -374,13 +377,13 @@ class _Reader:
                 f"load got {', '.join(unused)}, but {self.path} has that itself. Leave it out; "
                 "set_params changes parameters after loading."
             )
-        if "module" in lacks:
-            given, what = self.given["module"], lacks["module"]
+        for parameter in lacks.keys() & {"module", "loss"}:
+            given, what = self.given[parameter], lacks[parameter]
             is_class = isinstance(given, type)
             name = (given if is_class else type(given)).__name__
             if (name, is_class) != (what["name"], what["what"] == "class"):
                 raise _NotGiven(
-                    f"{self.path} was saved with a module that is {_words(**what)}; got "
+                    f"{self.path} was saved with a {parameter} that is {_words(**what)}; got "
                     f"{_words('class' if is_class else 'object', name)}. Pass the same."
                 )
 
@@ -563,7 +566,7 @@ class MAMLKind(_Kind):
         if "state" in parts:
             state = parts["state"]
             adapted = estimator._adapted_from(state.pop("adapted"))
-            estimator._state = estimator._state_class(adapted, **state)
+            estimator._state = estimator._state_class(adapted=adapted, **state)
 
 
 def _find_device(estimator: Any, fitted_on: str) -> torch.device:

@@ -9,20 +9,23 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sklearn_maml.episodes import (
-    VALIDATION_QUERIES,
-    VALIDATION_QUERIES_OF_CLASS,
     EpisodeBatch,
     EpisodeSampler,
-    check_splittable,
     draw_fixed,
     hold_out,
 )
 from sklearn_maml.learners.gaussian import row_marks
-from sklearn_maml.tasks import (
-    TaskCollection,
-)
+from sklearn_maml.targets.base import Targets
+from sklearn_maml.tasks import TaskCollection
 
-__all__ = ["LEAST_TASKS", "N_MEMBERS", "CollectionSource", "CrossFitted", "DistributionSource"]
+__all__ = [
+    "LEAST_TASKS",
+    "N_MEMBERS",
+    "CollectionSource",
+    "CrossFitted",
+    "DistributionSource",
+    "EpisodeSettings",
+]
 
 # tasks drawn from a task distribution for validation, and to learn what its tasks look like
 VALIDATION_TASKS = 100
@@ -36,6 +39,30 @@ HEAD_ROWS_BY_CLASS = 10
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
 UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeSettings:
+    """Parameters of an estimator that its episodes depend on.
+
+    Attributes
+    ----------
+    n_shots, n_queries : int or None
+    early_stopping : bool or "auto"
+    validation_fraction : float
+    reshape : callable X -> X
+        Makes rows as the network takes them.
+    """
+
+    n_shots: int | None
+    n_queries: int | None
+    early_stopping: bool | str
+    validation_fraction: float
+    reshape: Callable[[np.ndarray], np.ndarray]
+
+    def encoded(self, tasks: TaskCollection, targets: Targets) -> TaskCollection:
+        """Tasks as episodes are drawn from."""
+        return dataclasses.replace(targets.encode(tasks), X=self.reshape(tasks.X))
 
 
 class CollectionSource:
@@ -52,12 +79,12 @@ class CollectionSource:
         Positions of these tasks in the collection.
     """
 
-    def __init__(self, estimator: Any, tasks: TaskCollection, seed: int, continued: bool) -> None:
-        if not continued:
-            estimator._learn_targets(tasks)
-        n_ways = estimator._n_ways()
-        encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
-        check_splittable(encoded, estimator.n_shots, n_ways, estimator._classification)
+    def __init__(
+        self, tasks: TaskCollection, targets: Targets, settings: EpisodeSettings, seed: int
+    ) -> None:
+        n_ways, n_shots, n_queries = targets.n_ways, settings.n_shots, settings.n_queries
+        encoded = settings.encoded(tasks, targets)
+        targets.check_splittable(encoded, n_shots)
         self.tasks = tasks
         self.n_tasks = tasks.n_tasks
         self.ids = tasks.ids
@@ -65,23 +92,18 @@ class CollectionSource:
         self.single = tasks.spelling == "single" and n_ways is None
         pool = n_ways if tasks.spelling == "single" else None
         train, valid = hold_out(
-            encoded, estimator.early_stopping, estimator.validation_fraction, seed, pool
+            encoded, settings.early_stopping, settings.validation_fraction, seed, pool
         )
-        options = {
-            "classification": estimator._classification,
-            "n_ways": n_ways,
-            "n_shots": estimator.n_shots,
-            "center_y": estimator._centers_targets(),
-        }
+        options = {**targets.sampling(), "n_shots": n_shots}
         self.encoded, self.options = encoded, options
-        training = EpisodeSampler(train, n_queries=estimator.n_queries, **options)
+        training = EpisodeSampler(train, n_queries=n_queries, **options)
         self.draw, self.draw_on = training.sample_batches, training.sample_on
         self.bytes_of_episode = training.bytes_of_episode()
         self.n_train = train.n_tasks
-        self.rows_per_task = _episode_rows(estimator, tasks)
+        self.rows_per_task = targets.episode_rows(tasks, n_shots, n_queries)
         self.validation: Any = None
         self.pooled = pool is not None
-        self.n_queries = estimator.n_queries
+        self.n_queries = n_queries
         self.n_held_out = 0 if valid is None else valid.n_tasks
         # positions of the tasks held out; None too where classes are
         self.held_out: np.ndarray | None = None
@@ -89,7 +111,7 @@ class CollectionSource:
             position = {task: j for j, task in enumerate(tasks.ids.tolist())}
             self.held_out = np.array([position[task] for task in valid.ids.tolist()])
         if valid is not None:
-            sampler = EpisodeSampler(valid, n_queries=_validation_queries(estimator), **options)
+            sampler = EpisodeSampler(valid, n_queries=targets.validation_queries, **options)
             self.validation = draw_fixed(sampler, seed)
 
 
@@ -103,8 +125,17 @@ class DistributionSource:
     fingerprints: ClassVar[dict[Hashable, int]] = {}
     draw_on = None  # fresh tasks are not on any device
 
-    def __init__(self, estimator: Any, distribution: Any, seed: int, continued: bool) -> None:
-        self.estimator = estimator
+    def __init__(
+        self,
+        distribution: Any,
+        targets: Targets,
+        settings: EpisodeSettings,
+        seed: int,
+        read: Callable[..., TaskCollection],
+        *,
+        learns: bool,
+    ) -> None:
+        self.targets, self.settings, self.read = targets, settings, read
         self.distribution = distribution
         drawn = distribution.sample(VALIDATION_TASKS, random_state=seed)
         if not isinstance(drawn, (list, tuple)) or len(drawn) == 0:
@@ -112,36 +143,27 @@ class DistributionSource:
                 f"{type(distribution).__name__}.sample returned {type(drawn).__name__}; expected "
                 "a list of (X, y) or (X_support, y_support, X_query, y_query) tasks."
             )
-        tasks = estimator._read_tasks(drawn, None, reset=not continued)
-        if not continued:
-            estimator._learn_targets(tasks)
+        tasks = read(drawn, None, reset=learns)
+        if learns:
+            targets.learn(tasks)
         self.tasks = tasks
-        self.encoded = dataclasses.replace(estimator._encode(tasks), X=estimator._reshape(tasks.X))
-        self.rows_per_task = _episode_rows(estimator, tasks)
+        self.encoded = settings.encoded(tasks, targets)
+        self.rows_per_task = targets.episode_rows(tasks, settings.n_shots, settings.n_queries)
         self.bytes_of_episode = (
-            self._sampler(tasks, estimator.n_queries).bytes_of_episode()
+            self._sampler(tasks, settings.n_queries).bytes_of_episode()
             + 2 * (tasks.X.nbytes + tasks.y.nbytes) // tasks.n_tasks
         )
         self.validation: Any = None
         self.n_held_out = tasks.n_tasks
-        if estimator.early_stopping:
-            self.validation = draw_fixed(self._sampler(tasks, _validation_queries(estimator)), seed)
+        if settings.early_stopping:
+            self.validation = draw_fixed(self._sampler(tasks, targets.validation_queries), seed)
 
     def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
-        estimator = self.estimator
-        encoded = estimator._encode(tasks)
-        X = estimator._reshape(tasks.X)
-        if X is not encoded.X:
-            encoded = dataclasses.replace(encoded, X=X)
-        n_ways, n_shots = estimator._n_ways(), estimator.n_shots
-        check_splittable(encoded, n_shots, n_ways, estimator._classification)
+        n_shots = self.settings.n_shots
+        encoded = self.settings.encoded(tasks, self.targets)
+        self.targets.check_splittable(encoded, n_shots)
         return EpisodeSampler(
-            encoded,
-            classification=estimator._classification,
-            n_ways=n_ways,
-            n_shots=n_shots,
-            n_queries=n_queries,
-            center_y=estimator._centers_targets(),
+            encoded, n_shots=n_shots, n_queries=n_queries, **self.targets.sampling()
         )
 
     def draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
@@ -154,8 +176,8 @@ class DistributionSource:
             )
         tasks = _collect_quickly(drawn, self.tasks)
         if tasks is None:
-            tasks = self.estimator._read_tasks(drawn, None)
-        sampler = self._sampler(tasks, self.estimator.n_queries)
+            tasks = self.read(drawn, None)
+        sampler = self._sampler(tasks, self.settings.n_queries)
         return sampler.sample_batches(np.arange(tasks.n_tasks).reshape(which.shape), rng)
 
 
@@ -386,19 +408,3 @@ def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
         None,
         "list",
     )
-
-
-def _validation_queries(estimator: Any) -> int:
-    return VALIDATION_QUERIES_OF_CLASS if estimator._classification else VALIDATION_QUERIES
-
-
-def _episode_rows(estimator: Any, tasks: TaskCollection) -> int:
-    """Rough number of rows of an episode."""
-    rows = int(np.median(tasks.sizes))
-    if estimator.n_shots is not None and estimator.n_queries is not None:
-        per_class = len(np.unique(tasks.y)) if estimator._classification else 1
-        rows = min(rows, (estimator.n_shots + estimator.n_queries) * per_class)
-    n_ways = estimator._n_ways()
-    if n_ways is not None:
-        rows = n_ways * ((estimator.n_shots or 1) + (estimator.n_queries or 15))
-    return rows

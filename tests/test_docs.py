@@ -26,6 +26,7 @@ import pytest
 import sklearn
 
 from sklearn_maml.meta_gradients import MetaGradient
+from sklearn_maml.targets import Loss, Targets
 from sklearn_maml.update_rules import UpdateRule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,9 +108,10 @@ def public_objects():
         for name in importlib.import_module(module).__all__:
             yield name
     yield from importlib.import_module("sklearn_maml.exceptions").__all__
-    for module, base in (("update_rules", UpdateRule), ("meta_gradients", MetaGradient)):
+    bases = {"update_rules": UpdateRule, "meta_gradients": MetaGradient, "targets": (Loss, Targets)}
+    for module, base in bases.items():
         for name, value in vars(importlib.import_module(f"sklearn_maml.{module}")).items():
-            private = name.startswith("_") or name == "GradientRule"
+            private = name.startswith("_") or name in ("GradientRule", "Targets")
             if inspect.isclass(value) and issubclass(value, base) and not private:
                 yield name
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.base import is_classifier
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
@@ -130,8 +129,8 @@ class MetaTrainingDisplay:
                 kept = int(np.nanargmin(own))
         # until they are given up
         of_steps = column("steps_valid_loss")
-        loss = "cross-entropy" if is_classifier(maml) else "mean squared error"
-        standardised = getattr(maml, "normalize_y", False)
+        loss = maml.targets_.loss
+        standardised = loss.standardises and maml.normalize_y
         display = cls(
             n_updates=n_updates,
             train_loss=column("train_loss"),
@@ -139,7 +138,7 @@ class MetaTrainingDisplay:
             valid_loss_before=None if valid is None else column("valid_loss_before"),
             non_finite=np.nan_to_num(column("non_finite")).astype(int),
             kept=kept,
-            loss_name=f"Query loss ({loss}{', standardised targets' if standardised else ''})",
+            loss_name=f"Query loss ({loss.name}{', standardised targets' if standardised else ''})",
             steps_valid_loss=of_steps if np.isfinite(of_steps).any() else None,
             learners=shares_in_words(maml),
         )

@@ -95,7 +95,7 @@ def class_permutation_audit(
     check_count("n_episodes", n_episodes)
     check_count("n_permutations", n_permutations)
     maml, X = open_copy(estimator, X)
-    n_ways = maml._n_ways()
+    n_ways = getattr(maml, "n_ways", None)
     if n_ways is None:
         raise ValueError(
             f"class_permutation_audit is for models with n_ways, whose labels mean something "
@@ -124,9 +124,8 @@ def class_permutation_audit(
     for k, permutation in enumerate(permutations):
         # labels in another order: `adapt` puts sorted labels to outputs
         state = maml._adapted_state(support.with_y(permutation[ranks]), None)
-        logits, slots = maml._logits(state, query, codes)
         assert state.labels is not None
-        predicted = state.labels[slots[np.arange(len(rows)), logits.argmax(1)]]
+        predicted = maml._decide(state, query, codes)
         accuracy[:, k] = np.bincount(codes, predicted == permutation[truth]) / n_query
         wide = np.zeros_like(total)
         wide[:, state.labels] = maml._probabilities(state, query, codes)

@@ -74,7 +74,7 @@ class Units:
             self.word, self.ids = "tasks", scored.tasks.ids
             self.codes = scored.task[scored.codes]
         else:
-            self.word = "splits" if maml._n_ways() is None else "episodes"
+            self.word = "splits" if maml.targets_.n_ways is None else "episodes"
             self.ids, self.codes = np.arange(len(scored.task)), scored.codes
 
 

@@ -1,0 +1,176 @@
+"""What every kind of targets offers, and every loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+from sklearn_maml.episodes import check_splittable, large_enough
+from sklearn_maml.tasks import TaskCollection
+
+__all__ = ["Coding", "Loss", "Targets"]
+
+
+class Loss(BaseEstimator, ABC):
+    """Loss of the rows of a task, and what its targets and outputs mean.
+
+    A loss of one's own is a subclass, an object of which is the parameter `loss` of a
+    `MAMLRegressor`. Parameters of its constructor are searched as ``loss__*``.
+
+    Attributes
+    ----------
+    name : str
+        In messages and displays; that of the class unless it is given.
+    standardises : bool
+        Whether y may be standardised: `rows` then sees targets of mean 0 and variance 1 where
+        `normalize_y` is set. By default targets are as they are.
+    """
+
+    name: ClassVar[str]
+    standardises: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    @abstractmethod
+    def rows(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each row, in differentiable operations of torch.
+
+        Parameters
+        ----------
+        output, y : Tensor of shape (..., n_outputs)
+            With any number of leading axes.
+
+        Returns
+        -------
+        losses : Tensor of shape (...)
+        """
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse targets (n_rows, n_outputs), in the units of y, that the loss is not for."""
+
+    def predict(self, output: np.ndarray) -> np.ndarray:
+        """Return predictions for outputs (n_rows, n_outputs): the inverse link, here none."""
+        return output
+
+
+@dataclass(kw_only=True)
+class Coding:
+    """What `Targets.encode_support` keeps of support sets: what the outputs of tasks stand for.
+
+    Attributes
+    ----------
+    labels : ndarray or None
+        Of labels that mean something inside a task only: the classes of all tasks.
+    slots : int ndarray of shape (n_tasks, n_ways) or None
+        Position in `labels` of each output, or -1.
+    center : ndarray of shape (n_tasks, n_outputs) or None
+        What was taken from the targets of each task, in the units of y.
+    """
+
+    labels: np.ndarray | None = None
+    slots: np.ndarray | None = None
+    center: np.ndarray | None = None
+
+
+class Targets(ABC):
+    """What y means.
+
+    Parameters
+    ----------
+    loss : Loss
+
+    Attributes
+    ----------
+    are_classes : bool
+    word : str
+        What one output of the network is for.
+    learned : tuple of str
+        Attributes that `learn` sets, which are fitted attributes of the estimators, too.
+    validation_queries : int
+        Query rows of held-out tasks; of each class, if they are drawn by class.
+    n_ways : int or None
+        Classes of an episode, where labels mean something inside their task only.
+    center_y : bool
+        Whether the mean of the support targets of a task is taken from its targets.
+    """
+
+    are_classes: ClassVar[bool]
+    word: ClassVar[str]
+    learned: ClassVar[tuple[str, ...]]
+    validation_queries: ClassVar[int]
+    n_ways: int | None = None
+    center_y: bool = False
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    @property
+    @abstractmethod
+    def n_outputs(self) -> int:
+        """Outputs of the network."""
+
+    @abstractmethod
+    def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """Learn from the targets of meta-training what the rest needs."""
+
+    @abstractmethod
+    def encode(self, tasks: TaskCollection) -> TaskCollection:
+        """Targets as the losses take them, for episodes."""
+
+    @abstractmethod
+    def encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, Coding]:
+        """Targets of support sets as the losses take them, and how they are decoded."""
+
+    @abstractmethod
+    def decode(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
+        """Predictions for outputs (n_rows, n_outputs) of rows of the tasks `codes`."""
+
+    @abstractmethod
+    def episode_rows(
+        self, tasks: TaskCollection, n_shots: int | None, n_queries: int | None
+    ) -> int:
+        """Rough number of rows of an episode."""
+
+    def scored_shots(self, tasks: TaskCollection, n_shots: int | None) -> int | None:
+        """Support rows of each task in `score`; None: half of those of each class."""
+        return n_shots
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what was learned."""
+        return {name: getattr(self, name) for name in self.learned}
+
+    def restore(self, attributes: dict[str, Any]) -> Self:
+        """Take what was learned from `attributes`."""
+        vars(self).update({name: attributes[name] for name in self.learned})
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Parameters that what was meta-learned depends on."""
+        loss = (type(self.loss), str(sorted(self.loss.get_params().items())))
+        return {"n_ways": self.n_ways, "center_y": self.center_y, "loss": loss}
+
+    def sampling(self) -> dict[str, Any]:
+        """Options of `EpisodeSampler` that are up to the targets."""
+        return {
+            "classification": self.are_classes,
+            "n_ways": self.n_ways,
+            "center_y": self.center_y,
+        }
+
+    def check_splittable(self, encoded: TaskCollection, n_shots: int | None) -> None:
+        """Refuse tasks that cannot give a support set of the asked size and a query row."""
+        check_splittable(encoded, n_shots, self.n_ways, self.are_classes)
+
+    def large_enough(self, tasks: TaskCollection, n_shots: int | None) -> np.ndarray:
+        """Tell which tasks can give a support set of the asked size and a query row."""
+        return large_enough(tasks, n_shots, self.n_ways, self.are_classes)

@@ -1,0 +1,137 @@
+"""Targets that are class labels."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sklearn_maml.episodes import VALIDATION_QUERIES_OF_CLASS, name_of
+from sklearn_maml.targets.base import Coding, Targets
+from sklearn_maml.targets.losses import CrossEntropy
+from sklearn_maml.tasks import TaskCollection
+
+__all__ = ["ClassTargets"]
+
+
+class ClassTargets(Targets):
+    """Class labels, which tasks share or, with `n_ways`, mean something inside a task only.
+
+    Parameters
+    ----------
+    n_ways : int or None
+    """
+
+    are_classes: ClassVar[bool] = True
+    word: ClassVar[str] = "class"
+    learned: ClassVar[tuple[str, ...]] = ("classes_",)
+    validation_queries: ClassVar[int] = VALIDATION_QUERIES_OF_CLASS
+
+    classes_: np.ndarray
+
+    def __init__(self, n_ways: int | None) -> None:
+        super().__init__(CrossEntropy())
+        self.n_ways = n_ways
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs of the network: one for each class, of all or of an episode."""
+        return len(self.classes_) if self.n_ways is None else int(self.n_ways)
+
+    def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """See `Targets`."""
+        self.classes_ = np.unique(tasks.y)
+
+    def encode(self, tasks: TaskCollection) -> TaskCollection:
+        """See `Targets`."""
+        if self.n_ways is not None:  # labels mean something inside their task only
+            return tasks.with_y(np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
+        return tasks.with_y(self._positions(tasks.y))
+
+    def _positions(self, y: np.ndarray) -> np.ndarray:
+        unseen = np.setdiff1d(y, self.classes_)
+        if len(unseen):
+            raise ValueError(
+                f"y contains labels that were not seen in fit: {unseen[:5].tolist()}. Labels are "
+                f"shared by the tasks (n_ways=None), and fit saw {self.classes_[:10].tolist()}. "
+                "Meta-fit with n_ways if every task has labels of its own."
+            )
+        return np.searchsorted(self.classes_, y)
+
+    def encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, Coding]:
+        """See `Targets`; of labels that are local, in sorted order."""
+        if self.n_ways is None:
+            return self._positions(tasks.y), Coding()
+        labels, codes = np.unique(tasks.y, return_inverse=True)
+        key, inverse = np.unique(tasks.codes * len(labels) + codes.reshape(-1), return_inverse=True)
+        task = key // len(labels)
+        rank = np.arange(len(key)) - np.searchsorted(task, np.arange(tasks.n_tasks))[task]
+        n_classes = np.bincount(task, minlength=tasks.n_tasks)
+        if n_classes.max() > self.n_ways:
+            j = int(n_classes.argmax())
+            raise ValueError(
+                f"The support set{name_of(tasks, j)} has {n_classes[j]} classes, but the head has "
+                f"n_ways={self.n_ways} outputs. Give at most {self.n_ways} classes, or meta-fit "
+                "with a larger n_ways."
+            )
+        slots = np.full((tasks.n_tasks, self.n_ways), -1)
+        slots[task, rank] = key % len(labels)
+        return rank[inverse.reshape(-1)], Coding(slots=slots, labels=labels)
+
+    def logits(
+        self, outputs: np.ndarray, codes: np.ndarray, coding: Coding
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits of the head, lowest where a task lacks the class; class of each output."""
+        if coding.slots is None:
+            return outputs, None
+        slots = coding.slots[codes]
+        return np.where(slots >= 0, outputs, np.finfo(outputs.dtype).min), slots
+
+    def decode(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
+        """See `Targets`."""
+        logits, slots = self.logits(outputs, codes, coding)
+        best = logits.argmax(1)
+        if slots is None:
+            return self.classes_[best]
+        assert coding.labels is not None
+        labels: np.ndarray = coding.labels[slots[np.arange(len(best)), best]]
+        return labels
+
+    def probabilities(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
+        """Probabilities of all classes; 0 for those that a task lacks."""
+        logits, slots = self.logits(outputs, codes, coding)
+        return _spread(self.loss.predict(logits), slots, 0.0, coding)
+
+    def decision(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
+        """Logits of all classes, lowest where a task lacks one; the difference of two classes."""
+        logits, slots = self.logits(outputs, codes, coding)
+        lowest = float(np.finfo(logits.dtype).min)
+        logits = _spread(logits, slots, lowest, coding)
+        if logits.shape[1] != 2:
+            return logits
+        with np.errstate(over="ignore"):
+            return np.clip(logits[:, 1] - logits[:, 0], lowest, -lowest)
+
+    def episode_rows(
+        self, tasks: TaskCollection, n_shots: int | None, n_queries: int | None
+    ) -> int:
+        """See `Targets`."""
+        if self.n_ways is not None:
+            return self.n_ways * ((n_shots or 1) + (n_queries or 15))
+        rows = int(np.median(tasks.sizes))
+        if n_shots is None or n_queries is None:
+            return rows
+        return min(rows, (n_shots + n_queries) * len(np.unique(tasks.y)))
+
+
+def _spread(values: np.ndarray, slots: np.ndarray | None, fill: float, coding: Coding) -> Any:
+    """Move columns from the outputs of each task to the classes of all adapted tasks."""
+    if slots is None:
+        return values
+    assert coding.labels is not None
+    wide = np.full((len(values), len(coding.labels)), fill, dtype=values.dtype)
+    row, output = np.nonzero(slots >= 0)
+    wide[row, slots[row, output]] = values[row, output]
+    return wide

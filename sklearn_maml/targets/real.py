@@ -1,0 +1,171 @@
+"""Targets that are numbers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from torch import Tensor
+
+from sklearn_maml.episodes import VALIDATION_QUERIES
+from sklearn_maml.targets.base import Coding, Loss, Targets
+from sklearn_maml.tasks import TaskCollection
+
+__all__ = ["RealTargets"]
+
+# support rows of each task in `score` with n_shots=None: half of the rows, at most
+SCORED_SHOTS = 10
+
+
+class RealTargets(Targets):
+    """Numbers, one or several a row.
+
+    Parameters
+    ----------
+    loss : Loss
+    normalize_y : bool
+        Whether to standardise them, for a loss that allows it.
+    center_y : bool
+        Whether to take the mean of its support rows from the targets of each task.
+    """
+
+    are_classes: ClassVar[bool] = False
+    word: ClassVar[str] = "target"
+    learned: ClassVar[tuple[str, ...]] = ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d")
+    validation_queries: ClassVar[int] = VALIDATION_QUERIES
+
+    n_outputs_: int
+    y_mean_: np.ndarray
+    y_scale_: np.ndarray
+    _y_is_1d: bool
+
+    def __init__(self, loss: Loss, normalize_y: bool, center_y: bool) -> None:
+        super().__init__(loss)
+        self.normalize_y = normalize_y
+        self.center_y = center_y
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs of the network: one for each target."""
+        return self.n_outputs_
+
+    def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """See `Targets`."""
+        self.loss = clone(self.loss)  # whose parameters the user may change
+        y = tasks.y.reshape(len(tasks.y), -1)
+        if self.center_y and not self.loss.standardises:
+            raise ValueError(
+                "center_y=True takes the mean of its support rows from the targets of a task, but "
+                f"the loss {self.loss.name} is for targets as they are. Use center_y=False."
+            )
+        self.loss.check(y)
+        _check_rows(self.loss, y)
+        self._y_is_1d = tasks.y.ndim == 1
+        self.n_outputs_ = y.shape[1]
+        self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
+        self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
+        if self.normalize_y and self.loss.standardises:
+            self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
+            center, level = self.y_mean_, np.abs(self.y_mean_)
+            if self.center_y:
+                means = _task_means(y, tasks, sample_weight)
+                center, level = means[tasks.codes], np.abs(means).max(0)
+            spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
+            constant = spread <= 10 * np.finfo(y.dtype).eps * level
+            self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)
+
+    def encode(self, tasks: TaskCollection) -> TaskCollection:
+        """See `Targets`."""
+        y = self._checked(tasks)
+        # with center_y a constant of a task goes with the mean of its support rows; without the
+        # mean of all its rows float32 keeps more digits of what is left
+        mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
+        return tasks.with_y(self._standardised(y - mean, tasks.X.dtype))
+
+    def encode_support(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> tuple[np.ndarray, Coding]:
+        """See `Targets`."""
+        if not self.center_y:
+            return self.encode(tasks).y, Coding()
+        y = self._checked(tasks)
+        center = _task_means(y, tasks, sample_weight)
+        return self._standardised(y - center[tasks.codes], tasks.X.dtype), Coding(center=center)
+
+    def _checked(self, tasks: TaskCollection) -> np.ndarray:
+        y = tasks.y.reshape(len(tasks.y), -1)
+        if y.shape[1] != self.n_outputs_:
+            raise ValueError(
+                f"y has {y.shape[1]} output(s), but MAMLRegressor was meta-fitted on "
+                f"{self.n_outputs_}. Give as many."
+            )
+        self.loss.check(y)
+        return y
+
+    def _standardised(self, y: np.ndarray, dtype: Any) -> np.ndarray:
+        """Centred targets in units of those of meta-training."""
+        with np.errstate(over="ignore"):
+            encoded = (y / self.y_scale_).astype(dtype)
+        if not np.isfinite(encoded).all():
+            raise ValueError(
+                f"y has values of up to {np.abs(y).max():g}, too large for {np.dtype(dtype)} in "
+                f"units of the targets of fit, {self.y_scale_.tolist()}. Give y in the same units."
+            )
+        return encoded
+
+    def decode(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
+        """See `Targets`; values that overflow are infinite."""
+        mean = self.y_mean_ if coding.center is None else coding.center[codes]
+        with np.errstate(over="ignore"):
+            values = self.loss.predict(outputs) * self.y_scale_ + mean
+        return self._like_y(values.astype(outputs.dtype, copy=False))
+
+    def decode_std(self, std: np.ndarray) -> np.ndarray:
+        """Return standard deviations of targets in the units of y."""
+        return self._like_y(std * self.y_scale_)
+
+    def _like_y(self, values: np.ndarray) -> np.ndarray:
+        return values[:, 0] if self._y_is_1d else values
+
+    def scored_shots(self, tasks: TaskCollection, n_shots: int | None) -> int:
+        """See `Targets`."""
+        if n_shots is not None:
+            return n_shots
+        return max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
+
+    def episode_rows(
+        self, tasks: TaskCollection, n_shots: int | None, n_queries: int | None
+    ) -> int:
+        """See `Targets`."""
+        rows = int(np.median(tasks.sizes))
+        return rows if n_shots is None or n_queries is None else min(rows, n_shots + n_queries)
+
+
+def _task_means(
+    y: np.ndarray, tasks: TaskCollection, sample_weight: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean targets (n_tasks, n_outputs) of the rows of each task."""
+    total = np.bincount(tasks.codes, sample_weight, tasks.n_tasks)
+    means = [
+        np.bincount(
+            tasks.codes, column if sample_weight is None else sample_weight * column, tasks.n_tasks
+        )
+        / total
+        for column in y.T
+    ]
+    return np.stack(means, axis=1)
+
+
+def _check_rows(loss: Loss, y: np.ndarray) -> None:
+    """Refuse a loss that gives something else than one number a row."""
+    some = torch.from_numpy(y[np.arange(6) % len(y)].reshape(2, 3, -1).astype(np.float64))
+    losses = loss.rows(torch.zeros_like(some), some)
+    got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if got != (2, 3):
+        raise ValueError(
+            f"rows of the loss {loss.name} gave {got} for outputs and targets of shape "
+            f"{tuple(some.shape)}; expected a tensor of shape (2, 3), with the loss of each row. "
+            "Reduce the last axis, as .mean(-1) does, and no other."
+        )
