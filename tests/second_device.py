@@ -1,6 +1,6 @@
 """A device that is not the CPU, on the CPU: for tests of what a model does on an accelerator.
 
-`DEVICE` is torch's `PrivateUse1` device under the name "second". Its tensors have storages of that
+`DEVICE` is torch's `PrivateUse1` device under the name "elsewhere". Its tensors have storages of that
 device, whose memory is the host's: DLPack lends the memory of a tensor of either device to one of
 the other. So an operation is computed by the kernels of the CPU, and numbers are theirs, while
 autograd, ``torch.func``, autocast, fake tensors and the optimisers see a device of its own.
@@ -32,8 +32,8 @@ except ImportError:  # pragma: no cover - depends on the installed torch
         allow_module_level=True,
     )
 
-NAME = "second"
-DEVICE = "second:0"
+NAME = "elsewhere"
+DEVICE = "elsewhere:0"
 # of DLPack
 HOST, EXTENSION = 1, 12
 CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -357,7 +357,7 @@ def _drawing() -> Iterator[None]:
 
 
 class _Module:
-    """What ``torch.second`` is, as ``torch.cuda`` is of CUDA."""
+    """What ``torch.elsewhere`` is, as ``torch.cuda`` is of CUDA."""
 
     @staticmethod
     def is_initialized() -> bool:

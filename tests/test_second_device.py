@@ -106,7 +106,7 @@ def parameters(model):
 
 def assert_same(cpu, device, rtol=1e-4, atol=1e-5):
     """The fits, and what they did on the way, agree to rounding."""
-    assert all(p.device.type == "second" for p in device.module_.parameters())
+    assert all(p.device.type == "elsewhere" for p in device.module_.parameters())
     ours, theirs = parameters(device), parameters(cpu)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol)
@@ -387,7 +387,7 @@ def test_recurrent_layers_do_without_cudnn_which_has_no_second_derivatives():
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
 def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, updates):
     torch.manual_seed(5)
-    before = torch.second.get_rng_state(), torch.get_rng_state()
+    before = torch.elsewhere.get_rng_state(), torch.get_rng_state()
     cpu, device = both(
         MAMLRegressor, X, Y, G, module=dropout(), checkpoint_steps=checkpoint_steps, max_iter=5
     )
@@ -398,11 +398,11 @@ def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, update
     nn.Linear(3, 8), nn.Linear(8, 1)
     assert not torch.equal(torch.get_rng_state(), before[1])
     torch.manual_seed(5)
-    state = torch.second.get_rng_state()
+    state = torch.elsewhere.get_rng_state()
     module = dropout()
     torch.manual_seed(5)
     MAMLRegressor(**SMALL, module=module, device=DEVICE).fit(X, Y, groups=G)
-    assert torch.equal(torch.second.get_rng_state(), state)
+    assert torch.equal(torch.elsewhere.get_rng_state(), state)
 
 
 DATA = {
@@ -525,7 +525,7 @@ def counts_of(updates_made, **settings):
 
 
 def test_a_device_without_its_number_is_the_current_one(updates):
-    device = MAMLRegressor(**SMALL, device="second").fit(X, Y, groups=G)
+    device = MAMLRegressor(**SMALL, device="elsewhere").fit(X, Y, groups=G)
     assert device.device_ == torch.device(DEVICE)
     assert_unhindered(updates)
 
@@ -924,7 +924,7 @@ def test_files_and_pickles(regressors, tmp_path):
         copy.deepcopy(device),
     ):
         assert again.device_ == torch.device(DEVICE)
-        assert {p.device.type for p in again.module_.parameters()} == {"second"}
+        assert {p.device.type for p in again.module_.parameters()} == {"elsewhere"}
         np.testing.assert_array_equal(again.predict(X, G), expected)
         again.set_params(warm_start=True).fit(X, Y, groups=G)
         assert again.n_iter_ == 2 * device.n_iter_
@@ -1042,7 +1042,7 @@ def test_convolutions_run_as_they_are_where_nothing_is_captured(traces):
 def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
     with capturing():
         graph = traced.CudaGraph(
-            lambda a, b: [a @ b, a + 1], [torch.ones(2, 2, device=DEVICE)] * 2, torch.second
+            lambda a, b: [a @ b, a + 1], [torch.ones(2, 2, device=DEVICE)] * 2, torch.elsewhere
         )
     first = [torch.full((2, 2), v, device=DEVICE) for v in (2.0, 3.0)]
     second = [torch.full((2, 2), v, device=DEVICE) for v in (5.0, 7.0)]
@@ -1060,7 +1060,7 @@ def test_a_graph_takes_the_arguments_of_each_call(traces):
     weights = torch.ones(3, device=DEVICE)
     with capturing():
         graph = traced.CudaGraph(
-            lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.second
+            lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.elsewhere
         )
     weights.mul_(10)
     floats, numbers = graph(weights, weights.long())
@@ -1084,7 +1084,7 @@ def test_waiting_while_a_graph_is_captured_is_refused():
         return [a * a.sum().item()]
 
     with capturing(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        traced.CudaGraph(step, [torch.ones(2, device=DEVICE)], torch.second)
+        traced.CudaGraph(step, [torch.ones(2, device=DEVICE)], torch.elsewhere)
 
 
 def test_a_step_that_draws_is_not_captured(traces):
@@ -1137,7 +1137,8 @@ def test_what_is_planted_is_caught(plant, error):
 
 
 def test_a_planted_look_is_counted(updates):
-    MAMLRegressor(**SMALL, update_rule=Plants(looks), device=DEVICE).fit(X, Y, groups=G)
+    settings = {**SMALL, "update_rule": Plants(looks)}
+    MAMLRegressor(**settings, device=DEVICE).fit(X, Y, groups=G)
     assert all(counts.synchronisations for counts in updates)
     with pytest.raises(AssertionError):
         assert_unhindered(updates)
