@@ -323,10 +323,14 @@ class _Prepared:
 
 def count_epochs(n_updates: int, with_head: bool) -> int:
     """Epochs of a fit, at most; the last update of a Gaussian head ends one."""
-    if not with_head:
-        return -(-n_updates // UPDATES_PER_EPOCH)
-    of_head = math.ceil(PART_OF_UPDATES * n_updates)
+    of_head = count_head_updates(n_updates) if with_head else 0
     return sum(-(-n // UPDATES_PER_EPOCH) for n in (of_head, n_updates - of_head))
+
+
+def count_head_updates(n_updates: int) -> int:
+    """Updates of a Gaussian head in a fit: whole epochs, if there are enough."""
+    n = math.ceil(PART_OF_UPDATES * n_updates)
+    return n if n < UPDATES_PER_EPOCH else round(n / UPDATES_PER_EPOCH) * UPDATES_PER_EPOCH
 
 
 class StopTraining(KeyboardInterrupt):
@@ -814,7 +818,7 @@ class MetaNet(NeuralNet):
         most = self._updates_of_head * (PATIENCE if start_is_best else 1.0)
         if not self.joint.head_is_done and done >= most:
             self._end_head()
-        return bool(self.joint.head_is_done) and self.joint.engine is None
+        return done >= self.max_iter or (self.joint.head_is_done and self.joint.engine is None)
 
     def give_up_steps(self) -> None:
         """Train the Gaussian head alone from now on."""
@@ -1055,7 +1059,7 @@ class MetaNet(NeuralNet):
 
     @property
     def _updates_of_head(self) -> int:
-        return math.ceil(PART_OF_UPDATES * self.max_iter)
+        return count_head_updates(self.max_iter)
 
     def _listeners(self, method_name: str) -> list[Any]:
         """Methods of the callbacks that do something; looked up once in an epoch."""

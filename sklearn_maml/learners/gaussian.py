@@ -291,7 +291,9 @@ class HeadFunctions:
         factor = p["factor"]
         linear = X.new_ones(len(X), 1, dtype=factor.dtype)
         if len(head.center):
-            X = ((X - head.center) / head.scale).clamp(-BEYOND, BEYOND).to(factor.dtype)
+            X = ((X - head.center) / head.scale).clamp(-BEYOND, BEYOND)
+        X = X.to(factor.dtype)
+        if len(head.center):
             linear = torch.cat([linear, X], 1)
         h = self.body.features(self.of_body, X).to(factor.dtype)
         S = torch.cat([linear @ factor, h * p["log_scale"].exp().unsqueeze(1)], -1)
