@@ -1188,8 +1188,12 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         state = self._adapted_state(tasks, sample_weight)
         with _STATE_LOCK:
             self._state = state
-            if state.labels is not None:
-                self.classes_ = state.labels
+            self._after_adapt()
+
+    def _after_adapt(self) -> None:
+        """Update what depends on the adapted tasks."""
+        if self._state.labels is not None:
+            self.classes_ = self._state.labels
 
     def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         rows: Callable[[Tensor, Tensor], Tensor] = self.targets_.loss.rows

@@ -109,11 +109,10 @@ def test_classes_with_very_many_rows_do_not_make_very_large_support_sets():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(4000, 3))
     clf = MAMLClassifier(max_iter=1, early_stopping=False, random_state=0)
-    from sklearn_maml.sources import CollectionSource
-
     clf.n_features_in_ = 3
-    tasks = clf._read_tasks(rows, rows[:, 0] > 0, np.repeat([0, 1], 2000), reset=True)
-    batch = CollectionSource(clf, tasks, 0, False).draw(np.array([[0, 1]]), rng)[0]
+    y, task = rows[:, 0] > 0, np.repeat([0, 1], 2000)
+    source = clf._collect(rows, y, task, clf._make_targets(), 0, False)
+    batch = source.draw(np.array([[0, 1]]), rng)[0]
     assert batch.support.X.shape[1] <= 2 * 20
 
 
