@@ -328,7 +328,7 @@ def count_epochs(n_updates: int, with_head: bool) -> int:
 
 
 def count_head_updates(n_updates: int) -> int:
-    """Updates of a Gaussian head in a fit: whole epochs, if there are enough."""
+    """Count the updates of a Gaussian head in a fit: whole epochs, if there are enough."""
     n = math.ceil(PART_OF_UPDATES * n_updates)
     return n if n < UPDATES_PER_EPOCH else round(n / UPDATES_PER_EPOCH) * UPDATES_PER_EPOCH
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import pickle
 import sys
@@ -45,6 +46,9 @@ from sklearn_maml import (
     task_scores,
 )
 from sklearn_maml.few_shot import _FewShot
+from sklearn_maml.learners.base import Adapted
+from sklearn_maml.learners.gaussian import Conditioned
+from sklearn_maml.learners.shares import Mixed
 
 REFUSALS = (ValueError, TypeError, NotFittedError)
 # of the library itself, and of scikit-learn where it says what it did with unusual data
@@ -62,8 +66,8 @@ ANSWERS = {"predict", "predict_std", "predict_proba", "predict_log_proba", "deci
 # -- models --------------------------------------------------------------------------------------
 
 N_TASKS, N_ROWS, N_FEATURES = 6, 6, 2
-# tasks of "posterior" kinds: enough to hold some out by default
-N_TASKS_POSTERIOR = 12
+# tasks of kinds with a Gaussian head: enough to hold some out by default
+N_TASKS_HELD_OUT = 12
 SMALL: dict[str, Any] = {
     "hidden_layer_sizes": (4,),
     "update_rule": "sgd",
@@ -143,8 +147,10 @@ def data_of(kind: str, n: int, seed: int = 0) -> dict[str, Any]:
 
 def new_model(kind: str) -> Any:
     params = dict(SMALL)
-    if "posterior" in kind:  # nothing is asked of the inner loop
+    if "head" in kind or "auto" in kind:
         params = {"max_iter": 3, "random_state": 0}
+        if "head" in kind:
+            params["update_rule"] = "gaussian-head"
     if "batch norm" in kind:
         params["module"] = Normed
     if "residual" in kind:
@@ -184,15 +190,17 @@ KINDS = [
     "classifier frame",
     "classifier conv",
     "classifier ways conv float32",
-    "regressor posterior",
-    "regressor posterior two outputs float32",
-    "classifier posterior",
+    "regressor auto",
+    "regressor head two outputs float32",
+    "classifier auto",
+    "classifier head",
+    "classifier ways head",
 ]
 
 
 def n_rows_of(kind: str) -> int:
     """Number of rows of a meta-training."""
-    return (N_TASKS_POSTERIOR if "posterior" in kind else N_TASKS) * N_ROWS
+    return (N_TASKS_HELD_OUT if "auto" in kind or "head" in kind else N_TASKS) * N_ROWS
 
 
 @functools.cache
@@ -203,9 +211,8 @@ def fitted_model(kind: str, adapted: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(**data)
-        if "posterior" in kind:  # which is to be looked at, whichever is better
-            assert model.posterior_ is not None
-            model.posterior_weight_ = 1.0
+        if "auto" in kind:  # both learners are to be looked at, whichever is better
+            model.learner_weights_ = {"gaussian-head": 0.5, "gradient-steps": 0.5}
         if adapted == "one":
             model.adapt(**trimmed(data_of(kind, N_ROWS), kind, grouped=False))
         if adapted == "several":
@@ -483,7 +490,6 @@ ODD_PARAMETERS: dict[str, list[Any]] = {
     "precision": ["full", "tf32", "a", None],
     "batch_norm": ["inductive", "transductive", "a"],
     "callbacks": [[], None, [3], "a", ["a"], [("a", 3)], [()]],
-    "posterior": ["auto", True, False, None, "a", 1],
     "device": ["cpu", "auto", "cuda:99", "none such", None, 3, torch.device("cpu")],
     "task_column": [None, 0, -1, 5, "a", "task", 1.5, (), [0]],
     "warm_start": [True, False, "a"],
@@ -530,7 +536,7 @@ def digest(value: Any, depth: int = 0) -> Any:
         return [digest(v, depth + 1) for v in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return repr(value)
-    if type(value).__name__ in ("State", "Adapted", "Conditioned", "PosteriorEnsemble"):
+    if dataclasses.is_dataclass(value) or isinstance(value, Adapted):
         # its engine keeps caches of what it has compiled
         return [(n, digest(v)) for n, v in vars(value).items() if n != "engine"]
     if isinstance(value, _FewShot | MAMLRegressor | MAMLClassifier):
@@ -689,10 +695,15 @@ def fuzz_fit(data: Any) -> None:
 
 
 def is_adapted_finitely(model: Any) -> bool:
-    state = model._state
-    if state.adapted is None:
-        return all(finite(shift) for shift in state.conditioned.shift)
-    return all(bool(torch.isfinite(p).all()) for p in state.adapted.params.values())
+    parts = [model._state.adapted]
+    if isinstance(parts[0], Mixed):
+        parts = [parts[0].head, parts[0].steps]
+    return all(
+        finite(part.shift)
+        if isinstance(part, Conditioned)
+        else all(bool(torch.isfinite(p).all()) for p in part.adapted.params.values())
+        for part in parts
+    )
 
 
 ADAPTED = st.sampled_from([*["one", "several"] * 4, "not"])

@@ -1,6 +1,6 @@
 """A device that is not the CPU, on the CPU: for tests of what a model does on an accelerator.
 
-`DEVICE` is torch's `PrivateUse1` device under the name "elsewhere". Its tensors have storages of that
+`DEVICE` is torch's `PrivateUse1` device, named "elsewhere". Its tensors have storages of that
 device, whose memory is the host's: DLPack lends the memory of a tensor of either device to one of
 the other. So an operation is computed by the kernels of the CPU, and numbers are theirs, while
 autograd, ``torch.func``, autocast, fake tensors and the optimisers see a device of its own.

@@ -480,7 +480,7 @@ def test_all_rows_of_a_task_are_normalised_together(monkeypatch):
     X, y, groups = tasks(1)
     model = fitted(batch_norm="transductive").adapt(X, y, groups=groups)
     whole = model.predict(X, groups)
-    monkeypatch.setattr("sklearn_maml._base.ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr("sklearn_maml.learners.gradient.ROWS_AT_A_TIME", 5)
     np.testing.assert_allclose(model.predict(X, groups), whole, rtol=1e-9)
     model.set_params(batch_norm="inductive")
     in_pieces = model.predict(X, groups)

@@ -103,7 +103,7 @@ def test_the_check_of_calls_fails_where_an_estimator_has_changed(reg, what):
             with torch.no_grad():
                 next(model.module_.parameters()).view(-1)[0] += 1e-6
         elif what == "_state":
-            next(iter(model._state.adapted.params.values())).view(-1)[0] += 1e-6
+            next(iter(model._state.adapted.adapted.params.values())).view(-1)[0] += 1e-6
         else:
             model.alpha = 0.5
         return reg.predict(X)
@@ -202,9 +202,9 @@ def test_a_decision_between_two_classes_is_finite_where_the_logits_are():
     model = MAMLClassifier(n_ways=2, n_shots=1, **{**SMALL, "hidden_layer_sizes": ()})
     with torch.no_grad():
         model.fit(X, C).adapt(X[:2], ["u", "v"])
-    for weight in model._state.adapted.params.values():
+    for weight in model._state.adapted.adapted.params.values():
         weight.fill_(0)
-    bias = model._state.adapted.params["0.bias"]
+    bias = model._state.adapted.adapted.params["0.bias"]
     bias[0, 0], bias[0, 1] = 1.5e308, -1.5e308
     found = model.decision_function(X)
     assert (found == np.finfo(np.float64).min).all()

@@ -892,7 +892,7 @@ def test_rates_of_each_step_are_learned_and_the_last_one_serves_further_steps():
         predicted[steps] = reg.predict(new)
     assert np.abs(predicted[3] - predicted[6]).max() > 1e-4
     # the same adaptation with the last rates written out
-    engine, learner = reg._state.engine, reg._learner
+    engine, learner = reg._state.adapted.engine, reg._learner
     support = Rows(
         torch.as_tensor(new)[None],
         torch.as_tensor((y_new[:, None] - reg.y_mean_) / reg.y_scale_)[None],

@@ -329,7 +329,7 @@ def test_epochs_with_skipped_updates_are_marked(reg):
 
 def test_a_fit_without_held_out_tasks_has_one_line(sinusoids):
     X, y, task = sinusoids
-    model = MAMLRegressor(max_iter=60, early_stopping=False, random_state=0)
+    model = MAMLRegressor(update_rule="sgd", max_iter=60, early_stopping=False, random_state=0)
     display = MetaTrainingDisplay.from_estimator(model.fit(X, y, groups=task))
     assert_array_equal(display.n_updates, [50, 60])
     assert (display.valid_line_, display.before_line_, display.kept_line_) == (None, None, None)
@@ -337,7 +337,8 @@ def test_a_fit_without_held_out_tasks_has_one_line(sinusoids):
 
 def test_a_continued_fit_kept_the_best_of_its_own_epochs(sinusoids):
     X, y, task = sinusoids
-    model = MAMLRegressor(max_iter=50, warm_start=True, random_state=0).fit(X, y, groups=task)
+    model = MAMLRegressor(update_rule="sgd", max_iter=50, warm_start=True, random_state=0)
+    model.fit(X, y, groups=task)
     model.set_params(max_iter=100).fit(X, y, groups=task)
     model.history_[0]["valid_loss"] = 0.0
     display = MetaTrainingDisplay.from_estimator(model)

@@ -930,6 +930,7 @@ def test_meta_training_lowers_the_loss_after_adaptation(params, least_gain):
     X, y, task = make_sinusoid_tasks(n_tasks=200, n_rows=20, random_state=0)
     model = MAMLRegressor(
         **{
+            "update_rule": "sgd",
             "hidden_layer_sizes": (32, 32),
             "alpha": 0.01,
             "steps": 5,

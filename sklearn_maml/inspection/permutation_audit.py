@@ -83,8 +83,9 @@ def class_permutation_audit(
     >>> from sklearn_maml import MAMLClassifier, class_permutation_audit
     >>> from sklearn_maml.datasets import load_omniglot
     >>> X, y = load_omniglot(return_X_y=True)
-    >>> clf = MAMLClassifier(n_ways=3, n_shots=1, n_queries=5, max_iter=5, random_state=0)
-    >>> clf = clf.fit(X[:2000], y[:2000])
+    >>> clf = MAMLClassifier(
+    ...     update_rule="sgd", n_ways=3, n_shots=1, n_queries=5, max_iter=5, random_state=0
+    ... ).fit(X[:2000], y[:2000])
     >>> audit = class_permutation_audit(clf, X[2000:3000], y[2000:3000], n_episodes=10)
     >>> audit.accuracy.shape
     (10, 6)

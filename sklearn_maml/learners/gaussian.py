@@ -652,7 +652,8 @@ def _exact(head: GaussianHead) -> HeadFunctions:
 
 
 def _tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(array).to(head.factor.device) for array in arrays]
+    own = (array if array.flags.writeable else array.copy() for array in arrays)
+    return [torch.from_numpy(array).to(head.factor.device) for array in own]
 
 
 def _mean_one(support: Support) -> np.ndarray:
