@@ -35,7 +35,7 @@ class Scored:
 class TaskModel:
     """A fitted estimator as scores and displays use it: many tasks and adapted states at a time.
 
-    It follows changes of the estimator that it is of.
+    It is of the parameters of now: ask for another one after they have changed.
 
     Attributes
     ----------
