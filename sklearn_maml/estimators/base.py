@@ -188,7 +188,7 @@ class BaseMAML(Training, Stored, Scoring):
         self.device_ = resolve_device(self.device)
         self._fingerprints = {}
         with SeededTorch(self.device_, seed):
-            module = self._make_module()
+            module = self._networks().make()
         self._learner = self._make_learner(module)
         self.module_ = module
         self._fit_settings = self._settings(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine
+from sklearn_maml.estimators.networks import Networks
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.learners.bodies import ModuleBody
@@ -22,10 +22,8 @@ from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import (
     ACTIVATIONS,
     adapted_names,
-    build_module,
     check_head_is_last,
     linear_head,
-    make_mlp,
 )
 from sklearn_maml.sources import LEAST_TASKS, CollectionSource
 from sklearn_maml.targets.losses import has_closed_forms
@@ -39,74 +37,28 @@ TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch
 class Building(Parameters):
     """Makes what is trained, at its start."""
 
-    def _make_module(self) -> nn.Module:
-        options = self._prefixed("module")
-        n_outputs = self.targets_.n_outputs
-        if self.module is None:
-            if options:
-                raise ValueError(
-                    f"module__{next(iter(options))} was given, but module is None and the default "
-                    "network takes hidden_layer_sizes and activation only. Pass a module class."
-                )
-            module: nn.Module = make_mlp(
-                int(np.prod(self.feature_shape_)),
-                n_outputs,
-                self.hidden_layer_sizes,
-                self.activation,
-            )
-        elif isinstance(self.module, nn.Module):
-            if options:
-                raise ValueError(
-                    f"module__{next(iter(options))} was given, but module is an instance, already "
-                    "built. Pass the class instead, to build it with module__* arguments."
-                )
-            module = copy.deepcopy(self.module)
-        elif isinstance(self.module, type) and issubclass(self.module, nn.Module):
-            sizes = {"in_features": int(np.prod(self.feature_shape_)), "out_features": n_outputs}
-            module = build_module(self.module, options, sizes)
-        else:
-            raise ValueError(
-                f"module must be None, a torch.nn.Module class or an instance; got "
-                f"{self.module!r}. A function that builds a network is not accepted: wrap it in a "
-                "torch.nn.Module class."
-            )
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
-        return module.to(device=self.device_, dtype=TORCH_DTYPES[self._dtype])
-
-    def _two_rows(self) -> Tensor:
-        """Rows to try a module on."""
-        return torch.zeros(
-            (2, *self.feature_shape_), dtype=TORCH_DTYPES[self._dtype], device=self.device_
+    def _networks(self) -> Networks:
+        return Networks(
+            module=self.module,
+            options=self._prefixed("module"),
+            hidden_layer_sizes=self.hidden_layer_sizes,
+            activation=self.activation,
+            feature_shape=self.feature_shape_,
+            reshape=self._reshape,
+            targets=self.targets_,
+            device=self.device_,
+            dtype=TORCH_DTYPES[self._dtype],
         )
 
     def _check_module(self, module: nn.Module) -> None:
-        """Run the module once, so that a wrong one is refused before training starts."""
-        n_outputs = self.targets_.n_outputs
-        rows = self._two_rows()
-        probe = copy.deepcopy(module).eval()
-        try:
-            with torch.no_grad():
-                output = probe(self._reshape(rows))
-        except Exception as error:
-            raise ValueError(
-                f"module {type(module).__name__} failed on two rows of shape "
-                f"{tuple(self._reshape(rows).shape)}: {error}"
-            ) from error
-        expected: list[tuple[int, ...]] = [(2, n_outputs)]
-        if n_outputs == 1 and not self.targets_.are_classes:
-            expected.append((2,))
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if got not in expected:
-            raise ValueError(
-                f"module {type(module).__name__} returns {got} for 2 rows; expected a tensor of "
-                f"shape {expected[0]}: one column for each {self.targets_.word}."
-            )
+        """Refuse a module that does not go with the tasks, or with the update rule."""
+        networks = self._networks()
+        networks.check(module)
         rule = self._gradient_rule()
         if rule.in_closed_form:
             kind = type(rule).__name__
             head = linear_head(module, adapted_names(module, self.adapted), kind)
-            check_head_is_last(module, head, self._reshape(rows), kind)
+            check_head_is_last(module, head, networks.two_rows(), kind)
 
     def _make_learner(self, module: nn.Module) -> Any:
         """Meta-parameters at their start: the module's, and those of the update rule."""
@@ -133,7 +85,7 @@ class Building(Parameters):
         of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
         self.targets_ = self._make_targets().restore(self.__dict__)
         with SeededTorch(self.device_, 0):
-            learner = self._make_learner(self._make_module())
+            learner = self._make_learner(self._networks().make())
             own = self._own_learner()
             if own is not None:
                 learner.head = self._build_network(own, None)
@@ -178,15 +130,15 @@ class Building(Parameters):
         if self.module is None:
             return None
         with SeededTorch(self.device_, 0):
-            module = self._make_module()
+            module = self._networks().make()
         self._check_module(module)
-        return why_no_head(module, self._reshape(self._two_rows()))
+        return why_no_head(module, self._networks().two_rows())
 
     def _head_body(self) -> ModuleBody | None:
         """Networks of a Gaussian head's members; None: the default ones."""
         if self.module is None:
             return None
-        return module_body([self._make_module() for _ in range(self._n_members())])
+        return module_body([self._networks().make() for _ in range(self._n_members())])
 
     def _make_head(self, plan: Plan) -> GaussianHead:
         """Gaussian head at its start."""

@@ -75,7 +75,7 @@ class Planning(Building):
             net.continue_from(self.net_)
             return learner, net
         with SeededTorch(self.device_, seed):
-            module = self._make_module()
+            module = self._networks().make()
             self._check_module(module)
         learner = self._make_learner(module)
         with SeededTorch(self.device_, seed):
