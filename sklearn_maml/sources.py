@@ -14,7 +14,7 @@ from sklearn_maml.episodes import (
     draw_fixed,
     hold_out,
 )
-from sklearn_maml.learners.gaussian import row_marks
+from sklearn_maml.learners.conditioned import row_marks
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.tasks import TaskCollection
 

@@ -39,7 +39,6 @@ LAYERS: list[set[str]] = [
     {"training"},
     {"sources"},
     {"persistence"},
-    {"_base"},
     {"estimators"},
     {"few_shot", "datasets"},
     {"evaluation"},
