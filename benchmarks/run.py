@@ -96,7 +96,7 @@ class LibraryStep:
         updates_left: int = 20_000,
         **settings: Any,
     ) -> None:
-        from sklearn_maml.episodes import EpisodeBatch, Rows
+        from sklearn_maml.data.episodes import EpisodeBatch, Rows
 
         settings = {
             "update_rule": "sgd",

@@ -42,6 +42,20 @@ from sklearn_maml.checkpoint import (
     begin_checkpointed,
     net_state,
 )
+from sklearn_maml.data.sampling import EpisodeSampler
+from sklearn_maml.data.spellings import (
+    FLOATS,
+    collect_tasks,
+    concatenate_rows,
+    encode_ids,
+    is_task_distribution,
+    is_task_list,
+    n_axes,
+    refuse_graphs,
+    split_task_column,
+    validate_rows,
+)
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import forked_generators, is_host
 from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
@@ -50,7 +64,6 @@ from sklearn_maml.engine import (
     is_row_wise,
     one_thread,
 )
-from sklearn_maml.episodes import EpisodeSampler
 from sklearn_maml.exceptions import (
     CutTaskWarning,
     MemorizationWarning,
@@ -105,19 +118,6 @@ from sklearn_maml.sources import (
 )
 from sklearn_maml.targets.base import Coding, Loss, Targets
 from sklearn_maml.targets.losses import LOSSES, has_closed_forms
-from sklearn_maml.tasks import (
-    FLOATS,
-    TaskCollection,
-    collect_tasks,
-    concatenate_rows,
-    encode_ids,
-    is_task_distribution,
-    is_task_list,
-    n_axes,
-    refuse_graphs,
-    split_task_column,
-    validate_rows,
-)
 from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
 
 __all__ = ["BaseMAML", "Scored", "State", "find_prior", "transform_rows"]

@@ -37,8 +37,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine, MetaStep
-from sklearn_maml.episodes import EpisodeBatch
 
 __all__ = ["Processes", "SharedEngine", "find_processes", "single_process"]
 

@@ -12,9 +12,9 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import BaseMAML, find_prior, transform_rows
+from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.persistence import FewShotKind, SaveMixin
-from sklearn_maml.tasks import refuse_graphs
 
 __all__ = ["FewShotClassifier", "FewShotRegressor", "adapt"]
 

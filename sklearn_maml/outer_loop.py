@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from sklearn_maml.data.episodes import EpisodeBatch, to_device
 from sklearn_maml.devices import is_host
 from sklearn_maml.engine import rate_key
-from sklearn_maml.episodes import EpisodeBatch, to_device
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
     MetaTrainingError,

@@ -29,8 +29,8 @@ from sklearn_maml import (
     task_scores,
 )
 from sklearn_maml._base import _gains_nothing
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import MemorizationWarning, SingleTaskWarning
 from sklearn_maml.inspection import (
     AdaptationCurveDisplay,

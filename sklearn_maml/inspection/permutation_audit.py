@@ -11,9 +11,9 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._base import SCORED_EPISODES, Scored
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.evaluation.scoring import check_count, check_counts, score_tasks
 from sklearn_maml.inspection.shared import open_copy
-from sklearn_maml.tasks import TaskCollection
 
 
 def class_permutation_audit(
