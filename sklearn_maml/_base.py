@@ -36,12 +36,6 @@ from sklearn_maml._validation import (
     is_integer,
     keeps_state_on_error,
 )
-from sklearn_maml.checkpoint import (
-    Checkpoint,
-    CheckpointedFit,
-    begin_checkpointed,
-    net_state,
-)
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import (
     FLOATS,
@@ -57,7 +51,6 @@ from sklearn_maml.data.spellings import (
 )
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import forked_generators, is_host
-from sklearn_maml.distributed import Processes, find_processes
 from sklearn_maml.engine import (
     Engine,
     has_dropout,
@@ -106,9 +99,18 @@ from sklearn_maml.modules import (
     linear_head,
     make_mlp,
 )
-from sklearn_maml.optimizers import settings_on
 from sklearn_maml.persistence import MAMLKind, SaveMixin, describe
-from sklearn_maml.sources import (
+from sklearn_maml.targets.base import Coding, Loss, Targets
+from sklearn_maml.targets.losses import LOSSES, has_closed_forms
+from sklearn_maml.training.checkpoint import (
+    Checkpoint,
+    CheckpointedFit,
+    begin_checkpointed,
+    net_state,
+)
+from sklearn_maml.training.distributed import Processes, find_processes
+from sklearn_maml.training.optimizers import settings_on
+from sklearn_maml.training.sources import (
     LEAST_TASKS,
     N_MEMBERS,
     CollectionSource,
@@ -116,8 +118,6 @@ from sklearn_maml.sources import (
     DistributionSource,
     EpisodeSettings,
 )
-from sklearn_maml.targets.base import Coding, Loss, Targets
-from sklearn_maml.targets.losses import LOSSES, has_closed_forms
 from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
 
 __all__ = ["BaseMAML", "Scored", "State", "find_prior", "transform_rows"]
@@ -548,12 +548,9 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
     ) -> Any:
         """Run the outer loop; return what trained the Gaussian head, if there is one."""
         # imported when needed: adapting and predicting do without skorch
-        from sklearn_maml.outer_loop import (
-            SklearnCallbacks,
-            TaskStream,
-            ValidateOn,
-            count_epochs,
-        )
+        from sklearn_maml.training.callbacks import SklearnCallbacks
+        from sklearn_maml.training.schedule import count_epochs
+        from sklearn_maml.training.stream import TaskStream, ValidateOn
 
         source, episodes = plan.source, plan.episodes
         learner, net = self._new_net(plan, seed, continued)
@@ -736,7 +733,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
         """Warn where held-out tasks gain nothing from their own support sets."""
-        from sklearn_maml.outer_loop import compare_supports
+        from sklearn_maml.training.validation import compare_supports
 
         steps = self._n_adapt_steps()
         if (
@@ -790,7 +787,7 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
 
     def _make_learner(self, module: nn.Module) -> Any:
         """Meta-parameters at their start: the module's, and those of the update rule."""
-        from sklearn_maml.outer_loop import MetaLearner
+        from sklearn_maml.training.learner import MetaLearner
 
         rule, targets = self._gradient_rule(), self.targets_
         if rule.in_closed_form and not has_closed_forms(targets.loss):
@@ -863,7 +860,8 @@ class BaseMAML(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimat
         from skorch.callbacks import Callback, ProgressBar
         from torch.utils.data import DataLoader
 
-        from sklearn_maml.outer_loop import MetaNet, use_batch
+        from sklearn_maml.training.net import MetaNet
+        from sklearn_maml.training.stream import use_batch
 
         callbacks = list(self.callbacks or [])
         for item in list(callbacks):

@@ -18,13 +18,8 @@ from sklearn_maml.data.sampling import (
 )
 from sklearn_maml.data.splitting import check_splittable, hold_out
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.outer_loop import (
-    UPDATES_PER_EPOCH,
-    BatchLoader,
-    FixedEpisodes,
-    TaskStream,
-    use_batch,
-)
+from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
+from sklearn_maml.training.stream import BatchLoader, FixedEpisodes, TaskStream, use_batch
 
 # --- helpers: the first feature of a row is its position, so that episodes can be traced back
 

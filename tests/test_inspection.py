@@ -38,7 +38,7 @@ from sklearn_maml.inspection import (
     MetaTrainingDisplay,
     TaskScoresDisplay,
 )
-from sklearn_maml.outer_loop import compare_supports
+from sklearn_maml.training.validation import compare_supports
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -38,12 +38,12 @@ from sklearn_maml import (
     storage,
 )
 from sklearn_maml import persistence as persistence_module
-from sklearn_maml.checkpoint import CheckpointedFit
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.meta_gradients import Implicit
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.traced import Tracer
+from sklearn_maml.training.checkpoint import CheckpointedFit
 from sklearn_maml.update_rules import LogisticHead, MetaSGD, PerLayerPerStep
 
 SMALL = {
@@ -765,9 +765,10 @@ SCRIPT = textwrap.dedent(
     import torch
     from torch import nn
     from skorch.callbacks import LRScheduler
-    import sklearn_maml.outer_loop as outer_loop
     from sklearn_maml import Checkpoint, MAMLClassifier, MAMLRegressor
     from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
+    from sklearn_maml.training.net import MetaNet
+    from sklearn_maml.training.outer_step import OuterStep
 
     class Drop(nn.Module):
         def __init__(self, in_features, out_features):
@@ -822,22 +823,22 @@ SCRIPT = textwrap.dedent(
         params["meta_batch_size"] = 4
     model = kind(**params)
     if limit > 0:  # die in this update
-        step = outer_loop.MetaNet._meta_gradient
+        step = OuterStep.meta_gradient
 
-        def die(self, *args):
-            if self.update_ >= limit:
+        def die(self, net, *args):
+            if net.update_ >= limit:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *args)
+            return step(self, net, *args)
 
-        outer_loop.MetaNet._meta_gradient = die
+        OuterStep.meta_gradient = die
     elif limit < 0:  # die after so many milliseconds of training, wherever that is
-        step = outer_loop.MetaNet.fit_loop
+        step = MetaNet.fit_loop
 
         def watched(self, *args, **options):
             threading.Timer(-limit / 1e3, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return step(self, *args, **options)
 
-        outer_loop.MetaNet.fit_loop = watched
+        MetaNet.fit_loop = watched
     if case == "distribution":
         model.fit(SinusoidTasks(n_rows=20))
     else:
@@ -1110,7 +1111,7 @@ def test_bad_checkpoints_are_refused(data, tmp_path, model):
 
 
 def test_checkpoints_of_process_groups_are_refused(tmp_path):
-    from sklearn_maml.checkpoint import begin_checkpointed
+    from sklearn_maml.training.checkpoint import begin_checkpointed
 
     with pytest.raises(ValueError, match="process group"):
         begin_checkpointed([Checkpoint(tmp_path / "fit")], object(), None)
@@ -1143,7 +1144,7 @@ def test_interrupted_fits_keep_their_last_checkpoint(data, tmp_path):
 def test_checkpoints_are_written_after_so_many_seconds(data, tmp_path, monkeypatch):
     X, y, groups = data
     now, written = [0.0], []
-    monkeypatch.setattr("sklearn_maml.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sklearn_maml.training.checkpoint.time.monotonic", lambda: now[0])
     original = CheckpointedFit._write
 
     def write(self, net, complete):

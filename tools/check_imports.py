@@ -31,18 +31,15 @@ LAYERS: list[set[str]] = [
     {"traced"},
     {"engine"},
     {"storage"},
-    {"_progress", "optimizers", "distributed", "heads"},
+    {"heads"},
     {"learners"},
-    {"checkpoint"},
-    {"outer_loop"},
     {"training"},
-    {"sources"},
     {"persistence"},
     {"_base"},
     {"estimators"},
     {"few_shot", "datasets"},
     {"evaluation"},
-    {"inspection", "comparison"},
+    {"inspection", "comparison", "distributed"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Stricter than their place in the order.
