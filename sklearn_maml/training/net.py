@@ -199,13 +199,13 @@ class MetaNet(NeuralNet):
         self.first_update_ = self.update_
         self.non_finite_ = 0
         self.best_loss_ = math.inf
-        self.parts_ = None if self.joint is None else Parts(self.joint)
         self.best_state_: dict[str, Tensor] | None = None
         self.epochs_without_gain_ = 0
         self.interrupted_ = False
         if self.checkpoint is not None and self.checkpoint.is_complete:
             self.checkpoint.take_result(self)
             return self
+        self.parts_ = None if self.joint is None else Parts(self.joint)
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"]
         with new_schedules(self):
