@@ -564,7 +564,9 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
     generators = _generator_states(inputs)
     with _lock:
         try:
-            graph = make_fx(functionalize(function), tracing_mode="fake")(*inputs)
+            # as it is run, see `_Graph`: it may read memory by the strides that it has seen
+            dense = [t.contiguous() for t in inputs]
+            graph = make_fx(functionalize(function), tracing_mode="fake")(*dense)
         except Exception as error:  # the module may raise anything when it is run on no values
             raise Untraceable(first_line(error)) from error
     if not _same(generators, _generator_states(inputs)):

@@ -269,6 +269,29 @@ def test_rows_that_do_not_lie_in_order_in_memory():
     assert_same(again.grads, step.grads)
 
 
+class StridedConvolution(nn.Module):
+    """Its kernel reads memory by the strides of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+        self.output = nn.Linear(12, 2)
+
+    def forward(self, X):
+        return self.output(torch.relu(self.convolution(X)).flatten(1))
+
+
+def test_a_first_batch_that_does_not_lie_in_order_is_traced():
+    module, batch = build(StridedConvolution), make_batch(EQUAL, (1, 4, 4))
+    turned = copy.deepcopy(batch)
+    for rows in (turned.support, turned.query):
+        object.__setattr__(rows, "X", rows.X.transpose(0, 4).contiguous().transpose(0, 4))
+        assert not rows.X.is_contiguous()
+    runner, step = traced_steps(module, turned)
+    assert runner.tracer.n_traced == 1
+    assert_same(step.grads, task_by_task(module, batch)["grads"])
+
+
 def test_results_can_be_written_to():
     """The outer loop scales gradients in place."""
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))

@@ -32,11 +32,11 @@ MAX_GRAD_NORM = 1.0  # of each member
 # like a cosine to the last of them, which is after a part of those of gradient steps
 RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.6
 # part of these after which a start that nothing has beaten is kept
-PATIENCE = 0.4
+PATIENCE = 0.6
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
-DECAY, DECAY_OF_CLASSES = 1.0, 0.1
+DECAY, DECAY_OF_CLASSES = 0.6, 0.1
 # work of a pass, in rows times weights, that more than one thread speeds up
 SMALL_WORK = 3e8
 
@@ -338,19 +338,22 @@ class Joint:
 
     @torch.no_grad()
     def shrink(self, params: dict[str, Any], rate: float) -> None:
-        """Decay the weights of the networks, and of their outputs in the prior mean, in place.
+        """Decay the weights of the networks and of the prior, in place.
 
-        Apart from the gradient (Loshchilov & Hutter 2019): it keeps new rows in bounds.
+        Apart from the gradient (Loshchilov & Hutter 2019): it keeps new rows in bounds. Of classes,
+        the start of the linear part is left alone.
         """
         if self.head_is_done:
             return
-        n_linear = self.trainer.head.factor.shape[-1]
-        shrunk = [
-            p[:, n_linear:] if name == f"{PREFIX}mean" else p
-            for name, p in params.items()
-            if name == f"{PREFIX}mean" or (name.startswith(f"{PREFIX}body.") and "weight" in name)
-        ]
-        decay = DECAY_OF_CLASSES if self.trainer.head.classification else DECAY
+        head = self.trainer.head
+        n_linear = head.factor.shape[-1]
+        shrunk = [p for n, p in params.items() if n.startswith(f"{PREFIX}body.") and "weight" in n]
+        if head.classification:
+            decay = DECAY_OF_CLASSES
+            shrunk += [p[:, n_linear:] for n, p in params.items() if n == f"{PREFIX}mean"]
+        else:
+            decay = DECAY
+            shrunk += [params[f"{PREFIX}mean"], params[f"{PREFIX}factor"]]
         torch._foreach_mul_(shrunk, 1 - rate * decay)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
