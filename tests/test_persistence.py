@@ -38,6 +38,7 @@ from sklearn_maml import (
     storage,
 )
 from sklearn_maml import persistence as persistence_module
+from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.meta_gradients import Implicit
 from sklearn_maml.modules import ContextMLP
@@ -966,6 +967,21 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(data, tmp_path):
     # verbosity and the like are not of the fit
     resumed = MAMLRegressor(**params, device="cpu", callbacks=keeper).fit(X, y, groups=groups)
     assert_same_weights(resumed, MAMLRegressor(**params).fit(X, y, groups=groups))
+
+
+@pytest.mark.parametrize("epoch", [4, 7])  # while the head is trained, and after it
+def test_the_best_of_head_and_steps_outlive_an_interruption(epoch, tmp_path):
+    data = X, y, groups = make_sinusoid_tasks(n_tasks=20, random_state=0)
+    # a rate at which the last epochs of the head are not its best
+    settings = {"update_rule": "auto", "alpha": 0.03, "max_iter": 500, "beta": 0.03}
+    params = interrupted(tmp_path / "fit", data, epoch, **settings, hidden_layer_sizes=(16,))
+    resumed = MAMLRegressor(**params, callbacks=[Checkpoint(tmp_path / "fit")])
+    resumed.fit(X, y, groups=groups)
+    whole = MAMLRegressor(**params).fit(X, y, groups=groups)
+    for name, p in whole.net_.module_.named_parameters():
+        mine = resumed.net_.module_.get_parameter(name)
+        assert torch.equal(mine, p), name
+        assert mine.requires_grad, name
 
 
 def test_weights_that_a_fit_begins_with_are_compared(data, tmp_path):

@@ -265,6 +265,8 @@ class CheckpointedFit:
                 _restore_callback(callback, saved["callbacks"][name])
         if self.draws_random:
             _restore_generators(saved["generators"], torch.device(net.device))
+        if net.parts_ is not None:
+            net.parts_.resume(net, saved["parts"])
         net.loaders_.before = saved["loaders"]
         self._saved = None
 
@@ -304,6 +306,7 @@ class CheckpointedFit:
             "frozen": [n for n, p in net.module_.named_parameters() if not p.requires_grad],
             "net": net_state(net),
             "engine": engine,
+            "parts": None if net.parts_ is None else net.parts_.progress(net),
             "best_state": None if net.best_state_ is None else dict(net.best_state_),
             "generators": _generator_states(net) if self.draws_random else {},
             "loaders": net.loaders_.states(),

@@ -134,6 +134,18 @@ class Parts:
                 p.requires_grad_(False)
                 self._given_up.append(p)
 
+    def progress(self, net: Any) -> dict[str, Any]:
+        """Return what a fit that is interrupted goes on from, as plain data."""
+        given_up = {*map(id, self._given_up)}
+        named = net.module_.named_parameters()
+        return {"best": dict(self.best), "given_up": [n for n, p in named if id(p) in given_up]}
+
+    def resume(self, net: Any, progress: dict[str, Any]) -> None:
+        """Go on from what `progress` returned."""
+        self.best = dict(progress["best"])
+        named = dict(net.module_.named_parameters())
+        self._given_up = [named[name] for name in progress["given_up"]]
+
     def end(self) -> None:
         """Let a later fit train again what this one has given up."""
         for p in self._given_up:
