@@ -1,13 +1,18 @@
 """Meta-learning for scikit-learn: MAML estimators that adapt to new tasks from a few rows."""
 
-from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.estimators import (
+    FewShotClassifier,
+    FewShotRegressor,
+    MAMLClassifier,
+    MAMLRegressor,
+    adapt,
+)
 from sklearn_maml.evaluation import (
     adapt_predict,
     compare_baselines,
     task_scorer,
     task_scores,
 )
-from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, adapt
 from sklearn_maml.inspection import class_permutation_audit
 from sklearn_maml.persistence import load
 from sklearn_maml.training.checkpoint import Checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SeededTorch",
     "accelerators",
     "backend_of",
     "forked_generators",
     "free_memory",
     "generator_states",
     "is_host",
+    "resolve_device",
     "set_generator_states",
 ]
 
@@ -74,3 +77,48 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that a device has left; None if it does not say."""
     tell = getattr(backend_of(device), "mem_get_info", None)
     return None if tell is None else int(tell(device)[0])
+
+
+def resolve_device(asked: Any) -> torch.device:
+    """Return the device that a parameter `device` names; ValueError if it is not there."""
+    automatic = str(asked) == "auto"
+    if automatic and not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if automatic else asked)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={asked!r} is not a torch device. Expected 'auto', 'cpu', 'cuda' or "
+            "'cuda:0', ..."
+        ) from error
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device={asked!r} was asked for, but torch has no such device here. Use "
+            "device='auto' to take CUDA where there is one."
+        ) from error
+    return probe.device  # with its number, as tensors have it
+
+
+class SeededTorch:
+    """Seed torch's global generator for a while, then restore it.
+
+    The generator is one for the process, so fits in threads take turns.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._fork = forked_generators([] if is_host(device) else [device])
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+        self._lock.release()

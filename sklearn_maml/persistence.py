@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import sklearn
 import torch
@@ -20,14 +19,14 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from sklearn_maml.devices import resolve_device
 from sklearn_maml.engine import ELEMENTWISE
-from sklearn_maml.exceptions import DeviceWarning, FileFormatError
-from sklearn_maml.learners.gaussian import Calibration
+from sklearn_maml.exceptions import FileFormatError
 from sklearn_maml.meta_gradients import META_GRADIENTS
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.targets.losses import LOSSES
-from sklearn_maml.training.checkpoint import Checkpoint, net_state, restore_net
+from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.update_rules import UPDATE_RULES
 
 __all__ = ["SaveMixin", "describe", "load"]
@@ -54,7 +53,7 @@ STORED: dict[str, tuple[str, ...]] = {
     "MAMLClassifier": ("classes_",),
     "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_"),
 }
-# Those that loading makes anew: see `_MAML.fitted` and `_MAML.restore`.
+# Those that loading makes anew, see `sklearn_maml.estimators.stored`.
 REBUILT = {
     "device_",
     "history_",
@@ -88,6 +87,8 @@ CLASSES: dict[str, type] = {
     },
 }
 _NAMES: dict[type, str] = {c: name for name, c in {**OBJECTS, **CLASSES}.items()}
+# modules of the estimators that a file may name
+MODULES = {f"sklearn_maml.estimators.{name}" for name in ("classifier", "few_shot", "regressor")}
 # estimators of the library, by name
 ESTIMATORS: dict[str, type[SaveMixin]] = {}
 
@@ -105,14 +106,14 @@ def describe(value: Any, encoder: Encoder, path: str) -> Any:
 
 
 class SaveMixin:
-    """`save` and `load` of an estimator."""
+    """`save` and `load` of an estimator.
 
-    _stored_as: ClassVar[type[_Kind]]
+    A file holds the parameters of an estimator, and what `__stored_state__` returns.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        ours = cls.__module__ in ("sklearn_maml.estimators", "sklearn_maml.few_shot")
-        if ours and not cls.__name__.startswith("_"):
+        if cls.__module__ in MODULES and not cls.__name__.startswith("_"):
             ESTIMATORS[cls.__name__] = cls
 
     def save(self, path: Any, *, tasks: bool = True, training: bool = True) -> None:
@@ -208,6 +209,58 @@ class SaveMixin:
             If the model is on the CPU for want of the device it was fitted on.
         """
         return _load(path, cls, module, device, objects)
+
+    def _stored_names(self) -> list[str]:
+        return [name for c in type(self).__mro__ for name in STORED.get(c.__name__, ())]
+
+    def __stored_state__(self, tasks: bool, training: bool) -> dict[str, Any]:
+        """Return what a file holds besides the parameters, as plain data.
+
+        Parameters
+        ----------
+        tasks, training : bool
+            See `save`.
+
+        Raises
+        ------
+        TypeError
+            If the estimator has an attribute that no list here has.
+        """
+        own = vars(self)
+        names = self._stored_names()
+        params = self.get_params(deep=False)  # type: ignore[attr-defined]
+        known = {*names, *REBUILT, *LEFT_OUT, *params}
+        unknown = [name for name in own if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has attributes that save does not know: "
+                f"{unknown}. Those that fit sets have a place in sklearn_maml.persistence.STORED; "
+                "remove others before saving."
+            )
+        fitted = {name: own[name] for name in names if name in own}
+        requests = own.get("_metadata_request")
+        if requests is not None:
+            fitted["requests"] = {
+                method: dict(getattr(requests, method).requests)
+                for method in sorted(vars(requests))
+                if getattr(getattr(requests, method), "requests", None)
+            }
+        return fitted
+
+    def __restore_state__(self, fitted: dict[str, Any]) -> None:
+        """Give a new estimator what `__stored_state__` returned."""
+        unknown = fitted.keys() - {*self._stored_names(), "requests"}
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no attributes of the estimator")
+        with sklearn.config_context(enable_metadata_routing=True):
+            for method, requests in fitted.pop("requests", {}).items():
+                setter = getattr(self, f"set_{method}_request", None)
+                # what a class requests by itself has no setter
+                names = inspect.signature(setter).parameters if setter is not None else ()
+                changed = {name: value for name, value in requests.items() if name in names}
+                if setter is not None and changed:
+                    setter(**changed)
+        vars(self).update(fitted)
 
 
 def load(path: Any, *, module: Any = None, device: Any = None, **objects: Any) -> Any:
@@ -308,12 +361,8 @@ class _Writer:
             name: self._param(name, value, encoder, f"{path}/params/{name}")
             for name, value in estimator.get_params(deep=False).items()
         }
-        kind = estimator._stored_as(estimator)
-        kind.check()
-        fitted = {
-            name: encoder.encode(value, f"{path}/{name}")
-            for name, value in kind.fitted(self.tasks, self.training).items()
-        }
+        state = estimator.__stored_state__(self.tasks, self.training)
+        fitted = {name: encoder.encode(value, f"{path}/{name}") for name, value in state.items()}
         return {"class": type(estimator).__name__, "params": params, "fitted": fitted}
 
     @staticmethod
@@ -414,11 +463,11 @@ class _Reader:
         estimator = cls(**params)
         if self.device is not None and "device" in params:
             try:
-                estimator._resolve_device()
+                resolve_device(self.device)
             except ValueError as error:
                 raise _NotGiven(str(error)) from error
         fitted = {name: decoder.decode(value) for name, value in node["fitted"].items()}
-        estimator._stored_as(estimator).restore(fitted)
+        estimator.__restore_state__(fitted)
         return estimator
 
 
@@ -441,143 +490,3 @@ def _find_given(node: Any, found: dict[str, Any]) -> None:
                 found[name] = {key: item[key] for key in ("what", "name")}
             else:
                 _find_given(item, found)
-
-
-# -- what is stored of each kind of estimator ------------------------------------------------------
-
-
-class _Kind:
-    """What is stored of an estimator besides its parameters."""
-
-    def __init__(self, estimator: Any) -> None:
-        self.estimator = estimator
-
-    def check(self) -> None:
-        """Refuse an estimator with attributes that no list here has."""
-        params = self.estimator.get_params(deep=False)
-        known = {*self._names(), *REBUILT, *LEFT_OUT, *params}
-        unknown = [name for name in vars(self.estimator) if name not in known]
-        if unknown:
-            raise TypeError(
-                f"{type(self.estimator).__name__} has attributes that save does not know: "
-                f"{unknown}. Those that fit sets have a place in sklearn_maml.persistence.STORED; "
-                "remove others before saving."
-            )
-
-    def _names(self) -> list[str]:
-        return [name for c in type(self.estimator).__mro__ for name in STORED.get(c.__name__, ())]
-
-    def fitted(self, tasks: bool, training: bool) -> dict[str, Any]:
-        """Return what is stored, as plain data."""
-        own = vars(self.estimator)
-        fitted = {name: own[name] for name in self._names() if name in own}
-        requests = own.get("_metadata_request")
-        if requests is not None:
-            fitted["requests"] = {
-                method: dict(getattr(requests, method).requests)
-                for method in sorted(vars(requests))
-                if getattr(getattr(requests, method), "requests", None)
-            }
-        return fitted
-
-    def restore(self, fitted: dict[str, Any]) -> None:
-        """Give a new estimator what was stored."""
-        unknown = fitted.keys() - {*self._names(), "requests"}
-        if unknown:
-            raise ValueError(f"{sorted(unknown)} are no attributes of the estimator")
-        with sklearn.config_context(enable_metadata_routing=True):
-            for method, requests in fitted.pop("requests", {}).items():
-                setter = getattr(self.estimator, f"set_{method}_request", None)
-                # what a class requests by itself has no setter
-                names = inspect.signature(setter).parameters if setter is not None else ()
-                changed = {name: value for name, value in requests.items() if name in names}
-                if setter is not None and changed:
-                    setter(**changed)
-        vars(self.estimator).update(fitted)
-
-
-class FewShotKind(_Kind):
-    """FewShot estimators: the prior is a parameter, the adapted model an attribute."""
-
-
-class MAMLKind(_Kind):
-    """MAML estimators."""
-
-    def check(self) -> None:
-        """Refuse parameters, too, that do not fit what was learned."""
-        super().check()
-        self.estimator._check_unchanged()
-        self.estimator._check_unchanged(everything=True)
-
-    def fitted(self, tasks: bool, training: bool) -> dict[str, Any]:
-        """Return what is stored, as plain data; see `_Kind.fitted`."""
-        estimator, learner = self.estimator, self.estimator._learner
-        fitted = {
-            **super().fitted(tasks, training),
-            "device": str(estimator.device_),
-            "learner": dict(learner.state_dict()),
-            "rates": list(learner.rule),
-            "frozen": [n for n, p in learner.named_parameters() if not p.requires_grad],
-            "in_training": learner.network.training,
-        }
-        if hasattr(estimator, "net_"):
-            fitted["history"] = [dict(row) for row in estimator.history_]
-            if training:
-                fitted["net"] = {**net_state(estimator.net_), "history": None}
-        calibration = vars(estimator).get("calibration_")
-        fitted["calibration"] = None if calibration is None else dict(vars(calibration))
-        state = vars(estimator).get("_state")
-        if tasks and state is not None:
-            fitted["state"] = {**vars(state), "adapted": state.adapted.state()}
-        return fitted
-
-    def restore(self, fitted: dict[str, Any]) -> None:
-        """Make modules and net as `fit` does, and fill them; see `_Kind.restore`."""
-        from skorch.history import History
-
-        estimator = self.estimator
-        estimator._check_parameter_names()
-        names = "device learner rates frozen in_training history net calibration state"
-        parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
-        super().restore(fitted)
-        estimator.device_ = _find_device(estimator, parts["device"])
-        weights = parts["learner"]
-        learner = estimator._new_learner(weights)
-        # those of a rule depend on parameters that may be changed after fit
-        learner.rule = nn.ParameterDict(
-            {name: nn.Parameter(weights[f"rule.{name}"].clone()) for name in parts["rates"]}
-        )
-        learner.load_state_dict(weights)
-        learner.to(estimator.device_)
-        for name, p in learner.named_parameters():
-            p.requires_grad_(name not in parts["frozen"])
-        learner.train(parts["in_training"])
-        estimator._learner, estimator.module_ = learner, learner.network
-        estimator._fit_settings = estimator._settings(learner.module)
-        if "history" in parts:
-            estimator.history_ = History(parts["history"])
-        if "net" in parts:
-            net = estimator._make_net(learner)
-            net.initialize()
-            restore_net(net, {**parts["net"], "history": parts["history"]})
-            estimator.net_, estimator.history_ = net, net.history
-        stored = parts["calibration"]
-        estimator.calibration_ = None if stored is None else Calibration(**stored)
-        if "state" in parts:
-            state = parts["state"]
-            adapted = estimator._adapted_from(state.pop("adapted"))
-            estimator._state = estimator._state_class(adapted=adapted, **state)
-
-
-def _find_device(estimator: Any, fitted_on: str) -> torch.device:
-    """Device of an estimator's parameters, or the CPU where that of the fit is not there."""
-    try:
-        return estimator._resolve_device()
-    except ValueError:
-        warnings.warn(
-            f"The model was fitted with device={estimator.device!r} (on {fitted_on}), which torch "
-            "does not have here: it is loaded on the CPU. Pass device='cpu' or 'auto' to load.",
-            DeviceWarning,
-            stacklevel=2,
-        )
-        return torch.device("cpu")

@@ -45,9 +45,9 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
-from sklearn_maml.few_shot import _FewShot
+from sklearn_maml.estimators.few_shot import _FewShot
 from sklearn_maml.learners.base import Adapted
-from sklearn_maml.learners.gaussian import Conditioned
+from sklearn_maml.learners.conditioned import Conditioned
 from sklearn_maml.learners.shares import Mixed
 
 REFUSALS = (ValueError, TypeError, NotFittedError)

@@ -20,7 +20,8 @@ from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
 from sklearn_maml.exceptions import MetaTrainingError, NonFiniteStepWarning
 from sklearn_maml.learners.base import padded
-from sklearn_maml.learners.gaussian import GaussianHead, MLPBody, ModuleBody
+from sklearn_maml.learners.bodies import MLPBody, ModuleBody
+from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import clip_members
 from sklearn_maml.learners.shares import choose_share, mix
 from sklearn_maml.learners.start import start_of_numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import sklearn_maml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -419,3 +422,16 @@ def test_the_wheel_contains_the_data_and_the_notices(tmp_path):
     }
     assert {"sklearn_maml/py.typed", "sklearn_maml/native/mlp.cpp"} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]
+
+
+@pytest.mark.parametrize("name", ["comparison", "estimators", "few_shot"])
+def test_modules_of_before_have_what_they_had(name):
+    module = importlib.import_module(f"sklearn_maml.{name}")
+    for public in module.__all__:
+        assert getattr(module, public) is getattr(sklearn_maml, public, getattr(module, public))
+    had = {
+        "comparison": {"compare_baselines", "summarize_comparison"},
+        "estimators": {"MAMLClassifier", "MAMLRegressor"},
+        "few_shot": {"FewShotClassifier", "FewShotRegressor", "adapt"},
+    }
+    assert had[name] <= set(module.__all__)

@@ -28,9 +28,9 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
-from sklearn_maml._base import _gains_nothing
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.datasets import make_sinusoid_tasks
+from sklearn_maml.estimators.training import gains_nothing
 from sklearn_maml.exceptions import MemorizationWarning, SingleTaskWarning
 from sklearn_maml.inspection import (
     AdaptationCurveDisplay,
@@ -672,16 +672,16 @@ def test_noise_is_not_taken_for_the_absence_of_a_gain():
     rng = np.random.default_rng(0)
     losses = rng.gamma(2.0, size=20)
     equal = losses * np.exp(0.05 * rng.normal(size=20))
-    assert _gains_nothing(losses, equal)
-    assert _gains_nothing(losses, losses)
-    assert _gains_nothing(losses, 2 * losses)
-    assert _gains_nothing(losses, 0.99 * losses)
+    assert gains_nothing(losses, equal)
+    assert gains_nothing(losses, losses)
+    assert gains_nothing(losses, 2 * losses)
+    assert gains_nothing(losses, 0.99 * losses)
     # a small gain that is sure, one that is likely, one that noisy tasks do not rule out, no loss
-    assert not _gains_nothing(losses, 0.97 * losses)
+    assert not gains_nothing(losses, 0.97 * losses)
     likely = 0.05 * (rng.normal(size=20) + 1)
-    assert not _gains_nothing(losses, losses * (1 - likely))
-    assert not _gains_nothing(losses, losses[::-1])
-    assert not _gains_nothing(losses, np.where(losses > 1, np.nan, losses))
+    assert not gains_nothing(losses, losses * (1 - likely))
+    assert not gains_nothing(losses, losses[::-1])
+    assert not gains_nothing(losses, np.where(losses > 1, np.nan, losses))
 
 
 def test_the_support_sets_compared_are_none_the_own_and_that_of_another_task(reg, sinusoids):

@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, adapt_predict
-from sklearn_maml._base import BaseMAML
 from sklearn_maml.datasets import make_sinusoid_tasks
+from sklearn_maml.estimators.base import BaseMAML
 
 ROOT = Path(__file__).parents[1]
 

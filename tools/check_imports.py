@@ -35,7 +35,6 @@ LAYERS: list[set[str]] = [
     {"learners"},
     {"training"},
     {"persistence"},
-    {"_base"},
     {"estimators"},
     {"few_shot", "datasets"},
     {"evaluation"},

@@ -12,7 +12,6 @@ from joblib import Parallel, delayed
 from sklearn.base import clone, is_classifier
 from sklearn.utils import check_random_state
 
-from sklearn_maml._base import BaseMAML
 from sklearn_maml._validation import did_you_mean, is_integer, is_number
 from sklearn_maml.data.spellings import (
     collect_tasks,
@@ -22,6 +21,7 @@ from sklearn_maml.data.spellings import (
 )
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.evaluation.held_out import SplitData, check_split, random_splits
 from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
 from sklearn_maml.evaluation.scoring import check_count

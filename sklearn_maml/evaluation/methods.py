@@ -10,12 +10,12 @@ import numpy as np
 import sklearn
 from sklearn.base import clone
 
-from sklearn_maml._base import BaseMAML
 from sklearn_maml._validation import did_you_mean
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.few_shot import FewShotClassifier, FewShotRegressor, adapt, with_rates
 from sklearn_maml.evaluation.baselines.base import Baseline, Episode, TrainingTasks
 from sklearn_maml.evaluation.held_out import SplitData
 from sklearn_maml.evaluation.scoring import find_maml
-from sklearn_maml.few_shot import FewShotClassifier, FewShotRegressor, _with_rates, adapt
 
 BEFORE = "before adaptation"
 # probabilities are this at least in the log-loss
@@ -167,7 +167,7 @@ class _MetaLearner:
         task = data.tasks.codes
         support = np.concatenate([s for s, _ in pairs])
         query = np.concatenate([q for _, q in pairs])
-        model = _with_rates(self.model, None, steps)
+        model = with_rates(self.model, None, steps)
         with sklearn.config_context(enable_metadata_routing=True):
             adapted = adapt(model, data.rows(support), data.y[support], groups=task[support])
             method = adapted.predict if data.classes is None else adapted.predict_proba

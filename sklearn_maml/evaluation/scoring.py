@@ -9,8 +9,9 @@ import numpy as np
 from sklearn.base import is_classifier
 from sklearn.pipeline import Pipeline
 
-from sklearn_maml._base import BaseMAML, find_prior, transform_rows
 from sklearn_maml._validation import is_integer
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.models import find_prior, transform_rows
 
 
 def find_maml(estimator: Any) -> BaseMAML:
@@ -61,7 +62,7 @@ def score_tasks(
 ) -> tuple[Any, Any]:
     """Adapt to support splits of each task; return the MAML estimator and what was adapted."""
     maml, X = open_model(estimator, X)
-    scored = maml._split_and_adapt(
+    scored = maml.task_model().split_and_adapt(
         X,
         y,
         groups,
@@ -76,7 +77,7 @@ def score_tasks(
 def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) -> float:
     """Apply a scorer to the query rows in `mask`, as if one estimator had predicted them all."""
     rows, codes = scored.rows[mask], scored.codes[mask]
-    X, y = maml._reshape(scored.tasks.X[rows]), scored.tasks.y[rows]
+    X, y = maml.task_model().rows(scored.tasks.X[rows]), scored.tasks.y[rows]
     local = state.slots is not None and (state.slots != state.slots[codes[0]])[codes].any()
     if local:
         # labels that mean something inside their task only are scored by their rank in it
@@ -94,6 +95,7 @@ class _Predictor:
 
     def __init__(self, maml: Any, state: Any, codes: np.ndarray, local: bool) -> None:
         self._maml = maml
+        self._model = maml.task_model()
         self._codes = codes
         if is_classifier(maml):
             self.classes_ = maml.classes_
@@ -114,7 +116,7 @@ class _Predictor:
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Predict each row with the parameters of its task."""
-        predicted: np.ndarray = self._maml._decide(self._state, X, self._codes)
+        predicted: np.ndarray = self._model.predict(self._state, X, self._codes)
         return predicted
 
     def __sklearn_tags__(self) -> Any:
@@ -129,10 +131,10 @@ class _ClassPredictor(_Predictor):
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Return class probabilities of each row under the parameters of its task."""
-        p: np.ndarray = self._maml._probabilities(self._state, X, self._codes)
+        p: np.ndarray = self._model.probabilities(self._state, X, self._codes)
         return p
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Return logits of each row under the parameters of its task."""
-        scores: np.ndarray = self._maml._decision(self._state, X, self._codes)
+        scores: np.ndarray = self._model.decision(self._state, X, self._codes)
         return scores

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml._base import BaseMAML
+from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.evaluation.scoring import check_counts, score_tasks
 from sklearn_maml.inspection.shared import (
     BLACK,
@@ -164,9 +164,10 @@ class AdaptationCurveDisplay:
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         maml, X = open_copy(estimator, X)
         check_is_fitted(maml)
+        model = maml.task_model()
         trained = _trained_steps(maml) if share_of_steps(maml) else None
         numbers_of_steps = check_steps(
-            _steps_around(trained or maml._n_adapt_steps()) if steps is None else steps
+            _steps_around(trained or model.n_steps) if steps is None else steps
         )
         check_counts(n_shots=n_shots, n_repeats=n_repeats)
         shown = Metric(scoring, maml)
@@ -174,7 +175,7 @@ class AdaptationCurveDisplay:
         units = Units(maml, scored)
         # one state at a time: of many tasks, all of them would not fit
         scores = [
-            shown.of_units(maml, scored, maml._adapted_state(scored.support, None, n), units)
+            shown.of_units(maml, scored, model.adapt(scored.support, None, n), units)
             for n in numbers_of_steps.tolist()
         ]
         display = cls(

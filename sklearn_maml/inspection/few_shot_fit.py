@@ -10,8 +10,8 @@ from sklearn.base import is_classifier
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml._base import find_prior
 from sklearn_maml.data.spellings import concatenate_rows, is_frame, is_task_list
+from sklearn_maml.estimators.models import find_prior
 from sklearn_maml.inspection.shared import (
     BLACK,
     GREY,
@@ -148,8 +148,9 @@ class FewShotFitDisplay:
                 f"FewShotFitDisplay draws regressions; got a {type(maml).__name__}. See "
                 "AdaptationCurveDisplay and TaskScoresDisplay for classifiers."
             )
-        maml._check_unchanged()
-        tasks = maml._read_tasks(X, y_support, groups)
+        model = maml.task_model()
+        model.check_unchanged()
+        tasks = model.read(X, y_support, groups)
         if maml.n_outputs_ > 1:
             raise ValueError(
                 f"FewShotFitDisplay draws one target, but the model predicts {maml.n_outputs_}."
@@ -165,7 +166,7 @@ class FewShotFitDisplay:
                 f"{tasks.n_tasks}. Pass the support rows of fewer tasks."
             )
         if steps is None:
-            last = maml._n_adapt_steps()
+            last = model.n_steps
             steps = {0, 1, last} if share_of_steps(maml) else {0, max(last, 1)}
         numbers_of_steps = check_steps(steps)
         if grid is None:
@@ -181,8 +182,8 @@ class FewShotFitDisplay:
         rows = np.asarray(rows).astype(tasks.X.dtype)
         codes = np.repeat(np.arange(tasks.n_tasks), len(grid))
         curves = [
-            maml._decide(
-                maml._adapted_state(tasks, None, n), np.tile(rows, (tasks.n_tasks, 1)), codes
+            model.predict(
+                model.adapt(tasks, None, n), np.tile(rows, (tasks.n_tasks, 1)), codes
             ).reshape(tasks.n_tasks, -1)
             for n in numbers_of_steps.tolist()
         ]

@@ -10,8 +10,9 @@ import numpy as np
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml._base import SCORED_EPISODES, Scored
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.estimators.scoring import SCORED_EPISODES
+from sklearn_maml.estimators.task_model import Scored
 from sklearn_maml.evaluation.scoring import check_count, check_counts, score_tasks
 from sklearn_maml.inspection.shared import open_copy
 
@@ -104,7 +105,8 @@ def class_permutation_audit(
             "output of its own, and there is nothing to permute."
         )
     check_is_fitted(maml)
-    rng = check_random_state(maml._score_seed if random_state is None else random_state)
+    model = maml.task_model()
+    rng = check_random_state(model.seed if random_state is None else random_state)
     seeds = rng.randint(2**31 - 1, size=2).tolist()
     maml, scored = score_tasks(
         maml, X, y, groups, n_shots, -(-n_episodes // SCORED_EPISODES), seeds[0], ()
@@ -118,18 +120,18 @@ def class_permutation_audit(
     rank_of = present.cumsum(1) - 1
     ranks = rank_of[support.codes, positions]
     truth = rank_of[codes, np.searchsorted(labels, scored.tasks.y[rows])]
-    query = maml._reshape(scored.tasks.X[rows])
+    query = model.rows(scored.tasks.X[rows])
     n_query = np.bincount(codes)
     accuracy = np.empty((support.n_tasks, len(permutations)))
     total = np.zeros((len(rows), n_ways))
     for k, permutation in enumerate(permutations):
         # labels in another order: `adapt` puts sorted labels to outputs
-        state = maml._adapted_state(support.with_y(permutation[ranks]), None)
+        state = model.adapt(support.with_y(permutation[ranks]), None)
         assert state.labels is not None
-        predicted = maml._decide(state, query, codes)
+        predicted = model.predict(state, query, codes)
         accuracy[:, k] = np.bincount(codes, predicted == permutation[truth]) / n_query
         wide = np.zeros_like(total)
-        wide[:, state.labels] = maml._probabilities(state, query, codes)
+        wide[:, state.labels] = model.probabilities(state, query, codes)
         total += wide[:, permutation]
     ensemble = np.bincount(codes, total.argmax(1) == truth) / n_query
     return Bunch(

@@ -10,8 +10,10 @@ import numpy as np
 from sklearn.metrics import get_scorer
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
-from sklearn_maml._base import BaseMAML, Scored, State
 from sklearn_maml._validation import is_integer
+from sklearn_maml.estimators.adapting import State
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.task_model import Scored
 from sklearn_maml.evaluation.scoring import apply_scorer, default_scoring, open_model
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 

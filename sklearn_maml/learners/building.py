@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_maml.learners.gaussian import GaussianHead, MLPBody, ModuleBody
+from sklearn_maml.learners.bodies import MLPBody, ModuleBody
+from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.start import start_of_classes, start_of_numbers
 from sklearn_maml.modules import ACTIVATIONS, check_head_is_last
 

@@ -117,12 +117,12 @@ def raised_by_callback(error: KeyboardInterrupt) -> bool:
 class SklearnCallbacks:
     """Tells scikit-learn's callbacks of the epochs of a meta-training."""
 
-    def __init__(self, estimator: Any, learner: Any, n_epochs: int, data: tuple[Any, ...]) -> None:
+    def __init__(self, estimator: Any, learner: Any, root: Any, data: tuple[Any, ...]) -> None:
         self.estimator = estimator
         self.learner = learner
         X, y, metadata = data
         self.data = {"X": X, "y": y, "metadata": metadata}
-        self.root = estimator._init_callback_context(max_subtasks=n_epochs)
+        self.root = root  # scikit-learn's context of the whole fit
         self.root.call_on_fit_task_begin(estimator=estimator, **self.data)
         self.epoch: Any = None
 

@@ -151,6 +151,11 @@ class MetaNet(NeuralNet):
         self.parts_: Parts | None = None
         return self
 
+    def named_callbacks(self) -> Iterator[tuple[str, Any]]:
+        """Return names and callbacks, those of skorch's defaults and of the user."""
+        named: Iterator[tuple[str, Any]] = self._uniquely_named_callbacks()
+        return named
+
     def continue_from(self, net: MetaNet) -> None:
         """Take over history, counter and optimiser state of an earlier net (warm start)."""
         self.initialize()

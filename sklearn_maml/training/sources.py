@@ -12,7 +12,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.data.sampling import EpisodeSampler, draw_fixed
 from sklearn_maml.data.splitting import hold_out
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.learners.gaussian import row_marks
+from sklearn_maml.learners.conditioned import row_marks
 from sklearn_maml.targets.base import Targets
 
 __all__ = [

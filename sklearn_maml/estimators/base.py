@@ -1,0 +1,210 @@
+"""What the two estimators share: `fit`, `adapt` and their fitted state."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_maml._compat import with_callbacks
+from sklearn_maml._validation import keeps_state_on_error
+from sklearn_maml.data.spellings import is_task_distribution
+from sklearn_maml.devices import SeededTorch, resolve_device
+from sklearn_maml.estimators.scoring import Scoring
+from sklearn_maml.estimators.stored import Stored
+from sklearn_maml.estimators.training import Training
+from sklearn_maml.learners.plan import GRADIENT_STEPS
+from sklearn_maml.persistence import describe
+from sklearn_maml.targets.base import Targets
+from sklearn_maml.training.checkpoint import begin_checkpointed
+from sklearn_maml.training.distributed import find_processes
+from sklearn_maml.training.sources import CollectionSource, DistributionSource
+
+__all__ = ["BaseMAML"]
+
+
+class BaseMAML(Training, Stored, Scoring):
+    """What the classifier and the regressor share."""
+
+    # `groups` is requested by default, so that metadata routing works without set_*_request
+    __metadata_request__fit: ClassVar = {"groups": True}
+    __metadata_request__score: ClassVar = {"groups": True}
+    __metadata_request__predict: ClassVar = {"groups": True}
+
+    @keeps_state_on_error
+    @with_callbacks
+    def fit(self, X: Any, y: Any = None, groups: Any = None) -> Any:
+        """Meta-train on a collection of tasks.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features), list of tasks, 3-D array, or distribution
+            Rows of all tasks, with their task ids in `groups` or in `task_column`; or a list of
+            ``(X, y)`` or ``(X_support, y_support, X_query, y_query)`` tasks (then y is None); or
+            an array of shape (n_tasks, n_rows, n_features) with y (n_tasks, n_rows); or an object
+            with ``sample(n_tasks, random_state)`` that returns such a list of `n_tasks` tasks;
+            it is asked for the tasks of many meta-batches at a time.
+        y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
+            Targets.
+        groups : array-like of shape (n_rows,), default=None
+            Task id of each row.
+
+        Returns
+        -------
+        self : object
+            The meta-fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not valid; the estimator is left as it was.
+        MetaTrainingError
+            If most meta-steps were not finite.
+
+        Warns
+        -----
+        SingleTaskWarning
+            If there is no task information: all rows are then one task.
+        MemorizationWarning
+            If held-out tasks gain next to nothing from adapting to their own support sets.
+
+        Notes
+        -----
+        In a `torch.distributed` process group of several processes every one has to call `fit`
+        with the same data; they share the tasks of each meta-batch and end with the same
+        parameters, see `sklearn_maml.distributed`.
+        """
+        self._validate_params()
+        self._check_parameter_names()
+        processes = find_processes()
+        continued = bool(self.warm_start) and hasattr(self, "net_")
+        if self.warm_start and hasattr(self, "module_") and not continued:
+            raise ValueError(
+                "warm_start=True continues a fit, but this model was saved without the state of "
+                "its optimiser. Save it with training=True, or fit anew with warm_start=False."
+            )
+        checkpoint = begin_checkpointed(self.callbacks, processes, describe)
+        if continued:  # the same tasks are held out; episodes follow the count of updates
+            seed = self._score_seed
+        else:
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if checkpoint is not None:
+            seed = checkpoint.seed(seed, given=continued or self.random_state is not None)
+        if processes is not None:
+            given = continued or self.random_state is not None
+            seed = processes.agree_on_seed(seed, given)
+        targets = self.targets_ if continued else self._make_targets()
+        source: DistributionSource | CollectionSource
+        if is_task_distribution(X):
+            if y is not None or groups is not None:
+                raise ValueError(
+                    "Got a task distribution and y or groups: the tasks it samples bring their "
+                    "own targets. Leave y and groups out."
+                )
+            source = DistributionSource(
+                X, targets, self._episode_settings(), seed, self._read_tasks, learns=not continued
+            )
+        else:
+            source = self._collect(X, y, groups, targets, seed, continued)
+        if not continued:
+            self._take_targets(targets)
+        self._score_seed = seed
+        self.device_ = resolve_device(self.device)
+        self.__dict__.pop("_state", None)
+        metadata = {} if groups is None else {"groups": groups}
+        plan = self._plan(source, seed)
+        joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
+        self._choose_learners(plan, joint)
+        if source.single:
+            # without tasks the estimator is an ordinary one: it has learned from all the rows
+            self._adapt_to(source.tasks, None)
+        return self
+
+    def _take_targets(self, targets: Targets) -> None:
+        """Have what targets have learned as fitted attributes."""
+        self.targets_ = targets
+        self.__dict__.update(targets.attributes())
+
+    def adapt(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> Any:
+        """Adapt to the support sets of one or many new tasks.
+
+        Always starts from the meta-learned initialisation, which it does not change, and replaces
+        what an earlier `adapt` left, at once and as a whole: of several threads that adapt one
+        model the last one wins, and a prediction meanwhile is of one of them, never of a mix. Use
+        `sklearn_maml.adapt` for a model of its own in every thread.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_support, n_features)
+            Support rows; lists of tasks and 3-D arrays are accepted as in `fit`.
+        y : array-like of shape (n_support,) or (n_support, n_outputs)
+            Their targets.
+        groups : array-like of shape (n_support,), default=None
+            Task id of each row, to adapt to many tasks in one call; None: one task.
+        sample_weight : array-like of shape (n_support,), default=None
+            Weights of the rows in the support loss; only their ratios within a task matter.
+
+        Returns
+        -------
+        self : object
+            Ready to predict for these tasks.
+
+        Raises
+        ------
+        NotFittedError
+            If the estimator is not meta-fitted.
+        ValueError
+            If the data does not fit; what was adapted before is kept.
+        """
+        check_is_fitted(self)
+        self._validate_params()
+        if hasattr(X, "__len__") and y is not None and _n_rows(X) == 0:
+            raise ValueError(
+                "adapt got an empty support set: Found array with 0 sample(s) while a minimum of 1 "
+                "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
+                "row for predictions of the initialisation."
+            )
+        self._check_unchanged()
+        tasks = self._read_tasks(X, y, groups)
+        if tasks.in_query is not None:
+            raise ValueError(
+                "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
+                "y_support), ...] and give the query rows to predict."
+            )
+        sample_weight = self._support_weights(sample_weight, tasks)
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    def __adapt_initialisation__(self, X: Any, y: Any, sample_weight: Any) -> Any:
+        """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
+        self._validate_params()
+        tasks = self._read_tasks(X, y, reset=True)
+        sample_weight = self._support_weights(sample_weight, tasks)
+        targets = self._make_targets()
+        targets.learn(tasks, sample_weight)
+        self._take_targets(targets)
+        self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.device_ = resolve_device(self.device)
+        self._fingerprints = {}
+        with SeededTorch(self.device_, seed):
+            module = self._networks().make()
+        self._learner = self._make_learner(module)
+        self.module_ = module
+        self._fit_settings = self._settings(module)
+        self._rung = "auto"
+        self.learner_weights_, self.calibration_ = {GRADIENT_STEPS: 1.0}, None
+        self._adapt_to(tasks, sample_weight)
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "module_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+def _n_rows(X: Any) -> int:
+    return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)

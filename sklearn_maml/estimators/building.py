@@ -1,0 +1,182 @@
+"""Making networks, meta-parameters and engines of the parameters of an estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.devices import SeededTorch
+from sklearn_maml.engine import Engine
+from sklearn_maml.estimators.networks import Networks
+from sklearn_maml.estimators.parameters import Parameters
+from sklearn_maml.heads import SymmetricHead
+from sklearn_maml.learners.bodies import ModuleBody
+from sklearn_maml.learners.building import build_head, module_body, why_no_head
+from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.learner import Learner, Problem
+from sklearn_maml.learners.plan import Plan
+from sklearn_maml.meta_gradients import resolve_meta_gradient
+from sklearn_maml.modules import (
+    ACTIVATIONS,
+    adapted_names,
+    check_head_is_last,
+    linear_head,
+)
+from sklearn_maml.targets.losses import has_closed_forms
+from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
+
+__all__ = ["Building"]
+
+TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+
+
+class Building(Parameters):
+    """Makes what is trained, at its start."""
+
+    def _networks(self) -> Networks:
+        return Networks(
+            module=self.module,
+            options=self._prefixed("module"),
+            hidden_layer_sizes=self.hidden_layer_sizes,
+            activation=self.activation,
+            feature_shape=self.feature_shape_,
+            reshape=self._reshape,
+            targets=self.targets_,
+            device=self.device_,
+            dtype=TORCH_DTYPES[self._dtype],
+        )
+
+    def _check_module(self, module: nn.Module) -> None:
+        """Refuse a module that does not go with the tasks, or with the update rule."""
+        networks = self._networks()
+        networks.check(module)
+        rule = self._gradient_rule()
+        if rule.in_closed_form:
+            kind = type(rule).__name__
+            head = linear_head(module, adapted_names(module, self.adapted), kind)
+            check_head_is_last(module, head, networks.two_rows(), kind)
+
+    def _make_learner(self, module: nn.Module) -> Any:
+        """Meta-parameters at their start: the module's, and those of the update rule."""
+        from sklearn_maml.training.learner import MetaLearner
+
+        rule, targets = self._gradient_rule(), self.targets_
+        if rule.in_closed_form and not has_closed_forms(targets.loss):
+            raise ValueError(
+                f"update_rule={self.update_rule!r} solves for squared error or cross-entropy, but "
+                f"the loss is {targets.loss.name}. Use update_rule='sgd' or another rule that "
+                "takes steps."
+            )
+        return MetaLearner(
+            module,
+            rule,
+            adapted_names(module, self.adapted),
+            steps=self._n_steps(),
+            classification=targets.are_classes,
+        )
+
+    def _new_learner(self, weights: dict[str, Tensor]) -> Any:
+        """Meta-parameters of the shapes of a fit, for those of a file."""
+        prefix = "head."
+        of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
+        self.targets_ = self._make_targets().restore(self.__dict__)
+        with SeededTorch(self.device_, 0):
+            learner = self._make_learner(self._networks().make())
+            own = self._own_learner()
+            if own is not None:
+                learner.head = self._build_network(own, None)
+            elif of_head:
+                learner.head = GaussianHead.like(
+                    of_head,
+                    self._head_body(),
+                    self.targets_.n_outputs,
+                    activation=ACTIVATIONS[self.activation](),
+                    classification=self.targets_.are_classes,
+                    same_classes=self.targets_.n_ways is not None,
+                ).to(TORCH_DTYPES[self._dtype])
+        if not any(name.startswith("module.") for name in weights):
+            learner.without_steps()
+        return learner
+
+    def _problem(self, tasks: TaskCollection | None) -> Problem:
+        """Describe the tasks to a learner; None, of a model from a file, has their shapes only."""
+        n_outputs, are_classes = self.targets_.n_outputs, self.targets_.are_classes
+        if tasks is None:
+            X = np.zeros((1, *self.feature_shape_), dtype=self._dtype)
+            y = np.zeros(1, int) if are_classes else np.zeros((1, n_outputs), self._dtype)
+            return Problem(self._reshape(X), y, n_outputs, are_classes)
+        return Problem(tasks.X, tasks.y, n_outputs, are_classes)
+
+    def _build_network(self, learner: Learner, tasks: TaskCollection | None) -> nn.Module:
+        network = learner.build(self._problem(tasks))
+        return network.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
+
+    def _why_no_head(self, source: Any) -> str | None:
+        """Say what stands in the way of a Gaussian head, if anything does."""
+        if source.single:
+            return "learns how tasks differ, but got one task"
+        of_tasks = isinstance(source, CollectionSource) and not source.pooled
+        if of_tasks and source.n_tasks < LEAST_TASKS:
+            return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
+        if not has_closed_forms(self.targets_.loss):
+            loss = self.targets_.loss.name
+            return f"is for squared error and cross-entropy, but the loss is {loss}"
+        if self.targets_.center_y:  # by support rows: an error that it would not know of
+            return "learns how the levels of tasks differ itself, but center_y is set"
+        if self.module is None:
+            return None
+        with SeededTorch(self.device_, 0):
+            module = self._networks().make()
+        self._check_module(module)
+        return why_no_head(module, self._networks().two_rows())
+
+    def _head_body(self) -> ModuleBody | None:
+        """Networks of a Gaussian head's members; None: the default ones."""
+        if self.module is None:
+            return None
+        return module_body([self._networks().make() for _ in range(self._n_members())])
+
+    def _make_head(self, plan: Plan) -> GaussianHead:
+        """Gaussian head at its start."""
+        tasks, visible = plan.source.encoded, plan.episodes.visible
+        head = build_head(
+            tasks.X,
+            tasks.y,
+            tasks.codes,
+            visible,
+            n_members=self._n_members(),
+            body=self._head_body(),
+            hidden=self.hidden_layer_sizes,
+            activation=self.activation,
+            n_outputs=self.targets_.n_outputs,
+            classification=self.targets_.are_classes,
+            same_classes=self.targets_.n_ways is not None,
+        )
+        return head.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
+
+    def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
+        """Projection of the meta-parameters in meta-training."""
+        return None
+
+    def _make_engine(self, module: nn.Module, rung: str = "auto") -> Engine:
+        return Engine(
+            module,
+            row_loss=self._row_loss(),
+            rule=self._gradient_rule(),
+            meta_gradient=resolve_meta_gradient(
+                self.meta_gradient, self._prefixed("meta_gradient")
+            ),
+            adapted=adapted_names(module, self.adapted),
+            rung=rung,
+            checkpoint_steps=bool(self.checkpoint_steps),
+            max_tasks_in_memory=self.max_tasks_in_memory,
+            precision=self.precision,
+            batch_norm=self.batch_norm,
+        )
+
+    def _rung_to_begin(self) -> str:
+        return "loop" if self._rung == "loop" else "auto"

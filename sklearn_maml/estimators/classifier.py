@@ -1,0 +1,404 @@
+"""Meta-learning of class labels: `MAMLClassifier`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from sklearn.base import ClassifierMixin
+from sklearn.metrics import accuracy_score
+
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.prediction import PredictingClasses
+from sklearn_maml.heads import SymmetricHead, find_head
+from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets.classes import ClassTargets
+
+__all__ = ["MAMLClassifier"]
+
+
+class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
+    r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
+
+    `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
+    `predict` then predicts for that task. Model-agnostic meta-learning [1]_ learns the
+    initialisation from which `steps` gradient steps of rate `alpha` on the support rows of a task
+    give a small cross-entropy on its query rows; by default a Gaussian head is learned beside it,
+    and held-out tasks choose, see `update_rule`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module class or instance, default=None
+        Network. None builds a multilayer perceptron of `hidden_layer_sizes` and `activation`. A
+        class is called with the ``module__*`` parameters, and with ``in_features`` and
+        ``out_features`` if it takes parameters of these names and they are not given. An instance
+        is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
+        (n_rows, n_outputs) logits.
+    hidden_layer_sizes : int or sequence of int, default=(64, 64)
+        Sizes of the hidden layers of the default network.
+    activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
+        Activation of the default network.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
+    beta : float, default=3e-3
+        Outer rate: step size of meta-training, given to the optimiser.
+    beta_decay : float, default=0.3
+        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
+        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
+        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
+    max_grad_norm : float, default=1.0
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
+        a rule where the inner steps of a task diverge; a single one can undo many updates.
+    steps : int, default=5
+        Inner steps. May be changed after `fit`.
+    adapt_steps : int, default=None
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
+    meta_gradient : str or MetaGradient, default="second-order"
+        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
+        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
+        as constants, "implicit" differentiates the solution of an inner problem with a proximal
+        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
+        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
+        `Reptile` in `sklearn_maml.meta_gradients`.
+    update_rule : str or UpdateRule, default="auto"
+        How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
+        side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
+        get a share where they show a gain, and are given up early where they fall behind.
+        "gaussian-head" is the head alone: networks whose last layer has a Gaussian prior, learned
+        across tasks, which is adapted by Newton's method and knows how far to trust a support set
+        (compare ALPaCA [4]_). "sgd" is MAML as published [1]_ and nothing else. So are the other
+        rules, which say how an inner step moves the parameters: with rates that are learned
+        ("meta-sgd", "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" and
+        "logistic-head" solve for the last layer in place of taking steps, and need
+        ``adapted="head"``. See `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of
+        the rule. `alpha`, `steps`, `meta_gradient`, `adapted` and `head` are about gradient steps;
+        the Gaussian head takes `module`, too. With fewer than 4 tasks, without task information,
+        and for modules that have batch norm or do not end in a linear layer, "auto" takes gradient
+        steps alone.
+    adapted : {"all", "head", "body"}, str or list of str, default="all"
+        Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
+        whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
+        network takes beside its inputs (CAVIA, see `sklearn_maml.modules.ContextMLP`). The others
+        are meta-learned only.
+    n_ways : int, default=None
+        None: labels are shared by the tasks (walking and sitting, for every person); the network
+        has one output for each class. An int: labels mean something inside their task only (the
+        characters of an alphabet); every episode draws this many classes of a task, or of the
+        whole pool of classes when there is no task information, and assigns them to the outputs
+        at random.
+    head : {"free", "shared", "zero"}, default="free"
+        Initialisation of the last layer, a `torch.nn.Linear` with one row for each class.
+        "shared" meta-learns one weight vector and bias for all classes, so that the order in which
+        classes come to the outputs cannot matter (UNICORN-MAML [2]_); "zero" starts the layer from
+        zeros and meta-learns the other layers alone (the zeroing trick of [3]_). Classes are then
+        told apart by the inner steps alone. What is common to all classes drops out of the
+        softmax, so the two give the same predictions, to rounding. What an `update_rule` learns
+        is shared by the classes, too.
+    n_shots : int, default=None
+        Support rows of each class in meta-training and in `score`. None takes half of the rows, at
+        most 20. To search over it, score with ``task_scorer(..., n_shots=K)``: `score` splits by
+        the value of each candidate.
+    n_queries : int, default=10
+        Query rows of each class in meta-training; None takes all that are left.
+    meta_batch_size : int, default=25
+        Tasks of a meta-update.
+    max_iter : int, default=1000
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, and where it is all
+        that is left, meta-training ends there.
+    early_stopping : bool or "auto", default="auto"
+        True holds out tasks, stops when their loss after adaptation has not improved for
+        `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
+        the same without stopping, where there are at least 10 tasks. False uses all tasks for
+        meta-training and keeps the last parameters.
+    validation_fraction : float, default=0.15
+        Fraction of the tasks to hold out.
+    n_iter_no_change : int, default=20
+        Epochs, of 50 meta-updates each, without improvement before an early stop.
+    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
+        Outer optimiser; ``optimizer__*`` are its parameters.
+    checkpoint_steps : bool, default=False
+        Whether second-order meta-gradients keep only the parameters of each inner step and
+        compute its graph anew when they get to it: the same gradient for less memory, which grows
+        by one copy of the adapted parameters of each task with every step, and more time. Other
+        meta-gradients keep no graphs of the steps.
+    max_tasks_in_memory : int, default=None
+        Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
+        meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
+        at once, and in smaller chunks (with a warning) after it ran out of memory.
+    precision : {"full", "tf32", "bf16"}, default="full"
+        Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
+        float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
+        keeps parameters, losses and inner steps in those of X. float64 is never rounded.
+    batch_norm : {"inductive", "transductive"}, default="inductive"
+        Statistics that batch-norm layers normalise query rows with, in meta-training, validation
+        and predictions: "inductive" takes those of the task's support set, so that predictions do
+        not depend on which rows are predicted together; "transductive" takes those of the query
+        rows themselves, all rows of the task in one call of `predict` together. May be changed
+        after `fit`.
+    callbacks : list, default=None
+        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
+        parameters.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    task_column : str, int or other hashable, default=None
+        Column of X that holds the task id: a column name or name of an index level of a data
+        frame, or a position. It then is in every X, and `groups` is not given.
+    warm_start : bool, default=False
+        Whether another `fit` continues from the parameters and the optimiser state of the last.
+    random_state : int, RandomState instance or None, default=None
+        Seeds initialisation, episodes, and the splits of `score`.
+    verbose : int, default=0
+        1 prints a line for each epoch and, on a terminal, a progress bar.
+    **net_params : dict
+        Prefixed parameters: ``module__*``, ``optimizer__*``, ``callbacks__*``,
+        ``iterator_train__*``, ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``.
+        They are ordinary parameters to `get_params`, `set_params` and searches.
+
+    Attributes
+    ----------
+    module_ : torch.nn.Module
+        Network with the meta-learned initialisation; where a Gaussian head was trained alone, the
+        head, whose outputs are population predictions.
+    net_ : skorch.NeuralNet
+        The net that was meta-trained.
+    history_ : skorch.history.History
+        Per epoch: `train_loss` (query loss after adaptation), `valid_loss` and
+        `valid_loss_before` (of held-out tasks, after and before adaptation), `non_finite` (skipped
+        meta-updates), `dur` (seconds). With a Gaussian head these losses are the head's, and
+        `steps_valid_loss`, `steps_valid_loss_before` those of gradient steps beside it.
+    n_iter_ : int
+        Meta-updates made.
+    classes_ : ndarray of shape (n_classes,)
+        Class labels, in the order of the columns of `predict_proba`. With `n_ways`: those of the
+        training pool after `fit`, those of the support sets after `adapt`.
+    learner_weights_ : dict of str to float
+        Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
+        trained.
+    targets_ : sklearn_maml.targets.ClassTargets
+        What y means: how it is encoded for the loss, and outputs are decoded.
+    n_features_in_ : int
+        Number of features seen during `fit`, the task column included.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of the features, if X had names.
+    n_tasks_ : int or None
+        Number of tasks; None for a task distribution.
+    tasks_ : ndarray of shape (`n_tasks_`,) or None
+        Their ids, or positions where they have none.
+    device_ : torch.device
+        Where parameters live.
+
+    See Also
+    --------
+    MAMLRegressor : The same for numbers.
+    FewShotClassifier : Ordinary per-task estimator made from a fitted `MAMLClassifier`.
+    adapt : Adapt a copy of a fitted model or pipeline.
+    task_scorer : Any scikit-learn metric, after adaptation.
+
+    Notes
+    -----
+    Meta-training minimises over the initialisation :math:`\theta`, for tasks :math:`j` with
+    support loss :math:`S_j` and query loss :math:`Q_j`,
+
+    .. math:: \frac{1}{n} \sum_j Q_j(\theta_j^{(s)}), \quad
+        \theta_j^{(k+1)} = \theta_j^{(k)} - \alpha \nabla S_j(\theta_j^{(k)}),
+        \quad \theta_j^{(0)} = \theta
+
+    with Adam of rate `beta` (Finn et al. 2017, algorithm 1). `fit(X, y)` without any task
+    information treats all rows as one task: it meta-trains on random splits of it and adapts to
+    all of it, so that the estimator behaves as an ordinary one; as splits of the same rows differ
+    little, it makes at most 100 updates, of at most 4 splits each.
+
+    Batch-norm layers normalise support rows with the statistics of the support set, at the
+    parameters of each inner step, and query rows as `batch_norm` says. With "inductive" the
+    meta-gradient is that of the loss of what `predict` computes, through the support set's
+    statistics too. With "transductive" a prediction uses the other query rows of its task, which
+    the published scores of [1]_ do; a score then is of sets of rows, and depends on their size and
+    their mix of classes or values. Running averages are not used.
+
+    References
+    ----------
+    .. [1] Finn, C., Abbeel, P. & Levine, S. (2017). Model-Agnostic Meta-Learning for Fast
+       Adaptation of Deep Networks. ICML. Algorithms 1 and 2.
+    .. [2] Ye, H.-J. & Chao, W.-L. (2022). How to Train Your MAML to Excel in Few-Shot
+       Classification. ICLR.
+    .. [3] Kao, C.-H., Chiu, W.-C. & Chen, P.-Y. (2022). MAML is a Noisy Contrastive Learner in
+       Classification. ICLR.
+    .. [4] Harrison, J., Sharma, A. & Pavone, M. (2018). Meta-Learning Priors for Efficient Online
+       Bayesian Regression. WAFR. Section 3.
+
+    Examples
+    --------
+    >>> from sklearn_maml import MAMLClassifier
+    >>> from sklearn_maml.datasets import load_omniglot
+    >>> X, y = load_omniglot(subset="background", return_X_y=True)
+    >>> clf = MAMLClassifier(n_ways=5, n_shots=1, max_iter=10, random_state=0)
+    >>> clf = clf.fit(X, y)
+    >>> clf = clf.adapt(X[:100:20], ["a", "b", "c", "d", "e"])
+    >>> clf.predict_proba(X[1:3]).shape
+    (2, 5)
+    """
+
+    _targets_class = ClassTargets
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        hidden_layer_sizes: Any = (64, 64),
+        activation: str = "relu",
+        alpha: float = 0.03,
+        beta: float = 3e-3,
+        beta_decay: float = 0.3,
+        max_grad_norm: float | None = 1.0,
+        steps: int = 5,
+        adapt_steps: int | None = None,
+        meta_gradient: Any = "second-order",
+        update_rule: Any = "auto",
+        adapted: Any = "all",
+        n_ways: int | None = None,
+        head: str = "free",
+        n_shots: int | None = None,
+        n_queries: int | None = 10,
+        meta_batch_size: int = 25,
+        max_iter: int = 1000,
+        early_stopping: Any = "auto",
+        validation_fraction: float = 0.15,
+        n_iter_no_change: int = 20,
+        optimizer: Any = "adam",
+        checkpoint_steps: bool = False,
+        max_tasks_in_memory: int | None = None,
+        precision: str = "full",
+        batch_norm: str = "inductive",
+        callbacks: Any = None,
+        device: Any = "auto",
+        task_column: Hashable | None = None,
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+        **net_params: Any,
+    ) -> None:
+        self.module = module
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.alpha = alpha
+        self.beta = beta
+        self.beta_decay = beta_decay
+        self.max_grad_norm = max_grad_norm
+        self.steps = steps
+        self.adapt_steps = adapt_steps
+        self.meta_gradient = meta_gradient
+        self.update_rule = update_rule
+        self.adapted = adapted
+        self.n_ways = n_ways
+        self.head = head
+        self.n_shots = n_shots
+        self.n_queries = n_queries
+        self.meta_batch_size = meta_batch_size
+        self.max_iter = max_iter
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.optimizer = optimizer
+        self.checkpoint_steps = checkpoint_steps
+        self.max_tasks_in_memory = max_tasks_in_memory
+        self.precision = precision
+        self.batch_norm = batch_norm
+        self.callbacks = callbacks
+        self.device = device
+        self.task_column = task_column
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+        self.__dict__.update(net_params)
+
+    def predict(self, X: Any, groups: Any = None) -> Any:
+        """Predict class labels with the parameters adapted to the task of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        y : ndarray of shape (n_queries,)
+            Predicted labels.
+
+        Raises
+        ------
+        NotAdaptedError
+            If `adapt` was not called.
+        ValueError
+            If a task id was not adapted to.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._decide(state, rows, codes))
+
+    def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
+        """Return the accuracy after adaptation, query rows pooled.
+
+        Each task is split into a support set of `n_shots` rows of each class (half of them if
+        None) and the query rows it is scored on. With `n_ways`, episodes of that many classes are
+        drawn, at least 100 in all. After ``adapt(X_support, y_support)`` for one task, a call
+        without task information scores the predictions of that task; before, it takes all rows
+        for one new task.
+
+        Parameters
+        ----------
+        X, y, groups : tasks
+            As in `fit`.
+        sample_weight : array-like of shape (n_rows,), default=None
+            Weights of the rows in the metric.
+
+        Returns
+        -------
+        score : float
+            Accuracy over the pooled query rows.
+        """
+        return self._score(X, y, groups, sample_weight, accuracy_score)
+
+    def _make_targets(self) -> ClassTargets:
+        return ClassTargets(self.n_ways)
+
+    def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
+        if self.head == "free":
+            return None
+        for name, value in (
+            ("alpha", self._alpha()),
+            ("steps", self._n_steps()),
+            ("adapt_steps", self._n_adapt_steps()),
+        ):
+            if not value:
+                raise ValueError(
+                    f"head={self.head!r} starts with equal outputs for all classes, which inner "
+                    f"steps alone tell apart, but {name}={value!r}. Use a positive one in fit, or "
+                    "head='free'."
+                )
+        module = learner.module
+        rule = self._gradient_rule()
+        head = find_head(
+            module, self.head, rule, adapted_names(module, self.adapted), self.targets_.n_outputs
+        )
+        probe = copy.deepcopy(module).eval()
+        head.project({f"module.{name}": p for name, p in probe.named_parameters()})
+        p = next(probe.parameters())
+        with torch.no_grad():
+            outputs = probe(self._reshape(p.new_zeros(1, *self.feature_shape_)))
+        if not torch.allclose(outputs, outputs[:, :1]):
+            raise ValueError(
+                f"head={self.head!r} found a last layer in {type(module).__name__} that does not "
+                "make its outputs alone: they differ between classes with equal rows. Give the "
+                "module a torch.nn.Linear at its end, all of it trainable, or use head='free'."
+            )
+        return head
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = False
+        return tags

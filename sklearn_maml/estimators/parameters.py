@@ -1,0 +1,217 @@
+"""What the parameters of an estimator mean, and which of them may change after `fit`."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, clone
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+
+from sklearn_maml._compat import CallbackSupportMixin
+from sklearn_maml._validation import PrefixedParamsMixin
+from sklearn_maml.learners.conditioned import Calibration
+from sklearn_maml.learners.learner import Learner
+from sklearn_maml.meta_gradients import resolve_meta_gradient
+from sklearn_maml.modules import ACTIVATIONS, adapted_names
+from sklearn_maml.persistence import SaveMixin
+from sklearn_maml.targets.base import Loss, Targets
+from sklearn_maml.targets.losses import LOSSES
+from sklearn_maml.training.sources import N_MEMBERS, EpisodeSettings
+from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
+
+__all__ = ["PROXIMAL", "Parameters"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+# name of a setting that adapting depends on
+PROXIMAL = "the proximal term of meta_gradient"
+
+
+class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
+    """Parameters that both estimators have, and what is made of them."""
+
+    _targets_class: type[Targets]
+    _dtype: Any
+    net_: Any
+    targets_: Any
+    learner_weights_: dict[str, float]
+    calibration_: Calibration | None
+    _learner: Any
+    _fingerprints: dict[Hashable, int]
+    _rung: str
+    _score_seed: int
+    _prefixes = (
+        "module",
+        "optimizer",
+        "iterator_train",
+        "iterator_valid",
+        "callbacks",
+        "update_rule",
+        "meta_gradient",
+    )
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "loss": [StrOptions(set(LOSSES)), Loss],
+        "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "alpha": [Interval(numbers.Real, 0, None, closed="left")],
+        "beta": [Interval(numbers.Real, 0, None, closed="neither")],
+        "adapted": [str, list, tuple],
+        "beta_decay": [Interval(numbers.Real, 0, 1, closed="both")],
+        "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
+        "steps": [Interval(numbers.Integral, 0, None, closed="left")],
+        "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
+        "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
+        "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "n_queries": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "meta_batch_size": [Interval(numbers.Integral, 1, None, closed="left")],
+        "max_iter": [Interval(numbers.Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean", StrOptions({"auto"})],
+        "validation_fraction": [Interval(numbers.Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(numbers.Integral, 1, None, closed="left")],
+        "normalize_y": ["boolean"],
+        "center_y": ["boolean"],
+        "head": [StrOptions({"free", "shared", "zero"})],
+        "checkpoint_steps": ["boolean"],
+        "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "precision": [StrOptions({"full", "tf32", "bf16"})],
+        "batch_norm": [StrOptions({"inductive", "transductive"})],
+        "callbacks": [list, tuple, None],
+        "device": [str, torch.device],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def _make_targets(self) -> Targets:
+        """Return what y means by the parameters of now."""
+        raise NotImplementedError
+
+    def _episode_settings(self) -> EpisodeSettings:
+        return EpisodeSettings(
+            self.n_shots,
+            self.n_queries,
+            self.early_stopping,
+            self.validation_fraction,
+            self._reshape,
+        )
+
+    def _own_learner(self) -> Learner | None:
+        """Learner that the user gave as `update_rule`, with its ``update_rule__*``."""
+        if not isinstance(self.update_rule, Learner):
+            return None
+        made: Learner = clone(self.update_rule).set_params(**self._prefixed("update_rule"))
+        return made
+
+    def _rule_name(self) -> str | None:
+        return self.update_rule if isinstance(self.update_rule, str) else None
+
+    def _gradient_rule(self) -> UpdateRule:
+        """Rule of the gradient steps."""
+        if isinstance(self.update_rule, Learner):
+            return resolve_update_rule("sgd", {})
+        rule = "sgd" if self._rule_name() in ("auto", "gaussian-head") else self.update_rule
+        return resolve_update_rule(rule, self._prefixed("update_rule"))
+
+    def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        rows: Callable[[Tensor, Tensor], Tensor] = self.targets_.loss.rows
+        return rows
+
+    def _n_members(self) -> int:
+        """Members of a Gaussian head: a module of the user's own is trained once."""
+        return N_MEMBERS if self.module is None else 1
+
+    def _n_adapt_steps(self) -> int:
+        return self._n_steps() if self.adapt_steps is None else int(self.adapt_steps)
+
+    def _alpha(self) -> float:
+        return float(self.alpha)
+
+    def _n_steps(self) -> int:
+        return int(self.steps)
+
+    def _resolve_optimizer(self) -> Any:
+        if isinstance(self.optimizer, str) and self.optimizer in OPTIMIZERS:
+            return OPTIMIZERS[self.optimizer]
+        if isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer):
+            if issubclass(self.optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    "optimizer=LBFGS evaluates its closure several times an update, on one "
+                    "meta-batch. Use a stochastic optimiser such as 'adam'."
+                )
+            return self.optimizer
+        raise ValueError(
+            f"optimizer={self.optimizer!r} is not known. Expected one of {sorted(OPTIMIZERS)} or a "
+            "torch.optim.Optimizer class; pass its settings as optimizer__*."
+        )
+
+    def _comparable_params(self) -> dict[str, Any]:
+        """Return the parameters that have values equal in every process that was given the same."""
+        return {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            # objects hash by identity; where a process prints, or computes, is its own matter
+            if name not in ("callbacks", "device", "random_state", "verbose")
+            and isinstance(value, (str, int, float, bool, list, tuple, type(None)))
+        }
+
+    def _settings(self, module: nn.Module | None = None) -> dict[str, Any]:
+        """Parameters that what was meta-learned depends on; of a module also what a rule learns."""
+        rule = self._gradient_rule()
+        gradient = resolve_meta_gradient(self.meta_gradient, self._prefixed("meta_gradient"))
+        settings = {
+            "update_rule": type(self.update_rule)
+            if isinstance(self.update_rule, Learner)
+            else (self._rule_name() in ("auto", "gaussian-head") and self._rule_name())
+            or type(rule),
+            PROXIMAL: gradient.proximal > 0,
+            "adapted": self.adapted,
+            **self._make_targets().settings(),
+            "head": getattr(self, "head", "free"),
+            "hidden_layer_sizes": str(self.hidden_layer_sizes),
+            "activation": self.activation,
+            "module": self.module if isinstance(self.module, type) else type(self.module),
+            "module__*": str(sorted(self._prefixed("module").items())),
+        }
+        if module is not None:
+            adapted = adapted_names(module, self.adapted)
+            fast = {name: p.detach() for name, p in module.named_parameters() if name in adapted}
+            # for one step: the number of steps may change, and that of the rates then stays
+            rates = rule.initial_rates(fast, classification=self.targets_.are_classes)
+            shapes = {name: tuple(rate.shape) for name, rate in rates.items()}
+            settings["what update_rule learns"] = shapes
+        return settings
+
+    def _check_unchanged(self, everything: bool = False) -> None:
+        """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
+        now = self._settings(self._learner.module if everything else None)
+        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y", "loss"]
+        if everything:  # a fit goes on with the meta-gradient of now
+            names = [name for name in now if name != PROXIMAL]
+        for name in names:
+            if now[name] != self._fit_settings[name]:
+                raise ValueError(
+                    f"{name} was changed after fit; what was meta-learned is for another value. "
+                    "Set it back, or fit anew with warm_start=False. Only alpha, steps, "
+                    "adapt_steps and batch_norm may be changed, and lam and max_grad_norm of "
+                    "update_rule and meta_gradient."
+                )
+
+    def _reshape(self, X: Any) -> Any:
+        """Rows as the module takes them: the default network takes flat rows."""
+        return X.reshape(len(X), -1) if self._flat and X.ndim > 2 else X
+
+    def _check_features(self, X: np.ndarray) -> None:
+        if X.shape[1:] != self.feature_shape_:
+            raise ValueError(
+                f"X has rows of shape {X.shape[1:]}, but {type(self).__name__} was meta-fitted on "
+                f"rows of shape {self.feature_shape_}. Give the same features."
+            )

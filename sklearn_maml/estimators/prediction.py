@@ -1,0 +1,229 @@
+"""Predicting query rows with the parameters adapted to their tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_maml.data.spellings import (
+    concatenate_rows,
+    encode_ids,
+    n_axes,
+    refuse_graphs,
+    split_task_column,
+    validate_rows,
+)
+from sklearn_maml.estimators.adapting import Adapting, State
+from sklearn_maml.exceptions import NotAdaptedError
+
+__all__ = ["Predicting", "PredictingClasses"]
+
+
+class Predicting(Adapting):
+    """Finds the task of each query row, and predicts it."""
+
+    def _rows_to_predict(
+        self, X: Any, groups: Any
+    ) -> tuple[State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
+        """Validate query rows; return the task of each and how to shape the answer like X."""
+        check_is_fitted(self)
+        refuse_graphs(X=X, groups=groups)
+        shape_like: Callable[[np.ndarray], Any] = _as_is
+        name = "groups"
+        if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
+            if groups is not None:
+                raise ValueError(
+                    "Got a list of query sets and groups: the tasks are given twice. Leave one of "
+                    "the two out."
+                )
+            lengths = [len(part) for part in X]
+            groups = np.repeat(np.arange(len(X)), lengths)
+            name = "a list of query sets (task ids 0, 1, ...)"
+            cuts = np.cumsum(lengths)[:-1]
+            X = concatenate_rows(X)
+            shape_like = _Split(cuts)
+        elif (
+            groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
+        ):
+            n_tasks, n_rows = X.shape[:2]
+            groups = np.repeat(np.arange(n_tasks), n_rows)
+            X = np.asarray(X).reshape(-1, *X.shape[2:])
+            shape_like = _Stack(n_tasks, n_rows)
+        X_seen = X
+        if self.task_column is not None:
+            if groups is not None and shape_like is _as_is:
+                raise ValueError(
+                    f"Got task_column={self.task_column!r} and groups: the tasks are given twice. "
+                    "Leave one of the two out."
+                )
+            X, ids = split_task_column(X, self.task_column)
+            if shape_like is _as_is:  # else the place in the list or stack tells the task
+                groups, name = ids, f"the task column {self.task_column!r}"
+        rows = validate_rows(
+            self,
+            X,
+            X_seen,
+            reset=False,
+            with_column=self.task_column is not None,
+            dtype=self._dtype,
+        )
+        self._check_features(rows)
+        state = self.__dict__.get("_state")
+        if state is None:
+            raise NotAdaptedError(
+                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
+                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
+                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
+                "a support split of each task; scorers such as 'r2' do not adapt."
+            )
+        codes = self._find_tasks(state, groups, len(rows), name)
+        return state, self._reshape(rows), codes, shape_like
+
+    def _find_tasks(self, state: State, groups: Any, n_rows: int, name: str) -> np.ndarray:
+        if groups is None:
+            if state.n_tasks > 1:
+                raise ValueError(
+                    f"{type(self).__name__} is adapted to {state.n_tasks} tasks: pass "
+                    "groups (the task id of each row) to predict."
+                )
+            return np.zeros(n_rows, dtype=np.intp)
+        ids, codes = encode_ids(groups, n_rows, name)
+        if state.ids is None:
+            raise ValueError(
+                f"predict got {name}, but the estimator was adapted to one task without an id. "
+                "Give the rows of that task alone, or call adapt(X_support, y_support, "
+                "groups=...). To score new tasks, use score(X, y, groups=...) or "
+                "sklearn_maml.task_scorer."
+            )
+        position = {task: j for j, task in enumerate(state.ids.tolist())}
+        unknown = [task for task in ids.tolist() if task not in position]
+        if unknown:
+            raise ValueError(
+                f"predict got {len(unknown)} task id(s) that were not adapted to, such as "
+                f"{unknown[:3]}. Call adapt with support rows of these tasks first. To score new "
+                "tasks inside scikit-learn's tools, leave scoring=None or use "
+                "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+            )
+        return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
+
+    def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Run each row under what was learned of its task."""
+        outputs = state.adapted.outputs(rows, codes, self._running())
+        return self._finite(outputs.astype(rows.dtype, copy=False))
+
+    def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Predictions of rows under the parameters of the task of each."""
+        values: np.ndarray = self.targets_.decode(self._outputs(state, rows, codes), codes, state)
+        return values if self.targets_.are_classes else self._finite(values)
+
+    def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        outputs = self._outputs(state, rows, codes)
+        p: np.ndarray = self.targets_.probabilities(outputs, codes, state)
+        return p
+
+    def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        outputs = self._outputs(state, rows, codes)
+        values: np.ndarray = self.targets_.decision(outputs, codes, state)
+        return values
+
+    def _finite(self, outputs: np.ndarray) -> np.ndarray:
+        """Refuse outputs that have overflowed."""
+        if np.isfinite(outputs).all():
+            return outputs
+        rows = np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))
+        raise ValueError(
+            f"The outputs of {len(rows)} of {len(outputs)} rows, such as row {rows[0]}, are not "
+            f"finite in {outputs.dtype}. Their features, or those of the support set, are too "
+            f"large: scale them as in fit, or lower alpha (now {self._alpha():g})."
+        )
+
+
+class PredictingClasses(Predicting):
+    """Predicts probabilities of classes, too."""
+
+    __metadata_request__predict_proba: ClassVar = {"groups": True}
+    __metadata_request__predict_log_proba: ClassVar = {"groups": True}
+    __metadata_request__decision_function: ClassVar = {"groups": True}
+
+    def predict_proba(self, X: Any, groups: Any = None) -> Any:
+        """Predict class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        p : ndarray of shape (n_queries, n_classes)
+            Probabilities in the order of `classes_`; 0 for classes that a row's task lacks.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._probabilities(state, rows, codes))
+
+    def predict_log_proba(self, X: Any, groups: Any = None) -> Any:
+        """Predict the logarithm of class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        log_p : ndarray of shape (n_queries, n_classes)
+            In the order of `classes_`.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        with np.errstate(divide="ignore"):
+            return shape_like(np.log(self._probabilities(state, rows, codes)))
+
+    def decision_function(self, X: Any, groups: Any = None) -> Any:
+        """Return the outputs of the network for each class (logits).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+        groups : array-like of shape (n_queries,), default=None
+            Task id of each row, if `adapt` was called with task ids.
+
+        Returns
+        -------
+        scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
+            In the order of `classes_`; for two classes, the logit of the second less the first.
+            The lowest finite number stands for classes that a row's task lacks.
+        """
+        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
+        return shape_like(self._decision(state, rows, codes))
+
+
+def _as_is(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+class _Split:
+    """Answer a list of query sets with a list."""
+
+    def __init__(self, cuts: np.ndarray) -> None:
+        self.cuts = cuts
+
+    def __call__(self, values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, self.cuts)
+
+
+class _Stack:
+    """Answer a 3-D array of query sets with one more leading axis."""
+
+    def __init__(self, n_tasks: int, n_rows: int) -> None:
+        self.shape = (n_tasks, n_rows)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(*self.shape, *values.shape[1:])

@@ -1,0 +1,113 @@
+"""Reading the tasks that an estimator is given."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from sklearn.utils.validation import _check_sample_weight
+
+from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, inside_cross_validation
+from sklearn_maml.data.spellings import FLOATS, collect_tasks, refuse_graphs
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.estimators.parameters import Parameters
+from sklearn_maml.exceptions import CutTaskWarning, SingleTaskWarning
+from sklearn_maml.targets.base import Targets
+from sklearn_maml.training.sources import CollectionSource
+
+__all__ = ["Reading", "check_weights"]
+
+
+class Reading(Parameters):
+    """Validates tasks and weights of rows."""
+
+    def _read_tasks(
+        self, X: Any, y: Any, groups: Any = None, *, reset: bool = False
+    ) -> TaskCollection:
+        """Validate tasks; in a first fit (`reset`) also learn what later calls must match."""
+        tasks = collect_tasks(
+            self,
+            X,
+            y,
+            groups,
+            task_column=self.task_column,
+            reset=reset,
+            classification=self._targets_class.are_classes,
+            dtype=FLOATS if reset else self._dtype,
+        )
+        if reset:
+            self.feature_shape_ = tasks.X.shape[1:]
+            self._dtype = tasks.X.dtype
+            self._flat = self.module is None  # the default network takes flat rows
+        else:
+            self._check_features(tasks.X)
+        return tasks
+
+    def _without_cut_tasks(
+        self, tasks: TaskCollection, targets: Targets, n_shots: int | None
+    ) -> TaskCollection:
+        """Leave out tasks that a tool of scikit-learn has cut down to too few rows.
+
+        `learning_curve` and successive halving draw rows, not tasks. Outside of such tools a task
+        that is too small is an error.
+        """
+        if not tasks.named or not inside_cross_validation():
+            return tasks
+        large = targets.large_enough(tasks, n_shots)
+        if large.all() or not large.any():
+            return tasks
+        warnings.warn(
+            f"{(~large).sum()} of {tasks.n_tasks} tasks have too few rows left for a support and a "
+            "query set and are left out here. Tools that subsample rows (learning_curve, "
+            "HalvingGridSearchCV with resource='n_samples') cut tasks; give a list of tasks, or "
+            "resource='max_iter', to keep them whole.",
+            CutTaskWarning,
+            stacklevel=2,
+        )
+        return tasks.select(np.flatnonzero(large))
+
+    def _collect(
+        self, X: Any, y: Any, groups: Any, targets: Targets, seed: int, continued: bool
+    ) -> CollectionSource:
+        tasks = self._read_tasks(X, y, groups, reset=not continued)
+        tasks = self._without_cut_tasks(tasks, targets, self.n_shots)
+        if tasks.spelling == "single" and targets.n_ways is None:
+            warnings.warn(
+                f"{type(self).__name__}.fit got no task information and treats all "
+                f"{len(tasks.X)} rows as one task. If the rows belong to several tasks, pass "
+                "groups=task_ids (inside scikit-learn's tools enable it with "
+                "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
+                SingleTaskWarning,
+                stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
+            )
+        if not continued:
+            targets.learn(tasks)
+        return CollectionSource(tasks, targets, self._episode_settings(), seed)
+
+    def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
+        if sample_weight is None:
+            return None
+        weights = check_weights(
+            sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
+        )
+        totals = np.bincount(tasks.codes, weights=weights)
+        if (totals == 0).any():
+            raise ValueError(
+                f"Sample weights are all zero in {int((totals == 0).sum())} of {len(totals)} "
+                "support set(s). Give at least one row of each task a positive weight."
+            )
+        return weights
+
+
+def check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
+    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
+
+    Only their ratios matter; a power of two scales them exactly.
+    """
+    refuse_graphs(sample_weight=sample_weight)
+    # a number that is too large for the dtype is refused with a message of its own
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = _check_sample_weight(sample_weight, X, **options)
+    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
+    return scaled

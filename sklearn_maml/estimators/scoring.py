@@ -1,0 +1,161 @@
+"""Scoring tasks: a split of each, adaptation to its support rows, a metric."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from scipy.sparse import issparse
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_maml.data.sampling import EpisodeSampler
+from sklearn_maml.data.spellings import is_task_distribution, is_task_list, n_axes, refuse_graphs
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.estimators.prediction import Predicting
+from sklearn_maml.estimators.reading import Reading, check_weights
+from sklearn_maml.estimators.task_model import Scored, TaskModel
+from sklearn_maml.exceptions import SeenTaskWarning
+
+__all__ = ["SCORED_EPISODES", "Scoring"]
+
+# tasks drawn from a task distribution for `score`
+SCORED_TASKS = 600
+# episodes of a score where tasks are drawn from a pool of classes
+SCORED_EPISODES = 100
+
+
+class Scoring(Reading, Predicting):
+    """Scores predictions of adapted tasks, or of new ones after adaptation."""
+
+    def task_model(self) -> TaskModel:
+        """Return the fitted estimator as scores and displays use it.
+
+        Returns
+        -------
+        model : TaskModel
+            Adapts to many tasks at a time, and predicts for them; the estimator stays as it is.
+        """
+        check_is_fitted(self)
+        return TaskModel(
+            check_unchanged=self._check_unchanged,
+            read=self._read_tasks,
+            rows=self._reshape,
+            split_and_adapt=self._split_and_adapt,
+            adapt=self._adapted_state,
+            predict=self._decide,
+            probabilities=self._probabilities,
+            decision=self._decision,
+            n_steps=self._n_adapt_steps(),
+            seed=self._score_seed,
+        )
+
+    def _has_task_information(self, X: Any, y: Any, groups: Any) -> bool:
+        """Whether a call of `score` names tasks, rather than rows of the adapted task."""
+        state = self.__dict__.get("_state")
+        adapted_to_one = state is not None and state.ids is None
+        return not adapted_to_one or (
+            groups is not None
+            or self.task_column is not None
+            or is_task_list(X, y)
+            or is_task_distribution(X)
+            or n_axes(X) == len(self.feature_shape_) + 2
+        )
+
+    def _split_and_adapt(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        *,
+        n_shots: int | None = None,
+        n_repeats: int = 1,
+        random_state: Any = None,
+        steps: tuple[int | None, ...] = (None,),
+    ) -> Scored:
+        """Split each task into support and query rows and adapt to the support rows."""
+        check_is_fitted(self)
+        self._validate_params()
+        seed = self._score_seed if random_state is None else random_state
+        rng = np.random.default_rng(check_random_state(seed).randint(2**31 - 1))
+        if is_task_distribution(X):
+            X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
+        self._check_unchanged()
+        tasks = self._read_tasks(X, y, groups)
+        self._warn_if_seen(tasks)
+        n_shots = self.n_shots if n_shots is None else n_shots
+        targets = self.targets_
+        tasks = self._without_cut_tasks(tasks, targets, n_shots)
+        n_shots, n_ways = targets.scored_shots(tasks, n_shots), targets.n_ways
+        encoded = targets.encode(tasks)
+        targets.check_splittable(encoded, n_shots)
+        sampler = EpisodeSampler(encoded, n_shots=n_shots, **targets.sampling())
+        if n_ways is not None and tasks.in_query is None:
+            n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
+        which = np.repeat(np.arange(tasks.n_tasks), n_repeats)
+        split = sampler.split(which, rng)
+        if n_ways is not None and tasks.in_query is not None:
+            _check_query_labels(tasks)
+        support = TaskCollection(
+            tasks.X[split.support],
+            tasks.y[split.support],
+            np.repeat(np.arange(len(which)), split.n_support),
+            np.arange(len(which)),
+            None,
+            "list",
+        )
+        states = [self._adapted_state(support, None, s) for s in steps]
+        codes = np.repeat(np.arange(len(which)), split.n_query)
+        return Scored(tasks, which, split.query, codes, support, states)
+
+    def _warn_if_seen(self, tasks: TaskCollection) -> None:
+        if not tasks.named or not self._fingerprints:
+            return
+        marks = tasks.fingerprints()
+        new_rows = [
+            task for task, mark in marks.items() if self._fingerprints.get(task, mark) != mark
+        ]
+        if new_rows:
+            warnings.warn(
+                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
+                "have the ids of tasks that were meta-trained on, but other rows. If they are the "
+                "same tasks, the score measures new rows of known tasks, not new tasks: split by "
+                "task (GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they "
+                "are new tasks, give them ids of their own.",
+                SeenTaskWarning,
+                stacklevel=4,
+            )
+
+    def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
+        check_is_fitted(self)
+        refuse_graphs(y=y, sample_weight=sample_weight)
+        if issparse(y):
+            raise TypeError("Sparse targets were passed; dense ones are required: y.toarray().")
+        if not self._has_task_information(X, y, groups):
+            predicted = self.predict(X)
+            if sample_weight is not None:
+                sample_weight = check_weights(sample_weight, predicted)
+            return float(metric(y, predicted, sample_weight=sample_weight))
+        scored = self._split_and_adapt(X, y, groups)
+        rows = scored.rows
+        predicted = self._decide(
+            scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
+        )
+        if sample_weight is not None:
+            sample_weight = check_weights(sample_weight, scored.tasks.X)[rows]
+        return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
+
+
+def _check_query_labels(tasks: TaskCollection) -> None:
+    """Refuse given episodes with query classes that the support set lacks."""
+    assert tasks.in_query is not None
+    for j in range(tasks.n_tasks):
+        rows = tasks.rows(j)
+        query = tasks.in_query[rows]
+        missing = np.setdiff1d(tasks.y[rows[query]], tasks.y[rows[~query]])
+        if len(missing):
+            raise ValueError(
+                f"Task {j} has query rows of the classes {missing[:5].tolist()}, which its support "
+                "set lacks, so no prediction of them can be right. Leave these rows out."
+            )

@@ -1,0 +1,96 @@
+"""What a file holds of a fitted estimator, and making the estimator of it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from sklearn_maml.devices import resolve_device
+from sklearn_maml.estimators.adapting import Adapting, State
+from sklearn_maml.estimators.planning import Planning
+from sklearn_maml.exceptions import DeviceWarning
+from sklearn_maml.learners.conditioned import Calibration
+from sklearn_maml.training.checkpoint import net_state, restore_net
+
+__all__ = ["Stored"]
+
+
+class Stored(Planning, Adapting):
+    """Gives its fitted state as plain data, and takes it back."""
+
+    def __stored_state__(self, tasks: bool, training: bool) -> dict[str, Any]:
+        """Return what a file holds besides the parameters; see `SaveMixin`."""
+        fitted = super().__stored_state__(tasks, training)
+        self._check_unchanged()
+        self._check_unchanged(everything=True)
+        learner = self._learner
+        fitted |= {
+            "device": str(self.device_),
+            "learner": dict(learner.state_dict()),
+            "rates": list(learner.rule),
+            "frozen": [n for n, p in learner.named_parameters() if not p.requires_grad],
+            "in_training": learner.network.training,
+        }
+        if hasattr(self, "net_"):
+            fitted["history"] = [dict(row) for row in self.history_]
+            if training:
+                fitted["net"] = {**net_state(self.net_), "history": None}
+        calibration = vars(self).get("calibration_")
+        fitted["calibration"] = None if calibration is None else dict(vars(calibration))
+        state = vars(self).get("_state")
+        if tasks and state is not None:
+            fitted["state"] = {**vars(state), "adapted": state.adapted.state()}
+        return fitted
+
+    def __restore_state__(self, fitted: dict[str, Any]) -> None:
+        """Make modules and net as `fit` does, and fill them; see `SaveMixin`."""
+        from skorch.history import History
+
+        self._check_parameter_names()
+        names = "device learner rates frozen in_training history net calibration state"
+        parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
+        super().__restore_state__(fitted)
+        self.device_ = _find_device(self.device, parts["device"])
+        weights = parts["learner"]
+        learner = self._new_learner(weights)
+        # those of a rule depend on parameters that may be changed after fit
+        learner.rule = nn.ParameterDict(
+            {name: nn.Parameter(weights[f"rule.{name}"].clone()) for name in parts["rates"]}
+        )
+        learner.load_state_dict(weights)
+        learner.to(self.device_)
+        for name, p in learner.named_parameters():
+            p.requires_grad_(name not in parts["frozen"])
+        learner.train(parts["in_training"])
+        self._learner, self.module_ = learner, learner.network
+        self._fit_settings = self._settings(learner.module)
+        if "history" in parts:
+            self.history_ = History(parts["history"])
+        if "net" in parts:
+            net = self._make_net(learner)
+            net.initialize()
+            restore_net(net, {**parts["net"], "history": parts["history"]})
+            self.net_, self.history_ = net, net.history
+        stored = parts["calibration"]
+        self.calibration_ = None if stored is None else Calibration(**stored)
+        if "state" in parts:
+            state = parts["state"]
+            adapted = self._adapted_from(state.pop("adapted"))
+            self._state = State(adapted=adapted, **state)
+
+
+def _find_device(asked: Any, fitted_on: str) -> torch.device:
+    """Return the device that is asked for, or the CPU where that of the fit is not there."""
+    try:
+        return resolve_device(asked)
+    except ValueError:
+        warnings.warn(
+            f"The model was fitted with device={asked!r} (on {fitted_on}), which torch "
+            "does not have here: it is loaded on the CPU. Pass device='cpu' or 'auto' to load.",
+            DeviceWarning,
+            stacklevel=2,
+        )
+        return torch.device("cpu")

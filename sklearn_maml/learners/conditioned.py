@@ -1,0 +1,228 @@
+"""Tasks that a Gaussian head was conditioned on, and how sure their predictions may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+from torch import Tensor
+
+from sklearn_maml.learners.base import Adapted, Support, padded
+from sklearn_maml.learners.bodies import ModuleBody
+from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+
+__all__ = ["MARGIN", "Calibration", "Conditioned", "row_marks"]
+
+MARGIN = 0.1  # of the range of the targets: predictions end there
+ROWS_AT_A_TIME = 8192
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How confident predictions may be, learned on held-out tasks.
+
+    Attributes
+    ----------
+    low, high : ndarrays of shape (n_outputs,)
+        Range of the targets of meta-training.
+    factor : float
+        Of the standard deviation; of the logits, in classification.
+    seen : int64 ndarray or None
+        Marks of the distinct rows of features, where tasks share them.
+    factor_unseen : float or None
+        `factor` for rows that are not among them.
+    steps_scale, scale : float
+        Factors of the logits of gradient steps, and of those of the mixture with them.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    factor: float = 1.0
+    seen: np.ndarray | None = None
+    factor_unseen: float | None = None
+    steps_scale: float = 1.0
+    scale: float = 1.0
+
+
+class Conditioned(Adapted):
+    """Tasks whose support sets the prior was conditioned on.
+
+    Parameters
+    ----------
+    head : GaussianHead
+    calibration : Calibration
+    shift : ndarray of shape (n_members, n_tasks, n_columns, n_outputs)
+        Mean of w, in the dtype of the rows.
+    low, high : ndarrays of shape (n_tasks, n_outputs)
+        Predictions end there.
+    support : Support
+        For the variance.
+    """
+
+    def __init__(
+        self,
+        head: GaussianHead,
+        calibration: Calibration,
+        shift: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
+        support: Support,
+    ) -> None:
+        self.head = head
+        self.calibration = calibration
+        self.shift = shift
+        self.low = low
+        self.high = high
+        self.support = support
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.shift.shape[1]
+
+    @classmethod
+    def on(cls, head: GaussianHead, calibration: Calibration, support: Support) -> Conditioned:
+        """Condition on support sets; `support.y` is (n_rows, n_outputs), of classes 0 and 1."""
+        run = _exact(head)
+        weight = None if support.weight is None else _mean_one(support)
+        y, n_tasks = support.y.astype(np.float64), support.n_tasks
+        dtype = support.X.dtype
+        shift = np.empty((head.n_members, n_tasks, head.n_columns, head.n_outputs), dtype=dtype)
+        with torch.no_grad():
+            for tasks, place, present in padded(support.codes, n_tasks):
+                root = present.astype(np.float64)
+                if weight is not None:
+                    root *= np.sqrt(weight[place])
+                parts = _tensors(head, support.X[place], y[place], root)
+                shift[:, tasks] = run.condition(*parts).shift.cpu().numpy()
+        # between the targets of meta-training and of the support set, and a little beyond
+        low, high = (
+            np.repeat(edge[None], n_tasks, 0) for edge in (calibration.low, calibration.high)
+        )
+        np.minimum.at(low, support.codes, y)
+        np.maximum.at(high, support.codes, y)
+        beyond = MARGIN * (high - low)
+        return cls(head, calibration, shift, low - beyond, high + beyond, support)
+
+    @classmethod
+    def prior(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
+        """Tasks without any labelled rows: population predictions."""
+        y = np.empty((0, head.n_outputs))
+        return cls.on(head, calibration, Support(like.X[:0], y, like.codes[:0], like.n_tasks))
+
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
+        """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
+        mean: np.ndarray = self.member_outputs(rows, codes).mean(0)
+        if self.head.classification:  # a mean of probabilities would not be sharp enough
+            mean = log_softmax(self.calibration.factor * mean, axis=1)
+            return mean
+        return np.clip(mean, self.low[codes], self.high[codes])
+
+    def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Return outputs (n_members, n_rows, n_outputs) of each member."""
+        run = _exact(self.head)
+        means = np.empty((self.head.n_members, len(rows), self.head.n_outputs))
+        with torch.no_grad():
+            for start in range(0, len(rows), ROWS_AT_A_TIME):
+                part = slice(start, start + ROWS_AT_A_TIME)
+                prior, S = run.columns(*_tensors(self.head, rows[part]))
+                shift = torch.from_numpy(self.shift[:, codes[part]]).to(S)
+                mean = prior + (S.unsqueeze(-2) @ shift).squeeze(-2)
+                means[:, part] = (run.amplitude() * mean).cpu().numpy()
+        return means
+
+    def std(
+        self, rows: np.ndarray, codes: np.ndarray, how: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return outputs and standard deviations: noise, and doubt about the task."""
+        means, within = self._moments(rows, codes)
+        factor = np.full((len(rows), 1), self.calibration.factor)
+        if self.calibration.seen is not None:
+            factor[~np.isin(row_marks(rows), self.calibration.seen)] = (
+                self.calibration.factor_unseen
+            )
+        std = np.sqrt(factor**2 * within.mean(0) + means.var(0))
+        return np.clip(means.mean(0), self.low[codes], self.high[codes]), std
+
+    def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (n_members, n_rows, n_outputs) of each member."""
+        if self.head.classification:
+            raise TypeError("classes have probabilities in place of standard deviations")
+        run, support = _exact(self.head), self.support
+        asked, of_query = np.unique(codes, return_inverse=True)
+        of_query = of_query.reshape(-1)
+        used = np.isin(support.codes, asked)
+        S_X, S_y = support.X[used], support.y[used].astype(np.float64)
+        position = np.searchsorted(asked, support.codes[used])
+        root = np.ones(len(S_X)) if support.weight is None else np.sqrt(_mean_one(support)[used])
+        order = np.argsort(position, kind="stable")
+        sizes = np.bincount(position, minlength=len(asked))
+        first = np.cumsum(sizes) - sizes
+        shape = (self.head.n_members, len(rows), self.head.n_outputs)
+        means, variances = np.empty(shape), np.empty(shape)
+        with torch.no_grad():
+            for tasks, place, present in padded(of_query, len(asked)):
+                number = np.arange(sizes[tasks].max())
+                real = number < sizes[tasks][:, None]
+                at = order[np.where(real, first[tasks][:, None] + number, 0)]
+                given = run.condition(*_tensors(self.head, S_X[at], S_y[at], real * root[at]))
+                mean, variance = run.query(_tensors(self.head, rows[place])[0], given)
+                assert variance is not None
+                means[:, place[present]] = mean.cpu().numpy()[:, present]
+                variances[:, place[present]] = variance.cpu().numpy()[:, present]
+        return means, variances
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; see `Adapted`."""
+        names = ("shift", "low", "high")
+        return {
+            "kind": "conditioned",
+            **{name: getattr(self, name) for name in names},
+            "support": dict(vars(self.support)),
+        }
+
+    @classmethod
+    def from_state(
+        cls, head: GaussianHead, calibration: Calibration, state: dict[str, Any]
+    ) -> Conditioned:
+        """Make what `state` described."""
+        shift, low, high = (state[name] for name in ("shift", "low", "high"))
+        return cls(head, calibration, shift, low, high, Support(**state["support"]))
+
+
+def _exact(head: GaussianHead) -> HeadFunctions:
+    """Functions of the parameters in float64, safe in any thread."""
+    body = head.body.private()
+    params = {
+        # modules of users compute in their own precision
+        name: p.detach()
+        if isinstance(body, ModuleBody) and name.startswith("body.")
+        else p.detach().double()
+        for name, p in head.named_parameters()
+    }
+    return head.functions(params, body)
+
+
+def _tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
+    own = (array if array.flags.writeable else array.copy() for array in arrays)
+    return [torch.from_numpy(array).to(head.factor.device) for array in own]
+
+
+def _mean_one(support: Support) -> np.ndarray:
+    """Weights that are 1 on average in each task."""
+    assert support.weight is not None
+    total = np.bincount(support.codes, support.weight, support.n_tasks)
+    n_rows = np.bincount(support.codes, minlength=support.n_tasks)
+    scaled: np.ndarray = support.weight * (n_rows / np.where(total > 0, total, 1))[support.codes]
+    return scaled
+
+
+def row_marks(X: np.ndarray) -> np.ndarray:
+    """Checksum (n_rows,) of each row of features."""
+    bits = np.ascontiguousarray(X.reshape(len(X), -1), dtype=np.float64).view(np.uint64)
+    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
+    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
+    return marks.view(np.int64)
