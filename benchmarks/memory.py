@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine, cross_entropy_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD

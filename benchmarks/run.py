@@ -35,7 +35,9 @@ from torch.func import functional_call
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
-from sklearn_maml.outer_loop import UPDATES_PER_EPOCH, MetaNet, TaskStream, use_batch
+from sklearn_maml.training.net import MetaNet
+from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
+from sklearn_maml.training.stream import TaskStream, use_batch
 
 # name: layer sizes, tasks, support rows, query rows, inner steps, alpha, whether classification
 WORKLOADS = {
@@ -96,7 +98,7 @@ class LibraryStep:
         updates_left: int = 20_000,
         **settings: Any,
     ) -> None:
-        from sklearn_maml.episodes import EpisodeBatch, Rows
+        from sklearn_maml.data.episodes import EpisodeBatch, Rows
 
         settings = {
             "update_rule": "sgd",

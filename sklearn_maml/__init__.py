@@ -1,6 +1,5 @@
 """Meta-learning for scikit-learn: MAML estimators that adapt to new tasks from a few rows."""
 
-from sklearn_maml.checkpoint import Checkpoint
 from sklearn_maml.estimators import (
     FewShotClassifier,
     FewShotRegressor,
@@ -16,6 +15,7 @@ from sklearn_maml.evaluation import (
 )
 from sklearn_maml.inspection import class_permutation_audit
 from sklearn_maml.persistence import load
+from sklearn_maml.training.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
 

@@ -50,7 +50,7 @@ from sklearn_maml.conv import (
     support_first,
     tasks_at_a_time,
 )
-from sklearn_maml.episodes import EpisodeBatch, Rows, put_back
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, put_back
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner_loop import (
     Autograd,

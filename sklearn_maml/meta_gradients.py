@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.episodes import EpisodeBatch, joined_rows
+from sklearn_maml.data.episodes import EpisodeBatch, joined_rows
 
 __all__ = [
     "FirstOrder",

@@ -19,7 +19,6 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_maml.checkpoint import Checkpoint
 from sklearn_maml.devices import resolve_device
 from sklearn_maml.engine import ELEMENTWISE
 from sklearn_maml.exceptions import FileFormatError
@@ -27,6 +26,7 @@ from sklearn_maml.meta_gradients import META_GRADIENTS
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.targets.losses import LOSSES
+from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.update_rules import UPDATE_RULES
 
 __all__ = ["SaveMixin", "describe", "load"]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sklearn_maml import native
+from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD

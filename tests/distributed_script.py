@@ -16,9 +16,10 @@ import torch.distributed as dist
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from skorch.callbacks import Callback, EpochScoring
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, distributed
+from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import InterruptedFitWarning
+from sklearn_maml.training import distributed
 
 SETTINGS = {
     "hidden_layer_sizes": (8,),

@@ -35,7 +35,7 @@ from sklearn_maml.exceptions import (
     NotAdaptedError,
     SingleTaskWarning,
 )
-from sklearn_maml.outer_loop import UPDATES_PER_EPOCH
+from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
 
 pd = pytest.importorskip("pandas")
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.batch_norm import TaskBatchNorm
-from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from sklearn_maml import conv
-from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9

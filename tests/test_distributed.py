@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_maml import distributed
+from sklearn_maml.training import distributed
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
 

@@ -9,24 +9,17 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from sklearn_maml.episodes import (
+from sklearn_maml.data.episodes import Rows, pad_rows
+from sklearn_maml.data.sampling import (
     SUPPORT_RANGE,
     VALIDATION_EPISODES,
     EpisodeSampler,
-    Rows,
-    check_splittable,
     draw_fixed,
-    hold_out,
-    pad_rows,
 )
-from sklearn_maml.outer_loop import (
-    UPDATES_PER_EPOCH,
-    BatchLoader,
-    FixedEpisodes,
-    TaskStream,
-    use_batch,
-)
-from sklearn_maml.tasks import TaskCollection
+from sklearn_maml.data.splitting import check_splittable, hold_out
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
+from sklearn_maml.training.stream import BatchLoader, FixedEpisodes, TaskStream, use_batch
 
 # --- helpers: the first feature of a row is its position, so that episodes can be traced back
 

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt, adapt_predict
-from sklearn_maml.tasks import TaskCollection
+from sklearn_maml.data.tasks import TaskCollection
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(36, 2))

@@ -64,21 +64,22 @@ def test_an_orderly_package_passes(imports, package):
         exceptions="import numpy",
         _compat="import torch",
         _validation="from ._compat import x",
-        tasks="from .exceptions import E\nimport numpy as np",
-        episodes="import torch\nfrom sklearn_maml.tasks import T",
+        data__in____init__="",
+        data__in__tasks="from ..exceptions import E\nimport numpy as np",
+        data__in__episodes="import torch\nfrom sklearn_maml.data.tasks import T",
         update_rules="import torch",
         engine="import sklearn_maml.inner_loop",
         inner_loop="from . import update_rules, meta_gradients",
         meta_gradients="",
-        _progress="",
-        outer_loop="from ._progress import p\nfrom .engine import e",
-        estimators="def f():\n    from .outer_loop import Net",
+        heads="",
+        training__in__schedule="from ..engine import e",
+        estimators="def f():\n    from .training.net import Net",
         few_shot="from .estimators import MAMLRegressor",
         learners__in____init__="from .base import Learner",
         learners__in__base="from ..engine import e\nfrom ..targets.losses import L",
         learners__in__mixture="from sklearn_maml.learners.base import Learner",
-        targets__in__losses="from ..tasks import T",
-        training__in__net="from ..learners import Learner",
+        targets__in__losses="from ..data.tasks import T",
+        training__in__net="from ..learners import Learner\nfrom .schedule import s",
         inspection__in____init__="from .shared import s",
         inspection__in__shared="from ..evaluation.scoring import s",
         evaluation__in__scoring="from ..estimators import MAMLRegressor",
@@ -91,12 +92,12 @@ def test_an_orderly_package_passes(imports, package):
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("tasks", "from .estimators import MAMLRegressor", "'tasks' may not import from"),
-        ("tasks", "from sklearn_maml.episodes import split", "'tasks' may not import from"),
-        ("tasks", "import sklearn_maml.engine", "'tasks' may not import from 'engine'"),
-        ("tasks", "from . import exceptions, engine", "'tasks' may not import from 'engine'"),
-        ("tasks", "def f():\n    from .engine import e", "tasks.py:2: 'tasks' may not"),
-        ("tasks", "if TYPE_CHECKING:\n    from .engine import e", "tasks.py:2: 'tasks' may"),
+        ("devices", "from .estimators import MAMLRegressor", "'devices' may not import from"),
+        ("devices", "from sklearn_maml.data import split", "'devices' may not import from"),
+        ("devices", "import sklearn_maml.engine", "'devices' may not import from 'engine'"),
+        ("devices", "from . import exceptions, engine", "'devices' may not import from 'engine'"),
+        ("devices", "def f():\n    from .engine import e", "devices.py:2: 'devices' may not"),
+        ("devices", "if TYPE_CHECKING:\n    from .engine import e", "devices.py:2: 'devices' may"),
         ("update_rules", "from .meta_gradients import X", "'update_rules' may not import from"),
         ("few_shot", "from .evaluation import task_scorer", "'few_shot' may not import from"),
         ("data__in__rows", "from ..targets import T", "'data' may not import from 'targets'"),
@@ -104,10 +105,11 @@ def test_an_orderly_package_passes(imports, package):
         ("evaluation__in__a", "from ..inspection import D", "'evaluation' may not import from"),
         ("evaluation__in__a", "from . import a", "in a circle, sklearn_maml.evaluation.a -> "),
         ("exceptions", "from ._compat import x", "'exceptions' may not import from"),
-        ("_progress", "from .outer_loop import Net", "'_progress' may not import from"),
-        ("tasks", "import torch", "tasks.py:1: imports torch or skorch"),
-        ("tasks", "def f():\n    from torch import nn", "tasks.py:2: imports torch or skorch"),
-        ("datasets__in___loaders", "from ..tasks import T", "'datasets' may import from _compat"),
+        ("heads", "from .training import net", "'heads' may not import from"),
+        ("data__in__tasks", "import torch", "tasks.py:1: imports torch or skorch"),
+        ("data__in__tasks", "def f():\n    from torch import nn", "tasks.py:2: imports torch or"),
+        ("data__in__spellings", "import skorch", "spellings.py:1: imports torch or skorch"),
+        ("datasets__in___loaders", "from ..data import T", "'datasets' may import from _compat"),
         ("estimators", "from sklearn_maml import adapt", "Import from the module that defines"),
         ("estimators", "from . import adapt", "'adapt', which is no module"),
         ("estimators", "from .helpers import h", "'helpers', which is no module"),
@@ -134,13 +136,23 @@ def test_a_circle_inside_a_subpackage_is_reported(imports, package):
 
 def test_torch_must_not_reach_the_tasks_through_another_module(imports, package):
     folder = package(
-        tasks="from ._validation import check",
+        data__in__tasks="from .._validation import check",
         _validation="from ._compat import x",
         _compat="import torch",
     )
     (problem,) = imports.check(folder)
     assert "_compat.py:1" in problem
-    assert "'tasks' has to do without and imports '_compat'" in problem
+    assert "'data.tasks' has to do without and imports '_compat'" in problem
+
+
+def test_torch_must_not_reach_the_tasks_through_their_package(imports, package):
+    folder = package(
+        data__in____init__="from .episodes import E",
+        data__in__episodes="import torch",
+        data__in__tasks="",
+    )
+    (problem,) = imports.check(folder)
+    assert "'data.tasks' has to do without and imports 'data.episodes'" in problem
 
 
 def test_a_missing_folder_is_an_error(imports, tmp_path, capsys):

@@ -28,8 +28,8 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.estimators.training import gains_nothing
 from sklearn_maml.exceptions import MemorizationWarning, SingleTaskWarning
 from sklearn_maml.inspection import (
@@ -38,7 +38,7 @@ from sklearn_maml.inspection import (
     MetaTrainingDisplay,
     TaskScoresDisplay,
 )
-from sklearn_maml.outer_loop import compare_supports
+from sklearn_maml.training.validation import compare_supports
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

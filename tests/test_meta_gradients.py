@@ -10,8 +10,8 @@ import torch
 from builders import SIZES, flat, make_batch, make_engine, make_meta_params, make_mlp, plain_tasks
 from torch import nn
 
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import cross_entropy_rows, rate_key, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD, MetaSGD
 

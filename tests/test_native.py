@@ -26,8 +26,8 @@ from test_engine import Tied
 from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, engine, native
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine, squared_error_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names

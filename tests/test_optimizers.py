@@ -17,7 +17,7 @@ from torch import nn
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import Engine
-from sklearn_maml.optimizers import (
+from sklearn_maml.training.optimizers import (
     FlatStep,
     can_fuse,
     has_fused_kernel,

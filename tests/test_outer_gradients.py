@@ -35,9 +35,9 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, conv
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import Engine, cross_entropy_rows
-from sklearn_maml.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
 from sklearn_maml.modules import adapted_names

@@ -38,12 +38,13 @@ from sklearn_maml import (
     storage,
 )
 from sklearn_maml import persistence as persistence_module
-from sklearn_maml.checkpoint import CheckpointedFit
+from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.meta_gradients import Implicit
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.traced import Tracer
+from sklearn_maml.training.checkpoint import CheckpointedFit
 from sklearn_maml.update_rules import LogisticHead, MetaSGD, PerLayerPerStep
 
 SMALL = {
@@ -766,9 +767,10 @@ SCRIPT = textwrap.dedent(
     import torch
     from torch import nn
     from skorch.callbacks import LRScheduler
-    import sklearn_maml.outer_loop as outer_loop
     from sklearn_maml import Checkpoint, MAMLClassifier, MAMLRegressor
     from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
+    from sklearn_maml.training.net import MetaNet
+    from sklearn_maml.training.outer_step import OuterStep
 
     class Drop(nn.Module):
         def __init__(self, in_features, out_features):
@@ -823,22 +825,22 @@ SCRIPT = textwrap.dedent(
         params["meta_batch_size"] = 4
     model = kind(**params)
     if limit > 0:  # die in this update
-        step = outer_loop.MetaNet._meta_gradient
+        step = OuterStep.meta_gradient
 
-        def die(self, *args):
-            if self.update_ >= limit:
+        def die(self, net, *args):
+            if net.update_ >= limit:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *args)
+            return step(self, net, *args)
 
-        outer_loop.MetaNet._meta_gradient = die
+        OuterStep.meta_gradient = die
     elif limit < 0:  # die after so many milliseconds of training, wherever that is
-        step = outer_loop.MetaNet.fit_loop
+        step = MetaNet.fit_loop
 
         def watched(self, *args, **options):
             threading.Timer(-limit / 1e3, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return step(self, *args, **options)
 
-        outer_loop.MetaNet.fit_loop = watched
+        MetaNet.fit_loop = watched
     if case == "distribution":
         model.fit(SinusoidTasks(n_rows=20))
     else:
@@ -965,6 +967,21 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(data, tmp_path):
     # verbosity and the like are not of the fit
     resumed = MAMLRegressor(**params, device="cpu", callbacks=keeper).fit(X, y, groups=groups)
     assert_same_weights(resumed, MAMLRegressor(**params).fit(X, y, groups=groups))
+
+
+@pytest.mark.parametrize("epoch", [4, 7])  # while the head is trained, and after it
+def test_the_best_of_head_and_steps_outlive_an_interruption(epoch, tmp_path):
+    data = X, y, groups = make_sinusoid_tasks(n_tasks=20, random_state=0)
+    # a rate at which the last epochs of the head are not its best
+    settings = {"update_rule": "auto", "alpha": 0.03, "max_iter": 500, "beta": 0.03}
+    params = interrupted(tmp_path / "fit", data, epoch, **settings, hidden_layer_sizes=(16,))
+    resumed = MAMLRegressor(**params, callbacks=[Checkpoint(tmp_path / "fit")])
+    resumed.fit(X, y, groups=groups)
+    whole = MAMLRegressor(**params).fit(X, y, groups=groups)
+    for name, p in whole.net_.module_.named_parameters():
+        mine = resumed.net_.module_.get_parameter(name)
+        assert torch.equal(mine, p), name
+        assert mine.requires_grad, name
 
 
 def test_weights_that_a_fit_begins_with_are_compared(data, tmp_path):
@@ -1111,7 +1128,7 @@ def test_bad_checkpoints_are_refused(data, tmp_path, model):
 
 
 def test_checkpoints_of_process_groups_are_refused(tmp_path):
-    from sklearn_maml.checkpoint import begin_checkpointed
+    from sklearn_maml.training.checkpoint import begin_checkpointed
 
     with pytest.raises(ValueError, match="process group"):
         begin_checkpointed([Checkpoint(tmp_path / "fit")], object(), None)
@@ -1144,7 +1161,7 @@ def test_interrupted_fits_keep_their_last_checkpoint(data, tmp_path):
 def test_checkpoints_are_written_after_so_many_seconds(data, tmp_path, monkeypatch):
     X, y, groups = data
     now, written = [0.0], []
-    monkeypatch.setattr("sklearn_maml.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sklearn_maml.training.checkpoint.time.monotonic", lambda: now[0])
     original = CheckpointedFit._write
 
     def write(self, net, complete):

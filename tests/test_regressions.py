@@ -16,7 +16,7 @@ from sklearn_maml import (
 )
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
 from sklearn_maml.exceptions import CutTaskWarning
-from sklearn_maml.outer_loop import TaskStream
+from sklearn_maml.training.stream import TaskStream
 
 X, Y, G = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
 SMALL = {"max_iter": 20, "update_rule": "sgd", "steps": 1, "random_state": 0}

@@ -30,8 +30,6 @@ from sklearn_maml import (
     adapt_predict,
     class_permutation_audit,
     load,
-    optimizers,
-    outer_loop,
     task_scores,
     traced,
 )
@@ -47,7 +45,9 @@ from sklearn_maml.inspection import (
     MetaTrainingDisplay,
     TaskScoresDisplay,
 )
-from sklearn_maml.outer_loop import MetaNet
+from sklearn_maml.training import optimizers, schedule
+from sklearn_maml.training.net import MetaNet
+from sklearn_maml.training.outer_step import OuterStep
 from sklearn_maml.update_rules import SGD
 
 RNG = np.random.default_rng(0)
@@ -544,7 +544,7 @@ def test_adapting_and_predicting_move_chunks_of_tasks_and_not_tasks():
 
 
 def test_an_epoch_is_read_once_and_a_block_of_batches_moves_at_once(monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     short, long = counts_of(8), counts_of(16)
     assert long.synchronisations == short.synchronisations == 0
     assert long.to_host - short.to_host == 4  # epochs
@@ -566,7 +566,7 @@ def test_ragged_blocks_move_their_positions_and_weights_at_once(make):
 
 
 def test_validation_is_read_once_an_epoch(monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     short, long = (counts_of(n, early_stopping=True, n_iter_no_change=99) for n in (5, 7))
     assert long.to_host - short.to_host == 2
     assert long.synchronisations == short.synchronisations
@@ -740,7 +740,7 @@ def test_callbacks_see_every_batch(updates):
 
 
 def test_callbacks_of_epochs_cost_nothing(updates, monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 3)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 3)
     callbacks = [LRScheduler(policy="StepLR", step_size=1)]
     cpu, device = both(
         MAMLRegressor, X, Y, G, callbacks=callbacks, early_stopping=True, n_iter_no_change=1,
@@ -762,22 +762,22 @@ def test_a_warm_start_continues_on_the_device(updates):
 
 def dies_midway(fit):
     """Begin a fit that dies in its sixth update."""
-    original = MetaNet._meta_gradient
+    original = OuterStep.meta_gradient
 
-    def die(self, *args):
-        if self.update_ == 5:
+    def die(self, net, *args):
+        if net.update_ == 5:
             raise RuntimeError("died")
-        return original(self, *args)
+        return original(self, net, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetaNet, "_meta_gradient", die)
+        patch.setattr(OuterStep, "meta_gradient", die)
         with pytest.raises(RuntimeError, match="died"):
             fit()
 
 
 @pytest.mark.parametrize("settings", [{}, {"module": dropout()}], ids=["mlp", "dropout"])
 def test_a_fit_resumes_on_the_device(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     settings = {**SMALL, **settings, "max_iter": 6, "device": DEVICE}
     whole = MAMLRegressor(**settings).fit(X, Y, groups=G)
 
@@ -795,7 +795,7 @@ def test_a_fit_resumes_on_the_device(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adam", torch.optim.NAdam, torch.optim.RMSprop])
 @pytest.mark.parametrize("begun", ["cpu", DEVICE])
 def test_a_fit_resumes_on_another_device(optimizer, begun, tmp_path, monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     settings = {**SMALL, "max_iter": 6, "optimizer": optimizer}
     whole = MAMLRegressor(**settings).fit(X, Y, groups=G)
 
@@ -998,7 +998,7 @@ def test_a_recorded_step_is_captured_and_replayed(traces, updates):
 
 @pytest.mark.parametrize("module", [None, conv(1)], ids=["recorded", "as they are"])
 def test_a_resumed_fit_captures_again(module, traces, tmp_path, monkeypatch):
-    monkeypatch.setattr(outer_loop, "UPDATES_PER_EPOCH", 2)
+    monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     data = (X, Y) if module is None else (IMAGES, Y)
     settings = {**SMALL, **LONG, "module": module, "device": DEVICE}
 

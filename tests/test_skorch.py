@@ -31,7 +31,7 @@ from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, task_scorer
 from sklearn_maml.exceptions import NonFiniteStepWarning, NotAdaptedError
-from sklearn_maml.outer_loop import UPDATES_PER_EPOCH
+from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
 from sklearn_maml.update_rules import MetaSGD
 
 try:

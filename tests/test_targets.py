@@ -25,7 +25,8 @@ from sklearn_maml import (
     task_scorer,
     traced,
 )
-from sklearn_maml.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.learners import Learner
 from sklearn_maml.targets import (
@@ -37,7 +38,6 @@ from sklearn_maml.targets import (
     SquaredError,
 )
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
-from sklearn_maml.tasks import TaskCollection
 
 RUNGS = ["loop", "vmap", "stacked", "traced"]
 

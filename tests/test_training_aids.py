@@ -447,8 +447,8 @@ def test_episodes_of_training_and_validation_are_centred_by_their_support_rows(m
 
 
 def test_query_targets_move_by_the_mean_of_the_support_rows():
-    from sklearn_maml.episodes import EpisodeSampler
-    from sklearn_maml.tasks import TaskCollection
+    from sklearn_maml.data.sampling import EpisodeSampler
+    from sklearn_maml.data.tasks import TaskCollection
 
     tasks = TaskCollection(A, B, T, np.arange(15), None, "groups")
     for n_shots in (None, 3):

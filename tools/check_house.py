@@ -19,7 +19,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-REBUILT = {"estimators", "evaluation", "inspection", "learners", "targets"}
+REBUILT = {
+    "data",
+    "estimators",
+    "evaluation",
+    "inspection",
+    "learners",
+    "targets",
+    "training",
+}
 MOST_LINES = {"class": 400, "file": 600, "function": 80}
 FLAG = re.compile(r"(?<!\w)_classification\b")
 FLAG_PACKAGE = "targets"

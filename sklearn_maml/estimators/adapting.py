@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.engine import one_thread
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.base import Adapted, Support
@@ -17,7 +18,6 @@ from sklearn_maml.learners.learner import AdaptedBySupport
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.targets.base import Coding
-from sklearn_maml.tasks import TaskCollection
 
 __all__ = ["Adapting", "State"]
 

@@ -9,17 +9,17 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._compat import with_callbacks
 from sklearn_maml._validation import keeps_state_on_error
-from sklearn_maml.checkpoint import begin_checkpointed
+from sklearn_maml.data.spellings import is_task_distribution
 from sklearn_maml.devices import SeededTorch, resolve_device
-from sklearn_maml.distributed import find_processes
 from sklearn_maml.estimators.scoring import Scoring
 from sklearn_maml.estimators.stored import Stored
 from sklearn_maml.estimators.training import Training
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 from sklearn_maml.persistence import describe
-from sklearn_maml.sources import CollectionSource, DistributionSource
 from sklearn_maml.targets.base import Targets
-from sklearn_maml.tasks import is_task_distribution
+from sklearn_maml.training.checkpoint import begin_checkpointed
+from sklearn_maml.training.distributed import find_processes
+from sklearn_maml.training.sources import CollectionSource, DistributionSource
 
 __all__ = ["BaseMAML"]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine
 from sklearn_maml.estimators.networks import Networks
@@ -25,9 +26,8 @@ from sklearn_maml.modules import (
     check_head_is_last,
     linear_head,
 )
-from sklearn_maml.sources import LEAST_TASKS, CollectionSource
 from sklearn_maml.targets.losses import has_closed_forms
-from sklearn_maml.tasks import TaskCollection
+from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
 
 __all__ = ["Building"]
 
@@ -62,7 +62,7 @@ class Building(Parameters):
 
     def _make_learner(self, module: nn.Module) -> Any:
         """Meta-parameters at their start: the module's, and those of the update rule."""
-        from sklearn_maml.outer_loop import MetaLearner
+        from sklearn_maml.training.learner import MetaLearner
 
         rule, targets = self._gradient_rule(), self.targets_
         if rule.in_closed_form and not has_closed_forms(targets.loss):

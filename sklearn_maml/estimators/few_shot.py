@@ -11,12 +11,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.classifier import MAMLClassifier
 from sklearn_maml.estimators.models import find_prior, transform_rows
 from sklearn_maml.estimators.regressor import MAMLRegressor
 from sklearn_maml.persistence import SaveMixin
-from sklearn_maml.tasks import refuse_graphs
 
 __all__ = ["FewShotClassifier", "FewShotRegressor", "adapt", "with_rates"]
 

@@ -7,8 +7,8 @@ from typing import Any
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.spellings import is_task_list, refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.tasks import is_task_list, refuse_graphs
 
 __all__ = ["find_prior", "transform_rows"]
 

@@ -19,9 +19,9 @@ from sklearn_maml.learners.learner import Learner
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names
 from sklearn_maml.persistence import SaveMixin
-from sklearn_maml.sources import N_MEMBERS, EpisodeSettings
 from sklearn_maml.targets.base import Loss, Targets
 from sklearn_maml.targets.losses import LOSSES
+from sklearn_maml.training.sources import N_MEMBERS, EpisodeSettings
 from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
 
 __all__ = ["PROXIMAL", "Parameters"]

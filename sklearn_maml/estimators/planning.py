@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from sklearn_maml._validation import check_keywords, did_you_mean, is_integer
-from sklearn_maml.checkpoint import Checkpoint
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import RATE, HeadTrainer, Joint
 from sklearn_maml.learners.learner import LearnerEngine
 from sklearn_maml.learners.plan import Plan
-from sklearn_maml.optimizers import settings_on
-from sklearn_maml.sources import LEAST_TASKS, CollectionSource, CrossFitted
+from sklearn_maml.training.checkpoint import Checkpoint
+from sklearn_maml.training.optimizers import settings_on
+from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource, CrossFitted
 
 __all__ = ["Planning"]
 
@@ -92,7 +92,8 @@ class Planning(Building):
         from skorch.callbacks import Callback, ProgressBar
         from torch.utils.data import DataLoader
 
-        from sklearn_maml.outer_loop import MetaNet, use_batch
+        from sklearn_maml.training.net import MetaNet
+        from sklearn_maml.training.stream import use_batch
 
         callbacks = list(self.callbacks or [])
         for item in list(callbacks):
@@ -147,7 +148,7 @@ class Planning(Building):
             device=str(self.device_),
             **settings,
         )
-        names = [name for name, _ in net._uniquely_named_callbacks()]
+        names = [name for name, _ in net.named_callbacks()]
         for name in self._prefixed("callbacks"):
             head = name.partition("__")[0]
             if head not in names:
@@ -203,7 +204,7 @@ class Planning(Building):
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)
-            for _, c in net._uniquely_named_callbacks()
+            for _, c in net.named_callbacks()
         )
         own_size = net.step_size_at is not None and net.step_size_at(0.0) is not None
         if scheduled and own_size:

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.estimators.adapting import Adapting, State
-from sklearn_maml.exceptions import NotAdaptedError
-from sklearn_maml.tasks import (
+from sklearn_maml.data.spellings import (
     concatenate_rows,
     encode_ids,
     n_axes,
@@ -18,6 +16,8 @@ from sklearn_maml.tasks import (
     split_task_column,
     validate_rows,
 )
+from sklearn_maml.estimators.adapting import Adapting, State
+from sklearn_maml.exceptions import NotAdaptedError
 
 __all__ = ["Predicting", "PredictingClasses"]
 

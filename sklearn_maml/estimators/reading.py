@@ -9,11 +9,12 @@ import numpy as np
 from sklearn.utils.validation import _check_sample_weight
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, inside_cross_validation
+from sklearn_maml.data.spellings import FLOATS, collect_tasks, refuse_graphs
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.exceptions import CutTaskWarning, SingleTaskWarning
-from sklearn_maml.sources import CollectionSource
 from sklearn_maml.targets.base import Targets
-from sklearn_maml.tasks import FLOATS, TaskCollection, collect_tasks, refuse_graphs
+from sklearn_maml.training.sources import CollectionSource
 
 __all__ = ["Reading", "check_weights"]
 

@@ -10,18 +10,13 @@ from scipy.sparse import issparse
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.episodes import EpisodeSampler
+from sklearn_maml.data.sampling import EpisodeSampler
+from sklearn_maml.data.spellings import is_task_distribution, is_task_list, n_axes, refuse_graphs
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.prediction import Predicting
 from sklearn_maml.estimators.reading import Reading, check_weights
 from sklearn_maml.estimators.task_model import Scored, TaskModel
 from sklearn_maml.exceptions import SeenTaskWarning
-from sklearn_maml.tasks import (
-    TaskCollection,
-    is_task_distribution,
-    is_task_list,
-    n_axes,
-    refuse_graphs,
-)
 
 __all__ = ["SCORED_EPISODES", "Scoring"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sklearn_maml.checkpoint import net_state, restore_net
 from sklearn_maml.devices import resolve_device
 from sklearn_maml.estimators.adapting import Adapting, State
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import DeviceWarning
 from sklearn_maml.learners.conditioned import Calibration
+from sklearn_maml.training.checkpoint import net_state, restore_net
 
 __all__ = ["Stored"]
 

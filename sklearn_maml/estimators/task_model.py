@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.adapting import State
-from sklearn_maml.tasks import TaskCollection
 
 __all__ = ["Scored", "TaskModel"]
 

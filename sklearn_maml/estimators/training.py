@@ -10,9 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, inside_cross_validation
-from sklearn_maml.checkpoint import CheckpointedFit, net_state
 from sklearn_maml.devices import SeededTorch
-from sklearn_maml.distributed import Processes
 from sklearn_maml.engine import Engine, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import MemorizationWarning
@@ -21,6 +19,8 @@ from sklearn_maml.learners.gradient import remembered_rung
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.modules import copy_buffers
+from sklearn_maml.training.checkpoint import CheckpointedFit, net_state
+from sklearn_maml.training.distributed import Processes
 
 __all__ = ["Training", "gains_nothing"]
 
@@ -46,12 +46,9 @@ class Training(Planning):
     ) -> Any:
         """Run the outer loop; return what trained the Gaussian head, if there is one."""
         # imported when needed: adapting and predicting do without skorch
-        from sklearn_maml.outer_loop import (
-            SklearnCallbacks,
-            TaskStream,
-            ValidateOn,
-            count_epochs,
-        )
+        from sklearn_maml.training.callbacks import SklearnCallbacks
+        from sklearn_maml.training.schedule import count_epochs
+        from sklearn_maml.training.stream import TaskStream, ValidateOn
 
         source, episodes = plan.source, plan.episodes
         learner, net = self._new_net(plan, seed, continued)
@@ -71,7 +68,8 @@ class Training(Planning):
         self.learner_weights_ = plan.weights(0.0)
         if HAS_SKLEARN_CALLBACKS:
             n_epochs = count_epochs(net.max_iter, plan.with_head)
-            net.epoch_hooks = SklearnCallbacks(self, learner, n_epochs, data)
+            root = self._init_callback_context(max_subtasks=n_epochs)
+            net.epoch_hooks = SklearnCallbacks(self, learner, root, data)
         stream = TaskStream(
             episodes.draw,
             episodes.n_train,
@@ -178,7 +176,7 @@ class Training(Planning):
 
     def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
         """Warn where held-out tasks gain nothing from their own support sets."""
-        from sklearn_maml.outer_loop import compare_supports
+        from sklearn_maml.training.validation import compare_supports
 
         steps = self._n_adapt_steps()
         if (

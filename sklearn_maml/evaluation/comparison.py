@@ -13,18 +13,18 @@ from sklearn.base import clone, is_classifier
 from sklearn.utils import check_random_state
 
 from sklearn_maml._validation import did_you_mean, is_integer, is_number
-from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
-from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.evaluation.held_out import SplitData, check_split, random_splits
-from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
-from sklearn_maml.evaluation.scoring import check_count
-from sklearn_maml.tasks import (
-    TaskCollection,
+from sklearn_maml.data.spellings import (
     collect_tasks,
     is_frame,
     is_task_distribution,
     split_task_column,
 )
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.evaluation.held_out import SplitData, check_split, random_splits
+from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
+from sklearn_maml.evaluation.scoring import check_count
 
 __all__ = ["compare_baselines", "summarize_comparison"]
 

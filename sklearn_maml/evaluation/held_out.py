@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.evaluation.baselines.base import draw_episode
-from sklearn_maml.tasks import TaskCollection
 
 _SPLITS_EXPECTED = (
     "splits must hold (train, episodes) pairs: row positions, and a dict from the number of shots "

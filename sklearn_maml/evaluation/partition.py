@@ -12,9 +12,9 @@ from joblib import Parallel, delayed
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
 
+from sklearn_maml.data.spellings import encode_ids, is_frame, split_task_column
 from sklearn_maml.estimators.models import find_prior, transform_rows
 from sklearn_maml.evaluation.scoring import find_maml
-from sklearn_maml.tasks import encode_ids, is_frame, split_task_column
 
 __all__ = ["adapt_predict"]
 

@@ -10,6 +10,7 @@ from sklearn.base import is_classifier
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.spellings import concatenate_rows, is_frame, is_task_list
 from sklearn_maml.estimators.models import find_prior
 from sklearn_maml.inspection.shared import (
     BLACK,
@@ -20,7 +21,6 @@ from sklearn_maml.inspection.shared import (
     share_of_steps,
     shares_in_words,
 )
-from sklearn_maml.tasks import concatenate_rows, is_frame, is_task_list
 
 # points of a curve against the feature
 GRID_POINTS = 200

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sklearn_maml.data.episodes import pad_rows
 from sklearn_maml.engine import (
     CHUNK,
     NATIVE_CHUNK,
@@ -17,7 +18,6 @@ from sklearn_maml.engine import (
     restore_diverged,
 )
 from sklearn_maml.engine import Adapted as Parameters
-from sklearn_maml.episodes import pad_rows
 from sklearn_maml.learners.base import Adapted, Support
 
 __all__ = ["AdaptedBySteps", "GradientSteps", "Running", "remembered_rung"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine, MetaStep, one_thread
-from sklearn_maml.episodes import EpisodeBatch, Rows
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 
 __all__ = [

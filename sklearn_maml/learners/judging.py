@@ -10,8 +10,8 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
+from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine
-from sklearn_maml.episodes import EpisodeBatch
 from sklearn_maml.learners.conditioned import MARGIN, Calibration
 from sklearn_maml.learners.joint import HeadTrainer
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, mix

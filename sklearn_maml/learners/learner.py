@@ -14,8 +14,8 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
 from sklearn_maml.engine import MetaStep, one_thread
-from sklearn_maml.episodes import EpisodeBatch, Rows, pad_rows
 from sklearn_maml.learners.base import Adapted, Support, padded
 from sklearn_maml.learners.gradient import Running
 

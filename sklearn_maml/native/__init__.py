@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sklearn_maml.episodes import Rows
+from sklearn_maml.data.episodes import Rows
 
 __all__ = ["Kernel", "Layout", "NativeUnavailableError", "build", "cache_problem", "describe"]
 

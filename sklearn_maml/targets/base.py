@@ -10,8 +10,8 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
-from sklearn_maml.episodes import check_splittable, large_enough
-from sklearn_maml.tasks import TaskCollection
+from sklearn_maml.data.splitting import check_splittable, large_enough
+from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = ["Coding", "Loss", "Targets"]
 

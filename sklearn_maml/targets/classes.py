@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sklearn_maml.episodes import VALIDATION_QUERIES_OF_CLASS, name_of
+from sklearn_maml.data.sampling import VALIDATION_QUERIES_OF_CLASS
+from sklearn_maml.data.splitting import name_of
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.targets.base import Coding, Targets
 from sklearn_maml.targets.losses import CrossEntropy
-from sklearn_maml.tasks import TaskCollection
 
 __all__ = ["ClassTargets"]
 

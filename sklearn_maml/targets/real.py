@@ -9,9 +9,9 @@ import torch
 from sklearn.base import clone
 from torch import Tensor
 
-from sklearn_maml.episodes import VALIDATION_QUERIES
+from sklearn_maml.data.sampling import VALIDATION_QUERIES
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.targets.base import Coding, Loss, Targets
-from sklearn_maml.tasks import TaskCollection
 
 __all__ = ["RealTargets"]
 

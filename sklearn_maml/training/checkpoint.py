@@ -14,8 +14,8 @@ from sklearn.base import BaseEstimator
 
 from sklearn_maml.devices import generator_states, is_host, set_generator_states
 from sklearn_maml.exceptions import FileFormatError
-from sklearn_maml.optimizers import load_state, without_compiler
 from sklearn_maml.storage import Decoder, Encoder, digest_of, read_tree, write_tree
+from sklearn_maml.training.optimizers import load_state, without_compiler
 
 __all__ = ["Checkpoint", "CheckpointedFit", "begin_checkpointed", "net_state", "restore_net"]
 
@@ -265,7 +265,9 @@ class CheckpointedFit:
                 _restore_callback(callback, saved["callbacks"][name])
         if self.draws_random:
             _restore_generators(saved["generators"], torch.device(net.device))
-        net.loader_states_ = saved["loaders"]
+        if net.parts_ is not None:
+            net.parts_.resume(net, saved["parts"])
+        net.loaders_.before = saved["loaders"]
         self._saved = None
 
     def take_result(self, net: Any) -> None:
@@ -304,9 +306,10 @@ class CheckpointedFit:
             "frozen": [n for n, p in net.module_.named_parameters() if not p.requires_grad],
             "net": net_state(net),
             "engine": engine,
+            "parts": None if net.parts_ is None else net.parts_.progress(net),
             "best_state": None if net.best_state_ is None else dict(net.best_state_),
             "generators": _generator_states(net) if self.draws_random else {},
-            "loaders": net.loader_states(),
+            "loaders": net.loaders_.states(),
         }
         document = {name: encoder.encode(part, name) for name, part in content.items()}
         document["callbacks"] = {} if complete else _callback_states(net, encoder)

@@ -1,14 +1,8 @@
-"""Task collections: the spellings callers use, and the one form the library works on.
-
-A *task* is a small data set of its own (a patient, a shop, an alphabet); a *task collection* is
-validated rows plus the task each row belongs to. This module knows nothing of torch.
-"""
+"""The spellings of a task collection that callers use, read into the one form of the library."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import zlib
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -18,8 +12,9 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, validate_data
 
+from sklearn_maml.data.tasks import TaskCollection
+
 __all__ = [
-    "TaskCollection",
     "collect_tasks",
     "concatenate_rows",
     "is_task_distribution",
@@ -29,97 +24,6 @@ __all__ = [
 ]
 
 FLOATS = (np.float64, np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskCollection:
-    """Validated rows and the task of each.
-
-    Attributes
-    ----------
-    X : ndarray of shape (n_rows, *feature_shape), float32 or float64
-    y : ndarray of shape (n_rows,) or (n_rows, n_outputs)
-    codes : int ndarray of shape (n_rows,)
-        Position in `ids` of each row's task.
-    ids : ndarray of shape (n_tasks,)
-        The task ids in sorted order, or positions for tasks that were not named.
-    in_query : bool ndarray of shape (n_rows,) or None
-        For tasks given as `(X_support, y_support, X_query, y_query)`: which rows are query rows.
-    spelling : {"groups", "column", "list", "stack", "single"}
-        How the caller gave the tasks.
-    """
-
-    X: np.ndarray
-    y: np.ndarray
-    codes: np.ndarray
-    ids: np.ndarray
-    in_query: np.ndarray | None
-    spelling: str
-
-    def __post_init__(self) -> None:
-        counts = np.bincount(self.codes, minlength=len(self.ids))
-        object.__setattr__(self, "sizes", counts)
-        object.__setattr__(self, "order", np.argsort(self.codes, kind="stable"))
-        object.__setattr__(self, "indptr", np.concatenate([[0], np.cumsum(counts)]))
-
-    # set in __post_init__; rows of task j are order[indptr[j]:indptr[j + 1]]
-    sizes: np.ndarray = dataclasses.field(init=False)
-    order: np.ndarray = dataclasses.field(init=False)
-    indptr: np.ndarray = dataclasses.field(init=False)
-
-    @property
-    def n_tasks(self) -> int:
-        """Number of tasks."""
-        return len(self.ids)
-
-    @property
-    def named(self) -> bool:
-        """Whether the ids identify tasks across calls (they do not for lists and 3-D arrays)."""
-        return self.spelling in ("groups", "column")
-
-    def rows(self, task: int) -> np.ndarray:
-        """Row positions of one task, in the order the caller gave them."""
-        return self.order[self.indptr[task] : self.indptr[task + 1]]
-
-    def with_y(self, y: np.ndarray) -> TaskCollection:
-        """Copy with other targets (encoded labels, standardised values)."""
-        return dataclasses.replace(self, y=y)
-
-    def select(self, tasks: np.ndarray) -> TaskCollection:
-        """Sub-collection of the tasks at these positions."""
-        position = np.full(self.n_tasks, -1)
-        position[tasks] = np.arange(len(tasks))
-        keep = np.flatnonzero(position[self.codes] >= 0)
-        return dataclasses.replace(
-            self,
-            X=self.X[keep],
-            y=self.y[keep],
-            codes=position[self.codes[keep]],
-            ids=self.ids[tasks],
-            in_query=None if self.in_query is None else self.in_query[keep],
-        )
-
-    def keep_rows(self, kept: np.ndarray) -> TaskCollection:
-        """Sub-collection of some rows, without the tasks that have fewer than two of them."""
-        sizes = np.bincount(self.codes[kept], minlength=self.n_tasks)
-        part = dataclasses.replace(
-            self,
-            X=self.X[kept],
-            y=self.y[kept],
-            codes=self.codes[kept],
-            in_query=None if self.in_query is None else self.in_query[kept],
-        )
-        return part.select(np.flatnonzero(sizes > 1))
-
-    def fingerprints(self) -> dict[Hashable, int]:
-        """Checksum of the rows of each named task, to tell its own rows from new rows of it."""
-        with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well
-            return {
-                task_id: zlib.crc32(
-                    np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
-                )
-                for j, task_id in enumerate(self.ids.tolist())
-            }
 
 
 def is_task_distribution(X: Any) -> bool:

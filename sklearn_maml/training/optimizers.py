@@ -275,6 +275,7 @@ class FlatStep:
             for state, step in zip(self.states, self.steps, strict=True):
                 state["step"] = step
         self.pointers = self._pointers()
+        self.shown: Sequence[Tensor | None] = []  # parts of a gradient that callbacks have seen
 
     @staticmethod
     def can_make(optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
@@ -296,10 +297,8 @@ class FlatStep:
 
     def show(self, grad: Tensor | None) -> None:
         """Give the parameters their parts of a gradient, for callbacks to see and to change."""
-        parts: Sequence[Tensor | None] = (
-            [None] * len(self.params) if grad is None else self._cut(grad)
-        )
-        for p, part in zip(self.params, parts, strict=True):
+        self.shown = [None] * len(self.params) if grad is None else self._cut(grad)
+        for p, part in zip(self.params, self.shown, strict=True):
             p.grad = part
 
     def holds(self, optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
@@ -324,7 +323,7 @@ class FlatStep:
         grads = [p.grad for p in self.params if p.grad is not None]
         if len(grads) < len(self.params) or not self.holds(self.optimizer, self.params):
             return None
-        if all(g._base is grad for g in grads):
+        if all(g is part for g, part in zip(grads, self.shown, strict=True)):
             return grad
         return torch.cat([g.flatten() for g in grads])
 

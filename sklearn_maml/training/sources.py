@@ -8,15 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sklearn_maml.episodes import (
-    EpisodeBatch,
-    EpisodeSampler,
-    draw_fixed,
-    hold_out,
-)
+from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.data.sampling import EpisodeSampler, draw_fixed
+from sklearn_maml.data.splitting import hold_out
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.learners.conditioned import row_marks
 from sklearn_maml.targets.base import Targets
-from sklearn_maml.tasks import TaskCollection
 
 __all__ = [
     "LEAST_TASKS",

@@ -1,0 +1,1 @@
+"""Task collections, how callers spell them, and the episodes drawn from them."""

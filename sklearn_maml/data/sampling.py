@@ -1,0 +1,336 @@
+"""Which rows are the support and query sets of the episodes that are drawn from tasks.
+
+All draws are vectorised over the episodes of a batch. The rows of a task are divided into *cells*
+from which rows are drawn without replacement: one cell per task for regression, one per class of a
+task for classification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_maml.data.episodes import (
+    EpisodeBatch,
+    Rows,
+    centered,
+    gathered,
+    pad_rows,
+    to_device,
+    with_prepared,
+)
+from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.devices import free_memory
+
+__all__ = ["EpisodeSampler", "Split", "draw_fixed"]
+
+# With n_shots=None the support size varies from episode to episode, so that one model serves
+# small and large support sets; see docs/defaults.md for the measurement behind the range.
+SUPPORT_RANGE = (5, 20)
+# query rows of a task in validation, at most, and of each class of one
+VALIDATION_QUERIES, VALIDATION_QUERIES_OF_CLASS = 100, 10
+# episodes of a validation, as far as the number of held-out tasks allows
+VALIDATION_EPISODES = 100
+# Tasks are kept on a device if they take at most this share of the memory that it has left, or
+# so many bytes where it does not tell
+RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**28
+
+
+def _is_constant(counts: np.ndarray) -> bool:
+    return bool(counts.min() == counts.max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Row positions of the support and query sets of several episodes, episode after episode."""
+
+    support: np.ndarray
+    n_support: np.ndarray  # (n_episodes,)
+    query: np.ndarray
+    n_query: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """Sets of rows to draw from; those of task j are `starts[j]:starts[j + 1]`."""
+
+    rows: np.ndarray  # row positions, cell after cell
+    first: np.ndarray  # (n_cells,) where each cell begins in rows
+    size: np.ndarray  # (n_cells,)
+    label: np.ndarray  # (n_cells,) class of the cell, 0 for regression
+    starts: np.ndarray  # (n_tasks + 1,)
+
+
+def _make_cells(tasks: TaskCollection, labels: np.ndarray | None) -> _Cells:
+    if labels is None:
+        zeros = np.zeros(tasks.n_tasks, dtype=np.intp)
+        starts = np.arange(tasks.n_tasks + 1)
+        return _Cells(tasks.order, tasks.indptr[:-1], tasks.sizes, zeros, starts)
+    n_labels = int(labels.max()) + 1
+    key = tasks.codes.astype(np.int64) * n_labels + labels
+    rows = np.argsort(key, kind="stable")
+    cell, first, size = np.unique(key[rows], return_index=True, return_counts=True)
+    starts = np.searchsorted(cell, np.arange(tasks.n_tasks + 1) * n_labels)
+    return _Cells(rows, first, size, cell % n_labels, starts)
+
+
+class EpisodeSampler:
+    """Draws episodes from a task collection.
+
+    Parameters
+    ----------
+    tasks : TaskCollection
+        With numeric targets: floats of shape (n_rows, n_outputs), or class positions (int64).
+    classification : bool
+    n_ways : int or None
+        Classes of an episode; the class-to-output assignment is then permuted in every episode.
+        None: labels are shared by the tasks and used as they are.
+    n_shots : int or None
+        Support rows of an episode (of each class, in classification). None: regression draws a
+        size for each batch, log-uniformly; classification takes half of the rows.
+    n_queries : int or None
+        Query rows of an episode (of each class, in classification); None: all that are left.
+    center_y : bool, default=False
+        Whether to subtract the mean target of the support rows from all targets of an episode.
+    by_class : bool, default=True
+        Whether rows are drawn from each class, in classification; else as frequent as they are.
+    support_range : (int, int), default=SUPPORT_RANGE
+        Sizes of support sets with ``n_shots=None``.
+    keep_index : bool, default=False
+        Whether batches keep the positions of their rows.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskCollection,
+        *,
+        classification: bool,
+        n_ways: int | None = None,
+        n_shots: int | None = None,
+        n_queries: int | None = None,
+        center_y: bool = False,
+        by_class: bool = True,
+        support_range: tuple[int, int] = SUPPORT_RANGE,
+        keep_index: bool = False,
+    ) -> None:
+        self.center_y = center_y
+        self.by_class = by_class and classification
+        self.support_range = support_range
+        self.keep_index = keep_index
+        self._resident: tuple[Tensor, Tensor] | None = None  # X and y on a device
+        self.tasks = tasks
+        self.classification = classification
+        self.n_ways = n_ways
+        self.n_shots = n_shots
+        self.n_queries = n_queries
+        self.n_labels = int(tasks.y.max()) + 1 if classification else 0
+        if tasks.in_query is None:
+            self.cells = _make_cells(tasks, tasks.y if self.by_class else None)
+
+    def sample(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
+        """Draw one episode from each of the tasks at positions `which` (repeats are allowed)."""
+        return self.sample_batches(np.asarray(which)[None], rng)[0]
+
+    def sample_batches(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        """Draw several batches at once; `which` is of shape (n_batches, n_episodes)."""
+        batches = self._draw(self.tasks.X, self.tasks.y, which, rng)
+        return [centered(batch) for batch in batches] if self.center_y else batches
+
+    def sample_on(
+        self,
+        device: torch.device,
+        which: np.ndarray,
+        rng: np.random.Generator,
+        prepare: Callable[[EpisodeBatch], EpisodeBatch] | None = None,
+    ) -> list[EpisodeBatch]:
+        """Draw as `sample_batches` does, and gather the rows on a device.
+
+        The tasks are kept there; what moves is the positions of the rows of all batches, at once.
+        Tasks that take too much of the device's memory stay where they are, and rows move.
+
+        Parameters
+        ----------
+        device : torch.device
+        which, rng
+            As for `sample_batches`.
+        prepare : callable EpisodeBatch -> EpisodeBatch, default=None
+            Makes `EpisodeBatch.prepared`.
+        """
+        tasks, resident = self.tasks, self._resident
+        if resident is None or resident[0].device != device:
+            size, free = tasks.X.nbytes + tasks.y.nbytes, free_memory(device)
+            if size > (RESIDENT_BYTES if free is None else RESIDENT_SHARE * free):
+                return to_device(with_prepared(self.sample_batches(which, rng), prepare), device)
+            X, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (tasks.X, tasks.y))
+            self._resident = resident = X.to(device), y.to(device)
+        number = np.arange(len(tasks.X))
+        places = with_prepared(self._draw(number, number, which, rng), prepare)
+        batches = gathered(to_device(places, device), *resident, labelled=self.n_ways is not None)
+        return [centered(batch) for batch in batches] if self.center_y else batches
+
+    def _draw(
+        self, X: np.ndarray, y: np.ndarray, which: np.ndarray, rng: np.random.Generator
+    ) -> list[EpisodeBatch]:
+        """Draw batches of what `X` and `y` have for each row."""
+        draw = self.split(which.ravel(), rng, len(which))
+        labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
+        support = self._gather(X, y, draw.support, draw.n_support, labels[0], len(which))
+        query = self._gather(X, y, draw.query, draw.n_query, labels[1], len(which))
+        return [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
+
+    def bytes_of_episode(self) -> int:
+        """Rough memory that drawing an episode takes, at most."""
+        if self.tasks.in_query is not None:
+            n_rows = int(self.tasks.sizes.max())
+        else:
+            n_cells = int(np.diff(self.cells.starts).max())
+            n_cells = n_cells if self.n_ways is None else min(n_cells, self.n_ways)
+            n_rows = n_cells * int(self.cells.size.max())
+        row = self.tasks.X[:1].nbytes + self.tasks.y[:1].nbytes
+        return n_rows * (row + 24)  # and the random keys and positions
+
+    def split(self, which: np.ndarray, rng: np.random.Generator, n_batches: int = 1) -> Split:
+        """Draw the rows of one episode from each of the tasks at positions `which`.
+
+        They belong to `n_batches` batches of equal length.
+        """
+        which = np.asarray(which)
+        if self.tasks.in_query is not None:
+            rows = [self.tasks.rows(j) for j in which]
+            support = [r[~self.tasks.in_query[r]] for r in rows]
+            query = [r[self.tasks.in_query[r]] for r in rows]
+            return Split(
+                np.concatenate(support),
+                np.array([len(r) for r in support]),
+                np.concatenate(query),
+                np.array([len(r) for r in query]),
+            )
+        cells, episode = self._choose_cells(which, rng)
+        size = self.cells.size[cells]
+        n_support, n_query = self._sizes(size, episode, rng, n_batches)
+        column = np.arange(int(size.max()))
+        keys = rng.random((len(cells), len(column)))
+        if size.min() < len(column):
+            keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
+        # no more columns than are drawn, which are real rows
+        column = column[: int((n_support + n_query).max())]
+        draw = keys.argsort(1)[:, : len(column)]
+        if size.min() < len(column):
+            draw = np.minimum(draw, size[:, None] - 1)
+        rows = self.cells.rows.take(self.cells.first[cells][:, None] + draw)
+        if _is_constant(n_support) and _is_constant(n_query) and len(cells) == len(which):
+            k = n_support[0]
+            return Split(rows[:, :k].ravel(), n_support, rows[:, k:].ravel(), n_query)
+        in_support = column < n_support[:, None]
+        in_query = (column >= n_support[:, None]) & (column < (n_support + n_query)[:, None])
+        total_support, total_query = (
+            np.bincount(episode, weights=count, minlength=len(which)).astype(np.intp)
+            for count in (n_support, n_query)
+        )
+        return Split(rows[in_support], total_support, rows[in_query], total_query)
+
+    def _choose_cells(
+        self, which: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cells that each episode draws from, and the episode of each of these cells."""
+        starts = self.cells.starts
+        if self.n_ways is None:
+            counts = starts[which + 1] - starts[which]
+            episode = np.repeat(np.arange(len(which)), counts)
+            offset = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+            return starts[which][episode] + offset, episode
+        n_cells = starts[which + 1] - starts[which]
+        n_chosen = np.minimum(n_cells, self.n_ways)
+        chosen = np.full((len(which), int(n_chosen.max())), -1)
+        # Floyd's algorithm: the k-th of them is uniform on the first n_cells - n_chosen + k + 1,
+        # and the last of these where that one is taken
+        for k in range(chosen.shape[1]):
+            last = n_cells - n_chosen + k
+            drawn = rng.integers(0, last + 1)
+            taken = (chosen == drawn[:, None]).any(1)
+            chosen[:, k] = np.where(taken, last, drawn)
+        real = np.arange(chosen.shape[1]) < n_chosen[:, None]
+        return (starts[which][:, None] + chosen)[real], np.nonzero(real)[0]
+
+    def _sizes(
+        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator, n_batches: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.n_shots is not None:
+            n_support = np.full(len(size), self.n_shots)
+        elif self.by_class:
+            # a single row of a class goes to either set, so that neither set lacks rows
+            half = np.minimum(size // 2, self.support_range[1])
+            n_support = np.where(size > 1, half, rng.integers(0, 2, len(size)))
+            total = np.bincount(episode, weights=n_support)
+            rows = np.bincount(episode, weights=size)
+            first = np.flatnonzero(np.diff(episode, prepend=-1))
+            n_support[first[total == 0]] = 1
+            n_support[first[total == rows]] -= 1
+        else:
+            low, high = self.support_range
+            drawn = np.exp(rng.uniform(np.log(low), np.log(high + 1), n_batches)).astype(np.intp)
+            # a cell is an episode here
+            drawn = drawn.repeat(len(size) // n_batches)
+            n_support = np.clip(drawn, 1, np.maximum(size // 2, 1))
+        left = size - n_support
+        return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
+
+    def _permuted_labels(self, draw: Split, rng: np.random.Generator) -> list[np.ndarray]:
+        """Assign outputs to the classes at random in every episode.
+
+        A fixed assignment (sorted labels, say) would leak which class a row belongs to.
+        """
+        n_episodes, n_labels = len(draw.n_support), self.n_labels
+        keys = [
+            np.repeat(np.arange(n_episodes), counts) * n_labels + self.tasks.y[rows]
+            for rows, counts in ((draw.support, draw.n_support), (draw.query, draw.n_query))
+        ]
+        present, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+        episode = present // n_labels
+        rank = np.arange(len(present)) - np.searchsorted(episode, np.arange(n_episodes))[episode]
+        assert self.n_ways is not None
+        slots = rng.random((n_episodes, self.n_ways)).argsort(1)[episode, rank]
+        labels = slots.astype(np.int64)[inverse.reshape(-1)]
+        return [labels[: len(draw.support)], labels[len(draw.support) :]]
+
+    def _gather(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        rows: np.ndarray,
+        counts: np.ndarray,
+        labels: np.ndarray | None,
+        n_batches: int,
+    ) -> list[Rows]:
+        dtype = self.tasks.X.dtype
+        names = np.arange(len(X)) if self.keep_index else None
+        if labels is not None:
+            names = rows if self.keep_index else None
+            X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
+        if _is_constant(counts):  # nothing to pad: gathered at once, then cut
+            whole = pad_rows(X, y, rows, counts, names=names)
+            length = len(counts) // n_batches
+            parts = whole.X.split(length)
+            targets = parts if whole.y is whole.X else whole.y.split(length)
+            index = [None] * n_batches if whole.index is None else whole.index.split(length)
+            return [
+                Rows(x, y, index=place) for x, y, place in zip(parts, targets, index, strict=True)
+            ]
+        ends = np.cumsum(counts.reshape(n_batches, -1).sum(1))[:-1]
+        return [
+            pad_rows(X, y, *part, dtype=dtype, names=names)
+            for part in zip(np.split(rows, ends), np.split(counts, n_batches), strict=True)
+        ]
+
+
+def draw_fixed(sampler: EpisodeSampler, seed: int) -> list[EpisodeBatch]:
+    """Draw validation episodes: every task as often as any, about `VALIDATION_EPISODES` in all."""
+    n_tasks = sampler.tasks.n_tasks
+    rng = np.random.default_rng((seed, 3))
+    which = np.tile(np.arange(n_tasks), max(VALIDATION_EPISODES // n_tasks, 1))
+    n_batches = -(-len(which) // VALIDATION_EPISODES)
+    return [sampler.sample(part, rng) for part in np.array_split(which, n_batches)]

@@ -1,0 +1,65 @@
+"""Held-out tasks in meta-training: their losses, and whether they need their support sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sklearn_maml.data.episodes import EpisodeBatch
+
+__all__ = ["compare_supports", "validate"]
+
+
+def validate(net: Any, episodes: EpisodeBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Query losses and outputs of held-out tasks, and what else the history has of them.
+
+    With a Gaussian head the losses are the head's, and those of gradient steps stand beside them.
+    """
+    params = net.module_.meta_params()
+    joint = net.joint
+    row: dict[str, Tensor] = {}
+    if joint is None or joint.engine is not None:
+        before, _ = net.engine.evaluate(params, episodes, alpha=net.alpha, steps=0)
+        losses, output = net.engine.evaluate(
+            params, episodes, alpha=net.alpha, steps=net.eval_steps
+        )
+    if joint is not None:
+        if joint.engine is not None:
+            row["steps_valid_loss"] = losses.mean()
+            row["steps_valid_loss_before"] = before.mean()
+            of_steps = losses
+        before, losses, output = joint.trainer.errors(params, episodes)
+        if joint.engine is not None:
+            joint.compare(losses, of_steps)
+    row["valid_loss_before"] = before.mean()
+    return losses, output, row
+
+
+def compare_supports(
+    engine: Any,
+    meta_params: dict[str, Tensor],
+    batches: list[EpisodeBatch],
+    *,
+    alpha: float,
+    steps: int,
+) -> np.ndarray:
+    """Query losses of episodes before adaptation, after it, and after that to another's support.
+
+    Returns
+    -------
+    losses : ndarray of shape (3, n_episodes)
+        Neighbours in a batch, whose support sets are exchanged, are taken to be other tasks.
+    """
+    losses = []
+    for batch in batches:
+        others = batch.support.take(np.roll(np.arange(len(batch)), 1))
+        runs = [(batch, 0), (batch, steps), (EpisodeBatch(others, batch.query), steps)]
+        losses.append(
+            [
+                engine.evaluate(meta_params, episodes, alpha=alpha, steps=n)[0].cpu().numpy()
+                for episodes, n in runs
+            ]
+        )
+    return np.concatenate(losses, axis=1)
