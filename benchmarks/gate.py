@@ -52,6 +52,18 @@ def default_classifier() -> Callable[[], object]:
     return lambda: MAMLClassifier(random_state=0).fit(X, labels)
 
 
+def videos() -> Callable[[], object]:
+    """The collection that is shipped: 250 videos, 201 rows of 33 features each."""
+    from sklearn.preprocessing import StandardScaler
+
+    from sklearn_maml import MAMLRegressor
+    from sklearn_maml.datasets import load_x264
+
+    X, y, video = load_x264(return_X_y_groups=True)
+    X = StandardScaler().fit_transform(X).astype(np.float32)
+    return lambda: MAMLRegressor(random_state=0).fit(X, y, groups=video)
+
+
 def sinusoids() -> Callable[[], object]:
     """Sinusoids as in MAML's paper, W1 of `benchmarks/run.py`."""
     from sklearn_maml import MAMLRegressor
@@ -118,6 +130,7 @@ def new_tasks() -> Callable[[], object]:
 WORKLOADS: dict[str, Callable[[], Callable[[], object]]] = {
     "default": default_regressor,
     "default classifier": default_classifier,
+    "default x264": videos,
     "W1": sinusoids,
     "W2": episodes,
     "adapt": new_tasks,
