@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -72,6 +71,7 @@ from sklearn_maml.native import (
     describe,
 )
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
+from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.traced import (
     Tracer,
     Untraceable,
@@ -89,7 +89,6 @@ __all__ = [
     "cross_entropy_rows",
     "has_dropout",
     "is_row_wise",
-    "one_thread",
     "rate_key",
     "restore_diverged",
     "squared_error_rows",
@@ -97,10 +96,6 @@ __all__ = [
 
 Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
-
-# multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
-# great deal more on a busy machine)
-SMALL_WORK = 3e8
 
 # tasks adapted or predicted at a time: bounds memory and suits the caches
 CHUNK = 128
@@ -683,9 +678,7 @@ class Engine:
             return _tf32(self.precision == "tf32")
         spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
         work = n_rows * sum(p.numel() for p in self.module.parameters())
-        if spatial or work > SMALL_WORK:
-            return contextlib.nullcontext()
-        return one_thread()
+        return several_threads() if spatial else threads_for(work)
 
     # -- the three entry points ----------------------------------------------------------------
 
@@ -1492,16 +1485,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         with _precision_lock:
             for call in _bring_back.pop():
                 call()
-
-
-@functools.cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def one_thread() -> Any:
-    """Context that limits torch to one thread, for the calling thread alone."""
-    return _thread_pools().limit(limits=1, user_api="openmp")
 
 
 def rate_key(name: str) -> str:

@@ -26,6 +26,7 @@ from sklearn_maml.meta_gradients import META_GRADIENTS
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.targets.losses import LOSSES
+from sklearn_maml.threads import one_thread
 from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.update_rules import UPDATE_RULES
 
@@ -116,6 +117,7 @@ class SaveMixin:
         if cls.__module__ in MODULES and not cls.__name__.startswith("_"):
             ESTIMATORS[cls.__name__] = cls
 
+    @one_thread()
     def save(self, path: Any, *, tasks: bool = True, training: bool = True) -> None:
         """Save the fitted estimator to a file, without pickle.
 
@@ -314,6 +316,7 @@ def load(path: Any, *, module: Any = None, device: Any = None, **objects: Any) -
     return _load(path, None, module, device, objects)
 
 
+@one_thread()
 def _load(
     path: Any, cls: type[SaveMixin] | None, module: Any, device: Any, objects: dict[str, Any]
 ) -> Any:

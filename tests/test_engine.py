@@ -24,6 +24,7 @@ from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.modules import ACTIVATIONS, make_mlp
+from sklearn_maml.threads import one_thread
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9
@@ -918,6 +919,8 @@ def test_small_passes_run_on_one_thread_and_give_the_threads_back():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
     with engine.threads(n_rows=10**9):
+        assert torch.get_num_threads() == before
+    with one_thread(), engine.threads(n_rows=10**9):  # as inside a public call
         assert torch.get_num_threads() == before
 
 

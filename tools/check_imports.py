@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"_compat"},
     {"_validation"},
     {"_types"},
-    {"devices"},
+    {"devices", "threads"},
     {"data"},
     {"targets"},
     {"update_rules", "meta_gradients"},

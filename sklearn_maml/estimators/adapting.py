@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.engine import one_thread
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.base import Adapted, Support
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
@@ -18,6 +17,7 @@ from sklearn_maml.learners.learner import AdaptedBySupport
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.targets.base import Coding
+from sklearn_maml.threads import one_thread
 
 __all__ = ["Adapting", "State"]
 
@@ -59,6 +59,7 @@ class Adapting(Building):
         if self._state.labels is not None:
             self.classes_ = self._state.labels
 
+    @one_thread()
     def _adapted_state(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None, steps: int | None = None
     ) -> State:
@@ -105,8 +106,7 @@ class Adapting(Building):
         targets = self.targets_
         y = np.eye(targets.n_outputs)[y] if targets.are_classes else y.reshape(len(y), -1)
         make = Conditioned.prior if prior else Conditioned.on
-        with one_thread():
-            return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
+        return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
 
     def _calibrated(self) -> Calibration:
         assert self.calibration_ is not None

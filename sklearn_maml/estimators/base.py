@@ -17,6 +17,7 @@ from sklearn_maml.estimators.training import Training
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 from sklearn_maml.persistence import describe
 from sklearn_maml.targets.base import Targets
+from sklearn_maml.threads import one_thread
 from sklearn_maml.training.checkpoint import begin_checkpointed
 from sklearn_maml.training.distributed import find_processes
 from sklearn_maml.training.sources import CollectionSource, DistributionSource
@@ -32,6 +33,7 @@ class BaseMAML(Training, Stored, Scoring):
     __metadata_request__score: ClassVar = {"groups": True}
     __metadata_request__predict: ClassVar = {"groups": True}
 
+    @one_thread()
     @keeps_state_on_error
     @with_callbacks
     def fit(self, X: Any, y: Any = None, groups: Any = None) -> Any:
@@ -176,6 +178,7 @@ class BaseMAML(Training, Stored, Scoring):
         self._adapt_to(tasks, sample_weight)
         return self
 
+    @one_thread()
     def __adapt_initialisation__(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
         self._validate_params()

@@ -18,6 +18,7 @@ from sklearn_maml.data.spellings import (
 )
 from sklearn_maml.estimators.adapting import Adapting, State
 from sklearn_maml.exceptions import NotAdaptedError
+from sklearn_maml.threads import one_thread
 
 __all__ = ["Predicting", "PredictingClasses"]
 
@@ -109,10 +110,18 @@ class Predicting(Adapting):
             )
         return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
 
+    @one_thread()
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Run each row under what was learned of its task."""
         outputs = state.adapted.outputs(rows, codes, self._running())
         return self._finite(outputs.astype(rows.dtype, copy=False))
+
+    @one_thread()
+    def _outputs_and_std(
+        self, state: State, rows: np.ndarray, codes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        outputs, std = state.adapted.std(rows, codes, self._running())
+        return outputs.astype(rows.dtype), std
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Predictions of rows under the parameters of the task of each."""

@@ -79,7 +79,7 @@ class Reading(Parameters):
                 "groups=task_ids (inside scikit-learn's tools enable it with "
                 "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
                 SingleTaskWarning,
-                stacklevel=5 if HAS_SKLEARN_CALLBACKS else 4,
+                stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
             )
         if not continued:
             targets.learn(tasks)

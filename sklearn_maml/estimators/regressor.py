@@ -347,9 +347,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         if not return_std:
             return shape_like(self._decide(state, rows, codes))
-        outputs, std = state.adapted.std(rows, codes, self._running())
+        outputs, std = self._outputs_and_std(state, rows, codes)
         std = self._finite(self.targets_.decode_std(std).astype(rows.dtype))
-        values = self._finite(self.targets_.decode(outputs.astype(rows.dtype), codes, state))
+        values = self._finite(self.targets_.decode(outputs, codes, state))
         return shape_like(values), shape_like(std)
 
     def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:

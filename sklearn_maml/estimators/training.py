@@ -215,7 +215,7 @@ class Training(Planning):
             f"do, try another alpha (now {self._alpha():g}), more steps (now {self._n_steps()}) or "
             f"more updates (now {self.max_iter}).",
             MemorizationWarning,
-            stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
+            stacklevel=7 if HAS_SKLEARN_CALLBACKS else 6,
         )
 
 

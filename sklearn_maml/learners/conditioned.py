@@ -13,6 +13,7 @@ from torch import Tensor
 from sklearn_maml.learners.base import Adapted, Support, padded
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.threads import threads_for
 
 __all__ = ["MARGIN", "Calibration", "Conditioned", "row_marks"]
 
@@ -125,7 +126,8 @@ class Conditioned(Adapted):
         """Return outputs (n_members, n_rows, n_outputs) of each member."""
         run = _exact(self.head)
         means = np.empty((self.head.n_members, len(rows), self.head.n_outputs))
-        with torch.no_grad():
+        work = min(len(rows), ROWS_AT_A_TIME) * sum(p.numel() for p in self.head.parameters())
+        with torch.no_grad(), threads_for(work):
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 part = slice(start, start + ROWS_AT_A_TIME)
                 prior, S = run.columns(*_tensors(self.head, rows[part]))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, MetaStep, one_thread
+from sklearn_maml.engine import Engine, MetaStep
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.threads import threads_for
 
 __all__ = [
     "PART_OF_UPDATES",
@@ -37,8 +38,6 @@ PATIENCE = 0.6
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
 DECAY, DECAY_OF_CLASSES = 0.6, 0.1
-# work of a pass, in rows times weights, that more than one thread speeds up
-SMALL_WORK = 3e8
 
 
 class HeadTrainer:
@@ -271,7 +270,7 @@ class Joint:
         if self.engine is not None:
             return self.engine.threads(n_rows)
         work = n_rows * sum(p.numel() for p in self.trainer.head.parameters())
-        return one_thread() if work < SMALL_WORK else torch.no_grad()
+        return threads_for(work)
 
     def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
         """As `Engine.expect`."""

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
-from sklearn_maml.engine import MetaStep, one_thread
+from sklearn_maml.engine import MetaStep
 from sklearn_maml.learners.base import Adapted, Support, padded
 from sklearn_maml.learners.gradient import Running
+from sklearn_maml.threads import threads_for
 
 __all__ = ["AdaptedBySupport", "Learner", "LearnerEngine", "Problem"]
 
 Params = dict[str, Tensor]
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "head."
-# work of a pass, in rows times weights, that more than one thread speeds up
-SMALL_WORK = 3e8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,7 @@ class LearnerEngine:
 
     def threads(self, n_rows: int) -> Any:
         """As `Engine.threads`."""
-        small = n_rows * sum(p.numel() for p in self.module.parameters()) < SMALL_WORK
-        return one_thread() if small else torch.enable_grad()
+        return threads_for(n_rows * sum(p.numel() for p in self.module.parameters()))
 
     def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
         """As `Engine.expect`."""
@@ -244,8 +242,7 @@ class AdaptedBySupport(Adapted):
                 support = _without_weight(support)
             no_targets = np.zeros(len(rows), dtype=given.y.dtype)
             query = pad_rows(rows, no_targets, place[present], present.sum(1)).to(how.device)
-            with one_thread():
-                values = query.real(function(network, support, query)).cpu().numpy()
+            values = query.real(function(network, support, query)).cpu().numpy()
             if result is None:
                 result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
             result[place[present]] = values

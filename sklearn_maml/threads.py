@@ -1,0 +1,75 @@
+"""How many threads torch computes with, and what that means for processes that are forked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["one_thread", "several_threads", "threads_for"]
+
+# multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
+# great deal more on a busy machine)
+SMALL_WORK = 3e8
+
+_asked = threading.local()  # `threads`: as many as there were before the limit
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Limit torch to one thread, for the calling thread alone; also a decorator.
+
+    Public calls compute in it, so that those on small networks start no OpenMP threads: these do
+    not survive a fork, and a child would wait for them for ever. `several_threads` lifts it.
+    """
+    _keep_children_safe()
+    # asked for first: a thread that has not computed yet sets the number when it is first needed
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        yield
+        return
+    outer = getattr(_asked, "threads", 1)
+    _asked.threads = n_threads
+    try:
+        with _thread_pools().limit(limits=1, user_api="openmp"):
+            yield
+    finally:
+        _asked.threads = outer
+
+
+@contextlib.contextmanager
+def several_threads() -> Iterator[None]:
+    """Inside `one_thread`: let torch have the threads that it had before."""
+    n_threads = getattr(_asked, "threads", 1)
+    if n_threads == 1:
+        yield
+        return
+    with _thread_pools().limit(limits=n_threads, user_api="openmp"):
+        yield
+
+
+def threads_for(work: float) -> Any:
+    """Context for a batched pass of so many multiply-adds."""
+    return one_thread() if work < SMALL_WORK else several_threads()
+
+
+@functools.cache
+def _keep_children_safe() -> None:
+    """Have processes that are forked from now on compute in one thread.
+
+    Large networks, and torch outside this library, leave threads behind that a child does not
+    have. It may ask for threads of its own where there were none.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
