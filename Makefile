@@ -43,7 +43,10 @@ help: ## list the targets
 .PHONY: venv
 venv: $(STAMP) ## install everything into .venv
 
-$(STAMP): pyproject.toml constraints.txt
+# what the kernels are built from: `pip install -e` builds them
+KERNELS := setup.py $(wildcard sklearn_maml/native/*.cpp sklearn_maml/native/*.h)
+
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	$(call install,$(VENV),constraints.txt,$(TORCH),dev,)
 	@touch $@
 
@@ -68,7 +71,7 @@ test-min: ## run the fast tests on the oldest promised dependencies
 	$(MAKE) --no-print-directory $(VENV)-min/.installed
 	OMP_NUM_THREADS=1 $(VENV)-min/bin/python -m pytest -n $(WORKERS) --durations=10 $(ARGS)
 
-$(VENV)-min/.installed: pyproject.toml constraints-min.txt
+$(VENV)-min/.installed: pyproject.toml constraints-min.txt $(KERNELS)
 	$(call install,$(VENV)-min,constraints-min.txt,$(TORCH),test,)
 	@touch $@
 
@@ -139,8 +142,19 @@ table-omniglot-5w5s: $(STAMP) ## Omniglot, 5-way 5-shot, conv4 (slow)
 table-omniglot-20w1s: $(STAMP) ## Omniglot, 20-way 1-shot, conv4 (slow)
 	@$(BIN)/python benchmarks/papers.py omniglot --ways 20 --shots 1 $(ARGS)
 
+# A copy of the package whose kernels check each access and each operation, under the tests of them.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+.PHONY: sanitize
+sanitize: $(STAMP) ## run the tests of the kernels under ASan and UBSan
+	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python \
+	  setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=1 \
+	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove caches, builds and environments
-	rm -rf $(VENV) $(VENV)-min $(VENV)-latest build dist *.egg-info .coverage .coverage.* htmlcov \
+	rm -rf $(VENV) $(VENV)-min $(VENV)-latest build dist *.egg-info sklearn_maml/native/*.so .coverage .coverage.* htmlcov \
 	  .pytest_cache .ruff_cache .mypy_cache docs/_build docs/auto_examples docs/generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,3 +1,124 @@
-from setuptools import setup
+"""Build the kernels: one object for each instruction set and number type, in one module.
 
-setup()
+The rest of the configuration is in pyproject.toml. Without a C++ compiler the package is installed
+without them, and says so.
+"""
+
+import hashlib
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError, PlatformError
+
+NATIVE = Path("sklearn_maml", "native")
+SOURCES = [NATIVE / name for name in ("mlp.h", "mlp.cpp", "module.cpp")]
+# of processors of one architecture, beside what all of them have; chosen from at run time
+X86_LEVELS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+FLAGS = [
+    "-std=c++11",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-pthread",
+]
+# one file for all versions of Python from 3.11 on, except those without the interpreter's lock
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+class BuildKernels(build_ext):
+    """Compile one source many times."""
+
+    def build_extension(self, ext):
+        """Build the kernels, or say that they are missing."""
+        try:
+            if self.compiler.compiler_type == "msvc":
+                raise PlatformError("the kernels need g++ or clang++")
+            self.build_kernels(ext)
+        except (BaseError, CCompilerError, OSError) as error:
+            print(
+                "\n*** sklearn_maml is installed WITHOUT its compiled kernels. Everything works, "
+                "but long fits of\n*** multilayer perceptrons take several times as long. Install "
+                "a C++ compiler and reinstall to have them.\n*** "
+                f"Reason: {error}\n",
+                file=sys.stderr,
+            )
+
+    def build_kernels(self, ext):
+        """Compile and link."""
+        path = Path(self.get_ext_fullpath(ext.name))
+        newest = max(source.stat().st_mtime for source in map(Path, ext.depends))
+        if not self.force and path.exists() and path.stat().st_mtime > newest:
+            return
+        x86 = self.plat_name.endswith(("x86_64", "amd64"))  # and nothing else: not universal2
+        levels = {"base": [], **(X86_LEVELS if x86 else {})}
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
+        macros = [("HAS_X86_LEVELS", str(int(x86))), ("SOURCES", f'"{digest}"')]
+        if LIMITED:
+            macros.append(("Py_LIMITED_API", "0x030B0000"))
+        jobs = [(NATIVE / "module.cpp", "module", macros, [])]
+        for level, flags in levels.items():
+            for real in ("float", "double"):
+                kind = [("REAL", real), ("REAL_IS_DOUBLE", str(int(real == "double")))]
+                jobs.append(
+                    (NATIVE / "mlp.cpp", f"{level}-{real}", [("LEVEL", level), *kind], flags)
+                )
+        # glibc's vectorised functions, where it has them
+        attempts = [True, False] if sys.platform == "linux" else [False]
+        for vector_math in attempts:
+            try:
+                objects = self.compile_all(jobs, vector_math)
+                self.link(objects, path, vector_math)
+                return
+            except CCompilerError:
+                if vector_math == attempts[-1]:
+                    raise
+
+    def compile_all(self, jobs, vector_math):
+        """Return the paths of the objects."""
+
+        def compile_one(job):
+            source, folder, macros, flags = job
+            return self.compiler.compile(
+                [str(source)],
+                output_dir=str(Path(self.build_temp, folder)),
+                macros=[*macros, ("HAS_VECTOR_MATH", str(int(vector_math)))],
+                include_dirs=[sysconfig.get_path("include")],
+                extra_postargs=[*FLAGS, *flags],
+            )
+
+        with ThreadPoolExecutor(self.parallel or 2) as pool:
+            return [path for paths in pool.map(compile_one, jobs) for path in paths]
+
+    def link(self, objects, path, vector_math):
+        """Link, and notice now what would be missed when the module is imported."""
+        options = {"target_lang": "c++", "libraries": ["mvec", "m"] if vector_math else ["m"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if vector_math:  # the module itself needs Python, which is there when it is loaded
+            probe = str(Path(self.build_temp, "probe.so"))
+            complete = ["-pthread", "-Wl,-z,defs"]
+            self.compiler.link_shared_object(objects[1:], probe, extra_postargs=complete, **options)
+        self.compiler.link_shared_object(objects, str(path), extra_postargs=["-pthread"], **options)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "sklearn_maml.native._kernels",
+            sources=[str(source) for source in SOURCES if source.suffix == ".cpp"],
+            depends=[*map(str, SOURCES), "setup.py"],
+            py_limited_api=LIMITED,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
+)

@@ -62,14 +62,7 @@ from sklearn_maml.inner_loop import (
 )
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, SecondOrder
 from sklearn_maml.modules import ContextMLP, linear_head
-from sklearn_maml.native import (
-    Kernel,
-    Layout,
-    NativeUnavailableError,
-    build,
-    cache_problem,
-    describe,
-)
+from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, describe
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
 from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.traced import (
@@ -455,8 +448,7 @@ class Engine:
         """Prepare for meta-steps to come: climb where enough of them are.
 
         The compiled kernels take over at an update that depends on sizes alone, so fits of
-        different lengths, interrupted and continued ones take the same steps. Meanwhile they are
-        compiled, if they are not in the cache.
+        different lengths, interrupted and continued ones take the same steps.
 
         Parameters
         ----------
@@ -478,8 +470,6 @@ class Engine:
         phase, end = self.meta_gradient.phase(first_update)
         if phase is None and end is not None:  # which the kernels do not cover
             self._climbs_at = max(self._climbs_at, end)
-        if self._end > self._climbs_at:
-            build(next(self.module.parameters()).dtype)
 
     def progress(self) -> dict[str, Any]:
         """Return what meta-training has changed here, as plain data, for `resume`."""
@@ -603,11 +593,6 @@ class Engine:
         try:
             self._kernel = Kernel(self._layout, classification, dtype, self._n_threads)
             self.rung = "native"
-            if cache_problem() is not None:
-                _warn_once(
-                    "The compiled kernels cannot be kept, so every process compiles them again. "
-                    f"Reason: {cache_problem()}. Set SKLEARN_MAML_CACHE to a folder of your own."
-                )
         except NativeUnavailableError as error:
             _warn_once(
                 "The compiled kernels for multilayer perceptrons cannot be used, so fits take "

@@ -17,12 +17,8 @@ from sklearn_maml.update_rules import SGD
 SIZES = {"equal": ([5, 5, 5], [4, 4, 4]), "ragged": ([5, 3, 7], [4, 6, 2])}
 
 
-def has_compiler():
-    try:
-        native._compiler()
-    except native.NativeUnavailableError:
-        return False
-    return True
+def has_kernels():
+    return bool(native.instruction_sets())
 
 
 def build(constructor, seed=0, *, noise=0.2, dtype=torch.float64):

@@ -12,7 +12,7 @@ import torch
 from builders import (
     SIZES,
     flat,
-    has_compiler,
+    has_kernels,
     make_batch,
     make_engine,
     make_meta_params,
@@ -380,7 +380,7 @@ def test_traced_steps_are_those_of_the_loop(rule, rung):
     assert traced.tracer.n_traced == 1
 
 
-@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_kernels(), reason="needs the compiled kernels")
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 6])

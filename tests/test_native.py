@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import ctypes
+import hashlib
 import itertools
 import os
 import pickle
-import stat
-import tempfile
-import threading
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
-from builders import has_compiler, make_engine, make_meta_params
+from builders import make_engine, make_meta_params
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from test_engine import Tied
@@ -33,7 +31,15 @@ from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.update_rules import SGD, MetaSGD
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+ROOT = Path(__file__).resolve().parent.parent
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
+pytestmark = pytest.mark.skipif(
+    not native.instruction_sets() and not HAS_COMPILER,
+    reason="the package was installed where there was no C++ compiler",
+)
+
+SOURCES = ("mlp.h", "mlp.cpp", "module.cpp")
 
 # of float64; float32 differs by rounding, which curvature amplifies
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-4}
@@ -127,6 +133,12 @@ def assert_bits(got, expected):
             assert_bits(got[name], value)
         return
     assert torch.equal(got, expected)
+
+
+@pytest.fixture(params=native.instruction_sets())
+def instructions(request, monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, request.param)
+    return request.param
 
 
 # --- equal to the loop
@@ -273,7 +285,7 @@ def test_sums_over_blocks_of_tasks(n_tasks):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_threads_change_no_bit(dtype, monkeypatch):
+def test_threads_change_no_bit(dtype, monkeypatch, instructions):
     sizes, module = (3, 17, 2), mlp((3, 17, 2), dtype=dtype)
     batch = make_batch(sizes, 70, dtype=dtype, ragged=True)
     monkeypatch.setattr(native, "PARALLEL_WORK", 0)
@@ -654,23 +666,15 @@ def test_the_memory_of_large_problems_is_given_back():
     assert resident_bytes() - before < 60e6
 
 
-# --- building
-
-PLAIN = ["-O0", "-shared", "-fPIC", "-pthread"]  # compiles in no time
+# --- instruction sets, and no kernels
 
 
 @pytest.fixture
-def nothing_built(monkeypatch, tmp_path):
-    """As in a process that has not needed the kernels yet, with a cache folder of its own."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder))
-    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
-    monkeypatch.setattr(native, "_flags", lambda: [PLAIN])
+def no_kernels(monkeypatch):
+    """As where the package was installed without a C++ compiler."""
+    monkeypatch.setattr(native, "_kernels", None)
+    monkeypatch.setattr(native, "_missing", "No module named 'sklearn_maml.native._kernels'")
     monkeypatch.setattr(engine, "_warned", set())
-    monkeypatch.setattr(native, "_problems", [])
-    native._cache_folder.cache_clear()
-    yield folder
-    native._cache_folder.cache_clear()
 
 
 def run_step(rung="native", dtype=torch.float64):
@@ -683,116 +687,65 @@ def assert_the_loops_numbers(step):
     assert_same(step.grads, run_step("loop")[1].grads, 1e-11)
 
 
+def test_the_kernels_are_those_of_the_source():
+    """They are built by `pip install`, and after a change of the source by setup.py."""
+    sources = [ROOT / "sklearn_maml" / "native" / name for name in SOURCES]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    assert native._kernels is not None, native._missing
+    assert digest == native._kernels.SOURCES, "run `python setup.py build_ext --inplace`"
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_without_options_for_the_processor_at_hand(dtype, monkeypatch):
-    """On x86 vectors have 16 bytes then, as everywhere on ARM."""
-    flags = native._flags()[-1]
-    monkeypatch.setattr(native, "_flags", lambda: [flags])
-    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype)})
+def test_every_instruction_set_gives_the_numbers_of_the_loop(dtype, instructions):
     for sizes in ((3, 6, 4), (17, 5, 3), (20, 9, 2), (4, 40, 1), (3, 17, 5)):
-        batch = make_batch(sizes, 3, dtype=dtype)
-        assert_equals_loop(mlp(sizes, dtype=dtype), batch)
+        for activation in (nn.ReLU, nn.Tanh, nn.GELU):
+            batch = make_batch(sizes, 3, dtype=dtype, ragged=True)
+            module = mlp(sizes, activation, dtype=dtype)
+            assert make_engine(module, "native")._kernel.instructions == instructions
+            assert_equals_loop(module, batch, rule=MetaSGD())
+    batch = make_batch((3, 17, 5), classes=True, dtype=dtype)
+    assert_equals_loop(mlp((3, 17, 5), dtype=dtype), batch, classes=True, checkpoint_steps=True)
 
 
-def test_a_library_is_compiled_once_and_kept(nothing_built, monkeypatch):
-    run_step()
-    (library,) = nothing_built.iterdir()
-    assert stat.S_IMODE(nothing_built.stat().st_mode) == 0o700
-    monkeypatch.setattr(native, "_builds", {torch.float64: native._Build(torch.float64)})
-    monkeypatch.setattr(native._Build, "_compile", None)
-    assert_the_loops_numbers(run_step()[1])
-    assert list(nothing_built.iterdir()) == [library]
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_instruction_sets_differ_by_rounding_alone(dtype, monkeypatch):
+    sizes = (3, 17, 5)
+    for activation in ACTIVATIONS.values():
+        batch = make_batch(sizes, dtype=dtype)
+        module = mlp(sizes, activation, dtype=dtype)
+        results = []
+        for name in native.instruction_sets():
+            monkeypatch.setenv(native.VARIABLE, name)
+            results.append(everything(module, batch, "native"))
+        for result in results[1:]:
+            assert_same(result, results[0], 100 * torch.finfo(dtype).eps)
 
 
-def test_a_damaged_library_is_compiled_anew(nothing_built):
-    build = native._builds[torch.float64]
-    path = build._path()
-    path.write_bytes(b"not a library")
-    assert_the_loops_numbers(run_step()[1])
-    assert path.stat().st_size > 1000
+def test_the_best_instruction_set_is_used_unless_another_is_asked_for(monkeypatch):
+    names = native.instruction_sets()
+    assert names == list(dict.fromkeys(names))
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    assert native.instruction_set() == names[-1]
+    monkeypatch.setenv(native.VARIABLE, names[0])
+    assert native.instruction_set() == names[0]
+    monkeypatch.setenv(native.VARIABLE, "mmx")
+    with pytest.raises(ValueError, match=f"Got {native.VARIABLE}=mmx; expected one of {names[0]}"):
+        make_engine(mlp((3, 6, 4)), "native")
 
 
-def test_options_that_a_compiler_lacks_are_left_out(nothing_built, monkeypatch):
-    monkeypatch.setattr(native, "_flags", lambda: [[*PLAIN, "-fno-such-option"], PLAIN])
-    runner, _ = run_step()
-    assert runner.rung == "native"
+def test_the_kernels_refuse_arguments_that_are_not_theirs():
+    n_levels = len(native.instruction_sets())
+    for level in (-1, n_levels, 10**6):
+        with pytest.raises(ValueError, match=f"Got level {level} of"):
+            native._kernels.meta_step(level, False, bytes(27 * 8))
+    for size in (0, 26 * 8, 28 * 8):
+        with pytest.raises(ValueError, match=f"and {size} bytes of arguments; expected 216"):
+            native._kernels.predict(0, False, bytes(size))
 
 
-def test_functions_that_a_library_lacks_are_missed_when_it_is_built():
-    """Where libmvec is old; otherwise other options would not be tried."""
-    for flags in native._flags():
-        assert ("-DHAS_VECTOR_MATH=1" in flags) == ("-Wl,-z,defs" in flags)
-
-
-def test_builds_at_the_same_time_do_not_disturb_each_other(nothing_built):
-    builds = [native._Build(torch.float64) for _ in range(4)]  # as those of processes
-    with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(native._Build.wait, builds))
-    assert all(isinstance(library, ctypes.CDLL) for library in libraries)
-    assert len(list(nothing_built.iterdir())) == 1
-
-
-def test_a_build_in_the_background_is_waited_for(nothing_built):
-    native.build(torch.float64)
-    assert run_step()[0].rung == "native"
-    n_threads = threading.active_count()
-    native.build(torch.float64)
-    assert threading.active_count() <= n_threads
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_process_forked_while_a_build_runs_does_not_wait_for_it():
-    with native._builds[torch.float32]._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(not native._builds[torch.float32]._lock.acquire(timeout=5))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def no_compiler(monkeypatch, tmp_path):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-
-
-def failing_compiler(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'mlp.cpp: fatal error: out of luck' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-
-
-def useless_compiler(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nexit 0\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-
-
-def slow_compiler(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "BUILD_SECONDS", 0.05)
-
-
-def windows(monkeypatch, tmp_path):
-    monkeypatch.setattr(native.sys, "platform", "win32")
-
-
-UNAVAILABLE = {
-    "no C\\+\\+ compiler was found": no_compiler,
-    "the C\\+\\+ compiler failed: mlp.cpp: fatal error: out of luck": failing_compiler,
-    "file too short": useless_compiler,
-    "timed out": slow_compiler,
-    "not supported on Windows": windows,
-}
-
-
-@pytest.mark.parametrize("reason", UNAVAILABLE)
-def test_without_kernels_one_warning_says_why(reason, nothing_built, monkeypatch, tmp_path):
-    UNAVAILABLE[reason](monkeypatch, tmp_path)
+def test_without_kernels_one_warning_says_why(no_kernels):
+    assert native.instruction_sets() == []
+    reason = "installed without them.*no C\\+\\+ compiler.*No module named"
     with pytest.warns(EngineFallbackWarning, match=f"same results. Reason: .*{reason}") as caught:
         runner, step = run_step()
     assert len(caught) == 1
@@ -801,99 +754,6 @@ def test_without_kernels_one_warning_says_why(reason, nothing_built, monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_the_loops_numbers(run_step()[1])
-
-
-def not_a_folder(monkeypatch, folder):
-    folder.parent.joinpath("file").write_text("")
-    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(folder.parent / "file" / "cache"))
-
-
-def open_to_all(monkeypatch, folder):
-    folder.mkdir()
-    folder.chmod(0o777)
-
-
-def of_somebody_else(monkeypatch, folder):
-    monkeypatch.setattr(os, "getuid", lambda: 12345678)
-
-
-def read_only(monkeypatch, folder):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-
-
-def no_home(monkeypatch, folder):
-    def fail(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("SKLEARN_MAML_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "expanduser", fail)
-
-
-@pytest.mark.parametrize(
-    "obstacle", [not_a_folder, open_to_all, of_somebody_else, read_only, no_home]
-)
-def test_a_folder_that_cannot_be_used_or_trusted_is_not(obstacle, nothing_built, monkeypatch):
-    obstacle(monkeypatch, nothing_built)
-    with pytest.warns(EngineFallbackWarning, match="cannot be kept.*SKLEARN_MAML_CACHE"):
-        assert_the_loops_numbers(run_step()[1])
-    assert not nothing_built.is_dir() or not list(nothing_built.iterdir())
-    temporary = native._cache_folder()  # removed when the process ends
-    assert temporary.parent == Path(tempfile.gettempdir())
-    assert len(list(temporary.iterdir())) == 1
-    assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
-
-
-def test_a_library_that_is_kept_serves_without_a_compiler(nothing_built, monkeypatch):
-    assert run_step()[0].rung == "native"
-    monkeypatch.setattr(native, "_builds", {dtype: native._Build(dtype) for dtype in TOLERANCES})
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    runner, step = run_step()
-    assert runner.rung == "native"
-    assert_the_loops_numbers(step)
-
-
-@pytest.mark.parametrize("how", ["kill -TERM $$", "echo 'Killed signal terminated' >&2; exit 1"])
-def test_a_compiler_that_is_killed_leaves_no_second_choice(
-    how, nothing_built, monkeypatch, tmp_path
-):
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\n{how}\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "_flags", lambda: [PLAIN, PLAIN])
-    with pytest.warns(EngineFallbackWarning, match="compiler failed"):
-        assert run_step()[0].rung == "stacked"
-    assert (tmp_path / "runs").read_text() == "run\n"
-    assert not list(nothing_built.iterdir())
-
-
-def test_files_that_killed_builds_left_are_removed(nothing_built):
-    nothing_built.mkdir(mode=0o700)
-    old, new = (nothing_built / f"unfinished-{age}.so" for age in ("old", "new"))
-    for path in (old, new):
-        path.write_text("")
-    os.utime(old, (0, 0))
-    run_step()
-    assert new.exists()
-    assert not old.exists()
-
-
-def test_cxx_may_have_options(nothing_built, monkeypatch):
-    monkeypatch.setenv("CXX", "g++ -DOPTION")
-    assert native._compiler() == ["g++", "-DOPTION"]
-    assert run_step()[0].rung == "native"
-
-
-def test_the_cache_folder_follows_the_environment(nothing_built, monkeypatch, tmp_path):
-    monkeypatch.delenv("SKLEARN_MAML_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    assert native._cache_folder() == tmp_path / "caches" / "sklearn_maml"
-    native._cache_folder.cache_clear()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert native._cache_folder() == tmp_path / ".cache" / "sklearn_maml"
 
 
 # --- estimators
@@ -994,33 +854,15 @@ def test_a_fit_that_stopped_early_is_a_shorter_fit(climbing):
     assert torch.equal(coefficients(early), coefficients(shorter))
 
 
-def test_short_fits_and_small_adaptations_compile_nothing(monkeypatch):
-    def refuse(self):
-        raise AssertionError("compiles")
-
-    for name in ("attempt", "wait"):
-        monkeypatch.setattr(native._Build, name, refuse)
+def test_short_fits_and_small_adaptations_do_not_climb():
     for options in ({}, {"hidden_layer_sizes": (64, 64), "meta_batch_size": 25, "steps": 5}):
         reg = fit(max_iter=50, **options)
         reg.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
         assert reg._rung == "auto"
 
 
-def test_the_state_of_the_cache_does_not_matter(climbing, nothing_built, monkeypatch):
-    cold = fit()
-    assert len(list(nothing_built.iterdir())) == 1
-    fresh = {dtype: native._Build(dtype) for dtype in TOLERANCES}
-    monkeypatch.setattr(native, "_builds", fresh)
-    in_folder = fit()
-    in_process = fit()
-    assert cold._rung == in_folder._rung == in_process._rung == "native"
-    assert torch.equal(coefficients(cold), coefficients(in_folder))
-    assert torch.equal(coefficients(cold), coefficients(in_process))
-
-
-def test_fits_and_copies_without_a_compiler(fitted, climbing, nothing_built, monkeypatch):
+def test_fits_and_copies_without_kernels(fitted, climbing, no_kernels, monkeypatch):
     data = pickle.dumps(fitted)
-    no_compiler(monkeypatch, None)
 
     def use():
         copies = [pickle.loads(data), copy.deepcopy(fitted)]
@@ -1034,7 +876,6 @@ def test_fits_and_copies_without_a_compiler(fitted, climbing, nothing_built, mon
     torch.testing.assert_close(coefficients(reg), coefficients(fitted), rtol=1e-3, atol=1e-4)
     assert np.array_equal(*got)
     monkeypatch.undo()
-    native._cache_folder.cache_clear()
     expected = fitted.adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
     np.testing.assert_allclose(got[0], expected, rtol=1e-4, atol=1e-5)
 

@@ -19,7 +19,7 @@ import torch
 from builders import (
     SIZES,
     flat,
-    has_compiler,
+    has_kernels,
     make_batch,
     make_engine,
     make_meta_params,
@@ -50,7 +50,7 @@ TOLERANCE = 1e-9
 with_kernels = [
     *RUNGS,
     pytest.param(
-        "native", marks=pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+        "native", marks=pytest.mark.skipif(not has_kernels(), reason="needs the compiled kernels")
     ),
 ]
 
@@ -742,7 +742,7 @@ def test_only_updates_that_compute_alike_make_a_trace_pay():
     assert engine.tracer.n_traced == 1
 
 
-@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_kernels(), reason="needs the compiled kernels")
 def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over():
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)

@@ -129,7 +129,7 @@ def cycles(package: Path) -> list[str]:
     """Return one message for each circle of imports inside a subpackage."""
     files = {
         ".".join(path.relative_to(package.parent).with_suffix("").parts): path
-        for path in sorted(package.glob("*/**/*.py"))
+        for path in sorted((*package.glob("*/**/*.py"), *package.glob("*/**/*.pyi")))
     }
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
     imports: dict[str, list[str]] = {}

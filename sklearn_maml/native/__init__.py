@@ -1,29 +1,19 @@
 """Compiled kernels for multilayer perceptrons: meta-gradients, adaptation and prediction.
 
-The source, ``mlp.cpp``, is compiled for the machine at hand when it is first needed, which takes a
-second or two, and kept in a cache folder: ``$SKLEARN_MAML_CACHE``, or ``sklearn_maml`` in
-``$XDG_CACHE_HOME`` or ``~/.cache``. Without a C++ compiler the engine does without.
+They are built when the package is, once for each of several instruction sets; the best that the
+processor has is used. Where they could not be built the engine does without.
+
+Within an instruction set the results are the same, bit for bit, whatever the number of threads.
+Between instruction sets they differ by rounding. ``SKLEARN_MAML_INSTRUCTIONS`` names the one to use
+(see `instruction_sets`), for the same bits on different processors.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import ctypes
 import dataclasses
-import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,186 +21,66 @@ from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import Rows
 
-__all__ = ["Kernel", "Layout", "NativeUnavailableError", "build", "cache_problem", "describe"]
+try:
+    from sklearn_maml.native import _kernels
+except ImportError as error:
+    _kernels = None  # type: ignore[assignment]
+    _missing: str | None = str(error)
+else:
+    _missing = None
+
+__all__ = [
+    "Kernel",
+    "Layout",
+    "NativeUnavailableError",
+    "describe",
+    "instruction_set",
+    "instruction_sets",
+]
 
 Params = dict[str, Tensor]
 
-SOURCE = Path(__file__).with_name("mlp.cpp")
-TYPES = {torch.float32: ("float", 0), torch.float64: ("double", 1)}
 MAX_LAYERS = 32  # as in the source
-BUILD_SECONDS = 120
 # floating-point operations of a call from which on it is divided among threads
 PARALLEL_WORK = 1e8
+VARIABLE = "SKLEARN_MAML_INSTRUCTIONS"
 
 
 class NativeUnavailableError(RuntimeError):
-    """The kernels cannot be built or loaded here; the message says why."""
+    """There are no kernels here; the message says why."""
 
 
-# -- building ------------------------------------------------------------------------------------
+# -- instruction sets ----------------------------------------------------------------------------
 
 
-class _Build:
-    """One library, compiled when it is first asked for."""
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that the kernels can use here, the best last.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.real, self.is_double = TYPES[dtype]
-        self._lock = threading.Lock()
-        self._library: ctypes.CDLL | None = None
-        self._failure: str | None = None
+    Empty where the package was installed without its kernels.
+    """
+    return [] if _kernels is None else [*_kernels.LEVELS]
 
-    @property
-    def done(self) -> bool:
-        """Whether the outcome is known."""
-        return self._library is not None or self._failure is not None
 
-    def attempt(self) -> None:
-        """Compile and load, once."""
-        with self._lock:
-            if not self.done:
-                try:
-                    self._library = self._load()
-                except (NativeUnavailableError, OSError, subprocess.TimeoutExpired) as error:
-                    self._failure = str(error)
+def instruction_set() -> str:
+    """Name of the instruction set that the kernels use.
 
-    def wait(self) -> ctypes.CDLL:
-        """Return the library, when it is compiled."""
-        self.attempt()
-        if self._library is None:
-            raise NativeUnavailableError(self._failure)
-        return self._library
-
-    def after_fork(self) -> None:
-        """Forget, in a new process, that a thread of the old one was at work."""
-        self._lock = threading.Lock()
-
-    def _load(self) -> ctypes.CDLL:
-        if sys.platform == "win32":
-            raise NativeUnavailableError("compiled kernels are not supported on Windows")
-        path = self._path()
-        if path.exists():
-            with contextlib.suppress(OSError):  # a damaged file is replaced
-                return self._open(path)
-        self._compile(path)
-        return self._open(path)
-
-    @staticmethod
-    def _open(path: Path) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(path))
-        for name in ("meta_step", "adapt", "predict"):
-            getattr(library, name).argtypes = [ctypes.c_void_p]
-        return library
-
-    def _path(self) -> Path:
-        # not the compiler's: a library serves where none is installed
-        key = hashlib.sha256(repr((SOURCE.read_text(), _flags(), _cpu())).encode())
-        return _cache_folder() / f"mlp-{self.real}-{key.hexdigest()[:20]}.so"
-
-    def _compile(self, path: Path) -> None:
-        for left in path.parent.glob("unfinished-*"):  # by a process that was killed
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > 10 * BUILD_SECONDS:
-                    left.unlink()
-        handle, unfinished = tempfile.mkstemp(prefix="unfinished-", suffix=".so", dir=path.parent)
-        os.close(handle)
-        definitions = [f"-DREAL={self.real}", f"-DREAL_IS_DOUBLE={self.is_double}"]
-        try:
-            for flags in _flags():
-                libraries = ["-lmvec", "-lm"] if "-DHAS_VECTOR_MATH=1" in flags else ["-lm"]
-                done = subprocess.run(
-                    [*_compiler(), *flags, *definitions, str(SOURCE), "-o", unfinished, *libraries],
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=BUILD_SECONDS,
-                    check=False,
-                    start_new_session=True,  # an interrupt is for the fit
-                )
-                if done.returncode == 0:
-                    os.replace(unfinished, path)  # whole or not at all, for other processes
-                    return
-                if done.returncode < 0 or b"ignal" in done.stderr:
-                    break  # it was killed, which says nothing about the options
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
-        lines = done.stderr.decode(errors="replace").strip().split("\n")
-        reason = next((line for line in lines if "error" in line), lines[0])
+    Raises
+    ------
+    NativeUnavailableError
+        If the package was installed without its kernels.
+    ValueError
+        If ``SKLEARN_MAML_INSTRUCTIONS`` names one that is not there.
+    """
+    names = instruction_sets()
+    if not names:
         raise NativeUnavailableError(
-            f"the C++ compiler failed: {reason or f'exit status {done.returncode}'}"
+            "the package was installed without them, which is what happens where there is no C++ "
+            f"compiler (g++ or clang++): {_missing}"
         )
-
-
-_builds = {dtype: _Build(dtype) for dtype in TYPES}
-if hasattr(os, "register_at_fork"):
-    for _one in _builds.values():
-        os.register_at_fork(after_in_child=_one.after_fork)
-
-
-def build(dtype: torch.dtype) -> None:
-    """Compile the kernels for a number type in the background, unless that is done."""
-    if not _builds[dtype].done:
-        # not a daemon: a process that ends meanwhile leaves a finished library
-        threading.Thread(target=_builds[dtype].attempt, name="sklearn_maml build").start()
-
-
-def _compiler() -> list[str]:
-    asked = shlex.split(os.environ.get("CXX", ""))  # it may be "ccache g++"
-    for command in filter(None, (asked, ["g++"], ["clang++"], ["c++"])):
-        if shutil.which(command[0]) is not None:
-            return command
-    raise NativeUnavailableError("no C++ compiler was found (g++, clang++ or $CXX)")
-
-
-def _flags() -> list[list[str]]:
-    """Return sets of compiler options, to be tried in turn."""
-    plain = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
-    native = [*plain, "-march=native"]
-    if sys.platform != "linux":
-        return [native, plain]
-    # what an old libmvec lacks is to be missed now, not when the library is loaded
-    vector_math = [*native, "-DHAS_VECTOR_MATH=1", "-Wl,-z,defs"]
-    return [vector_math, native, plain]
-
-
-@functools.cache
-def _cpu() -> str:
-    """Tell processors apart: code is compiled for one, and a home folder may serve several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    facts = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return f"{platform.machine()} {platform.processor()} {sorted(set(facts))}"
-
-
-@functools.cache
-def _cache_folder() -> Path:
-    asked, parent = (os.environ.get(name) for name in ("SKLEARN_MAML_CACHE", "XDG_CACHE_HOME"))
-    folder = None
-    try:
-        folder = Path(asked or os.path.join(parent or "~/.cache", "sklearn_maml")).expanduser()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.stat()
-        # code is loaded from here: nobody else may be able to put some in
-        if state.st_uid != os.getuid() or state.st_mode & 0o022:
-            reason = "others may write to it"
-        elif not os.access(folder, os.W_OK):
-            reason = "it is not writable"
-        else:
-            return folder
-    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
-        reason = str(error)
-    _problems.append(f"{folder or 'The home folder'}: {reason}")
-    temporary = tempfile.TemporaryDirectory(prefix="sklearn_maml-")
-    atexit.register(temporary.cleanup)
-    return Path(temporary.name)
-
-
-_problems: list[str] = []
-
-
-def cache_problem() -> str | None:
-    """Return why compiled kernels are not kept; None if they are."""
-    return _problems[-1] if _problems else None
+    asked = os.environ.get(VARIABLE) or names[-1]
+    if asked not in names:
+        raise ValueError(f"Got {VARIABLE}={asked}; expected one of {', '.join(names)}, or nothing.")
+    return asked
 
 
 # -- networks ------------------------------------------------------------------------------------
@@ -345,13 +215,16 @@ class Kernel:
     Raises
     ------
     NativeUnavailableError
-        If the library cannot be built.
+        If the package was installed without them.
+    ValueError
+        If an instruction set is asked for that is not there.
     """
 
     def __init__(
         self, layout: Layout, classification: bool, dtype: torch.dtype, n_threads: int = 1
     ) -> None:
-        self._library = _builds[dtype].wait()
+        self.instructions = instruction_set()
+        self._level = instruction_sets().index(self.instructions)
         self.layout = layout
         self.dtype = dtype
         self.classification = classification
@@ -546,8 +419,7 @@ class Kernel:
         arguments = _integers(
             [n_tasks, *numbers, threads, *support, *query, *results, *sizes, theta, rates, *rest]
         )
-        if not getattr(self._library, function)(ctypes.addressof(arguments)):
-            raise MemoryError("There is not enough memory for the compiled kernels.")
+        getattr(_kernels, function)(self._level, self.dtype == torch.float64, arguments)
 
     @staticmethod
     def _hold(tensor: Tensor, keep: list[Any]) -> int:

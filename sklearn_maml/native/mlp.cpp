@@ -8,13 +8,15 @@
 // (Finn et al. 2017, eq. 1, differentiated), with the Hessian-vector product H_k u by
 // differentiating the gradient computation along u (Pearlmutter 1994).
 //
-// Compiled for one number type (REAL) and for the machine at hand; see native/__init__.py.
+// Compiled once for each number type (REAL) and instruction set (LEVEL); see setup.py. Whatever is
+// compiled here stays here: were it shared, the linker might take another instruction set's.
 
 #include <math.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "mlp.h"
 
 typedef REAL real;
 typedef int64_t i64;
@@ -31,6 +33,8 @@ VECTORISED(tanh)
 VECTORISED(erf)
 VECTORISED(log1p)
 #endif
+
+namespace {
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -867,15 +871,6 @@ static bool run_blocks(Job &job, i64 n_threads) {
 }
 
 // ---- entry points ------------------------------------------------------------------------------
-// Each takes one array of integers and addresses, in the order of `Argument`, and returns 0 if
-// memory ran out. The order is repeated in native/__init__.py.
-
-enum Argument {
-    N_TASKS, STEPS, N_RATES, SECOND_ORDER, RECOMPUTE, N_THREADS,
-    SUPPORT_X, SUPPORT_Y, SUPPORT_WEIGHT, SUPPORT_LENGTHS, SUPPORT_WIDTH,
-    QUERY_X, QUERY_Y, QUERY_WEIGHT, QUERY_LENGTHS, QUERY_WIDTH,
-    LOSSES, OUTPUTS, SIZES, SLOPES, THETA, RATES, GRADS, RATE_GRADS, N_WEIGHTS, OWN, OWN_STRIDES,
-};
 
 static Rows rows_of(const Net &net, const i64 *a) {
     return {(const real *)a[0], net.classes ? 0 : (const real *)a[1], (const real *)a[2],
@@ -921,9 +916,9 @@ static void finish(const Job &job, real *parts, i64 stride, real *flat, real *sc
     unpack(job.net, parts, tensors, scratch);
 }
 
-extern "C" int meta_step(const i64 *a) {
+static bool meta_step(const i64 *a) {
     Job job;
-    if (!start(a, job)) return 0;
+    if (!start(a, job)) return false;
     const i64 size = job.net.packed, n_rate_grads = a[RATE_GRADS] ? job.n_rates : 0;
     void *p = 0;
     bool done = !posix_memalign(
@@ -944,14 +939,18 @@ extern "C" int meta_step(const i64 *a) {
     return done;
 }
 
-static int run_tasks(const i64 *a, bool (*run)(const Job &, i64, i64, i64, Arena &)) {
+static bool run_tasks(const i64 *a, bool (*run)(const Job &, i64, i64, i64, Arena &)) {
     Job job;
-    if (!start(a, job)) return 0;
+    if (!start(a, job)) return false;
     job.run = run;
     bool done = run_blocks(job, a[N_THREADS]);
     free(job.theta);
     return done;
 }
 
-extern "C" int adapt(const i64 *a) { return run_tasks(a, adapt_tasks); }
-extern "C" int predict(const i64 *a) { return run_tasks(a, predict_tasks); }
+static bool adapt(const i64 *a) { return run_tasks(a, adapt_tasks); }
+static bool predict(const i64 *a) { return run_tasks(a, predict_tasks); }
+
+} // namespace
+
+extern const Kernels KERNELS(LEVEL, REAL) = {meta_step, adapt, predict};
