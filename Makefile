@@ -62,6 +62,14 @@ test: $(STAMP) ## run the fast tests and doctests, with coverage
 test-slow: $(STAMP) ## run the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
 
+.PHONY: test-integration
+test-integration: $(VENV)/.integration-installed ## run the tests with clients of other projects
+	$(PYTEST) -m integration $(ARGS)
+
+$(VENV)/.integration-installed: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[integration]'
+	@touch $@
+
 .PHONY: fuzz
 fuzz: $(STAMP) ## call everything with 20,000 odd arguments, and count what comes of it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)

@@ -151,6 +151,17 @@ class MetaNet(NeuralNet):
         self.parts_: Parts | None = None
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return attributes as they are.
+
+        skorch pickles the module by a pickler of its own, to which classes of a notebook are
+        unknown, and in which the module is no longer that of the estimator.
+        """
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     def named_callbacks(self) -> Iterator[tuple[str, Any]]:
         """Return names and callbacks, those of skorch's defaults and of the user."""
         named: Iterator[tuple[str, Any]] = self._uniquely_named_callbacks()
