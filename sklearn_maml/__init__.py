@@ -6,6 +6,7 @@ from sklearn_maml.estimators import (
     MAMLClassifier,
     MAMLRegressor,
     adapt,
+    register_container,
 )
 from sklearn_maml.evaluation import (
     adapt_predict,
@@ -30,6 +31,7 @@ __all__ = [
     "class_permutation_audit",
     "compare_baselines",
     "load",
+    "register_container",
     "task_scorer",
     "task_scores",
 ]

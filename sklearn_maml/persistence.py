@@ -52,7 +52,7 @@ STORED: dict[str, tuple[str, ...]] = {
     ),
     "MAMLRegressor": ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d"),
     "MAMLClassifier": ("classes_",),
-    "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_"),
+    "_FewShot": ("model_", "n_features_in_", "feature_names_in_", "classes_", "encoded_classes_"),
 }
 # Those that loading makes anew, see `sklearn_maml.estimators.stored`.
 REBUILT = {

@@ -1,4 +1,4 @@
-"""Ordinary per-task estimators made from a meta-fitted prior: `adapt` and the FewShot pair."""
+"""Ordinary per-task estimators made from a meta-fitted prior: the FewShot pair."""
 
 from __future__ import annotations
 
@@ -6,90 +6,28 @@ import copy
 import numbers
 from typing import Any, ClassVar
 
+import numpy as np
+from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
-from sklearn.pipeline import Pipeline
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.classifier import MAMLClassifier
-from sklearn_maml.estimators.models import find_prior, transform_rows
+from sklearn_maml.estimators.containers import Walk, changed_targets, register_container
+from sklearn_maml.estimators.models import is_local, models_in, nothing_to_adapt
 from sklearn_maml.estimators.regressor import MAMLRegressor
 from sklearn_maml.persistence import SaveMixin
 
-__all__ = ["FewShotClassifier", "FewShotRegressor", "adapt", "with_rates"]
-
-
-def adapt(
-    estimator: Any, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None
-) -> Any:
-    """Adapt a copy of a meta-fitted model; the model itself is untouched.
-
-    Parameters
-    ----------
-    estimator : estimator
-        A meta-fitted `MAMLRegressor` or `MAMLClassifier`, a fitted Pipeline that ends in one, a
-        fitted search over one, a FewShot estimator made from one, or any of these frozen.
-    X : array-like of shape (n_support, n_features)
-        Support rows.
-    y : array-like of shape (n_support,) or (n_support, n_outputs)
-        Their targets.
-    groups : array-like of shape (n_support,), default=None
-        Task id of each row, to adapt to many tasks in one call.
-    sample_weight : array-like of shape (n_support,), default=None
-        Weights of the rows in the support loss.
-
-    Returns
-    -------
-    adapted : estimator
-        Fitted estimator of the same kind (of a search, its best estimator) that predicts for the
-        new task. It shares the meta-learned parameters with `estimator`: a copy holds those alone
-        that adapt, so thousands of copies are cheap with ``adapted="head"``. Any number of threads
-        may adapt copies of one model and predict at the same time.
-
-    Raises
-    ------
-    TypeError
-        If there is no meta-learned model in `estimator`.
-    NotFittedError
-        If `estimator` is not fitted.
-
-    Examples
-    --------
-    >>> import sklearn
-    >>> from sklearn.pipeline import make_pipeline
-    >>> from sklearn.preprocessing import StandardScaler
-    >>> from sklearn_maml import MAMLRegressor, adapt
-    >>> from sklearn_maml.datasets import make_sinusoid_tasks
-    >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
-    >>> with sklearn.config_context(enable_metadata_routing=True):
-    ...     pipe = make_pipeline(StandardScaler(), MAMLRegressor(max_iter=10, random_state=0))
-    ...     pipe = pipe.fit(X, y, groups=task)
-    >>> adapted = adapt(pipe, X[:10], y[:10])
-    >>> adapted.predict(X[10:20]).shape
-    (10,)
-    """
-    if isinstance(estimator, _FewShot) and not hasattr(estimator, "model_"):
-        estimator = with_rates(estimator.prior, estimator.alpha, estimator.steps)
-    estimator = find_prior(estimator)
-    if isinstance(estimator, Pipeline):
-        check_is_fitted(estimator)
-        X = transform_rows(estimator, X)
-        name, last = estimator.steps[-1]
-        adapted = copy.copy(estimator)
-        adapted.steps = [
-            *estimator.steps[:-1],
-            (name, adapt(last, X, y, groups=groups, sample_weight=sample_weight)),
-        ]
-        return adapted
-    return copy.copy(estimator).adapt(X, y, groups=groups, sample_weight=sample_weight)
+__all__ = ["FewShotClassifier", "FewShotRegressor"]
 
 
 class _FewShot(SaveMixin, BaseEstimator):
     """What the two FewShot estimators share: `fit` adapts a prior to one task."""
 
     _prior_class: type[BaseMAML]
+    encoded_classes_: Any
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
@@ -131,23 +69,35 @@ class _FewShot(SaveMixin, BaseEstimator):
         if self.prior is None:
             model = self._fit_without_prior(X, y, sample_weight)
         else:
-            prior = with_rates(self.prior, self.alpha, self.steps)
-            held = find_prior(prior)
-            while isinstance(held, Pipeline):
-                held = find_prior(held.steps[-1][1])
-            if not isinstance(held, self._prior_class):
-                raise TypeError(
-                    f"The prior of a {type(self).__name__} must hold a "
-                    f"{self._prior_class.__name__}; got a {type(held).__name__}."
-                )
-            model = adapt(prior, X, y, sample_weight=sample_weight)
+            held = models_in(self.prior)
+            if not held:
+                raise nothing_to_adapt(self.prior)
+            for maml in held:
+                if not isinstance(maml, self._prior_class):
+                    raise TypeError(
+                        f"The prior of a {type(self).__name__} must hold a "
+                        f"{self._prior_class.__name__}; got a {type(maml).__name__}."
+                    )
+            walk = Walk(sample_weight=sample_weight)
+            model = walk.with_rates(**self._rates())(self.prior, X, y)
         self.model_ = model
-        self.n_features_in_ = model.n_features_in_
+        # a pipeline has as many as its first step, which may be none
+        n_features = getattr(model, "n_features_in_", None)
+        self.n_features_in_ = np.shape(X)[1] if n_features is None else n_features
         if hasattr(model, "feature_names_in_"):
             self.feature_names_in_ = model.feature_names_in_
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         return self
+
+    def _rates(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "adapt_steps": self.steps}
+
+    def __prior_and_rates__(self) -> tuple[Any, dict[str, Any]]:
+        """Return the model to adapt, and parameters that it adapts with where they are given."""
+        if hasattr(self, "model_"):  # which has them
+            return self.model_, {}
+        return self.prior, self._rates()
 
     def _fit_without_prior(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Plain gradient steps from a seeded random initialisation."""
@@ -205,19 +155,57 @@ class _FewShot(SaveMixin, BaseEstimator):
         return hasattr(self, "model_")
 
 
-def with_rates(prior: Any, alpha: float | None, steps: int | None) -> Any:
-    """Copy of the prior with another inner rate or number of steps, if one is asked for."""
-    given = {"alpha": alpha, "adapt_steps": steps}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return prior
-    prior = find_prior(prior)
-    if isinstance(prior, Pipeline):
-        name, last = prior.steps[-1]
-        changed = copy.copy(prior)
-        changed.steps = [*prior.steps[:-1], (name, with_rates(last, alpha, steps))]
-        return changed
-    return copy.copy(prior).set_params(**given)
+def find_encoded(y: Any, known: np.ndarray) -> np.ndarray | None:
+    """Return `known` if the labels y are positions in them, or None if they are labels.
+
+    Labels are positions for certain if `known` has no numbers, and y the positions of all of them.
+    Other numbers that may be positions are refused.
+    """
+    y = np.asarray(y)
+    if y.dtype.kind not in "iu" or y.size == 0:
+        return None
+    labels, numbers_known = np.unique(y), known.dtype.kind in "biuf"
+    if numbers_known and np.isin(labels, known).all():
+        return None
+    if not numbers_known and np.array_equal(labels, np.arange(len(known))):
+        return known
+    if labels.min() < 0 or labels.max() >= len(known):
+        return None  # for the error that labels are not known
+    raise ValueError(
+        f"y has the numbers {labels[:10].tolist()}, and the prior knows the labels "
+        f"{known[:10].tolist()}. If a tool has numbered the labels of the task, as voting, "
+        "stacking and cross_val_predict of probabilities do, say which they are: "
+        "FewShotClassifier(prior, classes=[...]). Inside OneVsRestClassifier and "
+        "OneVsOneClassifier use it without them: it tells all classes apart by itself. Or take a "
+        "prior with n_ways, which takes labels of any kind."
+    )
+
+
+def decode_labels(classes: np.ndarray, y: Any) -> np.ndarray:
+    """Labels that have these positions in `classes`."""
+    y = np.asarray(y)
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
+        raise ValueError(
+            f"y must have the numbers 0 to {len(classes) - 1} of the classes "
+            f"{classes[:10].tolist()}; got {np.unique(y)[:10].tolist()}. Leave `classes` out to "
+            "give labels."
+        )
+    labels: np.ndarray = classes[y]
+    return labels
+
+
+@register_container(_FewShot)
+def _adapt_few_shot(model: Any, X: Any, y: Any, adapt: Any) -> Any:
+    """Adapt the prior, or what `fit` made of it."""
+    prior, rates = model.__prior_and_rates__()
+    encoded = getattr(model, "encoded_classes_", None)
+    if encoded is None:
+        return adapt.with_rates(**rates)(prior, X, y)
+    adapted = copy.copy(model)
+    adapted.model_ = adapt(
+        prior, *changed_targets(X, y, lambda labels: decode_labels(encoded, labels))
+    )
+    return adapted
 
 
 class FewShotRegressor(RegressorMixin, _FewShot):
@@ -317,6 +305,9 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         Inner steps; None takes those of the prior (200 without one).
     random_state : int, RandomState instance or None, default=None
         Seeds the initialisation without a prior; not used with one.
+    classes : array-like of shape (n_classes,), default=None
+        Labels of the task, for tools that number them before `fit`: y then has the positions 0, 1,
+        ... in the sorted `classes`, and predictions are among these. None: y has the labels.
 
     Attributes
     ----------
@@ -324,7 +315,9 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         The adapted copy of the prior.
     classes_ : ndarray of shape (n_classes,)
         Class labels: those of the prior where labels are shared by the tasks, those of the
-        support set for a prior with `n_ways`.
+        support set for a prior with `n_ways`, and 0, 1, ... where y has the numbers of classes.
+    encoded_classes_ : ndarray of shape (n_classes,) or None
+        Labels that the numbers in y stand for; None if y has the labels.
     n_features_in_ : int
         Number of features seen during `fit`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -332,9 +325,15 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     Notes
     -----
-    Tools that encode the labels as 0, 1, ... before they call `fit` (voting, stacking,
-    `cross_val_predict` of probabilities) work with a prior whose labels are those numbers, and with
-    a prior with `n_ways`, but not with one whose shared labels are strings.
+    Some tools number the labels 0, 1, ... before they call `fit`: voting, stacking and bagging of
+    classifiers, `cross_val_predict` of probabilities. A prior with `n_ways` takes any labels. One
+    whose labels are shared has to know what the numbers stand for: if it was fitted on strings,
+    and the numbers are those of all its classes, they are positions in its sorted classes. Numbers
+    of fewer classes may be those of any, and are refused; `classes` tells. A prior that was fitted
+    on numbers takes numbers for its own labels, so give `classes` inside such tools if they are
+    not 0, 1, ..., or if the task has only some of them. `OneVsRestClassifier` and
+    `OneVsOneClassifier` ask about one class against others, which such a prior has not learned;
+    it needs neither, because it tells all classes apart by itself.
 
     References
     ----------
@@ -355,6 +354,18 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     _prior_class = MAMLClassifier
 
+    def __init__(
+        self,
+        prior: Any = None,
+        *,
+        alpha: float | None = None,
+        steps: int | None = None,
+        random_state: Any = None,
+        classes: Any = None,
+    ) -> None:
+        super().__init__(prior, alpha=alpha, steps=steps, random_state=random_state)
+        self.classes = classes
+
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Adapt the prior to one task.
 
@@ -363,7 +374,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         X : array-like of shape (n_support, n_features)
             Support rows.
         y : array-like of shape (n_support,)
-            Their labels.
+            Their labels, or their numbers among `classes`.
         sample_weight : array-like of shape (n_support,), default=None
             Weights of the rows in the support loss.
 
@@ -371,10 +382,64 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         -------
         self : object
             The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If y has numbers that may stand for several classes of the prior.
         """
-        super().fit(X, y, sample_weight=sample_weight)
-        self.classes_ = self.model_.classes_
+        encoded = self._encoded_classes(y)
+        super().fit(X, y if encoded is None else decode_labels(encoded, y), sample_weight)
+        self.encoded_classes_ = encoded
+        self.classes_ = self.model_.classes_ if encoded is None else np.arange(len(encoded))
         return self
+
+    def _encoded_classes(self, y: Any) -> np.ndarray | None:
+        """Labels that the numbers in y stand for, or None if y has the labels."""
+        if self.prior is None or is_local(self.prior):
+            return None
+        known = np.asarray(getattr(self.prior, "classes_", []))
+        if self.classes is None:
+            return find_encoded(y, known)
+        classes = np.unique(np.asarray(self.classes))
+        unseen = np.setdiff1d(classes, known).tolist()
+        if unseen:
+            raise ValueError(
+                f"classes has labels that the prior does not know: {unseen[:5]}. Expected some of "
+                f"{known[:10].tolist()}."
+            )
+        return classes
+
+    def _columns(self, values: np.ndarray) -> np.ndarray:
+        """Columns of `values` (n_queries, n_classes of the model) that are for `classes_`."""
+        which: Any = np.searchsorted(self.model_.classes_, self.encoded_classes_)
+        columns: np.ndarray = values[:, which]
+        return columns
+
+    def _has_fewer_classes(self) -> bool:
+        """Whether predictions are among some of the classes of the model."""
+        return self.encoded_classes_ is not None and len(self.classes_) < len(self.model_.classes_)
+
+    def predict(self, X: Any) -> Any:
+        """Predict labels of rows of the task.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+
+        Returns
+        -------
+        y : ndarray of shape (n_queries,)
+            Predicted labels, of `classes_`.
+        """
+        model = self._fitted_model(X)
+        if self._has_fewer_classes():
+            return self.predict_proba(X).argmax(1)
+        labels = model.predict(X)
+        if self.encoded_classes_ is None:
+            return labels
+        return np.searchsorted(self.encoded_classes_, labels)
 
     def predict_proba(self, X: Any) -> Any:
         """Predict class probabilities.
@@ -389,6 +454,8 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         p : ndarray of shape (n_queries, n_classes)
             Probabilities in the order of `classes_`.
         """
+        if self._has_fewer_classes():
+            return np.exp(self.predict_log_proba(X))
         return self._fitted_model(X).predict_proba(X)
 
     def predict_log_proba(self, X: Any) -> Any:
@@ -404,7 +471,8 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         log_p : ndarray of shape (n_queries, n_classes)
             In the order of `classes_`.
         """
-        return self._fitted_model(X).predict_log_proba(X)
+        log_p = self._fitted_model(X).predict_log_proba(X)
+        return log_softmax(self._columns(log_p), axis=1) if self._has_fewer_classes() else log_p
 
     def decision_function(self, X: Any) -> Any:
         """Return the outputs of the network for each class (logits).
@@ -419,7 +487,13 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
             In the order of `classes_`.
         """
-        return self._fitted_model(X).decision_function(X)
+        scores = self._fitted_model(X).decision_function(X)
+        if not self._has_fewer_classes():
+            return scores
+        # of two classes the second is compared with the first
+        wide = scores if scores.ndim > 1 else np.stack([np.zeros_like(scores), scores], 1)
+        scores = self._columns(wide)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

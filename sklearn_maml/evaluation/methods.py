@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import sklearn
 from sklearn.base import clone
+from sklearn.pipeline import Pipeline
 
 from sklearn_maml._validation import did_you_mean
 from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.estimators.few_shot import FewShotClassifier, FewShotRegressor, adapt, with_rates
+from sklearn_maml.estimators.containers import Walk
+from sklearn_maml.estimators.models import is_search
 from sklearn_maml.evaluation.baselines.base import Baseline, Episode, TrainingTasks
 from sklearn_maml.evaluation.held_out import SplitData
-from sklearn_maml.evaluation.scoring import find_maml
 
 BEFORE = "before adaptation"
 # probabilities are this at least in the log-loss
@@ -23,13 +24,15 @@ LEAST_PROBABILITY = 1e-7
 
 
 def maml_inside(estimator: Any) -> BaseMAML | None:
-    """Find the MAML estimator to train in an estimator, or None."""
-    if isinstance(estimator, (FewShotRegressor, FewShotClassifier)):  # predict with a trained one
-        return None
-    try:
-        return find_maml(estimator)
-    except TypeError:
-        return None
+    """Find the MAML estimator to train in a pipeline or search, or None."""
+    while not isinstance(estimator, BaseMAML):
+        if isinstance(estimator, Pipeline):
+            estimator = estimator.steps[-1][1]
+        elif is_search(estimator):
+            estimator = estimator.estimator
+        else:
+            return None
+    return estimator
 
 
 def make_methods(baselines: Any, classification: bool, name: str) -> dict[str, Any]:
@@ -153,7 +156,9 @@ class _MetaLearner:
     def __init__(self, estimator: Any, data: SplitData) -> None:
         self.data = data
         model = clone(estimator)
-        find_maml(model).set_params(task_column=None)  # tasks are given as groups
+        maml = maml_inside(model)
+        assert maml is not None
+        maml.set_params(task_column=None)  # tasks are given as groups
         with sklearn.config_context(enable_metadata_routing=True):
             self.model = model.fit(
                 data.rows(data.train), data.y[data.train], groups=data.tasks.codes[data.train]
@@ -167,9 +172,9 @@ class _MetaLearner:
         task = data.tasks.codes
         support = np.concatenate([s for s, _ in pairs])
         query = np.concatenate([q for _, q in pairs])
-        model = with_rates(self.model, None, steps)
         with sklearn.config_context(enable_metadata_routing=True):
-            adapted = adapt(model, data.rows(support), data.y[support], groups=task[support])
+            walk = Walk(groups=task[support]).with_rates(adapt_steps=steps)
+            adapted = walk(self.model, data.rows(support), data.y[support])
             method = adapted.predict if data.classes is None else adapted.predict_proba
             values = np.asarray(method(data.rows(query), groups=task[query]), dtype=np.float64)
         return np.split(values, np.cumsum([len(q) for _, q in pairs])[:-1])

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
-from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
+from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml.data.spellings import encode_ids, is_frame, split_task_column
-from sklearn_maml.estimators.models import find_prior, transform_rows
-from sklearn_maml.evaluation.scoring import find_maml
+from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.models import open_chain, transform_rows
 
 __all__ = ["adapt_predict"]
 
@@ -86,8 +86,9 @@ def adapt_predict(
     (1500,)
     """
     check_scalar(tasks_per_partition, "tasks_per_partition", numbers.Integral, min_val=1)
-    model = find_prior(estimator)
-    task_column = find_maml(model).task_column
+    transformers, maml = open_chain(estimator)
+    check_is_fitted(maml)
+    task_column = maml.task_column
     X_support, y_support, X_query = (
         part if hasattr(part, "shape") else np.asarray(part)
         for part in (X_support, y_support, X_query)
@@ -119,7 +120,8 @@ def adapt_predict(
         for support, query in zip(supports, queries, strict=True):
             if len(query):
                 yield delayed(_adapt_predict)(
-                    model,
+                    transformers,
+                    maml,
                     _safe_indexing(X_support, support),
                     _safe_indexing(y_support, support),
                     _safe_indexing(X_query, query),
@@ -127,7 +129,9 @@ def adapt_predict(
                     None if passed[1] is None else passed[1][query],
                 )
 
-    model = _without_adapted_tasks(model)
+    # small to send: without the parameters of tasks adapted to before
+    maml = copy.copy(maml)
+    maml.__dict__.pop("_state", None)
     parts = Parallel(n_jobs=n_jobs)(jobs())
     values = np.concatenate(parts)
     del parts
@@ -137,25 +141,18 @@ def adapt_predict(
 
 
 def _adapt_predict(
-    model: Any, X_support: Any, y_support: Any, X_query: Any, task: Any, query_task: Any
+    transformers: list[Any],
+    maml: BaseMAML,
+    X_support: Any,
+    y_support: Any,
+    X_query: Any,
+    task: Any,
+    query_task: Any,
 ) -> np.ndarray:
     """Work on one partition."""
-    last = find_maml(model)
-    if isinstance(model, Pipeline):
-        X_support, X_query = (transform_rows(model, part) for part in (X_support, X_query))
-    adapted = copy.copy(last).adapt(X_support, y_support, groups=task)
+    X_support, X_query = (transform_rows(transformers, part) for part in (X_support, X_query))
+    adapted = copy.copy(maml).adapt(X_support, y_support, groups=task)
     return np.asarray(adapted.predict(X_query, groups=query_task))
-
-
-def _without_adapted_tasks(model: Any) -> Any:
-    """Copy that is small to send: without the parameters of tasks adapted to before."""
-    slim = copy.copy(model)
-    if isinstance(model, Pipeline):
-        name, last = model.steps[-1]
-        slim.steps = [*model.steps[:-1], (name, _without_adapted_tasks(find_prior(last)))]
-    else:
-        vars(slim).pop("_state", None)
-    return slim
 
 
 def _ids_of(X: Any, groups: Any, task_column: Any, name: str) -> tuple[Any, int, str]:

@@ -7,28 +7,23 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier
-from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._validation import is_integer
 from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.estimators.models import find_prior, transform_rows
+from sklearn_maml.estimators.models import open_chain, transform_rows
 
 
 def find_maml(estimator: Any) -> BaseMAML:
     """Find the MAML estimator inside a model; a TypeError says that there is none."""
-    model = find_prior(estimator)
-    while isinstance(model, Pipeline):
-        model = find_prior(model.steps[-1][1])
-    assert isinstance(model, BaseMAML)
-    return model
+    return open_chain(estimator)[1]
 
 
 def open_model(estimator: Any, X: Any) -> tuple[Any, Any]:
     """Return the MAML estimator inside a model, and rows as it sees them."""
-    model = find_prior(estimator)
-    if isinstance(model, Pipeline):
-        X = transform_rows(model, X)
-    return find_maml(model), X
+    transformers, maml = open_chain(estimator)
+    check_is_fitted(maml)
+    return maml, transform_rows(transformers, X)
 
 
 def default_scoring(maml: BaseMAML) -> str:

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from sklearn.base import is_classifier
 from sklearn.utils._optional_dependencies import check_matplotlib_support
-from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml.data.spellings import concatenate_rows, is_frame, is_task_list
-from sklearn_maml.estimators.models import find_prior
 from sklearn_maml.inspection.shared import (
     BLACK,
     GREY,
@@ -139,9 +137,7 @@ class FewShotFitDisplay:
             If it has more than one feature or target.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
-        pipeline = find_prior(estimator)
-        check_is_fitted(pipeline)
-        values = _one_feature(X_support, pipeline)
+        values = _one_feature(X_support, estimator)
         maml, X = open_copy(estimator, X_support)
         if is_classifier(maml):
             raise TypeError(
@@ -188,7 +184,9 @@ class FewShotFitDisplay:
             for n in numbers_of_steps.tolist()
         ]
         of_task = [tasks.rows(j) for j in range(tasks.n_tasks)]
-        names = getattr(pipeline, "feature_names_in_", ["Feature"])
+        names = getattr(
+            estimator, "feature_names_in_", getattr(maml, "feature_names_in_", ["Feature"])
+        )
         display = cls(
             grid=grid,
             steps=numbers_of_steps,

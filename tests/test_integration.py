@@ -1,0 +1,72 @@
+"""Other people's libraries with our estimators; each is skipped where the library is missing."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sklearn_maml import FewShotClassifier, MAMLClassifier, adapt, task_scores
+
+pytestmark = pytest.mark.integration
+
+SMALL = {
+    "update_rule": "sgd",
+    "alpha": 0.1,
+    "steps": 2,
+    "hidden_layer_sizes": (8,),
+    "max_iter": 5,
+    "random_state": 0,
+}
+
+
+def unbalanced(seed=0, n_tasks=8, n_rows=20):
+    """Tasks of two classes, one in four rows of the second; the last column is the task."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n_tasks * n_rows, 3))
+    task = np.repeat(np.arange(n_tasks), n_rows)
+    slope = rng.normal(size=(n_tasks, 3))
+    value = (X * slope[task]).sum(1)
+    edges = np.array([np.quantile(value[task == j], 0.75) for j in range(n_tasks)])
+    return np.c_[X, task], np.where(value > edges[task], "yes", "no")
+
+
+# -- imbalanced-learn ----------------------------------------------------------------------------
+
+
+def test_samplers_of_imbalanced_learn_act_in_fit_only():
+    sampling = pytest.importorskip("imblearn.over_sampling")
+    pipeline = pytest.importorskip("imblearn.pipeline")
+    X, y = unbalanced()
+    x, z = unbalanced(1, 1)
+    x[:, 3] = 99
+    sampler = sampling.RandomOverSampler(random_state=0)
+    maml = MAMLClassifier(**SMALL, task_column=3)
+    pipe = pipeline.Pipeline([("sample", sampler), ("maml", maml)]).fit(X, y)
+    assert pipe[-1].n_tasks_ == 8
+    adapted = adapt(pipe, x[:10], z[:10])
+    assert type(adapted) is pipeline.Pipeline
+    expected = copy.copy(pipe[-1]).adapt(x[:10], z[:10])  # on the rows as they are
+    assert_array_equal(adapted.predict_proba(x), expected.predict_proba(x))
+    assert_array_equal(FewShotClassifier(pipe).fit(x[:10], z[:10]).predict(x), adapted.predict(x))
+    X_new, y_new = unbalanced(2, 3)
+    X_new[:, 3] += 50
+    assert_array_equal(
+        task_scores(pipe, X_new, y_new).after, task_scores(pipe[-1], X_new, y_new).after
+    )
+
+
+def test_balanced_bagging_adapts_every_member():
+    ensemble = pytest.importorskip("imblearn.ensemble")
+    X, y = unbalanced()
+    x, z = unbalanced(1, 1)
+    x[:, 3] = 99
+    bag = ensemble.BalancedBaggingClassifier(
+        MAMLClassifier(**SMALL, task_column=3), n_estimators=2, random_state=0
+    ).fit(X, y)
+    adapted = adapt(bag, x[:10], z[:10])
+    numbers = (z[:10] == "yes").astype(int)
+    parts = [copy.copy(m[-1]).adapt(x[:10], numbers).predict_proba(x) for m in bag.estimators_]
+    assert_allclose(adapted.predict_proba(x), np.mean(parts, axis=0), rtol=1e-6)
