@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, PlatformError
 
 NATIVE = Path("sklearn_maml", "native")
-SOURCES = [NATIVE / name for name in ("mlp.h", "mlp.cpp", "module.cpp")]
+SOURCES = [NATIVE / name for name in ("elementary.h", "mlp.h", "mlp.cpp", "module.cpp")]
 # of processors of one architecture, beside what all of them have; chosen from at run time
 X86_LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
@@ -71,18 +71,13 @@ class BuildKernels(build_ext):
                 jobs.append(
                     (NATIVE / "mlp.cpp", f"{level}-{real}", [("LEVEL", level), *kind], flags)
                 )
-        # glibc's vectorised functions, where it has them
-        attempts = [True, False] if sys.platform == "linux" else [False]
-        for vector_math in attempts:
-            try:
-                objects = self.compile_all(jobs, vector_math)
-                self.link(objects, path, vector_math)
-                return
-            except CCompilerError:
-                if vector_math == attempts[-1]:
-                    raise
+        objects = self.compile_all(jobs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(path), target_lang="c++", extra_postargs=["-pthread"]
+        )
 
-    def compile_all(self, jobs, vector_math):
+    def compile_all(self, jobs):
         """Return the paths of the objects."""
 
         def compile_one(job):
@@ -90,23 +85,13 @@ class BuildKernels(build_ext):
             return self.compiler.compile(
                 [str(source)],
                 output_dir=str(Path(self.build_temp, folder)),
-                macros=[*macros, ("HAS_VECTOR_MATH", str(int(vector_math)))],
+                macros=macros,
                 include_dirs=[sysconfig.get_path("include")],
                 extra_postargs=[*FLAGS, *flags],
             )
 
         with ThreadPoolExecutor(self.parallel or 2) as pool:
             return [path for paths in pool.map(compile_one, jobs) for path in paths]
-
-    def link(self, objects, path, vector_math):
-        """Link, and notice now what would be missed when the module is imported."""
-        options = {"target_lang": "c++", "libraries": ["mvec", "m"] if vector_math else ["m"]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if vector_math:  # the module itself needs Python, which is there when it is loaded
-            probe = str(Path(self.build_temp, "probe.so"))
-            complete = ["-pthread", "-Wl,-z,defs"]
-            self.compiler.link_shared_object(objects[1:], probe, extra_postargs=complete, **options)
-        self.compiler.link_shared_object(objects, str(path), extra_postargs=["-pthread"], **options)
 
 
 setup(

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     reason="the package was installed where there was no C++ compiler",
 )
 
-SOURCES = ("mlp.h", "mlp.cpp", "module.cpp")
+SOURCES = ("elementary.h", "mlp.h", "mlp.cpp", "module.cpp")
 
 # of float64; float32 differs by rounding, which curvature amplifies
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-4}
@@ -189,6 +189,34 @@ def test_large_inputs_of_activations():
             everything(module, batch, rung, steps=1, alpha=1e-7) for rung in ("native", "loop")
         )
         assert_same(got, expected, 1e-9, name)
+
+
+# whose values are near 0 on one side, and how many units of rounding they are off there
+TAILS = {"Tanh": 4, "Sigmoid": 4, "Softplus": 4}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_of_activations_are_exact_to_rounding(name, dtype, instructions):
+    """Exponentials and the like are the kernels' own; torch's in float64 are the measure."""
+    module = nn.Sequential(nn.Linear(1, 1, bias=False), ACTIVATIONS[name]()).to(dtype)
+    powers = torch.logspace(-20, 3, 500, dtype=dtype)
+    zero = powers.new_zeros(1)
+    z = torch.cat([powers, -powers, zero, -zero, torch.linspace(-40, 40, 5001, dtype=dtype)])
+    params = {"0.weight": z.new_ones(1, 1)}
+    predict = make_engine(module, "native")._kernel.predict
+
+    def kernels(z):
+        return predict({}, params, Rows(z[None, :, None], z[None, :, None]))[0, :, 0]
+
+    got, expected = kernels(z).double(), module[1](z.double())
+    error = (got - expected).abs() / torch.finfo(dtype).eps
+    assert float((error / (1 + expected.abs())).max()) <= 2
+    near = expected.abs() > 1e-30
+    if name in TAILS:
+        assert float((error / expected.abs())[near].max()) <= TAILS[name]
+    ends = torch.tensor([np.inf, -np.inf, np.nan], dtype=dtype)
+    torch.testing.assert_close(kernels(ends).double(), module[1](ends.double()), equal_nan=True)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

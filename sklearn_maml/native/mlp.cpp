@@ -26,13 +26,7 @@ typedef int64_t i64;
 #else
 #define F(name) name##f
 #endif
-#if HAS_VECTOR_MATH && !defined(__clang__) // glibc's libmvec: loops over these are vectorised
-#define VECTORISED(name) extern "C" __attribute__((simd("notinbranch"))) real F(name)(real) noexcept;
-VECTORISED(exp)
-VECTORISED(tanh)
-VECTORISED(erf)
-VECTORISED(log1p)
-#endif
+#include "elementary.h"
 
 namespace {
 
@@ -248,7 +242,6 @@ static inline bool is_curved(int act) { return act > LEAKY_RELU; }
 
 static const real SELU_SCALE = 1.0507009873554804934193349852946;
 static const real SELU_ALPHA = 1.6732632423543772848170429916717;
-static const real INV_SQRT_2 = 0.70710678118654752440084436210485;
 static const real INV_SQRT_2PI = 0.39894228040143267793994605993438;
 
 // value, first and second derivative; z is the input, x the output
@@ -263,46 +256,45 @@ struct Leaky {
     static inline real d2(real, real, real) { return 0; }
 };
 struct Tanh {
-    static inline real f(real z, real) { return F(tanh)(z); }
+    static inline real f(real z, real) { return elementary::tanh(z); }
     static inline real d1(real, real x, real) { return 1 - x * x; }
     static inline real d2(real, real x, real) { return -2 * x * (1 - x * x); }
 };
 struct Sigmoid {
-    static inline real f(real z, real) { return 1 / (1 + F(exp)(-z)); }
+    static inline real f(real z, real) { return 1 / (1 + elementary::exp(-z)); }
     static inline real d1(real, real x, real) { return x * (1 - x); }
     static inline real d2(real, real x, real) { return x * (1 - x) * (1 - 2 * x); }
 };
 struct Elu {
-    static inline real f(real z, real a) { real e = a * (F(exp)(z) - 1); return z > 0 ? z : e; }
+    static inline real f(real z, real a) { real e = a * (elementary::exp(z) - 1); return z > 0 ? z : e; }
     static inline real d1(real, real x, real a) { return x > 0 ? 1 : x + a; }
     static inline real d2(real, real x, real a) { return x > 0 ? 0 : x + a; }
 };
 struct Selu {
-    static inline real f(real z, real) { real e = SELU_ALPHA * (F(exp)(z) - 1); return SELU_SCALE * (z > 0 ? z : e); }
+    static inline real f(real z, real) { real e = SELU_ALPHA * (elementary::exp(z) - 1); return SELU_SCALE * (z > 0 ? z : e); }
     static inline real d1(real, real x, real) { return x > 0 ? SELU_SCALE : x + SELU_SCALE * SELU_ALPHA; }
     static inline real d2(real, real x, real) { return x > 0 ? 0 : x + SELU_SCALE * SELU_ALPHA; }
 };
 struct Gelu {
-    static inline real cdf(real z) {
-        return (real)0.5 * (1 + F(erf)(z * INV_SQRT_2));
-    }
-    static inline real pdf(real z) { return INV_SQRT_2PI * F(exp)((real)-0.5 * z * z); }
+    static inline real bell(real z) { return elementary::exp((real)-0.5 * z * z); }
+    static inline real cdf(real z) { return elementary::normal_cdf(z, bell(z)); }
+    static inline real pdf(real z) { return INV_SQRT_2PI * bell(z); }
     static inline real f(real z, real) { return z * cdf(z); }
     static inline real d1(real z, real, real) { return cdf(z) + z * pdf(z); }
     static inline real d2(real z, real, real) { return (2 - z * z) * pdf(z); }
 };
 struct Silu {
-    static inline real s(real z) { return 1 / (1 + F(exp)(-z)); }
+    static inline real s(real z) { return 1 / (1 + elementary::exp(-z)); }
     static inline real f(real z, real) { return z * s(z); }
     static inline real d1(real z, real, real) { real t = s(z); return t * (1 + z * (1 - t)); }
     static inline real d2(real z, real, real) { real t = s(z); return t * (1 - t) * (2 + z * (1 - 2 * t)); }
 };
 struct Softplus {
     static inline real f(real z, real) {
-        real x = (z > 0 ? z : 0) + F(log1p)(F(exp)(z < 0 ? z : -z));
+        real x = (z > 0 ? z : 0) + elementary::log1p_of_unit(elementary::exp(z < 0 ? z : -z));
         return z > 20 ? z : x; // as torch
     }
-    static inline real s(real x) { real e = F(exp)(-x); return x > 20 ? 1 : 1 - e; }
+    static inline real s(real x) { real e = elementary::exp(-x); return x > 20 ? 1 : 1 - e; }
     static inline real d1(real, real x, real) { return s(x); }
     static inline real d2(real, real x, real) { return s(x) * (1 - s(x)); }
 };
@@ -560,7 +552,7 @@ static real loss(const Net &net, const Set &set, const real *out, real *prob, re
         real top = largest(o, y.out);
         for (i64 j = 0; j < y.op; j++) prob[i * y.op + j] = o[j] - top;
     }
-    for (i64 i = 0; i < set.rows * y.op; i++) prob[i] = F(exp)(prob[i]);
+    for (i64 i = 0; i < set.rows * y.op; i++) prob[i] = elementary::exp(prob[i]);
     for (i64 i = 0; i < set.rows; i++) {
         const real *o = out + i * y.op;
         real w = set.weight ? set.weight[i] : even, *p = prob + i * y.op, *g = d + i * y.op, norm = 0;
