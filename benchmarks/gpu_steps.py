@@ -24,7 +24,9 @@ from run import WORKLOADS, Batch, LibraryStep, PlainLoop, make_batch, make_mlp, 
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, traced
+from sklearn_maml import MAMLClassifier, MAMLRegressor
+from sklearn_maml.engine.tracing import graphs
+from sklearn_maml.engine.tracing.recording import first_line
 
 # largest relative error of a meta-gradient that is timed; float32 has 1e-7 to 1e-5, TF32 1e-3
 ALLOWED = {"full": 2e-4, "tf32": 0.05, "bf16": 0.5}
@@ -241,7 +243,7 @@ def measure(
                     context.emit(result)
                     result.fit_ms = fit()
         except Exception as error:  # whatever it is, the others are to be measured
-            result.reason = f"{type(error).__name__}: {traced.first_line(error)}"
+            result.reason = f"{type(error).__name__}: {first_line(error)}"
         finally:
             if hasattr(step, "close"):
                 step.close()
@@ -387,12 +389,12 @@ def launched_by(launch: Callable[..., Any]) -> Iterator[None]:
 
     There is no public way to that. `StepResult.ran_as` says what came of it.
     """
-    original = traced._launched_at_once
-    traced._launched_at_once = launch
+    original = graphs._launched_at_once
+    graphs._launched_at_once = launch
     try:
         yield
     finally:
-        traced._launched_at_once = original
+        graphs._launched_at_once = original
 
 
 def by_inductor(backend: str) -> Callable[..., Any]:

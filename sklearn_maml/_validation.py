@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from sklearn.base import clone
+
 __all__ = [
     "PrefixedParamsMixin",
     "check_keywords",
@@ -16,6 +18,7 @@ __all__ = [
     "is_integer",
     "is_number",
     "keeps_state_on_error",
+    "resolve_object",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -162,3 +165,41 @@ class PrefixedParamsMixin:
                 f"{type(self).__name__} has no parameter {name!r}.{did_you_mean(name, candidates)}"
                 f" Expected one of {sorted(known)} or a prefixed parameter ({prefixes})."
             )
+
+
+def resolve_object(
+    parameter: str, value: Any, options: dict[str, Any], base: type, known: dict[str, Any]
+) -> Any:
+    """Return a checked copy of the object that a parameter is, or names.
+
+    Parameters
+    ----------
+    parameter : str
+        Name of the parameter, for messages.
+    value : object
+        An object of a subclass of `base`, or the name of one.
+    options : dict
+        Parameters of the object, as ``parameter__*`` gives them.
+    base : type
+    known : dict of str to type
+        Classes by their names; the first is the example of a message.
+    """
+    if isinstance(value, base):
+        result: Any = clone(value).set_params(**options)
+    elif isinstance(value, str) and value in known:
+        names = sorted(known[value]().get_params())
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{parameter}={value!r} got the options {unknown}; it takes {names or 'none'}."
+            )
+        result = known[value](**options)
+    else:
+        example = next(iter(known.values())).__name__
+        article = "an" if base.__name__[0] in "AEIOU" else "a"
+        raise ValueError(
+            f"{parameter}={value!r} is not known. Expected one of {sorted(known)} or {article} "
+            f"{base.__name__} object such as sklearn_maml.{parameter}s.{example}()."
+        )
+    result.check()
+    return result

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
-from sklearn_maml.batch_norm import TaskBatchNorm
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.engine.batch_norm import TaskBatchNorm
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 
@@ -269,7 +269,7 @@ def test_pieces_of_the_query_set_give_the_same_numbers(name, monkeypatch):
     for mode in MODES:
         whole = meta_step(engine_in(mode, module), module, batch)
         with monkeypatch.context() as patch:
-            patch.setattr("sklearn_maml.conv.ACTIVATION_BYTES", 1)
+            patch.setattr("sklearn_maml.engine.conv.layers.ACTIVATION_BYTES", 1)
             for options in ({}, {"max_tasks_in_memory": 2}):
                 step = meta_step(engine_in(mode, module, **options), module, batch)
                 assert difference(step.grads, whole.grads) <= 1e-9

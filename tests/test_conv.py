@@ -9,8 +9,9 @@ from builders import build, make_engine, make_meta_params
 from torch import nn
 from torch.nn import functional
 
-from sklearn_maml import conv
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.engine.conv import layers, products
+from sklearn_maml.engine.conv.norms import normalise
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 TOLERANCE = 1e-9
@@ -154,8 +155,8 @@ def test_learned_rates_and_step_counts_equal_the_loop(n_tasks, steps):
 def test_tasks_in_chunks_give_the_same_numbers(monkeypatch):
     module, batch = build_net("stride"), make_batch(5)
     whole = run(module, batch, "auto")
-    monkeypatch.setattr(conv, "ACTIVATION_BYTES", 2 * 5 * 8 * SIDE**2 * 3)
-    assert conv.tasks_at_a_time(module, batch.support.X) not in (1, 5)
+    monkeypatch.setattr(layers, "ACTIVATION_BYTES", 2 * 5 * 8 * SIDE**2 * 3)
+    assert layers.tasks_at_a_time(module, batch.support.X) not in (1, 5)
     assert largest_difference(run(module, batch, "auto"), whole) < TOLERANCE
 
 
@@ -164,8 +165,8 @@ def test_tasks_in_chunks_give_the_same_numbers(monkeypatch):
 def test_either_way_to_convolve_gives_the_same_numbers(small, channels, monkeypatch):
     """In float32 on CPUs, where the shapes decide; both ways against the loop."""
     for name in ("SMALL_CONVOLUTION", "SMALL_WEIGHT_GRADIENT"):
-        monkeypatch.setattr(conv, name, small)
-    monkeypatch.setattr(conv, "FEW_CHANNELS", 0)
+        monkeypatch.setattr(products, name, small)
+    monkeypatch.setattr(products, "FEW_CHANNELS", 0)
     module = build_net("one channel" if channels == 1 else "no norm", torch.float32)
     batch = make_batch(3, channels=channels, dtype=torch.float32)
     for what in ("all", "head"):
@@ -177,7 +178,7 @@ def test_a_sum_over_tasks_taken_for_each_task_would_be_noticed(monkeypatch):
     """Negative control: the promise that only sums are asked for, made where it is not true."""
     module, batch = build_net("stride"), make_batch(3)
     expected = run(module, batch, "loop")
-    monkeypatch.setattr(conv._sums, "only", True, raising=False)
+    monkeypatch.setattr(products.Sums, "only", True)
     assert largest_difference(run(module, batch, "auto"), expected) > 1e-4
 
 
@@ -190,7 +191,7 @@ def test_wrong_order_would_be_noticed():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_nets_are_left_to_the_other_rungs(name):
-    assert not conv.is_conv_net(REFUSED[name]())
+    assert not layers.is_conv_net(REFUSED[name]())
 
 
 def test_products_pass_gradgradcheck():
@@ -200,7 +201,7 @@ def test_products_pass_gradgradcheck():
     geometry = ((2, 1), (1, 0))
 
     def convolve(x, w):
-        return conv._Convolution.apply(x, w, geometry)
+        return products.convolve(x, w, geometry, products.Sums())
 
     expected = torch.stack(
         [functional.conv2d(a, b, None, *geometry) for a, b in zip(x, w, strict=True)]
@@ -218,17 +219,18 @@ def test_batch_norm_passes_gradgradcheck(affine, relu):
     own = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
     own = [p.requires_grad_() for p in own] if affine else []
 
-    def normalise(x, *own):
-        return conv._Norm.apply(x, *(own or (None, None)), 1e-5, relu)
+    def norm(x, *own):
+        how = {"relu": relu, "n_own": 6, "in_place": False}
+        return normalise(x, *(own or (None, None)), 1e-5, **how)
 
     for t in range(2):
         expected = functional.batch_norm(
             x[t], None, None, *(p[t] for p in own), training=True, eps=1e-5
         )
         expected = expected.relu() if relu else expected
-        torch.testing.assert_close(normalise(x, *own)[t], expected)
-    assert torch.autograd.gradcheck(normalise, (x, *own))
-    assert torch.autograd.gradgradcheck(normalise, (x, *own))
+        torch.testing.assert_close(norm(x, *own)[t], expected)
+    assert torch.autograd.gradcheck(norm, (x, *own))
+    assert torch.autograd.gradgradcheck(norm, (x, *own))
 
 
 @pytest.mark.parametrize("n_own", [6, 4], ids=["own statistics", "those of the first rows"])
@@ -242,11 +244,8 @@ def test_batch_norm_in_place_equals_the_one_that_is_not(affine, relu, n_own):
     for in_place in (False, True):
         leaves = [p.clone().requires_grad_() for p in (x, *(own if affine else []))]
         rows = leaves[0] + 100.0  # a mean far from zero, and memory that may be overwritten
-        given = (rows, *(leaves[1:] or (None, None)), 1e-5, relu)
-        if in_place:
-            y = conv._NormOnce.apply(*given, n_own)
-        else:
-            y = conv._Norm.apply(*given) if n_own == 6 else conv._norm_of_all(*given, n_own)
+        how = {"relu": relu, "n_own": n_own, "in_place": in_place}
+        y = normalise(rows, *(leaves[1:] or (None, None)), 1e-5, **how)
         before = y.detach().clone()
         results.append([before, *torch.autograd.grad(y, leaves, gy.clone())])
     for expected, got in zip(*results, strict=True):
@@ -255,11 +254,11 @@ def test_batch_norm_in_place_equals_the_one_that_is_not(affine, relu, n_own):
 
 def test_convolving_some_channels_at_a_time_gives_the_same_numbers():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 2 * conv.CHANNEL_BLOCK + 3, 6, 5, generator=generator)
+    x = torch.randn(4, 2 * products.CHANNEL_BLOCK + 3, 6, 5, generator=generator)
     w = torch.randn(8, x.shape[1], 3, 2, generator=generator)
     geometry = ((2, 1), (1, 0))
     expected = functional.conv2d(x, w, None, *geometry)
-    torch.testing.assert_close(conv._in_blocks(x, w, geometry), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products._in_blocks(x, w, geometry), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_value_per_channel_is_refused():

@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
-from sklearn_maml import engine as engine_module
 from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.engine import cross_entropy_rows
+from sklearn_maml.engine import engine as engine_module
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.modules import ACTIVATIONS, make_mlp
 from sklearn_maml.threads import one_thread

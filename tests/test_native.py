@@ -23,9 +23,9 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from test_engine import Tied
 from torch import nn
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, engine, native
+from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, squared_error_rows
+from sklearn_maml.engine import Engine, engine, squared_error_rows
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names

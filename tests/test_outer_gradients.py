@@ -34,10 +34,11 @@ from test_meta_gradients import relative_error
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor, conv
+from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import Engine, cross_entropy_rows
+from sklearn_maml.engine.conv import layers
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
 from sklearn_maml.modules import adapted_names
@@ -580,7 +581,7 @@ def test_rungs_agree_for_nets_of_all_kinds(monkeypatch, name, gradient, adapted)
     for rung in rungs:
         assert_same(meta_step(module, batch, gradient, rung, **options), expected, batch)
     # a few tasks at a time, as larger nets are run
-    monkeypatch.setattr(conv, "ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(layers, "ACTIVATION_BYTES", 1)
     if "stacked" in rungs:
         assert_same(meta_step(module, batch, gradient, "stacked", **options), expected, batch)
 

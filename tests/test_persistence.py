@@ -39,11 +39,11 @@ from sklearn_maml import (
 )
 from sklearn_maml import persistence as persistence_module
 from sklearn_maml.datasets import make_sinusoid_tasks
+from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.meta_gradients import Implicit
 from sklearn_maml.modules import ContextMLP
 from sklearn_maml.storage import Decoder, Encoder, read_tree, write_tree
-from sklearn_maml.traced import Tracer
 from sklearn_maml.training.checkpoint import CheckpointedFit
 from sklearn_maml.update_rules import LogisticHead, MetaSGD, PerLayerPerStep
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import Engine, _tf32, squared_error_rows
+from sklearn_maml.engine import Engine, squared_error_rows
+from sklearn_maml.engine.engine import _tf32
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.update_rules import SGD
 
@@ -160,21 +161,21 @@ def test_tf32_holds_for_the_fit_alone():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_recorded_steps_are_captured_as_cuda_graphs(monkeypatch):
-    from sklearn_maml import traced
+    from sklearn_maml.engine.tracing import graphs, tracer
 
     made = []
-    original = traced.CudaGraph.__init__
+    original = graphs.CudaGraph.__init__
 
     def spy(self, *args):
         original(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(traced.CudaGraph, "__init__", spy)
+    monkeypatch.setattr(graphs.CudaGraph, "__init__", spy)
     long = {"max_iter": 1100, "n_shots": 5, "n_queries": 5, "device": "cuda"}
     reg = fitted(X32, Y32, **long)
     assert made
     # the same fit without a record
-    monkeypatch.setattr(traced.Tracer.__init__, "__defaults__", (10**9, 3, 10**9, 1))
+    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (10**9, 3, 10**9, 1))
     plain = fitted(X32, Y32, **long)
     for a, b in zip(reg.module_.parameters(), plain.module_.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)

@@ -30,8 +30,9 @@ from test_engine import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sklearn_maml import MAMLRegressor, compiled, engine, traced
-from sklearn_maml.engine import cross_entropy_rows, is_row_wise
+from sklearn_maml import MAMLRegressor, compiled
+from sklearn_maml.engine import cross_entropy_rows, engine, is_row_wise
+from sklearn_maml.engine.tracing import graphs, tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.update_rules import SGD, MetaSGD
 
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 
 @pytest.fixture(autouse=True)
 def nothing_traced_yet(monkeypatch):
-    monkeypatch.setattr(traced, "_cache", type(traced._cache)())
+    monkeypatch.setattr(graphs, "_cache", type(graphs._cache)())
 
 
 def traced_steps(module, batch, n=3, *, rung="traced", alpha=0.2, steps=3, **options):
@@ -254,7 +255,7 @@ def test_a_traced_graph_reads_the_parameters_rows_and_buffers_it_is_given():
     batch = make_batch(EQUAL, (3,), seed=1)
     runner, step = traced_steps(second, batch, n=2)
     assert runner.tracer.n_traced == 1
-    assert len(traced._cache) == 1
+    assert len(graphs._cache) == 1
     assert_same(step.grads, task_by_task(second, batch)["grads"])
 
 
@@ -421,7 +422,7 @@ def test_a_graph_that_disagrees_with_the_module_is_not_used(monkeypatch):
     def wrong(function, inputs):
         return lambda *tensors: [t + 1e-3 for t in function(*tensors)]
 
-    monkeypatch.setattr(traced, "trace", wrong)
+    monkeypatch.setattr(graphs, "trace", wrong)
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
     with pytest.warns(EngineFallbackWarning, match="other numbers"):
         runner, step = traced_steps(module, batch)
@@ -448,8 +449,8 @@ def test_modules_that_differ_in_a_number_do_not_share_graphs():
         module = build(functools.partial(GroupOnInit, power))
         _, step = traced_steps(module, batch)
         assert_same(step.grads, task_by_task(module, batch)["grads"])
-    assert len(traced._cache) == 2
-    assert traced.module_key(build(TwoLayers)) == traced.module_key(build(TwoLayers, seed=1))
+    assert len(graphs._cache) == 2
+    assert graphs.module_key(build(TwoLayers)) == graphs.module_key(build(TwoLayers, seed=1))
 
 
 def test_alpha_steps_and_shapes_have_graphs_of_their_own():
@@ -470,11 +471,11 @@ def test_alpha_steps_and_shapes_have_graphs_of_their_own():
 
 
 def test_the_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(traced, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     batch = make_batch(EQUAL, (3,))
     for alpha in (0.1, 0.2, 0.3):
         traced_steps(build(TwoLayers), batch, n=1, alpha=alpha, steps=1)
-    assert len(traced._cache) == 2
+    assert len(graphs._cache) == 2
 
 
 def test_graphs_are_shared_by_threads():
@@ -493,7 +494,7 @@ def test_graphs_are_shared_by_threads():
             assert n_traced == 1
             for g in grads:
                 assert_same(g, right)
-    assert len(traced._cache) == 1
+    assert len(graphs._cache) == 1
 
 
 def test_an_engine_with_graphs_can_be_pickled_and_copied():
@@ -513,7 +514,7 @@ def test_tracing_waits_until_a_shape_has_recurred_and_enough_is_to_come():
     often, seldom = make_batch(EQUAL, (3,)), make_batch(([5, 5], [2, 2]), (3,))
     params = make_meta_params(module)
     runner = make_engine(module, "auto")
-    runner.tracer = traced.Tracer(min_updates=10, min_seen=3)
+    runner.tracer = tracer.Tracer(min_updates=10, min_seen=3)
     runner.tracer.updates_left = 20
     counts = []
     for k in range(20):
@@ -527,7 +528,7 @@ def test_nothing_is_traced_unless_asked_for():
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
     runner, _ = traced_steps(module, batch, n=10, rung="auto")
     assert runner.tracer.n_traced == 0
-    runner.tracer.updates_left = traced.MIN_UPDATES - 1
+    runner.tracer.updates_left = tracer.MIN_UPDATES - 1
     runner.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
     assert runner.tracer.n_traced == 0
 
@@ -554,7 +555,7 @@ def coefficients(reg):
 def test_a_long_fit_climbs_and_learns_the_same(monkeypatch):
     seen = []
 
-    class Eager(traced.Tracer):
+    class Eager(tracer.Tracer):
         def __init__(self, *args):
             super().__init__(5, 2)
             seen.append(self)
@@ -563,14 +564,14 @@ def test_a_long_fit_climbs_and_learns_the_same(monkeypatch):
     monkeypatch.setattr(engine, "Tracer", Eager)
     cold, warm = (coefficients(fit_custom(max_iter=30)) for _ in range(2))
     assert max(tracer.n_traced for tracer in seen) == 1
-    assert len(traced._cache) == 1
+    assert len(graphs._cache) == 1
     assert torch.equal(cold, warm)  # whether the process had the graph makes no difference
     torch.testing.assert_close(cold, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_a_short_fit_traces_nothing():
     fit_custom(max_iter=50)
-    assert not traced._cache
+    assert not graphs._cache
 
 
 def test_batches_with_diverging_tasks_wait():
@@ -588,7 +589,7 @@ def test_batches_with_diverging_tasks_wait():
 def compiling_engine(module, *, delay=3):
     """Engine that traces and starts to compile at its first step."""
     runner = make_engine(module, "auto")
-    runner.tracer = traced.Tracer(1, 1, compile_from=1, compile_delay=delay)
+    runner.tracer = tracer.Tracer(1, 1, compile_from=1, compile_delay=delay)
     runner.tracer.updates_left = 1000
     return runner
 
@@ -701,7 +702,7 @@ class Library:
 @pytest.mark.parametrize("error", [1e-13, 1e-3])
 def test_a_library_is_used_from_a_fixed_update_on_if_it_agrees(error, monkeypatch):
     monkeypatch.setattr(Library, "error", error)
-    monkeypatch.setattr(traced, "Compilation", Library)
+    monkeypatch.setattr(tracer, "Compilation", Library)
     module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
     runner, params, used = compiling_engine(module, delay=3), make_meta_params(module), []
     with warnings.catch_warnings(record=True) as record:

@@ -31,8 +31,8 @@ from sklearn_maml import (
     class_permutation_audit,
     load,
     task_scores,
-    traced,
 )
+from sklearn_maml.engine.tracing import graphs, tracer
 from sklearn_maml.exceptions import (
     DeviceWarning,
     EngineFallbackWarning,
@@ -972,15 +972,15 @@ LONG = {"max_iter": 8, "n_shots": 5, "n_queries": 5}
 @pytest.fixture
 def traces(monkeypatch):
     """Trace a step at once, and count what is traced and captured."""
-    monkeypatch.setattr(traced.Tracer.__init__, "__defaults__", (1, 2, 10**9, 1))
+    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (1, 2, 10**9, 1))
     made = []
-    original = traced.CudaGraph.__init__
+    original = graphs.CudaGraph.__init__
 
     def spy(self, *args):
         original(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(traced.CudaGraph, "__init__", spy)
+    monkeypatch.setattr(graphs.CudaGraph, "__init__", spy)
     return made
 
 
@@ -1041,7 +1041,7 @@ def test_convolutions_run_as_they_are_where_nothing_is_captured(traces):
 
 def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
     with capturing():
-        graph = traced.CudaGraph(
+        graph = graphs.CudaGraph(
             lambda a, b: [a @ b, a + 1], [torch.ones(2, 2, device=DEVICE)] * 2, torch.elsewhere
         )
     first = [torch.full((2, 2), v, device=DEVICE) for v in (2.0, 3.0)]
@@ -1059,7 +1059,7 @@ def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
 def test_a_graph_takes_the_arguments_of_each_call(traces):
     weights = torch.ones(3, device=DEVICE)
     with capturing():
-        graph = traced.CudaGraph(
+        graph = graphs.CudaGraph(
             lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.elsewhere
         )
     weights.mul_(10)
@@ -1084,7 +1084,7 @@ def test_waiting_while_a_graph_is_captured_is_refused():
         return [a * a.sum().item()]
 
     with capturing(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        traced.CudaGraph(step, [torch.ones(2, device=DEVICE)], torch.elsewhere)
+        graphs.CudaGraph(step, [torch.ones(2, device=DEVICE)], torch.elsewhere)
 
 
 def test_a_step_that_draws_is_not_captured(traces):

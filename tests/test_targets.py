@@ -23,10 +23,10 @@ from sklearn_maml import (
     adapt,
     load,
     task_scorer,
-    traced,
 )
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.engine.tracing import graphs
 from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.learners import Learner
 from sklearn_maml.targets import (
@@ -71,7 +71,7 @@ class OwnSquares(Loss):
 
 @pytest.fixture(autouse=True)
 def nothing_traced_yet(monkeypatch):
-    monkeypatch.setattr(traced, "_cache", type(traced._cache)())
+    monkeypatch.setattr(graphs, "_cache", type(graphs._cache)())
 
 
 def counts(n_tasks=8, n_rows=12, seed=0):

@@ -19,12 +19,12 @@ from sklearn_maml import (
     MAMLRegressor,
     adapt,
     adapt_predict,
-    engine,
     task_scorer,
     task_scores,
 )
 from sklearn_maml.datasets import SinusoidTasks
-from sklearn_maml.engine import CLIMB_UPDATES, Engine
+from sklearn_maml.engine import Engine, engine
+from sklearn_maml.engine.engine import CLIMB_UPDATES
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.update_rules import SGD, UpdateRule
 

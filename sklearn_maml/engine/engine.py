@@ -37,21 +37,26 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_maml.batch_norm import replace_batch_norms, run_on_query
-from sklearn_maml.conv import (
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, put_back
+from sklearn_maml.engine.batch_norm import replace_batch_norms, run_on_query
+from sklearn_maml.engine.conv.layers import (
     ConvAutograd,
+    Layer,
+    Pass,
     compose,
     conv_forward,
     gradient_now,
     is_conv_net,
     keep_memory,
     spread,
-    support_first,
     tasks_at_a_time,
 )
-from sklearn_maml.data.episodes import EpisodeBatch, Rows, put_back
+from sklearn_maml.engine.conv.products import Sums
+from sklearn_maml.engine.tracing.graphs import captures, module_key, settings_key
+from sklearn_maml.engine.tracing.recording import Untraceable, first_line
+from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
-from sklearn_maml.inner_loop import (
+from sklearn_maml.inner import (
     Autograd,
     Differentiator,
     Functorch,
@@ -60,19 +65,17 @@ from sklearn_maml.inner_loop import (
     adapt,
     mean_loss,
 )
-from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, SecondOrder
+from sklearn_maml.meta_gradients import (
+    FirstOrder,
+    Implicit,
+    MetaGradient,
+    SecondOrder,
+    prepares_positions,
+)
 from sklearn_maml.modules import ContextMLP, linear_head
 from sklearn_maml.native import Kernel, Layout, NativeUnavailableError, describe
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
 from sklearn_maml.threads import several_threads, threads_for
-from sklearn_maml.traced import (
-    Tracer,
-    Untraceable,
-    captures,
-    first_line,
-    module_key,
-    settings_key,
-)
 from sklearn_maml.update_rules import SGD, UpdateRule, has_linear_rates
 
 __all__ = [
@@ -219,14 +222,14 @@ def _is_stackable(module: nn.Module) -> bool:
     )
 
 
-def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
+def _stacked_forward(module: nn.Module) -> Layer:
     """Forward pass of a stackable module for parameters with a leading task axis."""
     if is_conv_net(module):
         return conv_forward(module, ELEMENTWISE)
-    layers: list[Callable[[Params, Tensor], Tensor]] = []
+    layers: list[Layer] = []
 
-    def linear(name: str, has_bias: bool) -> Callable[[Params, Tensor], Tensor]:
-        def forward(params: Params, x: Tensor) -> Tensor:
+    def linear(name: str, has_bias: bool) -> Layer:
+        def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
             weight = params[f"{name}weight"].transpose(-1, -2)
             if not has_bias:
                 return torch.bmm(x, weight)
@@ -234,8 +237,8 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
 
         return forward
 
-    def layer_norm(name: str, layer: nn.LayerNorm) -> Callable[[Params, Tensor], Tensor]:
-        def forward(params: Params, x: Tensor) -> Tensor:
+    def layer_norm(name: str, layer: nn.LayerNorm) -> Layer:
+        def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
             x = functional.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
             if layer.elementwise_affine:
                 x = x * params[f"{name}weight"].unsqueeze(-2)
@@ -245,8 +248,8 @@ def _stacked_forward(module: nn.Module) -> Callable[[Params, Tensor], Tensor]:
 
         return forward
 
-    def elementwise(layer: nn.Module) -> Callable[[Params, Tensor], Tensor]:
-        return lambda params, x: layer(x)
+    def elementwise(layer: nn.Module) -> Layer:
+        return lambda params, x, how: layer(x)
 
     # a layer without parameters may be used twice in a sequence
     for name, m in module.named_modules(remove_duplicate=False):
@@ -538,8 +541,7 @@ class Engine:
 
         The meta-gradients of users may look at the rows themselves.
         """
-        own = type(self.meta_gradient).episodes
-        if own is MetaGradient.episodes or own.__module__ != MetaGradient.__module__:
+        if not prepares_positions(self.meta_gradient):
             return None
         return functools.partial(self.meta_gradient.episodes, steps=steps)
 
@@ -847,12 +849,12 @@ class Engine:
                     **adapted.statistics,
                 }
                 if not self._convolves:
-                    return self._forward(stacked, query.X)
+                    return self._forward(stacked, query.X, Pass())
                 step = tasks_at_a_time(self.module, query.X)
                 parts = [slice(start, start + step) for start in range(0, len(query), step)]
                 return torch.cat(
                     [
-                        self._forward({n: p[k] for n, p in stacked.items()}, query.X[k])
+                        self._forward({n: p[k] for n, p in stacked.items()}, query.X[k], Pass())
                         for k in parts
                     ]
                 )
@@ -1047,10 +1049,11 @@ class Engine:
         self, meta_params: Params, batch: EpisodeBatch, alpha: float, steps: int
     ) -> MetaStep:
         n_tasks = len(batch)
-        diff = ConvAutograd() if self._convolves else Autograd()
+        how = Pass()
+        diff = ConvAutograd(how.sums) if self._convolves else Autograd()
         problem = self._problem(
-            self._forward,
-            self._stacked_query,
+            lambda params, x: self._forward(params, x, how),
+            lambda params, a, b: self._stacked_query(params, a, b, how),
             batch.support,
             batch.query,
             alpha,
@@ -1061,18 +1064,21 @@ class Engine:
         )
         # meta-gradients of users may differentiate the query loss twice
         if self._convolves and type(self.meta_gradient) in (SecondOrder, FirstOrder, Implicit):
-            problem.query_loss = self._query_loss_in_pieces(batch)
+            problem.query_loss = self._query_loss_in_pieces(batch, how.sums)
         grads, (_, (losses, output)) = self.meta_gradient.loss_and_grad(meta_params, problem)
         return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
 
-    def _query_loss_in_pieces(self, batch: EpisodeBatch) -> Callable[[Params], tuple[Tensor, Any]]:
+    def _query_loss_in_pieces(
+        self, batch: EpisodeBatch, sums: Sums
+    ) -> Callable[[Params], tuple[Tensor, Any]]:
         """Query loss that holds the activations of a few tasks only."""
         support, query = batch.support, batch.query
         n_more = support.X.shape[1] if self._uses_support else 0
+        how = Pass(sums, once=True)
 
         def loss(params: Params, tasks: slice) -> tuple[Tensor, Any]:
             y = query.y[tasks]
-            output = self._stacked_query(params, support.X[tasks], query.X[tasks])
+            output = self._stacked_query(params, support.X[tasks], query.X[tasks], how)
             output = _fit_outputs(output, y)
             weight = None if query.weight is None else query.weight[tasks]
             losses = mean_loss(self.row_loss(output, y), weight)
@@ -1080,7 +1086,7 @@ class Engine:
 
         def query_loss(params: Params) -> tuple[Tensor, Any]:
             step = tasks_at_a_time(self.module, query.X, n_more)
-            total, parts = gradient_now(loss, params, len(query), step)
+            total, parts = gradient_now(loss, params, len(query), step, sums)
             losses, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
             return total, (losses, outputs)
 
@@ -1212,17 +1218,15 @@ class Engine:
     def _run_module(self, module: nn.Module, params: Params, x: Tensor) -> Tensor:
         return self._rounded(lambda params, x: functional_call(module, params, (x,)))(params, x)
 
-    def _rounded(
-        self, forward: Callable[[Params, Tensor], Tensor]
-    ) -> Callable[[Params, Tensor], Tensor]:
+    def _rounded(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Forward pass with its matrix products in bfloat16, if that is the precision."""
         if self.precision != "bf16":
             return forward
 
-        def rounded(params: Params, x: Tensor) -> Tensor:
+        def rounded(params: Params, x: Tensor, *how: Pass) -> Tensor:
             # no cache of rounded parameters: it would outlive the transforms of torch.func
             with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-                return forward(params, x).to(x.dtype)
+                return forward(params, x, *how).to(x.dtype)
 
         return rounded
 
@@ -1237,7 +1241,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return inputs of the head, targets and weights of support rows."""
         if batched:
-            features = self._body(params, support.X)
+            features = self._body(params, support.X, Pass())
         else:
             assert self._head is not None
             seen: list[Tensor] = []
@@ -1280,7 +1284,7 @@ class Engine:
             wide = spread(shared, n_tasks)
             return inner(
                 spread(fast, n_tasks),
-                lambda p: loss(self._forward, support, {**wide, **p}),
+                lambda p: loss(lambda *of: self._forward(*of, Pass()), support, {**wide, **p}),
                 differentiator=Autograd(),
                 batched=True,
                 support_set=lambda: self._support_set(wide, support, batched=True),
@@ -1316,18 +1320,20 @@ class Engine:
         """Whether query rows are normalised with the statistics of the support set."""
         return bool(self._norms) and self.batch_norm == "inductive"
 
-    def _stacked_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
+    def _stacked_query(
+        self, params: Params, support_X: Tensor, query_X: Tensor, how: Pass
+    ) -> Tensor:
         """Return outputs on the query rows of all tasks, on the stacked rung."""
         if not self._uses_support:
-            return self._forward(params, query_X)
-        with support_first(support_X.shape[1]):
-            return self._forward(params, torch.cat([support_X, query_X], dim=1))
+            return self._forward(params, query_X, how)
+        how = dataclasses.replace(how, n_support=support_X.shape[1])
+        return self._forward(params, torch.cat([support_X, query_X], dim=1), how)
 
     def _call_module_on_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
         """Return outputs on the query rows of one task."""
         if not self._uses_support:
             return self._call_module(params, query_X)
-        return run_on_query(lambda x: self._call_module(params, x), support_X, query_X)
+        return run_on_query(lambda x: self._call_module(params, x), self.module, support_X, query_X)
 
     def _for_prediction(self, takes_statistics: bool) -> nn.Module:
         """Copy of the module, with its parameters shared, that takes batch statistics as buffers.

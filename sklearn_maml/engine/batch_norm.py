@@ -7,9 +7,7 @@ the statistics too, any number of times and inside `torch.func` transforms. (`co
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["TaskBatchNorm", "replace_batch_norms", "run_on_query"]
-
-# of each layer, the mean and the factor to scale by
-Statistics = dict["TaskBatchNorm", tuple[Tensor, Tensor]]
-
-_pass = threading.local()
 
 
 class TaskBatchNorm(_BatchNorm):
@@ -31,12 +24,15 @@ class TaskBatchNorm(_BatchNorm):
     """
 
     kind: Any
+    # of the support set: the mean and the factor to scale by; whether they are noted or used
+    noted: tuple[Tensor, Tensor] | None
+    notes: bool
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> TaskBatchNorm:
         """Take the place of a layer."""
         own = cls.__new__(cls)
-        own.__dict__.update(layer.__dict__, kind=type(layer))
+        own.__dict__.update(layer.__dict__, kind=type(layer), noted=None, notes=False)
         return own
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -44,13 +40,12 @@ class TaskBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise with the statistics of the rows, or with those noted on the support set."""
-        noted: Statistics | None = getattr(_pass, "noted", None)
-        if noted is None:
+        if not self.notes and self.noted is None:
             return super().forward(x)
         self._check_input_dim(x)
         # statistics of rounded numbers are not rounded themselves, as in torch's own
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        if _pass.notes:
+        if self.notes:
             axes = [axis for axis in range(x.ndim) if axis != 1]
             if x.numel() == x.shape[1]:
                 raise ValueError(
@@ -58,8 +53,9 @@ class TaskBatchNorm(_BatchNorm):
                     f"{tuple(x.shape)}"
                 )
             variance, mean = torch.var_mean(wide, dim=axes, correction=0)
-            noted[self] = mean, (variance + self.eps).rsqrt()
-        mean, scale = noted[self]
+            self.noted = mean, (variance + self.eps).rsqrt()
+        assert self.noted is not None
+        mean, scale = self.noted
         if self.weight is not None:
             scale = scale * self.weight
         shape = (-1, *[1] * (x.ndim - 2))
@@ -69,30 +65,31 @@ class TaskBatchNorm(_BatchNorm):
         return out.to(x.dtype)
 
 
-@contextlib.contextmanager
-def _noting(noted: Statistics, notes: bool) -> Iterator[None]:
-    before = getattr(_pass, "noted", None), getattr(_pass, "notes", False)
-    _pass.noted, _pass.notes = noted, notes
-    try:
-        yield
-    finally:
-        _pass.noted, _pass.notes = before
-
-
-def run_on_query(forward: Callable[[Tensor], Tensor], support_X: Tensor, query_X: Tensor) -> Tensor:
+def run_on_query(
+    forward: Callable[[Tensor], Tensor], module: nn.Module, support_X: Tensor, query_X: Tensor
+) -> Tensor:
     """Run query rows through a module, normalised with the statistics of the support set.
 
     Parameters
     ----------
     forward : callable X -> output
-        Runs a module that `replace_batch_norms` has been applied to.
+        Runs the module.
+    module : Module
+        One that `replace_batch_norms` has been applied to.
     support_X, query_X : Tensor of shape (n_rows, *features)
     """
-    noted: Statistics = {}
-    with _noting(noted, notes=True):
+    norms = [m for m in module.modules() if isinstance(m, TaskBatchNorm)]
+    before = [m.noted for m in norms]
+    try:
+        for m in norms:
+            m.notes = True
         forward(support_X)
-    with _noting(noted, notes=False):
+        for m in norms:
+            m.notes = False
         return forward(query_X)
+    finally:
+        for m, noted in zip(norms, before, strict=True):
+            m.notes, m.noted = False, noted
 
 
 def replace_batch_norms(module: nn.Module) -> tuple[nn.Module, list[str]]:

@@ -1,0 +1,1 @@
+"""Small convolutional networks over a batch of tasks, each task with weights of its own."""

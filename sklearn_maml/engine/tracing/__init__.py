@@ -1,0 +1,1 @@
+"""Traced steps: recorded once, and run as flat graphs from then on."""

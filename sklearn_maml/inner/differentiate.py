@@ -1,0 +1,166 @@
+"""Ways to differentiate functions of a dict of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Autograd", "Differentiator", "Functorch", "Params"]
+
+Params = dict[str, Tensor]
+LossFunction = Callable[[Params], Tensor]
+
+
+class Differentiator(Protocol):
+    """A way to differentiate functions of a dict of parameters."""
+
+    def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
+        """Gradient of a scalar loss at `params`."""
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function`, and its outputs."""
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product of `cotangents` with the Jacobian of `function` at `inputs`."""
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
+
+    def cut(self, params: Params) -> Params:
+        """Parameters cut from the graph, ready to be differentiated again."""
+
+
+class Autograd:
+    """Plain reverse mode: runs every module, those that write to buffers too."""
+
+    def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
+        """Gradient of `loss`; unused parameters get zeros; kept in the graph for order 2."""
+        with torch.enable_grad():
+            grads = torch.autograd.grad(
+                loss(params),
+                list(params.values()),
+                create_graph=order == 2,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return dict(zip(params, grads, strict=True))
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at `params`, and its outputs."""
+        leaves = self.cut(params)
+        with torch.enable_grad():
+            loss, aux = function(leaves)
+            grads = self._backward(loss, list(leaves.values()))
+        return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
+
+    def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(leaves)
+        pairs = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in inputs]
+        outputs, cotangents = map(list, zip(*pairs, strict=True))
+        return list(
+            torch.autograd.grad(
+                outputs, leaves, cotangents, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(leaves)
+        places = [i for i, out in enumerate(outputs) if out.requires_grad]
+
+        def products(cotangents: list[Tensor]) -> list[Tensor]:
+            if not places:
+                return [torch.zeros_like(x) for x in inputs]
+            return list(
+                torch.autograd.grad(
+                    [outputs[i] for i in places],
+                    leaves,
+                    [cotangents[i] for i in places],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+        return products
+
+    def cut(self, params: Params) -> Params:
+        """Detached leaves that require a gradient."""
+        return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+class Functorch:
+    """`torch.func` transforms, which compose with `vmap`.
+
+    Both orders must go through `torch.func`: plain autograd around `vmap` gives wrong second-order
+    gradients for normalisation layers, silently.
+    """
+
+    def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
+        """Gradient of `loss`; detached unless order is 2."""
+        grads = torch.func.grad(loss)(params)
+        return grads if order == 2 else {name: g.detach() for name, g in grads.items()}
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at `params`, and its outputs."""
+        return torch.func.grad_and_value(function, has_aux=True)(params)
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        pull_back: Any = torch.func.vjp(function, inputs)[1]
+        with torch.no_grad():  # else it builds the graph of a further derivative
+            return list(pull_back(cotangents)[0])
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+        pull_back: Any = torch.func.vjp(function, inputs)[1]
+
+        def products(cotangents: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return list(pull_back(cotangents)[0])
+
+        return products
+
+    def cut(self, params: Params) -> Params:
+        """Detached tensors; `torch.func` needs no leaves."""
+        return {name: p.detach() for name, p in params.items()}

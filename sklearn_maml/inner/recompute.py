@@ -1,0 +1,210 @@
+"""Inner steps for second-order meta-gradients that have to fit into little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sklearn_maml.devices import (
+    accelerators,
+    forked_generators,
+    generator_states,
+    set_generator_states,
+)
+from sklearn_maml.inner.differentiate import Params
+from sklearn_maml.inner.loop import InnerProblem, take_step
+
+__all__ = ["RecomputedSteps"]
+
+
+@dataclasses.dataclass
+class RecomputedSteps(InnerProblem):
+    """The inner problem for second-order meta-gradients that keep no graph of the inner steps.
+
+    `value_and_grad` takes functions that adapt by calling `adapt` with the meta-parameters they
+    got. It takes the steps without a graph, keeping the parameters and the
+    state of the rule from before each, and differentiates the function with respect to what it
+    adapted to. Then it sweeps back over the steps, building the graph of one at a time, and
+    multiplies with the Jacobian of that step (Griewank & Walther 2008, ch. 12: a checkpoint at
+    every step).
+
+    Attributes
+    ----------
+    module : Module
+        What `support_loss` runs: its buffers must stay as they are.
+    random : bool
+        Whether the module may draw random numbers, which then are drawn again in the sweep. It
+        sets torch's generators back, so threads must take turns.
+    """
+
+    module: nn.Module = dataclasses.field(default_factory=nn.Module)
+    random: bool = False
+    _given: Params | None = None
+    _adapted: Params = dataclasses.field(default_factory=dict)
+
+    def adapt(
+        self,
+        meta_params: Params,
+        order: int,
+        on_step: Callable[[Params], None] | None = None,
+    ) -> Params:
+        """All parameters after the inner steps; see `InnerProblem.adapt`."""
+        if meta_params is self._given and order == 2 and on_step is None:
+            return {**self.start(meta_params)[1], **self._adapted}
+        return super().adapt(meta_params, order, on_step)
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Params, tuple[Tensor, Any]]:
+        """Gradient of the first output of `function` at the meta-parameters, and its outputs."""
+        differentiator = self.differentiator
+        kept, fast, state = self._forward(params)
+        names = list(fast)
+
+        def of_adapted(joint: Params) -> tuple[Tensor, Any]:
+            self._given = {name: joint[name] for name in params}
+            self._adapted = {name: joint[f"adapted.{name}"] for name in names}
+            try:
+                return function(self._given)
+            finally:
+                self._given, self._adapted = None, {}
+
+        grads, outputs = differentiator.value_and_grad(
+            of_adapted, {**params, **{f"adapted.{name}": p for name, p in fast.items()}}
+        )
+        cotangents = [grads.pop(f"adapted.{name}") for name in names]
+        cotangents += [torch.zeros_like(t) for t in _split_state(state)[0]]
+        del fast, state
+        # a step sees the initial values of what adapts through the step before it alone
+        seen = [name for name in params if name.removeprefix("module.") not in names]
+        with self._forked_generators():
+            while kept:
+                fast, state, generators = kept.pop()
+                self._set_generators(generators)
+                cotangents, of_seen = self._pull_back(
+                    len(kept), params, seen, fast, state, cotangents
+                )
+                for name, g in zip(seen, of_seen, strict=True):
+                    grads[name] = grads[name] + g
+
+        def begin(meta: list[Tensor]) -> list[Tensor]:
+            fast, _, _ = self.start(dict(zip(params, meta, strict=True)))
+            return [*fast.values(), *_split_state(self.rule.start(fast))[0]]
+
+        of_start = differentiator.vjp(begin, list(params.values()), cotangents)
+        total = {n: grads[n] + g for n, g in zip(params, of_start, strict=True)}
+        return total, outputs
+
+    def _forward(self, meta: Params) -> tuple[list[tuple[Params, Any, list[Tensor]]], Params, Any]:
+        """Adapt without a graph; return what each step started from, and where they ended."""
+        cut = self.differentiator.cut
+        fast, shared, rates = self.start(meta)
+        initial = fast = cut(fast)
+        state = _cut_state(self.rule.start(fast))
+        buffers = [(b, b._version) for b in self.module.buffers()]
+        kept = []
+        for k in range(self.steps):
+            kept.append((fast, state, self._generators()))
+            fast, state = take_step(
+                k,
+                fast,
+                state,
+                lambda p: self.support_loss({**shared, **p}),
+                initial=initial,
+                rates=rates,
+                order=0,
+                **self.how,
+            )
+            fast, state = cut(fast), _cut_state(state)
+        now = list(self.module.buffers())
+        if len(now) != len(buffers) or any(
+            new is not old or new._version != version
+            for new, (old, version) in zip(now, buffers, strict=True)
+        ):
+            raise ValueError(
+                f"{type(self.module).__name__} writes to its buffers in its forward pass, so "
+                "computing an inner step again gives another result. Use checkpoint_steps=False "
+                "with it, or a module that leaves its buffers alone."
+            )
+        return kept, fast, state
+
+    def _pull_back(
+        self,
+        k: int,
+        meta: Params,
+        seen: list[str],
+        fast: Params,
+        state: Any,
+        cotangents: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Multiply with the Jacobian of step `k`: for what it started from, and for `seen`."""
+        carried, with_carried = _split_state(state)
+        names = list(fast)
+
+        def step(inputs: list[Tensor]) -> list[Tensor]:
+            own = dict(zip(names, inputs, strict=False))
+            rest = dict(zip(seen, inputs[len(names) + len(carried) :], strict=True))
+            _, shared, rates = self.start({**meta, **rest})
+            new, new_state = take_step(
+                k,
+                own,
+                with_carried(inputs[len(names) : len(names) + len(carried)]),
+                lambda p: self.support_loss({**shared, **p}),
+                initial=own,  # plays no part: `proximal` is 0 where steps are recomputed
+                rates=rates,
+                order=2,
+                **self.how,
+            )
+            return [*(new[name] for name in names), *_split_state(new_state)[0]]
+
+        inputs = [*fast.values(), *carried, *(meta[name] for name in seen)]
+        grads = self.differentiator.vjp(step, inputs, cotangents)
+        n_own = len(names) + len(carried)
+        return grads[:n_own], grads[n_own:]
+
+    # -- random numbers --------------------------------------------------------------------------
+
+    def _generators(self) -> list[Any]:
+        return generator_states(accelerators(self.module.parameters())) if self.random else []
+
+    def _set_generators(self, states: list[Any]) -> None:
+        if states:
+            set_generator_states(accelerators(self.module.parameters()), states)
+
+    def _forked_generators(self) -> Any:
+        """Context after which torch's generators are as they were before."""
+        if not self.random:
+            return contextlib.nullcontext()
+        return forked_generators(accelerators(self.module.parameters()))
+
+
+def _split_state(state: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """Tensors of a rule's state that have a derivative, and how to put others in their place."""
+    leaves, spec = tree_flatten(state)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise TypeError(
+                "checkpoint_steps needs an update rule whose state is made of dicts, lists and "
+                f"tuples of tensors and numbers; got a {type(leaf).__name__} in it. Change the "
+                "rule or use checkpoint_steps=False."
+            )
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def with_tensors(tensors: list[Tensor]) -> Any:
+        new = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            new[i] = tensor
+        return tree_unflatten(new, spec)
+
+    return [leaves[i] for i in places], with_tensors
+
+
+def _cut_state(state: Any) -> Any:
+    tensors, with_tensors = _split_state(state)
+    return with_tensors([t.detach() for t in tensors])
