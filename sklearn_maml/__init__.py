@@ -15,7 +15,7 @@ from sklearn_maml.evaluation import (
     task_scores,
 )
 from sklearn_maml.inspection import class_permutation_audit
-from sklearn_maml.persistence import load
+from sklearn_maml.persistence import load, save
 from sklearn_maml.training.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "compare_baselines",
     "load",
     "register_container",
+    "save",
     "task_scorer",
     "task_scores",
 ]

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from sklearn_maml.exceptions import FileFormatError
 
-__all__ = ["Decoder", "Encoder", "digest_of", "read_tree", "write_tree"]
+__all__ = [
+    "FORMAT",
+    "Decoder",
+    "Encoder",
+    "as_array",
+    "as_tensor",
+    "digest_of",
+    "read_tree",
+    "write_tree",
+]
 
 # raised with every change after which versions would misread each other's files
 FORMAT = 2
@@ -48,6 +57,8 @@ _TORCH_DTYPES = {
 # arrays of other dtypes (strings, dates, complex and unsigned numbers) are stored as bytes
 _AS_TENSOR = {"|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8"}
 _DTYPE = re.compile(r"[<|](b1|[iu][1248]|f[248]|c8|c16|f16|c32|[SU]\d+|[mM]8(\[\d*\w+\])?)")
+# bits of numbers for which numpy has no dtype
+BFLOAT16 = np.dtype([("bfloat16", "<i2")])
 _LISTS: dict[type, tuple[str, torch.dtype]] = {
     bool: ("bool", torch.bool),
     int: ("int", torch.int64),
@@ -337,6 +348,20 @@ def _read_dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise ValueError(f"{name!r} is no dtype of numbers, strings or dates")
     return np.dtype(name)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of an `Encoder` as an array; one that numpy has no dtype for, as its bits."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Return the tensor of which `as_array` made an array."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def digest_of(value: Any, other: Callable[[Any, Encoder, str], Any] | None = None) -> str:

@@ -7,7 +7,8 @@ asserted in a comment that the reader does not see, behind the block it is about
     assert error < 0.5
     -->
 
-Code of other libraries is a ``text`` block.
+Code of other libraries is a ``text`` block. A block that needs one, behind a comment
+``<!-- needs skops -->``, is skipped where it is missing; `make test-integration` runs it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from sklearn_maml.update_rules import UpdateRule
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BUILT = {"_build", "auto_examples", "generated"}
-BLOCK = re.compile(r"^[ \t]*```python\n(.*?)^[ \t]*```$|^<!-- check\n(.*?)^-->$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:^<!-- needs ([\w, ]+) -->\n+)?"
+    r"(?:^[ \t]*```python\n(.*?)^[ \t]*```$|^<!-- check\n(.*?)^-->$)",
+    re.M | re.S,
+)
 PAGES = {
     path.relative_to(DOCS).as_posix(): path
     for path in sorted(DOCS.rglob("*.md"))
@@ -43,13 +48,22 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the docs are only in 
 
 
 def blocks_of(text):
-    """Line number and code of each block of a page."""
-    found = [(text[: m.start()].count("\n") + 1, m[1] or m[2]) for m in BLOCK.finditer(text)]
-    return [(line, textwrap.dedent(code)) for line, code in found]
+    """Line number, code and the libraries that it needs of each block of a page."""
+    for found in BLOCK.finditer(text):
+        which = 2 if found[2] is not None else 3
+        line = text[: found.start(which)].count("\n")
+        yield line, textwrap.dedent(found[which]), (found[1] or "").replace(",", " ").split()
+
+
+def needs(path):
+    """Libraries that blocks of a page need."""
+    return [n for _, _, needed in blocks_of(path.read_text(encoding="utf-8")) for n in needed]
 
 
 def run(path, names):
-    for line, code in blocks_of(path.read_text(encoding="utf-8")):
+    for line, code, needed in blocks_of(path.read_text(encoding="utf-8")):
+        if any(importlib.util.find_spec(name) is None for name in needed):
+            continue
         tree = ast.increment_lineno(ast.parse(code, str(path)), line)
         exec(compile(tree, str(path), "exec"), names)
 
@@ -70,7 +84,13 @@ def as_reader(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("as_reader")
 @pytest.mark.parametrize(
-    "page", [name for name, path in PAGES.items() if blocks_of(path.read_text(encoding="utf-8"))]
+    "page",
+    [
+        pytest.param(name, marks=[pytest.mark.integration] if needed else [])
+        for name, path in PAGES.items()
+        for needed in ({False, True} if any(needs(path)) else {False})
+        if any(blocks_of(path.read_text(encoding="utf-8")))
+    ],
 )
 def test_the_code_of_a_page_runs(page):
     plt = pytest.importorskip("matplotlib.pyplot")

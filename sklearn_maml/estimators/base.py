@@ -15,7 +15,7 @@ from sklearn_maml.estimators.scoring import Scoring
 from sklearn_maml.estimators.stored import Stored
 from sklearn_maml.estimators.training import Training
 from sklearn_maml.learners.plan import GRADIENT_STEPS
-from sklearn_maml.persistence import describe
+from sklearn_maml.model_files import describe
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.threads import one_thread
 from sklearn_maml.training.checkpoint import begin_checkpointed
@@ -29,6 +29,21 @@ class BaseMAML(Training, Stored, Scoring):
     """What the classifier and the regressor share."""
 
     # `groups` is requested by default, so that metadata routing works without set_*_request
+    __stored_attributes__: ClassVar[tuple[str, ...]] = (
+        "n_features_in_",
+        "feature_names_in_",
+        "feature_shape_",
+        "n_tasks_",
+        "tasks_",
+        "n_iter_",
+        "_dtype",
+        "_flat",
+        "_fingerprints",
+        "_rung",
+        "_score_seed",
+        "learner_weights_",
+    )
+
     __metadata_request__fit: ClassVar = {"groups": True}
     __metadata_request__score: ClassVar = {"groups": True}
     __metadata_request__predict: ClassVar = {"groups": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sklearn.base import ClassifierMixin
@@ -243,6 +243,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
     """
 
     _targets_class = ClassTargets
+    __stored_attributes__: ClassVar = ClassTargets.learned
 
     def __init__(
         self,

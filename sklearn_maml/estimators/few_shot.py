@@ -29,6 +29,13 @@ class _FewShot(SaveMixin, BaseEstimator):
     _prior_class: type[BaseMAML]
     encoded_classes_: Any
 
+    __stored_attributes__: ClassVar = (
+        "model_",
+        "n_features_in_",
+        "feature_names_in_",
+        "classes_",
+        "encoded_classes_",
+    )
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
         "steps": [Interval(numbers.Integral, 0, None, closed="left"), None],

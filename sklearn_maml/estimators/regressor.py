@@ -240,6 +240,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     """
 
     _targets_class = RealTargets
+    __stored_attributes__: ClassVar = RealTargets.learned
 
     __metadata_request__predict: ClassVar = {"groups": True, "return_std": True}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
+import json
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,19 +13,67 @@ from torch import nn
 from sklearn_maml.devices import resolve_device
 from sklearn_maml.estimators.adapting import Adapting, State
 from sklearn_maml.estimators.planning import Planning
-from sklearn_maml.exceptions import DeviceWarning
+from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.learners.conditioned import Calibration
+from sklearn_maml.model_files import describe, look_up
+from sklearn_maml.storage import FORMAT, Decoder, Encoder, as_array, as_tensor
 from sklearn_maml.training.checkpoint import net_state, restore_net
 
 __all__ = ["Stored"]
+
+# marks a state of plain data
+PLAIN = "sklearn_maml"
 
 
 class Stored(Planning, Adapting):
     """Gives its fitted state as plain data, and takes it back."""
 
+    __rebuilt_attributes__: ClassVar = (
+        "device_",
+        "history_",
+        "module_",
+        "net_",
+        "calibration_",
+        "_fit_settings",
+        "_learner",
+        "_state",
+        "targets_",
+    )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Have pickle and copies take the attributes as they are.
+
+        What copies share is then shared in a pickle, and classes are named as the pickler does it.
+        """
+        return copyreg.__newobj__, (type(self),), dict(vars(self))  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Parameters, text and arrays, for tools that pickle nothing, such as skops."""
+        params = self.get_params(deep=False)
+        encoder = Encoder(describe)
+        node = encoder.encode(self.__stored_state__(tasks=True, training=True), "state")
+        arrays = {name: as_array(tensor) for name, tensor in encoder.tensors.items()}
+        return {PLAIN: FORMAT, "params": params, "state": json.dumps(node), "arrays": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if PLAIN not in state:
+            super().__setstate__(state)
+            return
+        if state[PLAIN] != FORMAT:
+            raise FileFormatError(
+                f"The {type(self).__name__} has the format version {state[PLAIN]}, and this "
+                f"version of sklearn_maml reads {FORMAT}. Fit it anew, or load it with the version "
+                "that wrote it."
+            )
+        self.__dict__.update(state["params"])
+        tensors = {name: as_tensor(array) for name, array in state["arrays"].items()}
+        self.__restore_state__(Decoder(tensors, look_up).decode(json.loads(state["state"])))
+
     def __stored_state__(self, tasks: bool, training: bool) -> dict[str, Any]:
         """Return what a file holds besides the parameters; see `SaveMixin`."""
         fitted = super().__stored_state__(tasks, training)
+        if not self.__sklearn_is_fitted__():
+            return fitted
         self._check_unchanged()
         self._check_unchanged(everything=True)
         learner = self._learner
@@ -49,6 +99,9 @@ class Stored(Planning, Adapting):
         """Make modules and net as `fit` does, and fill them; see `SaveMixin`."""
         from skorch.history import History
 
+        if "learner" not in fitted:
+            super().__restore_state__(fitted)
+            return
         self._check_parameter_names()
         names = "device learner rates frozen in_training history net calibration state"
         parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
