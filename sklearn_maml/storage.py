@@ -8,6 +8,7 @@ nothing is imported or called for them.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -128,6 +129,8 @@ class Encoder:
             return {TAG: "dtype", "name": value.newbyteorder("<").str}
         if isinstance(value, PurePath):
             return {TAG: "path", "name": str(value)}
+        if kind is datetime.datetime:
+            return {TAG: "datetime", "value": value.isoformat()}
         if kind is np.random.RandomState:
             state = value.get_state(legacy=True)
             return {TAG: "RandomState", "state": self.encode(tuple(state), f"{path}/state")}
@@ -334,6 +337,9 @@ class Decoder:
 
     def _dtype_node(self, node: Any) -> np.dtype:
         return _read_dtype(node["name"])
+
+    def _datetime_node(self, node: Any) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(node["value"])
 
     def _path_node(self, node: Any) -> Path:
         return Path(str(node["name"]))

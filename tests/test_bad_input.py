@@ -141,7 +141,7 @@ BAD_FITS = {
     # groups
     "groups too short": ("regressor", (X, Y, G[:-1]), "got 35 ids for 36 rows"),
     "groups too long": ("regressor", (X, Y, [*G, 1]), "got 37 ids for 36 rows"),
-    "two columns of groups": ("regressor", (X, Y, np.c_[G, G]), r"1-D array.*shape \(36, 2\)"),
+    "a cube of groups": ("regressor", (X, Y, np.zeros((36, 2, 1))), r"got shape \(36, 2, 1\)"),
     "one id for all": ("regressor", (X, Y, "task"), r"1-D array.*shape \(\)"),
     "NaN in groups": ("regressor", (X, Y, spoilt(G, np.nan)), "groups contains missing.*drop the"),
     "None in groups": ("regressor", (X, Y, [None, *"a" * 35]), "groups contains missing"),
@@ -204,7 +204,11 @@ BAD_FITS = {
     ),
     # tasks given twice, or not where they are said to be
     "list and groups": ("regressor", ([TASK, TASK], None, G[:12]), "given twice. Leave one"),
-    "column and groups": ("task column", (FRAME.assign(task=G), Y, G), "given twice. Leave one"),
+    "groups that cut tasks": (
+        "task column",
+        (FRAME.assign(task=G), Y, np.arange(36)),
+        "groups that put rows of one task into several groups",
+    ),
     "column not found": (
         "task column",
         (FRAME, Y),
@@ -399,10 +403,10 @@ BAD_ADAPTS = {
         "feature names should match",
     ),
     "column missing": ("task column", {"X": FRAME, "y": Y}, "neither a column nor an index level"),
-    "column and groups": (
+    "groups that cut tasks": (
         "task column",
-        {"X": FRAME.assign(task=G), "y": Y, "groups": G},
-        "given twice",
+        {"X": FRAME.assign(task=G), "y": Y, "groups": np.arange(36)},
+        "several groups",
     ),
     "unseen label": (
         "classifier",
@@ -478,7 +482,11 @@ BAD_PREDICTS = {
     "other names": ("frame", {"X": FRAME.rename(columns={"b": "z"})}, "feature names should match"),
     "other order": ("frame", {"X": FRAME[["b", "a"]]}, "same order"),
     "column missing": ("task column", {"X": FRAME}, "neither a column nor an index level"),
-    "column and groups": ("task column", {"X": FRAME.assign(task=G), "groups": G}, "given twice"),
+    "groups that cut tasks": (
+        "task column",
+        {"X": FRAME.assign(task=G), "groups": np.arange(36)},
+        "several groups",
+    ),
     "unknown task in the column": (
         "task column",
         {"X": FRAME.assign(task=G + 6)},

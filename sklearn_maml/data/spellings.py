@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, validate_data
 
+from sklearn_maml.data.ids import IdColumns, as_array, check_groups, encode_ids, is_missing
 from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = [
@@ -138,7 +140,7 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
         )
     fixed = lengths == {4}
     parts_X = [part for item in X for part in item[::2]]
-    parts_y = [np.asarray(part) for item in X for part in item[1::2]]
+    parts_y = [as_array(part) for item in X for part in item[1::2]]
     sizes = np.array([len(part) for part in parts_y])
     per_task = 2 if fixed else 1
     codes = np.repeat(np.arange(len(parts_y)) // per_task, sizes)
@@ -152,125 +154,90 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     return concatenate_rows(parts_X), np.concatenate(parts_y), codes, in_query
 
 
-def split_task_column(X: Any, task_column: Hashable) -> tuple[Any, Any]:
+def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
     """Take the task ids out of X.
 
     Parameters
     ----------
     X : data frame or array-like of shape (n_rows, n_columns)
-    task_column : hashable
-        Column name, name of an index level (pandas), or a position.
+    task_column : hashable or list
+        Column name, name of an index level (pandas), or a position; a list of them if several
+        together are the id.
 
     Returns
     -------
-    X : same type, without the column
-    ids : array-like of shape (n_rows,)
+    X : same type, without the columns
+    ids : array-like of shape (n_rows,), or several
         For `encode_ids`.
     """
     if is_frame(X):
         columns = list(X.columns)
-        if task_column in columns:
-            ids = X[task_column]
-            rest = [name for name in columns if name != task_column]
-            return X[rest], ids
-        if task_column in list(getattr(getattr(X, "index", None), "names", [])):
-            return X, X.index.get_level_values(task_column)
-        if isinstance(task_column, (int, np.integer)) and -len(columns) <= task_column < len(
-            columns
-        ):
-            name = columns[task_column]
-            return split_task_column(X, name)
-        raise ValueError(
-            f"task_column={task_column!r} is neither a column nor an index level of X. "
-            f"Got columns {columns}. Set task_column to the column that holds the task id."
-        )
+        levels = list(getattr(getattr(X, "index", None), "names", []))
+        places = [_find_column(name, columns, levels) for name in _parts(task_column, columns)]
+        taken = {place for place in places if isinstance(place, int)}
+        ids = [
+            X.index.get_level_values(place.name) if isinstance(place, _Level) else _column(X, place)
+            for place in places
+        ]
+        kept = [k for k in range(len(columns)) if k not in taken]
+        rest = X if not taken else X.iloc[:, kept] if hasattr(X, "iloc") else X[:, kept]
+        return rest, IdColumns(ids) if len(ids) > 1 else ids[0]
     array = X if isinstance(X, np.ndarray) or issparse(X) else np.asarray(X)
-    if not isinstance(task_column, (int, np.integer)):
+    positions = task_column if isinstance(task_column, list) else [task_column]
+    for position in positions:
+        if not isinstance(position, (int, np.integer)):
+            raise ValueError(
+                f"task_column={position!r} names a column, but X is a {type(X).__name__} without "
+                "column names. Pass a data frame, or give the position of the column."
+            )
+        if array.ndim != 2:
+            raise ValueError(
+                f"Expected 2D array with the task id in column {position}, got {array.ndim}D array "
+                "instead. Reshape your data."
+            )
+        if not -array.shape[1] <= position < array.shape[1]:
+            raise ValueError(
+                f"task_column={position} is out of range: X has {array.shape[1]} columns."
+            )
+    ids = [np.asarray(array[:, position]) for position in positions]
+    return np.delete(array, positions, axis=1), IdColumns(ids) if len(ids) > 1 else ids[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """A level of the index of a frame."""
+
+    name: Hashable
+
+
+def _parts(task_column: Any, columns: list[Any]) -> list[Any]:
+    """Names of the columns; a tuple that is no name itself may be several."""
+    if isinstance(task_column, tuple) and task_column not in columns:
+        several = all(part in columns for part in task_column)
+        return list(task_column) if several else [task_column]
+    return task_column if isinstance(task_column, list) else [task_column]
+
+
+def _find_column(name: Any, columns: list[Any], levels: list[Any]) -> int | _Level:
+    """Position of a column in a frame, or a level of its index."""
+    if columns.count(name) > 1:
         raise ValueError(
-            f"task_column={task_column!r} names a column, but X is a {type(X).__name__} without "
-            "column names. Pass a data frame, or give the position of the column."
+            f"task_column={name!r} names {columns.count(name)} columns of X. Rename one of them."
         )
-    if array.ndim != 2:
-        raise ValueError(
-            f"Expected 2D array with the task id in column {task_column}, got {array.ndim}D array "
-            "instead. Reshape your data."
-        )
-    if not -array.shape[1] <= task_column < array.shape[1]:
-        raise ValueError(
-            f"task_column={task_column} is out of range: X has {array.shape[1]} columns."
-        )
-    ids = np.asarray(array[:, task_column])
-    return np.delete(array, task_column, axis=1), ids
-
-
-def _is_missing(ids: np.ndarray) -> bool:
-    if ids.dtype.kind in "fc":
-        return bool(np.isnan(ids).any())
-    if ids.dtype.kind in "mM":
-        return bool(np.isnat(ids).any())
-    if ids.dtype.kind == "O":
-        # NaN, NaT and pandas.NA are the values that are not equal to themselves
-        return any(
-            value is None or type(value).__name__ == "NAType" or value != value
-            for value in ids.tolist()
-        )
-    return False
-
-
-def encode_ids(ids: Any, n_rows: int, name: str = "groups") -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted distinct task ids and each row's position among them."""
-    # a column of a pandas frame is hashed where it lies; as an array, strings become objects
-    column = ids if hasattr(ids, "factorize") and ids.ndim == 1 else None
-    if column is None:
-        ids = np.asarray(ids)
-    if ids.ndim == 2 and ids.shape[1] == 1:
-        ids = ids[:, 0]
-    if ids.ndim != 1:
-        raise ValueError(
-            f"{name} must be one task id per row, a 1-D array; got an array of shape {ids.shape}."
-        )
-    if len(ids) != n_rows:
-        raise ValueError(
-            f"{name} must have one task id per row: got {len(ids)} ids for {n_rows} rows of X."
-        )
-    if column is not None:
-        codes, distinct = column.factorize()
-        distinct = np.asarray(distinct)
-        missing = bool((codes < 0).any()) or _is_missing(distinct)
-    elif ids.dtype.kind in "OUS":
-        codes, distinct = _factorize(ids)
-        missing = _is_missing(distinct)
-    else:
-        missing = _is_missing(ids)
-        distinct, codes = np.unique(ids, return_inverse=True)
-    if missing:
-        raise ValueError(
-            f"{name} contains missing values (NaN or None). Every row needs a task id: drop the "
-            "rows or fill the ids in."
-        )
-    try:
-        order = np.argsort(distinct)
-    except TypeError:  # ids of several types cannot be sorted: keep the order of appearance
-        return distinct, codes
-    rank = np.empty(len(order), dtype=np.intp)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[codes.reshape(-1)]
-
-
-def _factorize(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position of each id among the distinct ones, and these, in the order of appearance.
-
-    Strings sort slowly: `numpy.unique` would sort those of all rows.
-    """
-    position: dict[Hashable, int] = {}
-    codes = np.fromiter(
-        (position.setdefault(value, len(position)) for value in ids.tolist()),
-        dtype=np.intp,
-        count=len(ids),
+    if name in columns:
+        return columns.index(name)
+    if name in levels:
+        return _Level(name)
+    if isinstance(name, (int, np.integer)) and -len(columns) <= name < len(columns):
+        return int(name) % len(columns)
+    raise ValueError(
+        f"task_column={name!r} is neither a column nor an index level of X. Got columns "
+        f"{columns}. Set task_column to the column that holds the task id."
     )
-    distinct = np.empty(len(position), dtype=ids.dtype)
-    distinct[:] = list(position)
-    return codes, distinct
+
+
+def _column(X: Any, position: int) -> Any:
+    return X.iloc[:, position] if hasattr(X, "iloc") else X.to_series(position)
 
 
 def validate_rows(
@@ -362,7 +329,11 @@ def collect_tasks(
             ) from error
     X_seen = X
     if is_task_list(X, y):
-        _refuse_two_spellings("a list of tasks", groups)
+        if groups is not None:
+            raise ValueError(
+                "Got a list of tasks and groups: the tasks are given twice. Leave one of the two "
+                "out."
+            )
         X, y, codes, in_query = _rows_of_list(X)
         X_seen, spelling = X, "list"
     elif groups is None and task_column is None and is_task_stack(X, y):
@@ -379,9 +350,10 @@ def collect_tasks(
         raise ValueError(
             f"{type(estimator).__name__} requires y to be passed, but the target y is None."
         )
+    of_splitter = None
     if task_column is not None:
-        _refuse_two_spellings(f"task_column={task_column!r}", groups)
         if codes is None:
+            of_splitter = groups
             X, groups = split_task_column(X, task_column)
             spelling = "column"
         else:  # tasks of a list may carry the column too; their place in the list decides
@@ -394,6 +366,8 @@ def collect_tasks(
     if groups is not None:
         name = "groups" if spelling == "groups" else f"the task column {task_column!r}"
         ids, codes = encode_ids(groups, len(features), name)
+        if of_splitter is not None:
+            check_groups(of_splitter, codes, task_column)
     elif codes is None:
         ids, codes = np.zeros(1, dtype=int), np.zeros(len(features), dtype=int)
     else:
@@ -401,13 +375,6 @@ def collect_tasks(
     target = _validate_target(estimator, y, features, classification)
     assert ids is not None
     return TaskCollection(features, target, codes, ids, in_query, spelling)
-
-
-def _refuse_two_spellings(first: str, groups: Any) -> None:
-    if groups is not None:
-        raise ValueError(
-            f"Got {first} and groups: the tasks are given twice. Leave one of the two out."
-        )
 
 
 def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool) -> np.ndarray:
@@ -441,12 +408,12 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
 
 def _labels(y: Any, estimator: Any) -> np.ndarray:
     """Class labels as a 1-D array of ints, bools, strings or sortable objects."""
-    y = np.asarray(y)
+    y = as_array(y)
     if y.ndim == 2 and y.shape[1] == 1:
         from sklearn.utils import column_or_1d
 
         y = column_or_1d(y, warn=True)
-    if y.dtype.kind == "O" and _is_missing(y):
+    if y.dtype.kind == "O" and any(map(is_missing, y.ravel().tolist())):
         raise ValueError("y contains missing labels (NaN or None). Drop those rows.")
     if y.dtype.kind == "O":
         native = np.array(y.tolist())

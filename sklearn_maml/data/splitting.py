@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from sklearn_maml.data.ids import show_id, show_ids
 from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = ["check_splittable", "hold_out", "large_enough", "name_of"]
@@ -67,7 +68,7 @@ def hold_out(
 
 def name_of(tasks: TaskCollection, j: int) -> str:
     """Return words that name a task in a message; none where there is only one."""
-    return "" if tasks.spelling == "single" else f" of task {tasks.ids[j : j + 1].tolist()[0]!r}"
+    return "" if tasks.spelling == "single" else f" of task {show_id(tasks.ids[j])}"
 
 
 def large_enough(
@@ -125,7 +126,7 @@ def check_splittable(
         where = (
             ""
             if tasks.spelling == "single"
-            else f" in {len(few)} task(s), such as {tasks.ids[few][:3].tolist()}"
+            else f" in {len(few)} task(s), such as {show_ids(tasks.ids[few])}"
         )
         raise ValueError(
             f"Got n_samples=1 (one row){where}; a task needs at least 2 rows, one for its support "

@@ -12,6 +12,8 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from sklearn_maml.data.ids import keys_of
+
 __all__ = ["TaskCollection"]
 
 
@@ -96,11 +98,14 @@ class TaskCollection:
         return part.select(np.flatnonzero(sizes > 1))
 
     def fingerprints(self) -> dict[Hashable, int]:
-        """Checksum of the rows of each named task, to tell its own rows from new rows of it."""
+        """Checksum of the rows of each named task by the key of its id.
+
+        It tells its own rows from new rows of it.
+        """
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well
             return {
-                task_id: zlib.crc32(
+                key: zlib.crc32(
                     np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
                 )
-                for j, task_id in enumerate(self.ids.tolist())
+                for j, key in enumerate(keys_of(self.ids))
             }

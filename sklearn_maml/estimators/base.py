@@ -64,8 +64,10 @@ class BaseMAML(Training, Stored, Scoring):
             it is asked for the tasks of many meta-batches at a time.
         y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
             Targets.
-        groups : array-like of shape (n_rows,), default=None
-            Task id of each row.
+        groups : array-like of shape (n_rows,) or (n_rows, n_parts), default=None
+            Task id of each row: numbers, texts, dates, or several of them that together are the
+            id. Ids of one value are one task in every later call, whichever library they come
+            from.
 
         Returns
         -------

@@ -144,9 +144,10 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         parameters.
     device : str or torch.device, default="auto"
         "auto" takes CUDA where there is one.
-    task_column : str, int or other hashable, default=None
+    task_column : str, int, other hashable or list of them, default=None
         Column of X that holds the task id: a column name or name of an index level of a data
-        frame, or a position. It then is in every X, and `groups` is not given.
+        frame, or a position; a list if several together are the id. It then is in every X, and
+        `groups`, where a tool passes them on, are for a splitter alone.
     warm_start : bool, default=False
         Whether another `fit` continues from the parameters and the optimiser state of the last.
     random_state : int, RandomState instance or None, default=None

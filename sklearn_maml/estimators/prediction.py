@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
-    encode_ids,
     n_axes,
     refuse_graphs,
     split_task_column,
@@ -55,14 +55,12 @@ class Predicting(Adapting):
             shape_like = _Stack(n_tasks, n_rows)
         X_seen = X
         if self.task_column is not None:
-            if groups is not None and shape_like is _as_is:
-                raise ValueError(
-                    f"Got task_column={self.task_column!r} and groups: the tasks are given twice. "
-                    "Leave one of the two out."
-                )
             X, ids = split_task_column(X, self.task_column)
             if shape_like is _as_is:  # else the place in the list or stack tells the task
-                groups, name = ids, f"the task column {self.task_column!r}"
+                name = f"the task column {self.task_column!r}"
+                if groups is not None:  # which are for a splitter alone
+                    check_groups(groups, encode_ids(ids, len(X), name)[1], self.task_column)
+                groups = ids
         rows = validate_rows(
             self,
             X,
@@ -99,16 +97,18 @@ class Predicting(Adapting):
                 "groups=...). To score new tasks, use score(X, y, groups=...) or "
                 "sklearn_maml.task_scorer."
             )
-        position = {task: j for j, task in enumerate(state.ids.tolist())}
-        unknown = [task for task in ids.tolist() if task not in position]
-        if unknown:
+        positions = find_ids(ids, state.ids)
+        unknown = positions < 0
+        if unknown.any():
             raise ValueError(
-                f"predict got {len(unknown)} task id(s) that were not adapted to, such as "
-                f"{unknown[:3]}. Call adapt with support rows of these tasks first. To score new "
+                f"predict got {unknown.sum()} task id(s) that were not adapted to, such as "
+                f"{show_ids(ids[unknown])}. "
+                "Call adapt with support rows of these tasks first. To score new "
                 "tasks inside scikit-learn's tools, leave scoring=None or use "
                 "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
             )
-        return np.array([position[task] for task in ids.tolist()], dtype=np.intp)[codes]
+        in_state: np.ndarray = positions[codes]
+        return in_state
 
     @one_thread()
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

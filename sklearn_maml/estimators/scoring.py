@@ -10,6 +10,7 @@ from scipy.sparse import issparse
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.ids import show_ids
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import is_task_distribution, is_task_list, n_axes, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
@@ -112,13 +113,12 @@ class Scoring(Reading, Predicting):
     def _warn_if_seen(self, tasks: TaskCollection) -> None:
         if not tasks.named or not self._fingerprints:
             return
-        marks = tasks.fingerprints()
-        new_rows = [
-            task for task, mark in marks.items() if self._fingerprints.get(task, mark) != mark
-        ]
-        if new_rows:
+        marks = tasks.fingerprints().items()
+        new = np.array([self._fingerprints.get(task, mark) != mark for task, mark in marks])
+        if new.any():
             warnings.warn(
-                f"{len(new_rows)} of the {tasks.n_tasks} scored tasks, such as {new_rows[:3]}, "
+                f"{new.sum()} of the {tasks.n_tasks} scored tasks, such as "
+                f"{show_ids(tasks.ids[new])}, "
                 "have the ids of tasks that were meta-trained on, but other rows. If they are the "
                 "same tasks, the score measures new rows of known tasks, not new tasks: split by "
                 "task (GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sklearn_maml.data.ids import show_id
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.evaluation.baselines.base import draw_episode
 
@@ -48,9 +49,9 @@ def random_splits(
                 if len(query) == 0:
                     halved = " left of its own by disjoint_rows" if disjoint_rows else ""
                     raise ValueError(
-                        f"Task {tasks.ids[j]!r} has {len(rows)} rows{halved}: none for a query set "
-                        f"after n_shots={k}{' of each class' if classification else ''}. Ask for "
-                        "fewer shots, or leave out small tasks."
+                        f"Task {show_id(tasks.ids[j])} has {len(rows)} rows{halved}: none for a "
+                        f"query set after n_shots={k}{' of each class' if classification else ''}. "
+                        "Ask for fewer shots, or leave out small tasks."
                     )
                 episodes[k].append((support, query))
         yield train, episodes
@@ -81,8 +82,8 @@ def check_split(split: Any, tasks: TaskCollection) -> tuple[np.ndarray, dict[int
                 )
             if both[0] in trained or np.intersect1d(support, query).size:
                 raise ValueError(
-                    f"splits give the same rows twice: task {tasks.ids[both[0]]!r} is also trained "
-                    "on, or a row is both a support and a query row."
+                    f"splits give the same rows twice: task {show_id(tasks.ids[both[0]])} is also "
+                    "trained on, or a row is both a support and a query row."
                 )
     return train, episodes
 

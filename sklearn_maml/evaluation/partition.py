@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from joblib import Parallel, delayed
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.data.spellings import encode_ids, is_frame, split_task_column
+from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
+from sklearn_maml.data.spellings import is_frame, split_task_column
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import open_chain, transform_rows
 
@@ -97,18 +98,17 @@ def adapt_predict(
     by_column = groups_support is None and groups_query is None
     ids, task = encode_ids(*_ids_of(X_support, groups_support, task_column, "groups_support"))
     query_ids, query_task = encode_ids(*_ids_of(X_query, groups_query, task_column, "groups_query"))
-    position: dict[Hashable, int] = {name: j for j, name in enumerate(ids.tolist())}
-    unknown = [name for name in query_ids.tolist() if name not in position]
-    if unknown:
+    positions = find_ids(query_ids, ids)
+    unknown = positions < 0
+    if unknown.any():
         raise ValueError(
-            f"X_query has rows of {len(unknown)} task(s) without support rows, such as "
-            f"{unknown[:3]}. Give support rows of these tasks, or leave their query rows out."
+            f"X_query has rows of {unknown.sum()} task(s) without support rows, such as "
+            f"{show_ids(query_ids[unknown])}. "
+            "Give support rows of these tasks, or leave their query rows out."
         )
     # as small as they can be: these are the one thing that grows with the data
     task = task.astype(np.int32)
-    query_task = np.array([position[name] for name in query_ids.tolist()], dtype=np.int32)[
-        query_task
-    ]
+    query_task = positions.astype(np.int32)[query_task]
     n_partitions = -(-len(ids) // tasks_per_partition)
     supports = _partition(task // tasks_per_partition, n_partitions)
     queries = _partition(query_task // tasks_per_partition, n_partitions)
