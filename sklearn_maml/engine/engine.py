@@ -836,6 +836,13 @@ class Engine:
             parts = [self._predict(adapted.take(k), query.take(k)) for k in pieces]
         return put_back([_pad_rows_to(query.X.shape[1], part) for part in parts], pieces)
 
+    def module_of(self, adapted: Adapted, task: int) -> nn.Module:
+        """Return a module of its own with the parameters, and the statistics, of one task."""
+        params, statistics = adapted.task(task)
+        module = copy.deepcopy(self._for_prediction(bool(statistics)))
+        module.load_state_dict({**params, **statistics}, strict=False)
+        return module
+
     def _predict(self, adapted: Adapted, query: Rows) -> Tensor:
         """Predict with the batch-norm statistics among `adapted`, or else those of the rows."""
         if self._kernel is not None and self._kernel.takes_inputs(query.X):

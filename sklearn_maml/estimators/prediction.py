@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import (
@@ -17,7 +18,9 @@ from sklearn_maml.data.spellings import (
     validate_rows,
 )
 from sklearn_maml.estimators.adapting import Adapting, State
+from sklearn_maml.estimators.building import TORCH_DTYPES
 from sklearn_maml.exceptions import NotAdaptedError
+from sklearn_maml.learners.plain import PlainModel
 from sklearn_maml.threads import one_thread
 
 __all__ = ["Predicting", "PredictingClasses"]
@@ -70,14 +73,7 @@ class Predicting(Adapting):
             dtype=self._dtype,
         )
         self._check_features(rows)
-        state = self.__dict__.get("_state")
-        if state is None:
-            raise NotAdaptedError(
-                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
-                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
-                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
-                "a support split of each task; scorers such as 'r2' do not adapt."
-            )
+        state = self._adapted_so_far()
         codes = self._find_tasks(state, groups, len(rows), name)
         return state, self._reshape(rows), codes, shape_like
 
@@ -109,6 +105,57 @@ class Predicting(Adapting):
             )
         in_state: np.ndarray = positions[codes]
         return in_state
+
+    def adapted_module(self, task: Any = None) -> nn.Module:
+        """Return what `predict` computes for one task as a plain torch module.
+
+        A copy, for `torch.export`, ONNX and what runs these: it knows nothing of tasks, and holds
+        the adapted weights, the units of the targets, the calibration and, where several learners
+        have a share, all of them.
+
+        Parameters
+        ----------
+        task : task id, default=None
+            Which of the tasks that `adapt` was called with; None, if it was one without an id.
+
+        Returns
+        -------
+        module : torch.nn.Module
+            Maps rows (n_rows, n_features), without a task column, to what `predict` returns for
+            them, to rounding; of classes, to what `predict_proba` does. Numbers come out in the
+            dtype that `predict` gives; ``module.float()`` computes in float32 throughout.
+
+        Raises
+        ------
+        NotAdaptedError
+            If `adapt` was not called.
+        TypeError
+            If predictions are no function of single rows, or made by code of numpy: with
+            ``batch_norm="transductive"``, or a loss with a link of its own.
+        ValueError
+            If the task was not adapted to.
+        """
+        check_is_fitted(self)
+        state = self._adapted_so_far()
+        ids = None if task is None else [task]
+        (position,) = self._find_tasks(state, ids, 1, "a task").tolist()
+        return PlainModel(
+            state.adapted.module(position, self._running()),
+            self.targets_.decoder(position, state),
+            flat=self._flat,
+            dtype=TORCH_DTYPES[self._dtype],
+        ).to(self.device_)
+
+    def _adapted_so_far(self) -> State:
+        state: State | None = self.__dict__.get("_state")
+        if state is None:
+            raise NotAdaptedError(
+                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
+                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
+                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
+                "a support split of each task; scorers such as 'r2' do not adapt."
+            )
+        return state
 
     @one_thread()
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

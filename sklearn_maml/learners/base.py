@@ -58,6 +58,10 @@ class Adapted(ABC):
         """Return outputs, and the standard deviations (n_rows, n_outputs) of the targets."""
         raise ValueError(no_std(type(self).__name__))
 
+    def module(self, task: int, how: Any) -> Any:
+        """Make a torch module that maps rows of one task to their outputs."""
+        raise TypeError(f"What {type(self).__name__} learns of a task cannot be given as a module.")
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Plain data from which the learner's `adapted_from` makes it again."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from sklearn_maml.learners.base import Adapted, Support, padded
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.threads import threads_for
 
 __all__ = ["MARGIN", "Calibration", "Conditioned", "row_marks"]
@@ -176,6 +177,11 @@ class Conditioned(Adapted):
                 means[:, place[present]] = mean.cpu().numpy()[:, present]
                 variances[:, place[present]] = variance.cpu().numpy()[:, present]
         return means, variances
+
+    def module(self, task: int, how: Any = None) -> PlainHead:
+        """See `Adapted`."""
+        shift, low, high = _tensors(self.head, self.shift[:, task], self.low[task], self.high[task])
+        return PlainHead(self.head, shift, low, high, self.calibration.factor)
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""

@@ -227,7 +227,8 @@ class HeadFunctions:
         """Prior mean (n_members, n_rows, n_outputs), and S, of rows (n_rows, ...)."""
         p, head = self.params, self.head
         factor = p["factor"]
-        linear = X.new_ones(len(X), 1, dtype=factor.dtype)
+        # not len(X): as a number, it would be a constant of what is exported
+        linear = X.new_ones(X.shape[0], 1, dtype=factor.dtype)
         if len(head.center):
             X = ((X - head.center) / head.scale).clamp(-BEYOND, BEYOND)
         X = X.to(factor.dtype)

@@ -168,6 +168,16 @@ class AdaptedBySteps(Adapted):
             start = stop
         return chosen
 
+    def module(self, task: int, how: Running) -> nn.Module:
+        """See `Adapted`."""
+        if self.engine.joins_rows(how.batch_norm):
+            raise TypeError(
+                "With batch_norm='transductive' the prediction of a row depends on the rows beside "
+                "it, which no module of one's own can tell. Set batch_norm='inductive' to have "
+                "those of the support set normalise instead."
+            )
+        return self.engine.module_of(self.adapted, task)
+
     def state(self) -> dict[str, Any]:
         """Adapted parameters, and what an engine needs to predict with them as it did."""
         return {

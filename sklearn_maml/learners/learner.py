@@ -18,6 +18,7 @@ from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
 from sklearn_maml.engine import MetaStep
 from sklearn_maml.learners.base import Adapted, Support, padded
 from sklearn_maml.learners.gradient import Running
+from sklearn_maml.learners.plain import PlainLearner
 from sklearn_maml.threads import threads_for
 
 __all__ = ["AdaptedBySupport", "Learner", "LearnerEngine", "Problem"]
@@ -248,6 +249,15 @@ class AdaptedBySupport(Adapted):
             result[place[present]] = values
         assert result is not None
         return result
+
+    def module(self, task: int, how: Running) -> PlainLearner:
+        """See `Adapted`."""
+        given = self.support
+        own = np.flatnonzero(given.codes == task)
+        support = pad_rows(given.X, given.y, own, np.array([len(own)]), given.weight).to(how.device)
+        if not self.known:
+            support = _without_weight(support)
+        return PlainLearner(self.network, self.learner.outputs, support)
 
     def state(self) -> dict[str, Any]:
         """See `Adapted`."""

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from sklearn_maml.learners.base import Adapted
+from sklearn_maml.learners.plain import PlainMixture
 
 __all__ = ["Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
 
@@ -143,6 +144,12 @@ class Mixed(Adapted):
         mixed = self._mix(head, rows, codes, how)
         steps_off = (mixed - head) ** 2
         return mixed, np.sqrt(std**2 + steps_off)
+
+    def module(self, task: int, how: Any) -> PlainMixture:
+        """See `Adapted`."""
+        scales = (self.steps_scale, self.scale) if self.classification else None
+        head, steps = (part.module(task, how) for part in (self.head, self.steps))
+        return PlainMixture(head, steps, self.share, scales)
 
     def state(self) -> dict[str, Any]:
         """See `Adapted`."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sklearn_maml.data.splitting import check_splittable, large_enough
 from sklearn_maml.data.tasks import TaskCollection
@@ -134,6 +134,13 @@ class Targets(ABC):
     @abstractmethod
     def decode(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
         """Predictions for outputs (n_rows, n_outputs) of rows of the tasks `codes`."""
+
+    @abstractmethod
+    def decoder(self, task: int, coding: Coding) -> nn.Module:
+        """Make a torch module that maps outputs of rows of one task to predictions of them.
+
+        Of classes, to probabilities.
+        """
 
     @abstractmethod
     def episode_rows(

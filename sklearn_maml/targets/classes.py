@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from sklearn_maml.data.sampling import VALIDATION_QUERIES_OF_CLASS
 from sklearn_maml.data.splitting import name_of
@@ -100,6 +102,14 @@ class ClassTargets(Targets):
         labels: np.ndarray = coding.labels[slots[np.arange(len(best)), best]]
         return labels
 
+    def decoder(self, task: int, coding: Coding) -> nn.Module:
+        """See `Targets`."""
+        if coding.slots is None:
+            return nn.Softmax(dim=1)
+        assert coding.labels is not None
+        place = coding.slots[task]
+        return _OfTask(place[place >= 0], len(coding.labels))
+
     def probabilities(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
         """Probabilities of all classes; 0 for those that a task lacks."""
         logits, slots = self.logits(outputs, codes, coding)
@@ -125,6 +135,20 @@ class ClassTargets(Targets):
         if n_shots is None or n_queries is None:
             return rows
         return min(rows, (n_shots + n_queries) * len(np.unique(tasks.y)))
+
+
+class _OfTask(nn.Module):
+    """Probabilities of all classes, of logits of those of a task, which come first."""
+
+    spread: Tensor
+
+    def __init__(self, place: np.ndarray, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.eye(n_classes)[place])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        p = logits[:, : len(self.spread)].softmax(1)
+        return p @ self.spread.to(p.dtype)
 
 
 def _spread(values: np.ndarray, slots: np.ndarray | None, fill: float, coding: Coding) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.base import clone
-from torch import Tensor
+from torch import Tensor, nn
 
 from sklearn_maml.data.sampling import VALIDATION_QUERIES
 from sklearn_maml.data.tasks import TaskCollection
@@ -122,6 +122,16 @@ class RealTargets(Targets):
             values = self.loss.predict(outputs) * self.y_scale_ + mean
         return self._like_y(values.astype(outputs.dtype, copy=False))
 
+    def decoder(self, task: int, coding: Coding) -> nn.Module:
+        """See `Targets`."""
+        if type(self.loss).predict is not Loss.predict:
+            raise TypeError(
+                f"The loss {self.loss.name} makes predictions of outputs in numpy (its method "
+                "predict), which no torch module can have. Use a loss without one."
+            )
+        mean = self.y_mean_ if coding.center is None else coding.center[task]
+        return _Units(self.y_scale_, mean, self._y_is_1d)
+
     def decode_std(self, std: np.ndarray) -> np.ndarray:
         """Return standard deviations of targets in the units of y."""
         return self._like_y(std * self.y_scale_)
@@ -141,6 +151,23 @@ class RealTargets(Targets):
         """See `Targets`."""
         rows = int(np.median(tasks.sizes))
         return rows if n_shots is None or n_queries is None else min(rows, n_shots + n_queries)
+
+
+class _Units(nn.Module):
+    """Takes outputs (n_rows, n_outputs) back to the units of y."""
+
+    scale: Tensor
+    mean: Tensor
+
+    def __init__(self, scale: np.ndarray, mean: np.ndarray, is_1d: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("mean", torch.tensor(mean))
+        self.is_1d = is_1d
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        values = (outputs * self.scale + self.mean).to(outputs.dtype)
+        return values[:, 0] if self.is_1d else values
 
 
 def _task_means(

@@ -1,0 +1,160 @@
+"""What was learned of one task as a module of its own, for other runtimes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_maml.data.episodes import Rows
+from sklearn_maml.learners.bodies import ModuleBody
+from sklearn_maml.learners.gaussian import GaussianHead
+
+__all__ = ["PlainHead", "PlainLearner", "PlainMixture", "PlainModel", "column"]
+
+
+def column(outputs: Tensor) -> Tensor:
+    """Return outputs as (n_rows, n_outputs), those of modules that return (n_rows,) too."""
+    return outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs
+
+
+class PlainHead(nn.Module):
+    """A Gaussian head that was conditioned on one support set; see `Conditioned`.
+
+    Parameters
+    ----------
+    head : GaussianHead
+    shift : Tensor of shape (n_members, n_columns, n_outputs)
+        Mean of w.
+    low, high : Tensor of shape (n_outputs,)
+        Predictions end there.
+    factor : float
+        Of the logits.
+    """
+
+    shift: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, head: GaussianHead, shift: Tensor, low: Tensor, high: Tensor, factor: float
+    ) -> None:
+        super().__init__()
+        head = copy.deepcopy(head)
+        if isinstance(head.body, ModuleBody):  # modules of users compute in their own precision
+            for name, p in list(head.named_parameters(recurse=False)):
+                setattr(head, name, nn.Parameter(p.detach().double()))
+        else:
+            head.double()
+        self.head = head
+        self.factor = factor
+        for name, values in {"shift": shift, "low": low, "high": high}.items():
+            self.register_buffer(name, values.double().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return means of targets, or logarithms of probabilities."""
+        run = self.head.functions(dict(self.head.named_parameters()))
+        prior, S = run.columns(x)
+        mean = (run.amplitude() * (prior + S @ self.shift)).mean(0)
+        if self.head.classification:
+            return (self.factor * mean).log_softmax(-1)
+        return torch.minimum(torch.maximum(mean, self.low), self.high)
+
+
+class PlainMixture(nn.Module):
+    """Head and gradient steps together; see `Mixed`.
+
+    Parameters
+    ----------
+    head, steps : Module
+    share : float
+        Of the steps.
+    scales : (float, float) or None
+        Factors of the logits of the steps and of the mixture; None: outputs are no logits.
+    """
+
+    def __init__(
+        self, head: nn.Module, steps: nn.Module, share: float, scales: tuple[float, float] | None
+    ) -> None:
+        super().__init__()
+        self.head, self.steps = head, steps
+        self.share = share
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs of the mixture."""
+        head, steps = self.head(x), column(self.steps(x)).double()
+        if self.scales is None:
+            return (1 - self.share) * head + self.share * steps
+        of_steps, of_mixture = self.scales
+        steps = (of_steps * steps).log_softmax(-1)
+        parts = [head + math.log1p(-self.share), steps + math.log(self.share)]
+        return (of_mixture * torch.stack(parts).logsumexp(0)).log_softmax(-1)
+
+
+class PlainLearner(nn.Module):
+    """A learner's network with one support set.
+
+    Parameters
+    ----------
+    network : Module
+    outputs : callable (network, support, query) -> Tensor
+        As of `Learner`.
+    support : Rows
+        Of one task.
+    """
+
+    X: Tensor
+    y: Tensor
+    weight: Tensor | None
+
+    def __init__(self, network: nn.Module, outputs: Callable[..., Any], support: Rows) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        self.outputs_of = outputs
+        self.register_buffer("X", support.X)
+        self.register_buffer("y", support.y)
+        self.register_buffer("weight", support.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs given the support set."""
+        support = Rows(self.X, self.y, self.weight)
+        query = Rows(x[None], self.y.new_zeros(1, x.shape[0], *self.y.shape[2:]), None)
+        result: Tensor = self.outputs_of(self.network, support, query)
+        return result.squeeze(0)
+
+
+class PlainModel(nn.Module):
+    """Maps rows of features to predictions of one task, in evaluation and without gradients.
+
+    Parameters
+    ----------
+    outputs : Module
+        Maps rows to outputs in the units of the losses.
+    decode : Module
+        Maps these to predictions.
+    flat : bool
+        Whether rows are flattened first.
+    dtype : torch.dtype
+        Of rows and predictions.
+    """
+
+    def __init__(
+        self, outputs: nn.Module, decode: nn.Module, *, flat: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.outputs, self.decode = outputs, decode
+        self.flat = flat
+        self.dtype = dtype
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return predictions of rows (n_rows, *feature_shape)."""
+        x = x.to(self.dtype)
+        outputs = column(self.outputs(x.flatten(1) if self.flat else x))
+        predictions: Tensor = self.decode(outputs.to(self.dtype))
+        return predictions
