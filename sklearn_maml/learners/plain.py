@@ -87,7 +87,8 @@ class PlainMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs of the mixture."""
-        head, steps = self.head(x), column(self.steps(x)).double()
+        head = self.head(x)
+        steps = column(self.steps(x)).to(head.dtype)
         if self.scales is None:
             return (1 - self.share) * head + self.share * steps
         of_steps, of_mixture = self.scales
@@ -143,18 +144,20 @@ class PlainModel(nn.Module):
         Of rows and predictions.
     """
 
+    zero: Tensor
+
     def __init__(
         self, outputs: nn.Module, decode: nn.Module, *, flat: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.outputs, self.decode = outputs, decode
         self.flat = flat
-        self.dtype = dtype
+        self.register_buffer("zero", torch.zeros((), dtype=dtype))  # `float` changes its dtype
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return predictions of rows (n_rows, *feature_shape)."""
-        x = x.to(self.dtype)
+        x = x.to(self.zero.dtype)
         outputs = column(self.outputs(x.flatten(1) if self.flat else x))
-        predictions: Tensor = self.decode(outputs.to(self.dtype))
+        predictions: Tensor = self.decode(outputs.to(x.dtype))
         return predictions
