@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 __all__ = [
     "HAS_SKLEARN_CALLBACKS",
     "CallbackSupportMixin",
-    "inside_cross_validation",
     "with_callbacks",
 ]
 
@@ -25,13 +23,3 @@ except ImportError:  # pragma: no cover - depends on the installed version
     def with_callbacks(method: Any) -> Any:
         """Return the method as it is."""
         return method
-
-
-def inside_cross_validation() -> bool:
-    """Whether one of scikit-learn's cross-validation tools is calling."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "sklearn.model_selection._validation":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

@@ -6,7 +6,6 @@ Every exception also inherits from the scikit-learn or built-in class a caller w
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 __all__ = [
-    "CutTaskWarning",
     "DeviceWarning",
     "EngineFallbackWarning",
     "FileFormatError",
@@ -17,6 +16,7 @@ __all__ = [
     "NotAdaptedError",
     "SeenTaskWarning",
     "SingleTaskWarning",
+    "SmallTaskWarning",
 ]
 
 
@@ -36,8 +36,14 @@ class SingleTaskWarning(UserWarning):
     """Issued when `fit` saw no task information and treated all rows as one task."""
 
 
-class CutTaskWarning(UserWarning):
-    """Issued when tasks are left out because a tool of scikit-learn drew too few of their rows."""
+class SmallTaskWarning(UserWarning):
+    """Issued when tasks have too few rows to be split into support and query set as asked.
+
+    They teach what they can: a single row is a query row without a support set.
+    """
+
+
+CutTaskWarning = SmallTaskWarning  # what it was called
 
 
 class SeenTaskWarning(UserWarning):

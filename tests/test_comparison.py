@@ -524,7 +524,7 @@ def test_binary_coefficients_give_the_probabilities_of_the_model():
     ("change", "message"),
     [
         ({"groups": None}, "no task information"),
-        ({"n_shots": 0}, "n_shots must be a positive integer; got 0"),
+        ({"n_shots": -1}, "n_shots must be a non-negative integer; got -1"),
         ({"n_shots": []}, "n_shots is empty"),
         ({"n_shots": 12}, "has 12 rows: none for a query set after n_shots=12"),
         ({"n_shots": 11, "disjoint_rows": True}, "left of its own by disjoint_rows"),

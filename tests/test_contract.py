@@ -1615,7 +1615,7 @@ def test_a_task_scorer_reads_its_options(reg):
     ("options", "match"),
     [
         ({"average": "median"}, "average"),
-        ({"n_shots": 0}, "n_shots"),
+        ({"n_shots": -1}, "n_shots"),
         ({"n_repeats": 1.5}, "n_repeats"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sklearn_maml.data.sampling import (
     EpisodeSampler,
     draw_fixed,
 )
-from sklearn_maml.data.splitting import check_splittable, hold_out
+from sklearn_maml.data.splitting import check_splittable, hold_out, usable
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
 from sklearn_maml.training.stream import BatchLoader, FixedEpisodes, TaskStream, use_batch
@@ -433,37 +434,102 @@ def test_fixed_episodes_keep_their_rows_while_outputs_are_permuted():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "n_shots", "message"),
+    ("sizes", "n_shots", "words"),
     [
-        ([4, 1, 1], None, r"one row\) in 2 task\(s\), such as \[1, 2\]"),
-        ([4, 3, 5], 3, "n_shots=3 is more than 1 of the 3 tasks can give.*task 1 has 3 rows"),
-        ([4, 3], 5, "Lower n_shots or leave such tasks out"),
+        ([4, 1, 1], None, "Some of the 3 tasks.*: 2 with a single row, which is a query row."),
+        ([4, 3, 5], 3, r"1 with fewer than 4 rows \(n_shots=3 and a query row\), which give fewer"),
+        ([4, 3, 1, 0], 3, "1 without rows, left out; 1 with a single row.*; 1 with fewer than 4"),
+        ([4, 4], 3, None),
+        ([2, 2], None, None),
     ],
 )
-def test_tasks_too_small_to_split_are_named(sizes, n_shots, message):
-    with pytest.raises(ValueError, match=message):
-        check_splittable(make_tasks(sizes), n_shots, None, False)
-
-
-def test_tasks_just_large_enough_are_accepted():
-    check_splittable(make_tasks([4, 4]), 3, None, False)
-    check_splittable(make_tasks([2, 2]), None, None, False)
-    check_splittable(make_classes([[2, 2], [2, 3]]), 1, None, True)
-    check_splittable(make_classes([[2, 2], [2, 3]]), 1, 2, True)
-    check_splittable(fixed_tasks(), 100, None, False)
+def test_tasks_too_small_to_split_are_counted(sizes, n_shots, words):
+    tasks, few = usable(make_tasks(sizes), n_shots, None, False)
+    assert tasks.sizes.tolist() == [n for n in sizes if n]
+    assert few is None if words is None else re.search(words, few)
+    check_splittable(tasks, n_shots, None, False)
 
 
 @pytest.mark.parametrize(
-    ("counts", "n_shots", "n_ways", "message"),
+    ("counts", "n_shots", "n_ways", "kept", "words"),
     [
-        ([[3, 2], [3, 1]], 2, None, "class number 1 of task 0 with 2"),
-        ([[3, 3], [3, 1]], 1, 2, "class number 1 of task 1 with 1"),
-        ([[3, 3], [3, 0]], 1, 2, "too few classes of task 1: got 1 class"),
+        ([[3, 2], [3, 1]], 2, None, [5, 4], "2 with fewer than 3 rows of a class"),
+        ([[3, 3], [3, 1]], 1, 2, [6], "1 with fewer than two classes of two rows, left out"),
+        (
+            [[3, 3, 1], [3, 0, 2]],
+            1,
+            2,
+            [6, 5],
+            r": 1 single row\(s\) of a class in a task, left out",
+        ),
+        ([[2, 2], [2, 3]], 1, None, [4, 5], None),
+        ([[2, 2], [2, 3]], 1, 2, [4, 5], None),
     ],
 )
-def test_classes_too_small_to_split_are_named(counts, n_shots, n_ways, message):
+def test_classes_too_small_to_split_are_counted(counts, n_shots, n_ways, kept, words):
+    tasks, few = usable(make_classes(counts), n_shots, n_ways, True)
+    assert tasks.sizes.tolist() == kept
+    assert few is None if words is None else re.search(words, few)
+    check_splittable(tasks, n_shots, n_ways, True)
+
+
+def test_episodes_that_are_given_are_taken_as_they_are():
+    tasks = fixed_tasks()
+    assert usable(tasks, 100, None, False) == (tasks, None)
+    check_splittable(tasks, 100, None, False)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "n_shots", "n_ways", "message"),
+    [
+        (
+            make_tasks([4, 3]),
+            5,
+            None,
+            "n_shots=5.*any task can give: the largest task has 4.*Lower",
+        ),
+        (make_classes([[3, 2], [3, 1]]), 3, None, "the largest class of a task has 3 rows"),
+        (make_classes([[3, 0], [2, 0]]), 1, 2, "too few classes of task 0: got 1 class"),
+    ],
+)
+def test_tasks_none_of_which_can_be_split_are_refused(tasks, n_shots, n_ways, message):
+    classification = tasks.y.dtype.kind == "i"
     with pytest.raises(ValueError, match=message):
-        check_splittable(make_classes(counts), n_shots, n_ways, True)
+        check_splittable(tasks, n_shots, n_ways, classification)
+
+
+@pytest.mark.parametrize("n_shots", [None, 0, 1, 3])
+@pytest.mark.parametrize("n_ways", [None, 2])
+def test_every_episode_of_ragged_classes_has_query_rows(n_shots, n_ways):
+    counts = [[1, 0, 0], [1, 1, 0], [4, 1, 2], [9, 9, 9], [2, 0, 0], [0, 5, 2]]
+    tasks, _ = usable(make_classes(counts), n_shots, n_ways, True)
+    sampler = EpisodeSampler(
+        tasks, classification=True, n_ways=n_ways, n_shots=n_shots, n_queries=4
+    )
+    which = np.repeat(np.arange(tasks.n_tasks), 50)
+    split = sampler.split(which, np.random.default_rng(0))
+    assert split.n_query.min() >= 1
+    several = tasks.sizes[which] > 1
+    assert (split.n_support[several] > 0).all() == (n_shots != 0)
+    assert (split.n_support[~several] == 0).all()
+    if n_ways is not None and n_shots != 0:  # no query row is of a class without support rows
+        for k in range(len(which)):
+            s = split.support[split.n_support[:k].sum() :][: split.n_support[k]]
+            q = split.query[split.n_query[:k].sum() :][: split.n_query[k]]
+            assert not set(tasks.y[q]) - set(tasks.y[s])
+
+
+@pytest.mark.parametrize(("n_shots", "expected"), [(None, [0, 1, 1, 2, 5]), (3, [0, 1, 2, 3, 3])])
+def test_small_tasks_give_what_support_rows_they_can(n_shots, expected):
+    tasks = make_tasks([1, 2, 3, 4, 30])
+    sampler = EpisodeSampler(
+        tasks, classification=False, n_shots=n_shots, n_queries=7, support_range=(5, 5)
+    )
+    batch = sampler.sample(np.arange(5), np.random.default_rng(0))
+    real = batch.support.weight > 0
+    assert real.sum(1).tolist() == expected
+    assert batch.query.lengths.tolist() == [min(n, 7) for n in tasks.sizes - expected]
+    assert batch.support.task(0).weight.tolist() == [0]
 
 
 def test_fixed_episodes_with_more_classes_than_ways_are_refused():

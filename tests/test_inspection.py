@@ -232,7 +232,7 @@ def test_large_ranges_of_errors_are_drawn_on_a_log_scale():
         ({"steps": [-1]}, "steps must be numbers of inner steps, 0 or more; got -1"),
         ({"steps": [1.5]}, "got 1.5"),
         ({"steps": []}, "steps is empty"),
-        ({"n_shots": 0}, "n_shots must be a positive integer; got 0"),
+        ({"n_shots": -1}, "n_shots must be a non-negative integer; got -1"),
         ({"n_repeats": 0}, "n_repeats must be a positive integer; got 0"),
     ],
 )
@@ -592,7 +592,9 @@ def test_an_audit_needs_local_labels_and_positive_counts(clf, reg, shared, sinus
     with pytest.raises(ValueError, match="this MAMLRegressor has n_ways=None"):
         class_permutation_audit(reg, *sinusoids)
     pool = blobs(9, 10, seed=1)
-    for name in ("n_episodes", "n_permutations", "n_shots"):
+    with pytest.raises(ValueError, match=r"no labelled rows.*no classes"):
+        class_permutation_audit(clf, *pool, n_shots=0)
+    for name in ("n_episodes", "n_permutations"):
         with pytest.raises(ValueError, match=f"{name} must be a positive integer; got 0"):
             class_permutation_audit(clf, *pool, **{name: 0})
     with pytest.raises(NotFittedError):
@@ -656,7 +658,7 @@ def test_fits_that_prove_nothing_are_not_reported(changed):
     MAMLRegressor(**{**LONG, **changed}).fit(X, y, groups=task)
 
 
-def test_a_single_task_a_pool_and_a_search_are_not_reported():
+def test_a_single_task_and_a_pool_are_not_reported():
     X, y, task = one_function()
     with pytest.warns(SingleTaskWarning) as caught:
         MAMLRegressor(**LONG).fit(X, y)
@@ -664,8 +666,16 @@ def test_a_single_task_a_pool_and_a_search_are_not_reported():
     # two classes that no feature tells apart, at outputs that change from episode to episode
     noise = np.arange(len(X)) % 2
     MAMLClassifier(**LONG, n_ways=2, n_shots=3).fit(X, noise, groups=task)
-    with sklearn.config_context(enable_metadata_routing=True):
+
+
+def test_cross_validation_reports_the_fits_of_all_folds():
+    X, y, task = one_function()
+    with (
+        sklearn.config_context(enable_metadata_routing=True),
+        pytest.warns(MemorizationWarning) as caught,
+    ):
         cross_validate(MAMLRegressor(**LONG), X, y, params={"groups": task}, cv=GroupKFold(2))
+    assert len(caught) == 2
 
 
 def test_noise_is_not_taken_for_the_absence_of_a_gain():

@@ -15,7 +15,7 @@ from sklearn_maml import (
     task_scorer,
 )
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
-from sklearn_maml.exceptions import CutTaskWarning
+from sklearn_maml.exceptions import SmallTaskWarning
 from sklearn_maml.training.stream import TaskStream
 
 X, Y, G = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
@@ -33,7 +33,7 @@ def test_rows_given_as_plain_lists_are_scored_as_rows_of_the_adapted_task(reg):
     assert as_lists == pytest.approx(reg.score(X[10:20], Y[10:20]))
 
 
-def test_halving_over_rows_leaves_out_tasks_that_it_cut_too_short():
+def test_halving_over_rows_takes_tasks_that_it_cut_too_short():
     frame = pd.DataFrame({"x": X[:, 0], "task": G})
     search = HalvingGridSearchCV(
         MAMLRegressor(task_column="task", **SMALL),
@@ -41,15 +41,15 @@ def test_halving_over_rows_leaves_out_tasks_that_it_cut_too_short():
         cv=GroupKFold(3),
         random_state=0,
     )
-    with pytest.warns(CutTaskWarning, match=r"resource='max_iter'"):
+    with pytest.warns(SmallTaskWarning, match=r"resource='max_iter'"):
         search.fit(frame, Y, groups=frame["task"])
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
-def test_a_learning_curve_over_rows_leaves_out_tasks_that_it_cut_too_short():
+def test_a_learning_curve_over_rows_takes_tasks_that_it_cut_too_short():
     with (
         sklearn.config_context(enable_metadata_routing=True),
-        pytest.warns(CutTaskWarning, match="too few rows"),
+        pytest.warns(SmallTaskWarning, match="too few rows"),
     ):
         _, train, test = learning_curve(
             MAMLRegressor(**SMALL),
@@ -61,13 +61,6 @@ def test_a_learning_curve_over_rows_leaves_out_tasks_that_it_cut_too_short():
         )
     assert np.isfinite(train).all()
     assert np.isfinite(test).all()
-
-
-def test_outside_of_such_tools_a_task_of_one_row_is_an_error():
-    groups = G.copy()
-    groups[0] = 99
-    with pytest.raises(ValueError, match=r"one row.*such as \[99\]"):
-        MAMLRegressor(**SMALL).fit(X, Y, groups=groups)
 
 
 def test_large_targets_are_told_apart_though_the_features_are_of_single_precision():

@@ -478,10 +478,8 @@ def test_sizes_of_episodes_are_up_to_the_targets():
     )
     assert [t.episode_rows(tasks, 3, 4) for t in (real, shared, local)] == [7, 14, 14]
     assert [t.episode_rows(tasks, None, 4) for t in (real, shared, local)] == [20, 20, 10]
-    assert [t.scored_shots(tasks, None) for t in (real, shared)] == [10, None]
-    assert [t.scored_shots(tasks, 3) for t in (real, shared)] == [3, 3]
-    assert real.large_enough(tasks, 19).all()
-    assert not shared.large_enough(tasks, 19).any()
+    shots = [[t.scored_shots(k)["n_shots"] for t in (real, shared)] for k in (None, 3, 0)]
+    assert shots == [[10, None], [3, 3], [0, 0]]
 
 
 def test_coding_is_of_nothing_by_default():

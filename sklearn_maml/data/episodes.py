@@ -41,7 +41,8 @@ class Rows:
     weight : Tensor of shape (n_tasks, n_rows) or None
         Weights that sum to one in each task, 0 for padding; None for equal weights.
     lengths : int ndarray of shape (n_tasks,) or None
-        Number of real rows of each task; None where no task is padded.
+        Number of real rows of each task; None where no task is padded. A task without rows has one
+        of weight 0, so that whatever runs rows has one to run.
     places : int64 Tensor of shape (n_real_rows,) or None
         Where the real rows are among all rows, task after task, so that an accelerator need not be
         waited for; made by a move to one where tasks are padded.
@@ -225,7 +226,7 @@ def pad_rows(
     rows : int ndarray
         Row positions, those of the first task first.
     counts : int ndarray of shape (n_tasks,)
-        Number of rows of each task.
+        Number of rows of each task. One without rows gets a row without weight.
     sample_weight : ndarray of shape (n_rows,), default=None
         Weight of each row of X; normalised to sum to one in each task.
     dtype : dtype, default=None
@@ -234,29 +235,34 @@ def pad_rows(
         Becomes `Rows.index`.
     """
     dtype = X.dtype if dtype is None else dtype
-    n_tasks, width = len(counts), int(counts.max())
-    ragged = bool((counts < width).any())
-    if ragged:
+    if len(X) == 0:
+        X, y = (np.zeros((1, *part.shape[1:]), part.dtype) for part in (X, y))
+    n_tasks, width = len(counts), max(int(counts.max()), 1)
+    short = bool((counts < width).any())
+    if short:
         filled = np.arange(width) < counts[:, None]
-        # padding repeats the first row of the task, with weight 0
-        index = np.repeat(rows[np.cumsum(counts) - counts][:, None], width, axis=1)
+        # padding repeats the first row of the task, or some row, with weight 0
+        first = np.append(rows, 0)[np.cumsum(counts) - counts]
+        index = np.repeat(first[:, None], width, axis=1)
         index[filled] = rows
     else:
         index = rows.reshape(n_tasks, width)
     weight = None
-    if sample_weight is not None:
+    if sample_weight is not None and len(sample_weight):
         weight = sample_weight[index].astype(dtype, copy=False)
-        if ragged:
+        if short:
             weight = np.where(filled, weight, 0)
-        weight = weight / weight.sum(1, keepdims=True)
-    elif ragged:
-        weight = (filled / counts[:, None]).astype(dtype)
+        total = weight.sum(1, keepdims=True)
+        weight = weight / np.where(counts[:, None] > 0, total, 1)
+    elif short:
+        weight = (filled / np.maximum(counts, 1)[:, None]).astype(dtype)
+    lengths = np.maximum(counts, 1)
     gathered = torch.from_numpy(X.take(index, axis=0))
     return Rows(
         gathered,
         gathered if y is X else torch.from_numpy(y.take(index, axis=0)),
         None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
-        counts if ragged else None,
+        lengths if (lengths < width).any() else None,
         index=None if names is None else torch.from_numpy(names.take(index)),
     )
 

@@ -90,12 +90,16 @@ class EpisodeSampler:
         Classes of an episode; the class-to-output assignment is then permuted in every episode.
         None: labels are shared by the tasks and used as they are.
     n_shots : int or None
-        Support rows of an episode (of each class, in classification). None: regression draws a
-        size for each batch, log-uniformly; classification takes half of the rows.
+        Support rows of an episode (of each class, in classification), or as many as leave a query
+        row. None: regression draws a size for each batch, log-uniformly; classification takes half
+        of the rows. A single row is a query row.
     n_queries : int or None
         Query rows of an episode (of each class, in classification); None: all that are left.
     center_y : bool, default=False
         Whether to subtract the mean target of the support rows from all targets of an episode.
+    at_most_half : bool, default=False
+        Whether no more than half of the rows of a task are support rows, in regression with
+        `n_shots`; else one row at least is left for the query set.
     by_class : bool, default=True
         Whether rows are drawn from each class, in classification; else as frequent as they are.
     support_range : (int, int), default=SUPPORT_RANGE
@@ -113,11 +117,13 @@ class EpisodeSampler:
         n_shots: int | None = None,
         n_queries: int | None = None,
         center_y: bool = False,
+        at_most_half: bool = False,
         by_class: bool = True,
         support_range: tuple[int, int] = SUPPORT_RANGE,
         keep_index: bool = False,
     ) -> None:
         self.center_y = center_y
+        self.at_most_half = at_most_half
         self.by_class = by_class and classification
         self.support_range = support_range
         self.keep_index = keep_index
@@ -259,25 +265,36 @@ class EpisodeSampler:
     def _sizes(
         self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator, n_batches: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.n_shots is not None:
-            n_support = np.full(len(size), self.n_shots)
-        elif self.by_class:
-            # a single row of a class goes to either set, so that neither set lacks rows
-            half = np.minimum(size // 2, self.support_range[1])
-            n_support = np.where(size > 1, half, rng.integers(0, 2, len(size)))
-            total = np.bincount(episode, weights=n_support)
-            rows = np.bincount(episode, weights=size)
-            first = np.flatnonzero(np.diff(episode, prepend=-1))
-            n_support[first[total == 0]] = 1
-            n_support[first[total == rows]] -= 1
+        if self.by_class:
+            n_support = self._sizes_of_classes(size, episode, rng)
+        elif self.n_shots is not None:
+            n_support = np.minimum(self.n_shots, size // 2 if self.at_most_half else size - 1)
         else:
             low, high = self.support_range
             drawn = np.exp(rng.uniform(np.log(low), np.log(high + 1), n_batches)).astype(np.intp)
-            # a cell is an episode here
-            drawn = drawn.repeat(len(size) // n_batches)
-            n_support = np.clip(drawn, 1, np.maximum(size // 2, 1))
+            # a cell is an episode here; a single row is a query row
+            n_support = np.minimum(drawn.repeat(len(size) // n_batches), size // 2)
         left = size - n_support
         return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
+
+    def _sizes_of_classes(
+        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Support rows of each cell, a class of an episode; every episode keeps a query row."""
+        if self.n_shots is None:
+            n_support, few = np.minimum(size // 2, self.support_range[1]), size < 2
+        else:
+            n_support, few = np.full(len(size), self.n_shots), size <= self.n_shots
+            if not few.any():
+                return n_support
+        # the last row of a small class goes to either set, so that neither set lacks rows
+        n_support = np.where(few, size - 1 + rng.integers(0, 2, len(size)), n_support)
+        total = np.bincount(episode, weights=n_support)
+        rows = np.bincount(episode, weights=size)
+        first = np.flatnonzero(np.diff(episode, prepend=-1))
+        n_support[first[(total == 0) & (rows > 1)]] = 1
+        n_support[first[total == rows]] -= 1
+        return n_support
 
     def _permuted_labels(self, draw: Split, rng: np.random.Generator) -> list[np.ndarray]:
         """Assign outputs to the classes at random in every episode.
@@ -311,7 +328,7 @@ class EpisodeSampler:
         if labels is not None:
             names = rows if self.keep_index else None
             X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
-        if _is_constant(counts):  # nothing to pad: gathered at once, then cut
+        if _is_constant(counts) and counts[0]:  # nothing to pad: gathered at once, then cut
             whole = pad_rows(X, y, rows, counts, names=names)
             length = len(counts) // n_batches
             parts = whole.X.split(length)

@@ -19,6 +19,7 @@ from sklearn_maml.data.tasks import TaskCollection
 __all__ = [
     "collect_tasks",
     "concatenate_rows",
+    "count_rows",
     "is_task_distribution",
     "n_axes",
     "refuse_graphs",
@@ -35,12 +36,15 @@ def is_task_distribution(X: Any) -> bool:
 
 
 def _is_task(item: Any) -> bool:
-    return (
-        isinstance(item, (tuple, list))
-        and len(item) in (2, 4)
-        and all(hasattr(part, "__len__") and not isinstance(part, str) for part in item)
-        and len(np.shape(item[0][:1] if isinstance(item[0], list) else item[0])) >= 2
-    )
+    if (
+        not isinstance(item, (tuple, list))
+        or len(item) not in (2, 4)
+        or not all(hasattr(part, "__len__") and not isinstance(part, str) for part in item)
+    ):
+        return False
+    if all(len(part) == 0 for part in item[:2]):  # a task without rows, which may be []
+        return True
+    return len(np.shape(item[0][:1] if isinstance(item[0], list) else item[0])) >= 2
 
 
 def _looks_like_task(item: Any) -> bool:
@@ -84,6 +88,8 @@ def is_frame(X: Any) -> bool:
 
 def concatenate_rows(parts: Sequence[Any]) -> Any:
     """Concatenate rows; data frames with equal columns stay data frames (feature names)."""
+    # what has no rows has no say in types, names or shapes
+    parts = [part for part in parts if len(part)] or parts[:1]
     first = parts[0]
     if is_frame(first):
         columns = list(first.columns)
@@ -130,9 +136,8 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
                 raise ValueError(
                     f"The {name} {position} has {len(rows)} rows of X but {len(targets)} of y."
                 )
-            if len(rows) == 0:
-                name = "task" if len(item) == 2 else f"{what} set of task"
-                raise ValueError(f"The {name} {position} is empty: drop it from the list.")
+            if len(rows) == 0 and what == "query":
+                raise ValueError(f"The query set of task {position} is empty: drop the task.")
     if len(lengths) > 1:
         raise ValueError(
             "The list mixes (X, y) tasks and (X_support, y_support, X_query, y_query) tasks. "
@@ -145,6 +150,7 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     per_task = 2 if fixed else 1
     codes = np.repeat(np.arange(len(parts_y)) // per_task, sizes)
     in_query = np.repeat(np.arange(len(parts_y)) % 2 == 1, sizes) if fixed else None
+    parts_y = [part for part in parts_y if len(part)] or parts_y[:1]
     shapes = {part.shape[1:] for part in parts_y}
     if len(shapes) > 1:
         raise ValueError(
@@ -240,6 +246,23 @@ def _column(X: Any, position: int) -> Any:
     return X.iloc[:, position] if hasattr(X, "iloc") else X.to_series(position)
 
 
+def count_rows(X: Any) -> int:
+    """Count the rows of an array, a frame or a list."""
+    return int(X.shape[0]) if getattr(X, "shape", ()) else len(X)
+
+
+def _no_rows(estimator: Any, X: Any, task_column: Hashable | None) -> np.ndarray:
+    """Return no rows of the features of a fit. Names of columns without rows say nothing."""
+    expected = estimator.feature_shape_
+    got = tuple(getattr(X, "shape", ()))[1:]
+    if got and task_column is None and got != expected:
+        raise ValueError(
+            f"X has no rows, of shape {got}, but {type(estimator).__name__} was meta-fitted on "
+            f"rows of shape {expected}. Give the same features."
+        )
+    return np.empty((0, *expected))
+
+
 def validate_rows(
     estimator: Any, X: Any, X_seen: Any, *, reset: bool, with_column: bool, dtype: Any = FLOATS
 ) -> np.ndarray:
@@ -291,6 +314,7 @@ def collect_tasks(
     reset: bool = False,
     classification: bool = False,
     dtype: Any = FLOATS,
+    needs_rows: bool = True,
 ) -> TaskCollection:
     """Validate any spelling of a task collection.
 
@@ -307,6 +331,8 @@ def collect_tasks(
         Whether y holds class labels rather than numbers.
     dtype : dtype or tuple of dtypes
         Accepted dtypes of X; other ones are converted to the first.
+    needs_rows : bool, default=True
+        Whether there has to be a row at all; single tasks of a list may have none.
 
     Returns
     -------
@@ -320,20 +346,16 @@ def collect_tasks(
     if isinstance(X, (list, tuple)) and y is None and len(X) == 0:
         raise ValueError("Got no tasks: the list of tasks is empty. Give at least one task.")
     if y is not None and isinstance(X, (list, tuple)) and n_axes(X) >= 3:
-        try:  # a stack of tasks, spelt as lists
-            X, y = np.asarray(X), np.asarray(y)
-        except ValueError as error:
-            raise ValueError(
-                "Got a list of X and a list of y whose tasks differ in their number of rows. Pass "
-                "one list of tasks, list(zip(X, y)), as X and leave y out."
-            ) from error
+        X, y = _as_stack(X, y)
     X_seen = X
+    n_tasks = 1
     if is_task_list(X, y):
         if groups is not None:
             raise ValueError(
                 "Got a list of tasks and groups: the tasks are given twice. Leave one of the two "
                 "out."
             )
+        n_tasks = len(X)
         X, y, codes, in_query = _rows_of_list(X)
         X_seen, spelling = X, "list"
     elif groups is None and task_column is None and is_task_stack(X, y):
@@ -342,7 +364,8 @@ def collect_tasks(
                 f"{type(estimator).__name__} requires y to be passed, but the target y is None."
             )
         X, y = np.asarray(X), np.asarray(y)
-        codes = np.repeat(np.arange(X.shape[0]), X.shape[1])
+        n_tasks = len(X)
+        codes = np.repeat(np.arange(n_tasks), X.shape[1])
         X = X.reshape(-1, *X.shape[2:])
         y = y.reshape(-1, *y.shape[2:])
         X_seen, spelling = X, "stack"
@@ -351,18 +374,23 @@ def collect_tasks(
             f"{type(estimator).__name__} requires y to be passed, but the target y is None."
         )
     of_splitter = None
+    no_rows = not needs_rows and hasattr(X, "__len__") and count_rows(X) == 0
     if task_column is not None:
         if codes is None:
             of_splitter = groups
-            X, groups = split_task_column(X, task_column)
+            X, groups = (X, []) if no_rows else split_task_column(X, task_column)
             spelling = "column"
-        else:  # tasks of a list may carry the column too; their place in the list decides
+        elif not no_rows:
+            # tasks of a list may carry the column too; their place in the list decides
             X, _ = split_task_column(X, task_column)
     elif groups is not None:
         spelling = "groups"
-    features = validate_rows(
-        estimator, X, X_seen, reset=reset, with_column=task_column is not None, dtype=dtype
-    )
+    if no_rows:
+        features = _no_rows(estimator, X, task_column).astype(dtype)
+    else:
+        features = validate_rows(
+            estimator, X, X_seen, reset=reset, with_column=task_column is not None, dtype=dtype
+        )
     if groups is not None:
         name = "groups" if spelling == "groups" else f"the task column {task_column!r}"
         ids, codes = encode_ids(groups, len(features), name)
@@ -371,13 +399,28 @@ def collect_tasks(
     elif codes is None:
         ids, codes = np.zeros(1, dtype=int), np.zeros(len(features), dtype=int)
     else:
-        ids = np.arange(codes[-1] + 1)
+        ids = np.arange(n_tasks)
     target = _validate_target(estimator, y, features, classification)
     assert ids is not None
     return TaskCollection(features, target, codes, ids, in_query, spelling)
 
 
+def _as_stack(X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Make arrays of a stack of tasks that is spelt as lists."""
+    try:
+        return np.asarray(X), np.asarray(y)
+    except ValueError as error:
+        raise ValueError(
+            "Got a list of X and a list of y whose tasks differ in their number of rows. Pass "
+            "one list of tasks, list(zip(X, y)), as X and leave y out."
+        ) from error
+
+
 def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool) -> np.ndarray:
+    if len(X) == 0:
+        y = np.asarray(y)
+        check_consistent_length(X, y)
+        return y.astype(np.intp if classification else np.float64) if y.dtype.kind != "f" else y
     if classification:
         y = _labels(y, estimator)
         check_consistent_length(X, y)

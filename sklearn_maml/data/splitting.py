@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from sklearn_maml.data.ids import show_id, show_ids
+from sklearn_maml.data.ids import show_id
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["check_splittable", "hold_out", "large_enough", "name_of"]
+__all__ = ["check_splittable", "hold_out", "name_of", "usable"]
 
 
 def hold_out(
@@ -71,88 +71,118 @@ def name_of(tasks: TaskCollection, j: int) -> str:
     return "" if tasks.spelling == "single" else f" of task {show_id(tasks.ids[j])}"
 
 
-def large_enough(
+def usable(
     tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
-) -> np.ndarray:
-    """Tell which tasks can give a support set of the asked size and a query row."""
+) -> tuple[TaskCollection, str | None]:
+    """Leave out what no episode can be made of, and say which tasks are small.
+
+    Parameters
+    ----------
+    tasks : TaskCollection
+    n_shots, n_ways : int or None
+    classification : bool
+
+    Returns
+    -------
+    tasks : TaskCollection
+        Without tasks that have no rows and, where the classes of an episode are those of a task,
+        without classes of a single row in their task and tasks that have fewer than two others.
+    few : str or None
+        Which of them are too small to be split as asked, and what becomes of them; None: none.
+    """
     if tasks.in_query is not None:
-        return np.ones(tasks.n_tasks, dtype=bool)
-    need = 2 if n_shots is None else n_shots + 1
-    if not classification:
-        return tasks.sizes >= need
-    large = tasks.sizes >= 2
-    if n_shots is None and n_ways is None:
-        return large
-    _, labels = np.unique(tasks.y, return_inverse=True)
-    n_labels = int(labels.max()) + 1
-    cells, counts = np.unique(tasks.codes * n_labels + labels.reshape(-1), return_counts=True)
-    task = cells // n_labels
-    small = np.bincount(task, weights=counts < need, minlength=tasks.n_tasks) > 0
-    few = np.bincount(task, minlength=tasks.n_tasks) < (1 if n_ways is None else 2)
-    return large & ~small & ~few
+        return tasks, None
+    given, parts = tasks, []
+    if n_ways is not None:
+        cell, count = _classes_of_tasks(tasks)
+        n_classes = np.bincount(tasks.codes, (count > 1) / count, tasks.n_tasks).round()
+        kept = (n_classes > 1)[tasks.codes]
+        n_out = int((n_classes < 2).sum())
+        n_single = len(np.unique(cell[kept & (count == 1)]))
+        kept &= count > 1
+        if n_out:
+            parts.append(f"{n_out} with fewer than two classes of two rows, left out")
+        if n_single:
+            parts.append(f"{n_single} single row(s) of a class in a task, left out")
+        if parts and kept.any():
+            tasks = tasks.take_rows(kept)
+    n_empty, n_single = (int((tasks.sizes == n).sum()) for n in (0, 1))
+    if n_empty:
+        parts.append(f"{n_empty} without rows, left out")
+        tasks = tasks.select(np.flatnonzero(tasks.sizes))
+    if n_single:
+        parts.append(f"{n_single} with a single row, which is a query row")
+    if n_shots:
+        few = tasks.sizes[tasks.codes]
+        if classification:
+            few = _classes_of_tasks(tasks)[1]
+        n_few = len(np.unique(tasks.codes[(few <= n_shots) & (tasks.sizes[tasks.codes] > 1)]))
+        if n_few:
+            parts.append(
+                f"{n_few} with fewer than {n_shots + 1} rows{' of a class' * classification} "
+                f"(n_shots={n_shots} and a query row), which give fewer support rows"
+            )
+    if not parts:
+        return tasks, None
+    return tasks, (
+        f"Some of the {given.n_tasks} tasks have too few rows to be split into support and query "
+        f"rows: {'; '.join(parts)}."
+    )
+
+
+def _classes_of_tasks(tasks: TaskCollection) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class of its task (n_rows,) that a row is of, and how many rows that has."""
+    labels, position = np.unique(tasks.y, return_inverse=True)
+    cell = tasks.codes * len(labels) + position.reshape(-1)
+    _, inverse, counts = np.unique(cell, return_inverse=True, return_counts=True)
+    return cell, counts[inverse.reshape(-1)]
 
 
 def check_splittable(
     tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
 ) -> None:
-    """Refuse tasks that cannot give a support set of the asked size and a query row."""
+    """Refuse tasks, of those that are usable, if none of them can be split as asked."""
     if n_ways is not None:
-        labels = int(tasks.y.max()) + 1
-        cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
-        n_classes = np.bincount(cells // labels, minlength=tasks.n_tasks)
-        if tasks.in_query is not None:
-            if n_classes.max() > n_ways:
-                j = int(n_classes.argmax())
-                raise ValueError(
-                    f"The episode{name_of(tasks, j)} has {n_classes[j]} classes, but n_ways="
-                    f"{n_ways}. Raise n_ways or leave classes out."
-                )
-            return
-        if tasks.spelling == "single" and n_classes[0] < n_ways:
-            raise ValueError(
-                f"n_ways={n_ways}, but there are only {n_classes[0]} classes to draw from. Lower "
-                "n_ways or give more classes."
-            )
-        if n_classes.min() < 2:
-            j = int(n_classes.argmin())
-            raise ValueError(
-                f"There are too few classes{name_of(tasks, j)}: got 1 class, and episodes need at "
-                "least 2. Leave the task out."
-            )
-    elif tasks.in_query is not None:
+        _check_classes(tasks, n_ways)
+    if tasks.in_query is not None:
         return
-    if tasks.sizes.min() < 2:
-        few = np.flatnonzero(tasks.sizes < 2)
-        where = (
-            ""
-            if tasks.spelling == "single"
-            else f" in {len(few)} task(s), such as {show_ids(tasks.ids[few])}"
-        )
+    if tasks.spelling == "single" and len(tasks.X) < 2:
         raise ValueError(
-            f"Got n_samples=1 (one row){where}; a task needs at least 2 rows, one for its support "
-            "set and one for its query set. Leave such tasks out or give them more rows."
+            "Got n_samples=1 (one row); a task needs at least 2 rows, one for its support set and "
+            "one for its query set. Give more rows."
         )
-    if n_shots is None and n_ways is None:
+    if n_shots is None:
         return
-    need = (1 if n_shots is None else n_shots) + 1
-    if not classification:
-        few = np.flatnonzero(tasks.sizes < need)
-        if len(few):
+    most = int((_classes_of_tasks(tasks)[1] if classification else tasks.sizes).max())
+    if most <= n_shots:
+        what = "class of a task" if classification else "task"
+        raise ValueError(
+            f"n_shots={n_shots} is more than any task can give: the largest {what} has {most} "
+            f"rows, and a support set of {n_shots} and a query row need {n_shots + 1}. Lower "
+            "n_shots."
+        )
+
+
+def _check_classes(tasks: TaskCollection, n_ways: int) -> None:
+    """Refuse tasks with too many or too few classes for episodes of `n_ways`."""
+    _, count = _classes_of_tasks(tasks)
+    n_classes = np.bincount(tasks.codes, 1 / count, tasks.n_tasks).round().astype(int)
+    if tasks.in_query is not None:
+        if n_classes.max() > n_ways:
+            j = int(n_classes.argmax())
             raise ValueError(
-                f"n_shots={n_shots} is more than {len(few)} of the {tasks.n_tasks} tasks can give: "
-                f"the smallest{name_of(tasks, int(few[tasks.sizes[few].argmin()]))} has "
-                f"{tasks.sizes.min()} rows, and a support set of {n_shots} and one query row need "
-                f"{need}. Lower n_shots or leave such tasks out."
+                f"The episode{name_of(tasks, j)} has {n_classes[j]} classes, but n_ways="
+                f"{n_ways}. Raise n_ways or leave classes out."
             )
         return
-    labels = int(tasks.y.max()) + 1
-    cells, counts = np.unique(tasks.codes * labels + tasks.y, return_counts=True)
-    few = np.flatnonzero(counts < need)
-    if len(few):
-        j = int(cells[few[0]] // labels)
+    if tasks.spelling == "single" and n_classes[0] < n_ways:
         raise ValueError(
-            f"{len(few)} class(es) have fewer than {need} rows in a task, such as class number "
-            f"{int(cells[few[0]] % labels)}{name_of(tasks, j)} with {int(counts[few[0]])}; "
-            f"{need - 1} support row(s) of each class (n_shots={n_shots}) and one query row need "
-            f"{need}. Lower n_shots or leave such classes out."
+            f"n_ways={n_ways}, but there are only {n_classes[0]} classes to draw from. Lower "
+            "n_ways or give more classes."
+        )
+    if n_classes.min() < 2:
+        j = int(n_classes.argmin())
+        raise ValueError(
+            f"There are too few classes{name_of(tasks, j)}: got 1 class, and episodes need at "
+            "least 2 with two rows each. Give tasks with more."
         )

@@ -85,8 +85,8 @@ class TaskCollection:
             in_query=None if self.in_query is None else self.in_query[keep],
         )
 
-    def keep_rows(self, kept: np.ndarray) -> TaskCollection:
-        """Sub-collection of some rows, without the tasks that have fewer than two of them."""
+    def take_rows(self, kept: np.ndarray, least: int = 1) -> TaskCollection:
+        """Sub-collection of some rows, without the tasks that have fewer than `least` of them."""
         sizes = np.bincount(self.codes[kept], minlength=self.n_tasks)
         part = dataclasses.replace(
             self,
@@ -95,7 +95,7 @@ class TaskCollection:
             codes=self.codes[kept],
             in_query=None if self.in_query is None else self.in_query[kept],
         )
-        return part.select(np.flatnonzero(sizes > 1))
+        return part.select(np.flatnonzero(sizes >= least))
 
     def fingerprints(self) -> dict[Hashable, int]:
         """Checksum of the rows of each named task by the key of its id.

@@ -10,7 +10,7 @@ import numpy as np
 
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.building import Building
-from sklearn_maml.learners.base import Adapted, Support
+from sklearn_maml.learners.base import Adapted, Several, Support
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
 from sklearn_maml.learners.gradient import AdaptedBySteps, GradientSteps, Running
 from sklearn_maml.learners.learner import AdaptedBySupport
@@ -36,6 +36,13 @@ class State(Coding):
     def n_tasks(self) -> int:
         """Number of tasks."""
         return self.adapted.n_tasks
+
+    def followed_by(self, other: State) -> State:
+        """Have the tasks of another state behind those of this one; not of local labels."""
+        center = self.center
+        if center is not None and other.center is not None:
+            center = np.concatenate([center, other.center])
+        return State(adapted=Several(self.adapted, other.adapted), ids=self.ids, center=center)
 
 
 class Adapting(Building):
@@ -65,10 +72,25 @@ class Adapting(Building):
     ) -> State:
         """Adapt to every task of a collection; `steps` None is what `adapt` does, 0 nothing."""
         self._check_features(tasks.X)
-        y, coding = self.targets_.encode_support(tasks, sample_weight)
         ids = None if tasks.spelling == "single" else tasks.ids
+        if tasks.n_tasks == 0:  # groups without rows name no task: there is still a population
+            tasks = dataclasses.replace(tasks, ids=np.zeros(1, dtype=np.intp))
+        y, coding = self.targets_.encode_support(tasks, sample_weight)
         support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, sample_weight)
         return State(adapted=self._learn(support, steps), ids=ids, **vars(coding))
+
+    def _prior_state(self) -> State:
+        """State of a task without labelled rows."""
+        if self.targets_.n_ways is not None:
+            raise ValueError(
+                f"unseen_tasks={self.unseen_tasks!r} predicts for tasks without labelled rows, but "
+                "with n_ways labels mean something inside their task only: there are no classes "
+                "to predict. Call adapt with labelled rows of each task, or meta-fit with "
+                "n_ways=None."
+            )
+        none = np.zeros(0, dtype=np.intp)
+        X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
+        return self._adapted_state(TaskCollection(X, none, none, none[:0], None, "groups"), None)
 
     def _learn(self, support: Support, steps: int | None) -> Adapted:
         """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
@@ -104,7 +126,7 @@ class Adapting(Building):
         """Adapt in closed form; `prior` leaves the support rows out."""
         y = support.y
         targets = self.targets_
-        y = np.eye(targets.n_outputs)[y] if targets.are_classes else y.reshape(len(y), -1)
+        y = np.eye(targets.n_outputs)[y] if targets.are_classes else y
         make = Conditioned.prior if prior else Conditioned.on
         return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
 
@@ -135,4 +157,6 @@ class Adapting(Building):
             return AdaptedBySteps.from_state(
                 self._learner.module, self._row_loss(), self.device_, state
             )
+        if state["kind"] == "several":
+            return Several(*map(self._adapted_from, state["parts"]))
         return self._mixed(self._adapted_from(state["head"]), self._adapted_from(state["steps"]))

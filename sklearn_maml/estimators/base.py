@@ -156,7 +156,8 @@ class BaseMAML(Training, Stored, Scoring):
         Parameters
         ----------
         X : array-like of shape (n_support, n_features)
-            Support rows; lists of tasks and 3-D arrays are accepted as in `fit`.
+            Support rows; lists of tasks and 3-D arrays are accepted as in `fit`. A task may have
+            none, ``(X[:0], y[:0])``: its predictions are then those for the population of tasks.
         y : array-like of shape (n_support,) or (n_support, n_outputs)
             Their targets.
         groups : array-like of shape (n_support,), default=None
@@ -178,14 +179,8 @@ class BaseMAML(Training, Stored, Scoring):
         """
         check_is_fitted(self)
         self._validate_params()
-        if hasattr(X, "__len__") and y is not None and _n_rows(X) == 0:
-            raise ValueError(
-                "adapt got an empty support set: Found array with 0 sample(s) while a minimum of 1 "
-                "is required. Pass at least one labelled row of the task, or adapt_steps=0 and any "
-                "row for predictions of the initialisation."
-            )
         self._check_unchanged()
-        tasks = self._read_tasks(X, y, groups)
+        tasks = self._read_tasks(X, y, groups, needs_rows=False)
         if tasks.in_query is not None:
             raise ValueError(
                 "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
@@ -224,7 +219,3 @@ class BaseMAML(Training, Stored, Scoring):
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         return tags
-
-
-def _n_rows(X: Any) -> int:
-    return int(X.shape[0]) if hasattr(X, "shape") and X.shape else len(X)

@@ -148,6 +148,10 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         Column of X that holds the task id: a column name or name of an index level of a data
         frame, or a position; a list if several together are the id. It then is in every X, and
         `groups`, where a tool passes them on, are for a splitter alone.
+    unseen_tasks : {"error", "prior"}, default="error"
+        What `predict` does for tasks that `adapt` has not seen, and before any `adapt`: "prior"
+        predicts for the population of tasks, as after `adapt` to a task without rows. May be
+        changed after `fit`.
     warm_start : bool, default=False
         Whether another `fit` continues from the parameters and the optimiser state of the last.
     random_state : int, RandomState instance or None, default=None
@@ -278,6 +282,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         callbacks: Any = None,
         device: Any = "auto",
         task_column: Hashable | None = None,
+        unseen_tasks: str = "error",
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
@@ -312,6 +317,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         self.callbacks = callbacks
         self.device = device
         self.task_column = task_column
+        self.unseen_tasks = unseen_tasks
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
@@ -335,9 +341,9 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         Raises
         ------
         NotAdaptedError
-            If `adapt` was not called.
+            If `adapt` was not called, unless `unseen_tasks` is "prior".
         ValueError
-            If a task id was not adapted to.
+            If a task id was not adapted to, likewise.
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         return shape_like(self._decide(state, rows, codes))

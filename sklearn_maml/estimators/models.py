@@ -10,7 +10,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.data.spellings import is_task_list, refuse_graphs
+from sklearn_maml.data.spellings import count_rows, is_task_list, refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 
 __all__ = [
@@ -147,6 +147,8 @@ def forward(step: Any, X: Any) -> Any:
         return X
     if hasattr(step, "fit_resample") and not hasattr(step, "transform"):
         return X
+    if hasattr(X, "__len__") and count_rows(X) == 0:
+        return []  # transformers refuse what has no rows, and adapting needs no columns then
     return step.transform(X)
 
 

@@ -86,6 +86,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         "batch_norm": [StrOptions({"inductive", "transductive"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
+        "unseen_tasks": [StrOptions({"error", "prior"})],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],

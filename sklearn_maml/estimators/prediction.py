@@ -73,19 +73,31 @@ class Predicting(Adapting):
             dtype=self._dtype,
         )
         self._check_features(rows)
-        state = self._adapted_so_far()
-        codes = self._find_tasks(state, groups, len(rows), name)
+        state, codes = self._find_tasks(groups, len(rows), name)
         return state, self._reshape(rows), codes, shape_like
 
-    def _find_tasks(self, state: State, groups: Any, n_rows: int, name: str) -> np.ndarray:
+    def _find_tasks(self, groups: Any, n_rows: int, name: str) -> tuple[State, np.ndarray]:
+        """Return what was adapted, and the position of each row's task in it."""
+        state = self.__dict__.get("_state")
+        knows_prior = self.unseen_tasks == "prior"
+        if state is None and not knows_prior:
+            raise NotAdaptedError(
+                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
+                "adapt(X_support, y_support) before predict, or set unseen_tasks='prior' for "
+                "predictions without labelled rows. To score tasks inside scikit-learn's tools, "
+                "leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to a support "
+                "split of each task; scorers such as 'r2' do not adapt."
+            )
         if groups is None:
-            if state.n_tasks > 1:
+            if state is not None and state.n_tasks > 1:
                 raise ValueError(
                     f"{type(self).__name__} is adapted to {state.n_tasks} tasks: pass "
                     "groups (the task id of each row) to predict."
                 )
-            return np.zeros(n_rows, dtype=np.intp)
+            return state or self._prior_state(), np.zeros(n_rows, dtype=np.intp)
         ids, codes = encode_ids(groups, n_rows, name)
+        if state is None:
+            return self._prior_state(), np.zeros(n_rows, dtype=np.intp)
         if state.ids is None:
             raise ValueError(
                 f"predict got {name}, but the estimator was adapted to one task without an id. "
@@ -96,15 +108,17 @@ class Predicting(Adapting):
         positions = find_ids(ids, state.ids)
         unknown = positions < 0
         if unknown.any():
-            raise ValueError(
-                f"predict got {unknown.sum()} task id(s) that were not adapted to, such as "
-                f"{show_ids(ids[unknown])}. "
-                "Call adapt with support rows of these tasks first. To score new "
-                "tasks inside scikit-learn's tools, leave scoring=None or use "
-                "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
-            )
-        in_state: np.ndarray = positions[codes]
-        return in_state
+            if not knows_prior:
+                raise ValueError(
+                    f"predict got {unknown.sum()} task id(s) that were not adapted to, such as "
+                    f"{show_ids(ids[unknown])}. Call adapt with support rows of these tasks first, "
+                    "or set unseen_tasks='prior' for predictions without any. To score new tasks "
+                    "inside scikit-learn's tools, leave scoring=None or use "
+                    "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+                )
+            positions = np.where(unknown, state.n_tasks, positions)
+            state = state.followed_by(self._prior_state())
+        return state, positions[codes]
 
     def adapted_module(self, task: Any = None) -> nn.Module:
         """Return what `predict` computes for one task as a plain torch module.
@@ -128,34 +142,22 @@ class Predicting(Adapting):
         Raises
         ------
         NotAdaptedError
-            If `adapt` was not called.
+            If `adapt` was not called, unless `unseen_tasks` is "prior".
         TypeError
             If predictions are no function of single rows, or made by code of numpy: with
             ``batch_norm="transductive"``, or a loss with a link of its own.
         ValueError
-            If the task was not adapted to.
+            If the task was not adapted to, likewise.
         """
         check_is_fitted(self)
-        state = self._adapted_so_far()
         ids = None if task is None else [task]
-        (position,) = self._find_tasks(state, ids, 1, "a task").tolist()
+        state, (position,) = self._find_tasks(ids, 1, "a task")
         return PlainModel(
-            state.adapted.module(position, self._running()),
-            self.targets_.decoder(position, state),
+            state.adapted.module(int(position), self._running()),
+            self.targets_.decoder(int(position), state),
             flat=self._flat,
             dtype=TORCH_DTYPES[self._dtype],
         ).to(self.device_)
-
-    def _adapted_so_far(self) -> State:
-        state: State | None = self.__dict__.get("_state")
-        if state is None:
-            raise NotAdaptedError(
-                f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
-                "adapt(X_support, y_support) before predict. To score tasks inside scikit-learn's "
-                "tools, leave scoring=None or use sklearn_maml.task_scorer(...), which adapt to "
-                "a support split of each task; scorers such as 'r2' do not adapt."
-            )
-        return state
 
     @one_thread()
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:

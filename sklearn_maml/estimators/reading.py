@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import _check_sample_weight
 
-from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, inside_cross_validation
+from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.data.spellings import FLOATS, collect_tasks, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.parameters import Parameters
-from sklearn_maml.exceptions import CutTaskWarning, SingleTaskWarning
+from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
 
@@ -23,7 +23,7 @@ class Reading(Parameters):
     """Validates tasks and weights of rows."""
 
     def _read_tasks(
-        self, X: Any, y: Any, groups: Any = None, *, reset: bool = False
+        self, X: Any, y: Any, groups: Any = None, *, reset: bool = False, needs_rows: bool = True
     ) -> TaskCollection:
         """Validate tasks; in a first fit (`reset`) also learn what later calls must match."""
         tasks = collect_tasks(
@@ -35,6 +35,7 @@ class Reading(Parameters):
             reset=reset,
             classification=self._targets_class.are_classes,
             dtype=FLOATS if reset else self._dtype,
+            needs_rows=needs_rows,
         )
         if reset:
             self.feature_shape_ = tasks.X.shape[1:]
@@ -44,34 +45,28 @@ class Reading(Parameters):
             self._check_features(tasks.X)
         return tasks
 
-    def _without_cut_tasks(
-        self, tasks: TaskCollection, targets: Targets, n_shots: int | None
+    def _usable(
+        self, tasks: TaskCollection, targets: Targets, n_shots: int | None, stacklevel: int
     ) -> TaskCollection:
-        """Leave out tasks that a tool of scikit-learn has cut down to too few rows.
-
-        `learning_curve` and successive halving draw rows, not tasks. Outside of such tools a task
-        that is too small is an error.
-        """
-        if not tasks.named or not inside_cross_validation():
-            return tasks
-        large = targets.large_enough(tasks, n_shots)
-        if large.all() or not large.any():
-            return tasks
-        warnings.warn(
-            f"{(~large).sum()} of {tasks.n_tasks} tasks have too few rows left for a support and a "
-            "query set and are left out here. Tools that subsample rows (learning_curve, "
-            "HalvingGridSearchCV with resource='n_samples') cut tasks; give a list of tasks, or "
-            "resource='max_iter', to keep them whole.",
-            CutTaskWarning,
-            stacklevel=2,
-        )
-        return tasks.select(np.flatnonzero(large))
+        """Leave out tasks that no episode can be made of; refuse all, or warn of small ones."""
+        tasks, few = targets.usable(tasks, n_shots)
+        targets.check_splittable(tasks, n_shots)
+        if few is not None:
+            warnings.warn(
+                f"{few} Tools that subsample rows (learning_curve, HalvingGridSearchCV with "
+                "resource='n_samples') cut tasks; give a list of tasks, or resource='max_iter', to "
+                "keep them whole.",
+                SmallTaskWarning,
+                stacklevel=stacklevel,
+            )
+        return tasks
 
     def _collect(
         self, X: Any, y: Any, groups: Any, targets: Targets, seed: int, continued: bool
     ) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
-        tasks = self._without_cut_tasks(tasks, targets, self.n_shots)
+        stacklevel = 6 if HAS_SKLEARN_CALLBACKS else 5
+        tasks = self._usable(tasks, targets, self.n_shots, stacklevel + 1)
         if tasks.spelling == "single" and targets.n_ways is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
@@ -79,22 +74,23 @@ class Reading(Parameters):
                 "groups=task_ids (inside scikit-learn's tools enable it with "
                 "sklearn.set_config(enable_metadata_routing=True)) or set task_column.",
                 SingleTaskWarning,
-                stacklevel=6 if HAS_SKLEARN_CALLBACKS else 5,
+                stacklevel=stacklevel,
             )
         if not continued:
             targets.learn(tasks)
         return CollectionSource(tasks, targets, self._episode_settings(), seed)
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
-        if sample_weight is None:
+        if sample_weight is None or not len(tasks.X):
             return None
         weights = check_weights(
             sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
         )
-        totals = np.bincount(tasks.codes, weights=weights)
-        if (totals == 0).any():
+        totals = np.bincount(tasks.codes, weights=weights, minlength=tasks.n_tasks)
+        empty = (totals == 0) & (tasks.sizes > 0)
+        if empty.any():
             raise ValueError(
-                f"Sample weights are all zero in {int((totals == 0).sum())} of {len(totals)} "
+                f"Sample weights are all zero in {int(empty.sum())} of {len(totals)} "
                 "support set(s). Give at least one row of each task a positive weight."
             )
         return weights

@@ -87,11 +87,13 @@ class Scoring(Reading, Predicting):
         self._warn_if_seen(tasks)
         n_shots = self.n_shots if n_shots is None else n_shots
         targets = self.targets_
-        tasks = self._without_cut_tasks(tasks, targets, n_shots)
-        n_shots, n_ways = targets.scored_shots(tasks, n_shots), targets.n_ways
-        encoded = targets.encode(tasks)
-        targets.check_splittable(encoded, n_shots)
-        sampler = EpisodeSampler(encoded, n_shots=n_shots, **targets.sampling())
+        tasks = self._usable(tasks, targets, n_shots, stacklevel=5)
+        encoded, n_ways = targets.encode(tasks), targets.n_ways
+        sampler = EpisodeSampler(
+            encoded,
+            **targets.scored_shots(n_shots),
+            **targets.sampling(),
+        )
         if n_ways is not None and tasks.in_query is None:
             n_repeats *= -(-SCORED_EPISODES // tasks.n_tasks)
         which = np.repeat(np.arange(tasks.n_tasks), n_repeats)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS, inside_cross_validation
+from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
@@ -187,8 +187,6 @@ class Training(Planning):
             or self.targets_.n_ways is not None
             # by request, nothing is learned from support sets
             or 0 in (self._n_steps(), steps, self._alpha())
-            # a search compares its candidates; the one it takes is fitted anew
-            or inside_cross_validation()
         ):
             return
         with engine.threads(len(source.validation[0]) * source.rows_per_task):

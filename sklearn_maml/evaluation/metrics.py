@@ -30,7 +30,7 @@ def task_scorer(
         Name of a scikit-learn scorer, or a scorer ``(estimator, X, y) -> float``.
     n_shots : int, default=None
         Support rows of each task (of each class, in classification); None takes that of the
-        estimator.
+        estimator, 0 is before any of them.
     n_repeats : int, default=1
         Support splits of each task.
     average : {"micro", "macro"}, default="micro"
@@ -147,7 +147,7 @@ def task_scores(
         accuracy for classifiers.
     n_shots : int, default=None
         Support rows of each task (of each class, in classification); None takes that of the
-        estimator.
+        estimator, 0 is before any of them.
     n_repeats : int, default=1
         Support splits of each task.
     random_state : int, RandomState instance or None, default=None

@@ -48,7 +48,8 @@ def adapt_predict(
     y_support : array-like of shape (n_support,) or (n_support, n_outputs)
         Their targets.
     X_query : array-like or data frame of shape (n_queries, n_features)
-        Rows to predict, in any order. Each has to belong to a task with support rows.
+        Rows to predict, in any order. Each has to belong to a task with support rows, unless
+        `unseen_tasks` of the estimator is "prior".
     groups_support, groups_query : array-like of shape (n_support,) and (n_queries,), default=None
         Task id of each row; None takes them from the `task_column` of the estimator.
     n_jobs : int or None, default=None
@@ -100,16 +101,17 @@ def adapt_predict(
     query_ids, query_task = encode_ids(*_ids_of(X_query, groups_query, task_column, "groups_query"))
     positions = find_ids(query_ids, ids)
     unknown = positions < 0
-    if unknown.any():
+    if unknown.any() and maml.unseen_tasks != "prior":
         raise ValueError(
             f"X_query has rows of {unknown.sum()} task(s) without support rows, such as "
-            f"{show_ids(query_ids[unknown])}. "
-            "Give support rows of these tasks, or leave their query rows out."
+            f"{show_ids(query_ids[unknown])}. Give support rows of these tasks, leave their query "
+            "rows out, or set unseen_tasks='prior'."
         )
+    positions[unknown] = len(ids) + np.arange(unknown.sum())
     # as small as they can be: these are the one thing that grows with the data
     task = task.astype(np.int32)
     query_task = positions.astype(np.int32)[query_task]
-    n_partitions = -(-len(ids) // tasks_per_partition)
+    n_partitions = -(-(len(ids) + int(unknown.sum())) // tasks_per_partition)
     supports = _partition(task // tasks_per_partition, n_partitions)
     queries = _partition(query_task // tasks_per_partition, n_partitions)
     passed = (None, None) if by_column else (task, query_task)

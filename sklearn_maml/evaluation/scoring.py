@@ -32,17 +32,19 @@ def default_scoring(maml: BaseMAML) -> str:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return a positive integer, or say that it is none."""
-    if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+    """Return a positive integer, or say that it is none; `n_shots` may be 0."""
+    least = 0 if name == "n_shots" else 1
+    if not is_integer(value) or value < least:
+        kind = "non-negative" if least == 0 else "positive"
+        raise ValueError(f"{name} must be a {kind} integer; got {value!r}.")
     return int(value)
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse counts that are neither None nor positive integers."""
+    """Refuse counts that are neither None nor what `check_count` takes."""
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+        if value is not None:
+            check_count(name, value)
 
 
 def score_tasks(

@@ -93,6 +93,10 @@ def class_permutation_audit(
     >>> bool(audit.worst <= audit.mean <= audit.best)
     True
     """
+    if n_shots == 0:
+        raise ValueError(
+            "n_shots=0 leaves no labelled rows, and with n_ways no classes. Give at least 1."
+        )
     check_counts(n_shots=n_shots)
     check_count("n_episodes", n_episodes)
     check_count("n_permutations", n_permutations)

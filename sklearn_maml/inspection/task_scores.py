@@ -128,7 +128,7 @@ class TaskScoresDisplay:
             accuracy for classifiers. Scorers named ``neg_...`` are shown as errors.
         n_shots : int, default=None
             Support rows of each task (of each class, in classification); None takes that of the
-            estimator.
+            estimator, 0 is before any of them.
         n_repeats : int, default=1
             Support splits of each task.
         random_state : int, RandomState instance or None, default=None

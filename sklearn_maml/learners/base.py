@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Adapted", "Support", "no_std", "padded"]
+__all__ = ["Adapted", "Several", "Support", "no_std", "padded"]
 
 # tasks, and their padded rows, that are taken at a time
 TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536
@@ -65,6 +65,65 @@ class Adapted(ABC):
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Plain data from which the learner's `adapted_from` makes it again."""
+
+
+class Several(Adapted):
+    """Tasks of two calls, side by side.
+
+    Parameters
+    ----------
+    first, second : Adapted
+        The tasks of `second` come after those of `first`.
+    """
+
+    def __init__(self, first: Adapted, second: Adapted) -> None:
+        self.first = first
+        self.second = second
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return self.first.n_tasks + self.second.n_tasks
+
+    def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
+        """See `Adapted`."""
+        return self._each(rows, codes, lambda part, *its: (part.outputs(*its, how),))[0]
+
+    def std(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> tuple[np.ndarray, np.ndarray]:
+        """See `Adapted`."""
+        outputs, std = self._each(rows, codes, lambda part, *its: part.std(*its, how))
+        return outputs, std
+
+    def _each(
+        self,
+        rows: np.ndarray,
+        codes: np.ndarray,
+        run: Callable[[Adapted, np.ndarray, np.ndarray], tuple[np.ndarray, ...]],
+    ) -> list[np.ndarray]:
+        """Run the rows of either part with it, and put the values together."""
+        n_first = self.first.n_tasks
+        of_first = codes < n_first
+        parts = [
+            (mask, run(part, rows[mask], codes[mask] - shift))
+            for part, mask, shift in ((self.first, of_first, 0), (self.second, ~of_first, n_first))
+            if mask.any()
+        ]
+        whole = [np.empty((len(rows), v.shape[1]), v.dtype) for v in parts[0][1]]
+        for mask, values in parts:
+            for to, some in zip(whole, values, strict=True):
+                to[mask] = some
+        return whole
+
+    def module(self, task: int, how: Any) -> Any:
+        """See `Adapted`."""
+        n_first = self.first.n_tasks
+        if task < n_first:
+            return self.first.module(task, how)
+        return self.second.module(task - n_first, how)
+
+    def state(self) -> dict[str, Any]:
+        """See `Adapted`."""
+        return {"kind": "several", "parts": [self.first.state(), self.second.state()]}
 
 
 def no_std(what: str) -> str:

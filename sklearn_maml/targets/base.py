@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
-from sklearn_maml.data.splitting import check_splittable, large_enough
+from sklearn_maml.data.splitting import check_splittable, usable
 from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = ["Coding", "Loss", "Targets"]
@@ -148,9 +148,9 @@ class Targets(ABC):
     ) -> int:
         """Rough number of rows of an episode."""
 
-    def scored_shots(self, tasks: TaskCollection, n_shots: int | None) -> int | None:
-        """Support rows of each task in `score`; None: half of those of each class."""
-        return n_shots
+    def scored_shots(self, n_shots: int | None) -> dict[str, Any]:
+        """Options of `EpisodeSampler` for the support rows of each task in `score`."""
+        return {"n_shots": n_shots}
 
     def attributes(self) -> dict[str, Any]:
         """Return what was learned."""
@@ -175,9 +175,11 @@ class Targets(ABC):
         }
 
     def check_splittable(self, encoded: TaskCollection, n_shots: int | None) -> None:
-        """Refuse tasks that cannot give a support set of the asked size and a query row."""
+        """Refuse tasks of which none can be split as asked."""
         check_splittable(encoded, n_shots, self.n_ways, self.are_classes)
 
-    def large_enough(self, tasks: TaskCollection, n_shots: int | None) -> np.ndarray:
-        """Tell which tasks can give a support set of the asked size and a query row."""
-        return large_enough(tasks, n_shots, self.n_ways, self.are_classes)
+    def usable(
+        self, tasks: TaskCollection, n_shots: int | None
+    ) -> tuple[TaskCollection, str | None]:
+        """Tasks that episodes can be made of, and words for those too small to be split."""
+        return usable(tasks, n_shots, self.n_ways, self.are_classes)

@@ -52,6 +52,8 @@ class ClassTargets(Targets):
         return tasks.with_y(self._positions(tasks.y))
 
     def _positions(self, y: np.ndarray) -> np.ndarray:
+        if not len(y):  # of whatever type
+            return np.zeros(0, dtype=np.intp)
         unseen = np.setdiff1d(y, self.classes_)
         if len(unseen):
             raise ValueError(
@@ -67,6 +69,13 @@ class ClassTargets(Targets):
         """See `Targets`; of labels that are local, in sorted order."""
         if self.n_ways is None:
             return self._positions(tasks.y), Coding()
+        if (tasks.sizes == 0).any():
+            without = tasks.ids[tasks.sizes == 0]
+            raise ValueError(
+                f"{len(without)} task(s) have no labelled rows, such as {without[:3].tolist()}: "
+                "with n_ways labels mean something inside their task only, so there are no classes "
+                "to predict. Give labelled rows of each, or meta-fit with n_ways=None."
+            )
         labels, codes = np.unique(tasks.y, return_inverse=True)
         key, inverse = np.unique(tasks.codes * len(labels) + codes.reshape(-1), return_inverse=True)
         task = key // len(labels)

@@ -92,16 +92,20 @@ class RealTargets(Targets):
             return self.encode(tasks).y, Coding()
         y = self._checked(tasks)
         center = _task_means(y, tasks, sample_weight)
+        center[tasks.sizes == 0] = self.y_mean_
         return self._standardised(y - center[tasks.codes], tasks.X.dtype), Coding(center=center)
 
     def _checked(self, tasks: TaskCollection) -> np.ndarray:
-        y = tasks.y.reshape(len(tasks.y), -1)
+        if tasks.y.size == 0 and tasks.y.ndim == 1:  # no rows: of any number of targets
+            return tasks.y.reshape(0, self.n_outputs_)
+        y = tasks.y.reshape(len(tasks.y), -1) if len(tasks.y) else tasks.y
         if y.shape[1] != self.n_outputs_:
             raise ValueError(
                 f"y has {y.shape[1]} output(s), but MAMLRegressor was meta-fitted on "
                 f"{self.n_outputs_}. Give as many."
             )
-        self.loss.check(y)
+        if len(y):
+            self.loss.check(y)
         return y
 
     def _standardised(self, y: np.ndarray, dtype: Any) -> np.ndarray:
@@ -139,11 +143,11 @@ class RealTargets(Targets):
     def _like_y(self, values: np.ndarray) -> np.ndarray:
         return values[:, 0] if self._y_is_1d else values
 
-    def scored_shots(self, tasks: TaskCollection, n_shots: int | None) -> int:
+    def scored_shots(self, n_shots: int | None) -> dict[str, Any]:
         """See `Targets`."""
         if n_shots is not None:
-            return n_shots
-        return max(min(SCORED_SHOTS, int(tasks.sizes.min()) // 2), 1)
+            return {"n_shots": n_shots}
+        return {"n_shots": SCORED_SHOTS, "at_most_half": True}
 
     def episode_rows(
         self, tasks: TaskCollection, n_shots: int | None, n_queries: int | None
@@ -179,7 +183,7 @@ def _task_means(
         np.bincount(
             tasks.codes, column if sample_weight is None else sample_weight * column, tasks.n_tasks
         )
-        / total
+        / np.where(tasks.sizes > 0, total, 1)
         for column in y.T
     ]
     return np.stack(means, axis=1)

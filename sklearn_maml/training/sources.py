@@ -81,7 +81,6 @@ class CollectionSource:
     ) -> None:
         n_ways, n_shots, n_queries = targets.n_ways, settings.n_shots, settings.n_queries
         encoded = settings.encoded(tasks, targets)
-        targets.check_splittable(encoded, n_shots)
         self.tasks = tasks
         self.n_tasks = tasks.n_tasks
         self.ids = tasks.ids
@@ -159,6 +158,11 @@ class DistributionSource:
         n_shots = self.settings.n_shots
         encoded = self.settings.encoded(tasks, self.targets)
         self.targets.check_splittable(encoded, n_shots)
+        if encoded.sizes.min() == 0:
+            raise ValueError(
+                f"{type(self.distribution).__name__}.sample returned a task without rows. Return "
+                "tasks with 2 rows or more."
+            )
         return EpisodeSampler(
             encoded, n_shots=n_shots, n_queries=n_queries, **self.targets.sampling()
         )
@@ -363,7 +367,7 @@ class CrossFitted:
         held = tasks.select(fold)
         if self.shared_rows is not None and member == len(self.folds) - 1:
             rows = self.hidden[np.isin(tasks.codes, fold)]
-            held = held.keep_rows(rows)
+            held = held.take_rows(rows, least=2)
         rng = np.random.default_rng((seed, 3, member))
         most = max(int(np.median(held.sizes)) // 2, 1)
         sizes = [min(k, most) for k in HEAD_TESTED]

@@ -182,7 +182,8 @@ class RidgeHead(ClosedFormHead):
         a = weight.unsqueeze(-1)
         if not has_bias:
             return _penalized(features, weight, a * y, lam).mT, None
-        total = a.sum(-2, keepdim=True)
+        # without rows there is no mean to take off, and the solution is 0
+        total = a.sum(-2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
         x_mean, y_mean = ((a * t).sum(-2, keepdim=True) / total for t in (features, y))
         own = _penalized(features - x_mean, weight, a * (y - y_mean), lam).mT
         return own, (y_mean - x_mean @ own.mT).squeeze(-2)

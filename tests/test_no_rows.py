@@ -1,0 +1,342 @@
+"""K = 0: tasks without labelled rows get the population prediction, wherever rows may be given."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+import torch
+from sklearn.model_selection import GroupKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+import sklearn_maml
+from sklearn_maml import (
+    FewShotClassifier,
+    FewShotRegressor,
+    MAMLClassifier,
+    MAMLRegressor,
+    adapt,
+    adapt_predict,
+    task_scorer,
+    task_scores,
+)
+from sklearn_maml.datasets import make_sinusoid_tasks
+from sklearn_maml.exceptions import NotAdaptedError
+from sklearn_maml.inspection import AdaptationCurveDisplay, TaskScoresDisplay
+from sklearn_maml.learners.learner import Learner
+
+X, Y, G = make_sinusoid_tasks(n_tasks=20, n_rows=8, random_state=0)
+C = np.array(["low", "high"])[(Y > 0).astype(int)]
+FRAME = pd.DataFrame({"x": X[:, 0], "task": G})
+SMALL = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0}
+NEW = X[:5] + 0.1
+
+
+class MeanOfSupport(Learner):
+    """Predicts the mean of the support targets, or what it has learned where there are none."""
+
+    def build(self, problem):
+        return nn.Linear(1, problem.n_outputs)
+
+    def outputs(self, network, support, query):
+        y = support.y
+        weight = support.weight
+        if weight is None:
+            weight = y.new_full(y.shape[:2], 1 / y.shape[1])
+        own = (y * weight.unsqueeze(-1)).sum(1, keepdim=True)
+        return own + network(query.X[..., :1])
+
+
+RULES = {
+    "the default": {},
+    "head": {"update_rule": "gaussian-head"},
+    "steps": {"update_rule": "sgd", "steps": 2},
+    "centred": {"update_rule": "sgd", "steps": 2, "center_y": True},
+    "adam": {"update_rule": "adam", "steps": 2},
+    "implicit": {"update_rule": "sgd", "steps": 2, "meta_gradient": "implicit"},
+    "solved": {"update_rule": "ridge-head", "adapted": "head"},
+    "own": {"update_rule": MeanOfSupport()},
+}
+
+
+@pytest.fixture(scope="module", params=RULES)
+def reg(request):
+    return MAMLRegressor(**SMALL, **RULES[request.param]).fit(X, Y, groups=G)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A model whose two learners both have a share."""
+    model = MAMLRegressor(**SMALL).fit(X, Y, groups=G)
+    model.learner_weights_ = {"gaussian-head": 0.6, "gradient-steps": 0.4}
+    return model
+
+
+def with_prior(model):
+    return copy.copy(model).set_params(unseen_tasks="prior")
+
+
+def population(model, rows=NEW):
+    return adapt(model, X[:0], Y[:0]).predict(rows)
+
+
+# --- adapt takes tasks without rows, in every spelling
+
+
+SPELLINGS = {
+    "a list": lambda m: m.adapt([(X[:0], Y[:0]), (X[:3], Y[:3]), (X[:0], Y[:0])]).predict(
+        [NEW] * 3
+    ),
+    "empty lists": lambda m: m.adapt([([], []), (X[:3], Y[:3])]).predict([NEW, NEW]),
+    "only empty": lambda m: m.adapt([([], []), (X[:0], Y[:0])]).predict([NEW, NEW]),
+    "a stack": lambda m: m.adapt(np.empty((2, 0, 1)), np.empty((2, 0))).predict(
+        np.stack([NEW] * 2)
+    ),
+    "two lists": lambda m: [m.adapt([], []).predict(NEW)],
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_task_without_rows_gets_the_population_prediction(reg, name):
+    model = copy.copy(reg)
+    np.testing.assert_array_equal(SPELLINGS[name](model)[0], population(reg))
+
+
+def test_tasks_beside_one_without_rows_are_learned_as_alone(reg):
+    beside = copy.copy(reg).adapt([(X[:0], Y[:0]), (X[:3], Y[:3])]).predict([NEW, NEW])[1]
+    np.testing.assert_allclose(beside, adapt(reg, X[:3], Y[:3]).predict(NEW), rtol=1e-10)
+    assert not np.allclose(beside, population(reg))
+
+
+def test_it_is_the_prediction_before_adaptation(mixed):
+    before = copy.copy(mixed).set_params(adapt_steps=0).adapt(X[:3], Y[:3])
+    np.testing.assert_allclose(population(mixed), before.predict(NEW), rtol=1e-10)
+
+
+def test_a_support_set_of_given_episodes_may_be_empty():
+    tasks = [
+        (X[j == G][: j % 3], Y[j == G][: j % 3], X[j == G][3:], Y[j == G][3:]) for j in range(9)
+    ]
+    for rule in ("sgd", "gaussian-head"):
+        model = MAMLRegressor(**SMALL, update_rule=rule).fit(tasks)
+        assert np.isfinite(model.score(tasks))
+
+
+def test_frames_columns_and_weights_without_rows():
+    model = MAMLRegressor(task_column="task", **SMALL).fit(FRAME, Y)
+    expected = with_prior(model).predict(FRAME[:5])
+    for none in (FRAME[:0], FRAME[["x"]][:0], FRAME.to_numpy()[:0]):
+        after = adapt(with_prior(model), none, Y[:0], sample_weight=[])
+        np.testing.assert_array_equal(after.predict(FRAME[:5]), expected)
+
+
+def test_several_targets():
+    model = MAMLRegressor(**SMALL).fit(X, np.c_[Y, -Y], groups=G)
+    for none in (Y[:0], np.empty((0, 2))):
+        mean, std = copy.copy(model).adapt(X[:0], none).predict(NEW, return_std=True)
+        assert mean.shape == std.shape == (5, 2)
+
+
+# --- unseen tasks
+
+
+def test_unseen_tasks_are_an_error_by_default_that_names_them(reg):
+    model = copy.copy(reg)
+    with pytest.raises(NotAdaptedError, match="unseen_tasks='prior'"):
+        model.predict(NEW)
+    model.adapt(X[:4], Y[:4], groups=["a", "a", "b", "b"])
+    with pytest.raises(ValueError, match=r"1 task id\(s\).*\['c'\].*unseen_tasks='prior'"):
+        model.predict(NEW, groups=list("abcab"))
+    with pytest.raises(ValueError, match="unseen_tasks"):
+        MAMLRegressor(unseen_tasks="mean").fit(X, Y, groups=G)
+
+
+def test_unseen_tasks_get_the_population_prediction_if_asked(reg):
+    model, expected = with_prior(reg), population(reg)
+    np.testing.assert_array_equal(model.predict(NEW), expected)
+    np.testing.assert_array_equal(model.predict(NEW, groups=list("abcab")), expected)
+    np.testing.assert_array_equal(model.predict([NEW, NEW])[1], expected)
+    assert "_state" not in vars(model)
+    model.adapt(X[:4], Y[:4], groups=["a", "a", "b", "b"])
+    known = copy.copy(reg).adapt(X[:4], Y[:4], groups=["a", "a", "b", "b"])
+    predicted = model.predict(NEW, groups=list("acbdc"))
+    np.testing.assert_array_equal(predicted[[1, 3, 4]], expected[[1, 3, 4]])
+    np.testing.assert_allclose(predicted[[0, 2]], known.predict(NEW[[0, 2]], groups=["a", "b"]))
+    with pytest.raises(ValueError, match="adapted to 2 tasks: pass groups"):
+        model.predict(NEW)
+    model.adapt(X[:0], Y[:0], groups=[])
+    np.testing.assert_array_equal(model.predict(NEW, groups=list("abcab")), expected)
+
+
+def test_the_population_is_a_plain_module_too(mixed):
+    model = with_prior(mixed).adapt(X[:4], Y[:4], groups=["a", "a", "b", "b"])
+    for task in ("a", "new"):
+        outputs = model.adapted_module(task)(torch.from_numpy(NEW)).detach().numpy()
+        np.testing.assert_allclose(outputs, model.predict(NEW, groups=[task] * 5), rtol=1e-6)
+
+
+def test_deviations_of_unseen_tasks_are_those_of_the_prior(mixed):
+    model = with_prior(mixed).adapt(X[:4], Y[:4], groups=["a", "a", "b", "b"])
+    mean, std = model.predict(NEW, groups=list("acbdc"), return_std=True)
+    of_prior = with_prior(mixed).predict(NEW, return_std=True)
+    np.testing.assert_allclose(mean[[1, 3, 4]], of_prior[0][[1, 3, 4]])
+    np.testing.assert_allclose(std[[1, 3, 4]], of_prior[1][[1, 3, 4]])
+    assert (std[[0, 2]] != of_prior[1][[0, 2]]).all()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "auto", "gaussian-head"])
+def test_classes_of_unseen_tasks(rule):
+    clf = MAMLClassifier(**SMALL, update_rule=rule, unseen_tasks="prior").fit(X, C, groups=G)
+    p = clf.predict_proba(NEW)
+    assert p.shape == (5, 2)
+    np.testing.assert_allclose(p.sum(1), 1)
+    clf.adapt([(X[:0], C[:0]), (X[:4], C[:4])])
+    for method in ("predict_proba", "predict_log_proba", "decision_function", "predict"):
+        of_prior = getattr(adapt(clf, X[:0], []), method)(NEW)
+        values = getattr(clf, method)(NEW, groups=[0, 1, 5, 6, 0])
+        np.testing.assert_array_equal(values[[0, 2, 3, 4]], of_prior[[0, 2, 3, 4]])
+
+
+def test_local_labels_have_no_population():
+    clf = MAMLClassifier(n_ways=2, n_shots=1, unseen_tasks="prior", **SMALL)
+    clf.fit(X, np.arange(len(X)) % 2, groups=G)
+    with pytest.raises(ValueError, match=r"inside their task only.*n_ways=None"):
+        clf.predict(NEW)
+    clf.adapt(X[:4], ["u", "v", "u", "v"], groups=[1, 1, 2, 2])
+    assert set(clf.predict(NEW, groups=[1, 2, 1, 2, 1])) <= {"u", "v"}
+    with pytest.raises(ValueError, match="inside their task only"):
+        clf.predict(NEW, groups=[1, 2, 1, 2, 3])
+
+
+# --- everything around the estimators
+
+
+def test_pipelines_few_shot_estimators_and_partitions():
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipe = make_pipeline(StandardScaler(), MAMLRegressor(**SMALL, unseen_tasks="prior"))
+        pipe.fit(X, Y, groups=G)
+        expected = pipe.predict(NEW, groups=list("abcab"))
+        adapted = adapt(pipe, [(X[:0], Y[:0]), (X[:3], Y[:3])])
+        predicted = adapted.predict(NEW, groups=[0, 1, 7, 1, 0])
+    np.testing.assert_array_equal(adapt(pipe, X[:0], Y[:0]).predict(NEW), expected)
+    np.testing.assert_array_equal(predicted[[0, 2, 4]], expected[[0, 2, 4]])
+    np.testing.assert_array_equal(FewShotRegressor(pipe).fit(X[:0], Y[:0]).predict(NEW), expected)
+    parts = adapt_predict(
+        pipe,
+        X[:16],
+        Y[:16],
+        NEW,
+        groups_support=G[:16],
+        groups_query=[0, 90, 1, 91, 92],
+        tasks_per_partition=1,
+    )
+    np.testing.assert_array_equal(parts[[1, 3, 4]], expected[[1, 3, 4]])
+    assert (parts[[0, 2]] != expected[[0, 2]]).all()
+    model = copy.copy(pipe[-1]).set_params(unseen_tasks="error")
+    with pytest.raises(ValueError, match=r"\[90\].*unseen_tasks='prior'"):
+        adapt_predict(model, X, Y, NEW, groups_support=G, groups_query=[0, 90, 1, 1, 1])
+
+
+def test_few_shot_estimators_need_a_prior_for_that():
+    clf = MAMLClassifier(**SMALL).fit(X, C, groups=G)
+    learner = FewShotClassifier(clf).fit(X[:0], C[:0])
+    np.testing.assert_array_equal(learner.predict_proba(NEW), with_prior(clf).predict_proba(NEW))
+    for new in (FewShotRegressor(), FewShotClassifier()):
+        with pytest.raises(ValueError, match=r"0 sample\(s\)"):
+            new.fit(X[:0], Y[:0])
+
+
+@pytest.mark.parametrize("make", [MAMLRegressor, MAMLClassifier])
+def test_fit_and_score_still_need_rows(make):
+    y = Y if make is MAMLRegressor else C
+    model = make(**SMALL)
+    with pytest.raises(ValueError, match=r"0 sample\(s\)"):
+        model.fit(X[:0], y[:0])
+    model.fit(X, y, groups=G)
+    for call in (model.score, task_scorer("r2" if y is Y else "accuracy").__call__):
+        arguments = (X[:0], y[:0]) if call == model.score else (model, X[:0], y[:0])
+        with pytest.raises(ValueError, match=r"0 sample\(s\)"):
+            call(*arguments)
+
+
+def test_a_file_keeps_tasks_without_rows(reg, tmp_path):
+    if isinstance(reg.update_rule, Learner):
+        pytest.skip("files name learners of the package")
+    model = with_prior(reg).adapt([(X[:0], Y[:0]), (X[:3], Y[:3])])
+    model.save(tmp_path / "model")
+    back = sklearn_maml.load(tmp_path / "model")
+    groups = [0, 1, 7, 1, 0]
+    np.testing.assert_array_equal(
+        back.predict(NEW, groups=groups), model.predict(NEW, groups=groups)
+    )
+
+
+def test_scores_and_displays_begin_without_rows(mixed):
+    new = G + 100
+    scores = task_scores(mixed, X, Y, groups=new, n_shots=0)
+    np.testing.assert_array_equal(scores.before, scores.after)
+    assert (scores.n_queries == 8).all()
+    after = task_scores(mixed, X, Y, groups=new, n_shots=4)
+    assert (after.before != after.after).any()
+    with_none = task_scorer("neg_root_mean_squared_error", n_shots=0, average="macro")
+    assert with_none(mixed, X, Y, groups=new) == pytest.approx(scores.after.mean())
+    display = TaskScoresDisplay.from_estimator(mixed, X, Y, groups=new, n_shots=0)
+    np.testing.assert_allclose(display.after, -scores.after)
+    curve = AdaptationCurveDisplay.from_estimator(mixed, X, Y, groups=new, n_shots=0, steps=[0, 2])
+    np.testing.assert_allclose(curve.scores[0], curve.scores[1])
+
+
+def test_scorers_of_scikit_learn_score_the_population_if_asked():
+    model = MAMLRegressor(**SMALL, unseen_tasks="prior")
+    with sklearn.config_context(enable_metadata_routing=True):
+        scores = cross_val_score(
+            model, X, Y, scoring="r2", params={"groups": G}, cv=GroupKFold(2), error_score="raise"
+        )
+    assert np.isfinite(scores).all()
+
+
+# --- what it is worth
+
+
+def linear_tasks(n_tasks, n_rows, seed):
+    """Lines whose level and slope differ from task to task."""
+    rng = np.random.default_rng(seed)
+    X = rng.uniform(-1, 1, (n_tasks, n_rows, 1))
+    level, slope = rng.normal(2, 1, (n_tasks, 1)), rng.normal(-1, 0.5, (n_tasks, 1))
+    return X, level + slope * X[:, :, 0] + 0.3 * rng.normal(size=(n_tasks, n_rows))
+
+
+def test_intervals_are_honest_without_rows_and_move_on_continuously():
+    X, y = linear_tasks(120, 12, 0)
+    model = MAMLRegressor(
+        hidden_layer_sizes=(8,), update_rule="gaussian-head", max_iter=100, random_state=0
+    ).fit(X, y)
+    X_new, y_new = linear_tasks(200, 30, 1)
+    stds, errors = [], []
+    for k in (0, 1, 2, 4, 8):
+        model.adapt(X_new[:, :k], y_new[:, :k])
+        mean, std = model.predict(X_new[:, 10:], return_std=True)
+        inside = np.abs(y_new[:, 10:] - mean) < 1.645 * std
+        assert 0.85 < inside.mean() < 0.96, k
+        stds.append(std.mean())
+        errors.append(np.sqrt(((y_new[:, 10:] - mean) ** 2).mean()))
+    assert stds == sorted(stds, reverse=True)
+    assert errors == sorted(errors, reverse=True)
+    # rows of hardly any weight are next to none: their task is next to the population
+    model.adapt(X_new[:1, :0], y_new[:1, :0])
+    without = model.predict(X_new[:1, 10:], return_std=True)
+    far = model.adapt(X_new[:1, :1], without[0][:, :1]).predict(X_new[:1, 10:], return_std=True)
+    np.testing.assert_allclose(far[0], without[0], atol=0.6)
+    assert (far[1] < without[1]).all()
+
+
+def test_nothing_is_warned_of_where_rows_are_missing(mixed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        population(mixed)
