@@ -30,7 +30,7 @@ from sklearn_maml.engine.tracing.recording import first_line
 
 # largest relative error of a meta-gradient that is timed; float32 has 1e-7 to 1e-5, TF32 1e-3
 ALLOWED = {"full": 2e-4, "tf32": 0.05, "bf16": 0.5}
-# a fit in which the steps are recorded, as in long fits, but not built by a compiler beside it
+# a fit in which the steps are recorded, as in long fits
 FIT_UPDATES = 50_000
 N_BATCHES = 4
 
@@ -467,7 +467,7 @@ def precision_stage(context: Context) -> None:
 
 
 def inductor_stage(context: Context) -> None:
-    """Recorded graphs, built by torch's compiler; the library does so on the CPU alone."""
+    """Recorded graphs, built by torch's compiler, which the library never does."""
     loads = [w for w in workloads(context.dry_run) if not w.adapts_only]
     for workload in loads[:1] if context.dry_run else loads:
         expected = reference(workload, context.device)

@@ -4,9 +4,8 @@
     python benchmarks/whole_process.py --imports [--turns 9]
 
 Every run is a process of its own: it imports its library, loads the same tasks from a file, draws
-them in NumPy and makes its meta-updates. Runs take turns. "cold" has an empty cache folder of
-compiled kernels (`SKLEARN_MAML_CACHE`), "warm" the one that a run before left behind. JAX has no
-such cache unless it is asked for; "jax cached" is JAX with its compilation cache filled. Wall time
+them in NumPy and makes its meta-updates. Runs take turns. "jax" compiles in each process; "jax
+cached" is JAX with its compilation cache filled, which it uses only if asked to. Wall time
 is from the start of the process to its end, CPU time that of the process and those it started.
 
 JAX and learn2learn are left out with a message where they are not installed. `--imports` measures
@@ -278,34 +277,27 @@ class Cell:
         if not self.data.exists():
             np.savez(self.data, **make_tasks(WORKLOADS[name]))
         self.env = {**os.environ, "PYTHONPATH": python_path, "JAX_PLATFORMS": "cpu"}
-        for variable in ("JAX_COMPILATION_CACHE_DIR", "SKLEARN_MAML_CACHE"):
+        # bytecode is kept, as it is where a package is installed
+        for variable in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
             self.env.pop(variable, None)
         self.runs: dict[str, list[Run]] = {}
 
     def run(self, variant: str) -> Run:
         job = variant.split()[0]
-        with tempfile.TemporaryDirectory(dir=self.folder) as empty:
-            env = {**self.env, "SKLEARN_MAML_CACHE": empty, "TORCHINDUCTOR_CACHE_DIR": empty}
-            if variant == "ours warm":
-                env["SKLEARN_MAML_CACHE"] = str(self._kept("kernels"))
-                env["TORCHINDUCTOR_CACHE_DIR"] = str(self._kept("graphs"))
-            elif variant == "jax cached":
-                env["JAX_COMPILATION_CACHE_DIR"] = str(self._kept("jax"))
-                env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-            arguments = ["--child", job, self.name, str(self.updates), str(self.data)]
-            run, text = run_process([str(Path(__file__).resolve()), *arguments], env)
+        env = dict(self.env)
+        if variant == "jax cached":
+            kept = self.folder / "jax"
+            kept.mkdir(exist_ok=True)
+            env["JAX_COMPILATION_CACHE_DIR"] = str(kept)
+            env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        arguments = ["--child", job, self.name, str(self.updates), str(self.data)]
+        run, text = run_process([str(Path(__file__).resolve()), *arguments], env)
         run.loss = float(text.split()[-1])
         return run
 
-    def _kept(self, name: str) -> Path:
-        path = self.folder / name
-        path.mkdir(exist_ok=True)
-        return path
-
     def measure(self, variants: list[str], turns: int, once: set[str]) -> None:
-        for variant in variants:
-            if variant in ("ours warm", "jax cached"):
-                self.run(variant)  # fills its cache
+        if "jax cached" in variants:
+            self.run("jax cached")  # fills its cache
         for turn in range(turns):
             for variant in variants if turn % 2 == 0 else variants[::-1]:
                 if variant not in once or turn == 0:
@@ -330,18 +322,13 @@ class Cell:
             wall, cpu, loss = (self.median(variant, kind) for kind in ("wall", "cpu", "loss"))
             print(f"{variant:14s}{wall:9.2f}{cpu:9.2f}{loss:9.3f}  {len(runs)}")
         plain = [name for name in ("jax", "learn2learn") if name in self.runs]
-        cached = [*plain, "jax cached"] if "jax cached" in self.runs else plain
-        for variant, rivals in (
-            ("ours cold", plain),
-            ("ours warm", plain),
-            ("ours warm", cached if cached != plain else []),
-        ):
-            if variant in self.runs and rivals:
+        for rivals in (plain, ["jax cached"] if "jax cached" in self.runs else []):
+            if "ours" in self.runs and rivals:
                 parts = []
                 for kind in ("wall", "cpu"):
-                    ratio, best = self.ratio(variant, rivals, kind)
+                    ratio, best = self.ratio("ours", rivals, kind)
                     parts.append(f"{kind} {ratio:.2f} x {best}")
-                print(f"  {variant} to the better of {', '.join(rivals)}: {', '.join(parts)}")
+                print(f"  ours to the better of {', '.join(rivals)}: {', '.join(parts)}")
         sys.stdout.flush()
 
 
@@ -401,7 +388,7 @@ def main() -> None:
     if args.imports:
         imports(args.turns, python_path)
         return
-    variants = ["ours cold", "ours warm"]
+    variants = ["ours"]
     for module, names in (("jax", ["jax", "jax cached"]), ("learn2learn", ["learn2learn"])):
         if is_installed(module) and (module != "jax" or is_installed("optax")):
             variants += names

@@ -1182,7 +1182,7 @@ def test_checkpoints_are_written_after_so_many_seconds(data, tmp_path, monkeypat
 
 
 def test_a_tracer_goes_on_where_it_stood():
-    """Graphs, and libraries of compiled ones, take over at the updates where they would have."""
+    """Graphs take over at the updates where they would have."""
 
     def run(tracer, x):
         tracer.begin_update()

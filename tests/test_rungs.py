@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import pickle
 import random
 import re
@@ -30,7 +29,7 @@ from test_engine import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sklearn_maml import MAMLRegressor, compiled
+from sklearn_maml import MAMLRegressor
 from sklearn_maml.engine import cross_entropy_rows, engine, is_row_wise
 from sklearn_maml.engine.tracing import graphs, tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -581,136 +580,3 @@ def test_batches_with_diverging_tasks_wait():
     runner.meta_step(params, batch, alpha=float("inf"), steps=1)
     assert runner.tracer.n_traced == 0
     assert runner.tracer.reason is None
-
-
-# --- compiling
-
-
-def compiling_engine(module, *, delay=3):
-    """Engine that traces and starts to compile at its first step."""
-    runner = make_engine(module, "auto")
-    runner.tracer = tracer.Tracer(1, 1, compile_from=1, compile_delay=delay)
-    runner.tracer.updates_left = 1000
-    return runner
-
-
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("SKLEARN_MAML_CACHE", str(tmp_path))
-    return tmp_path / "libraries"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["layer norm in a module", "residual", "group norm"])
-def test_compiled_equals_the_loop(name, own_cache):
-    constructor, shape = CASES[name]
-    module, batch = build(constructor), make_batch(EQUAL, shape)
-    params = make_meta_params(module)
-    expected = task_by_task(module, batch)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    for _ in range(2):  # the second finds the library of the first
-        runner = compiling_engine(module)
-        for _ in range(6):
-            step = runner.meta_step(params, batch, alpha=0.2, steps=3)
-        assert runner.tracer.compiled
-        assert_same(as_dict(step, batch), {n: expected[n] for n in ("losses", "grads", "outputs")})
-    assert [path.suffix for path in own_cache.iterdir()] == [".so"]  # and nothing else is left
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.slow
-def test_without_a_compiler_steps_stay_traced(own_cache, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), make_meta_params(module)
-    with pytest.warns(EngineFallbackWarning, match=r"C\+\+ compiler") as record:
-        steps = [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
-    assert len(record) == 1
-    assert runner.tracer.n_traced == 1
-    assert_same(steps[-1].grads, task_by_task(module, batch)["grads"])
-
-
-BROKEN_WORKER = compiled.WORKER.replace("import torch\n", "raise OSError('the reason why')\n", 1)
-
-
-def test_a_compilation_that_fails_leaves_the_traced_step(own_cache, monkeypatch):
-    monkeypatch.setattr(compiled, "WORKER", BROKEN_WORKER)
-    module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), make_meta_params(module)
-    with pytest.warns(EngineFallbackWarning, match="the reason why") as record:
-        steps = [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
-    assert len(record) == 1
-    assert not runner.tracer.compiled
-    assert list(own_cache.iterdir()) == []
-    assert_same(steps[-1].grads, steps[0].grads)
-
-
-def test_a_compilation_is_abandoned_when_the_fit_ends(own_cache, monkeypatch):
-    monkeypatch.setattr(compiled, "WORKER", "import time; time.sleep(600)")
-    module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module, delay=100), make_meta_params(module)
-    for _ in range(3):
-        runner.meta_step(params, batch, alpha=0.2, steps=3)
-    process = runner.tracer._compilation._process
-    assert process.poll() is None
-    runner.tracer.finish()
-    assert process.returncode == -9  # killed, and reaped
-    assert list(own_cache.iterdir()) == []
-    runner.meta_step(params, batch, alpha=0.2, steps=3)  # still runs, traced
-
-
-def test_a_compilation_nobody_waits_for_is_ended(own_cache, monkeypatch):
-    monkeypatch.setattr(compiled, "WORKER", "import time; time.sleep(600)")
-    module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner = compiling_engine(module)
-    runner.meta_step(make_meta_params(module), batch, alpha=0.2, steps=3)
-    process = runner.tracer._compilation._process
-    del runner
-    gc.collect()
-    assert process.returncode == -9
-
-
-@pytest.mark.parametrize(
-    ("constructor", "reason"),
-    [(lambda: Wrapped(nn.Dropout(0.5)), "random"), (Literal, "constant tensors")],
-)
-def test_what_cannot_be_compiled_stays_traced(constructor, reason, own_cache):
-    module, batch = build(constructor), make_batch(EQUAL, (3,))
-    runner, params = compiling_engine(module), make_meta_params(module)
-    state = torch.get_rng_state()
-    with pytest.warns(EngineFallbackWarning, match=reason) as record:
-        [runner.meta_step(params, batch, alpha=0.2, steps=3) for _ in range(6)]
-    torch.set_rng_state(state)
-    assert len(record) == 1
-    assert runner.tracer.n_traced == 1
-    assert not runner.tracer.compiled
-
-
-class Library:
-    """Stands for a compilation whose library adds `error` to every number."""
-
-    error = 0.0
-
-    def __init__(self, graph, inputs):
-        self.graph = graph
-
-    def result(self):
-        return lambda *tensors: [t + self.error for t in self.graph(*tensors)]
-
-
-@pytest.mark.parametrize("error", [1e-13, 1e-3])
-def test_a_library_is_used_from_a_fixed_update_on_if_it_agrees(error, monkeypatch):
-    monkeypatch.setattr(Library, "error", error)
-    monkeypatch.setattr(tracer, "Compilation", Library)
-    module, batch = build(TwoLayers), make_batch(EQUAL, (3,))
-    runner, params, used = compiling_engine(module, delay=3), make_meta_params(module), []
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        for _ in range(6):
-            step = runner.meta_step(params, batch, alpha=0.2, steps=3)
-            used.append(runner.tracer.compiled)
-    agrees = error < 1e-9
-    assert used == [False, False, False, *[agrees] * 3]
-    assert len(record) == (0 if agrees else 1)
-    assert_same(step.grads, task_by_task(module, batch)["grads"])

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"targets"},
     {"update_rules", "meta_gradients"},
     {"inner"},
-    {"modules", "native", "compiled"},
+    {"modules", "native"},
     {"engine"},
     {"storage", "composites"},
     {"heads"},

@@ -4,7 +4,7 @@ Its rungs give the same numbers, in float64 to rounding:
 
 ``native``
     Multilayer perceptrons on the CPU: compiled kernels with a hand-derived reverse sweep. Taken
-    when the work at hand repays the seconds of compiling them (once for a machine).
+    when there is more than a little to do.
 ``stacked``
     Sequences of linear, elementwise and layer-norm layers, and of 2-D convolutions (see `conv`):
     every task's parameters are stacked and a layer is one batched product. Plain autograd, no
@@ -99,9 +99,9 @@ CHUNK = 128
 NATIVE_CHUNK = 4096
 
 # A fit of a multilayer perceptron climbs to the compiled kernels after so many updates and,
-# roughly, seconds on the stacked rung; they take a second to compile, once for a machine. Adapting
-# climbs for so much work in one call. The seconds are estimated from sizes and never measured, so
-# that the same call takes the same rung, and gives the same bits, every time.
+# roughly, seconds on the stacked rung. Adapting climbs for so much work in one call. The seconds
+# are estimated from sizes and never measured, so that the same call takes the same rung, and gives
+# the same bits, every time.
 CLIMB_UPDATES, CLIMB_SECONDS = 64, 0.25
 ADAPTING_SECONDS = 0.02
 

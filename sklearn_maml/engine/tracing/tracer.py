@@ -9,26 +9,20 @@ clock, so that a fit takes the same steps on every machine.
 from __future__ import annotations
 
 import collections
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sklearn_maml.compiled import Compilation, Uncompilable
 from sklearn_maml.engine.tracing.graphs import close, prepared
 from sklearn_maml.engine.tracing.recording import (
     Function,
     Untraceable,
-    first_line,
-    is_random,
-    record,
     restore,
     same,
     states_of,
 )
-from sklearn_maml.exceptions import EngineFallbackWarning
 
 __all__ = ["Tracer"]
 
@@ -38,9 +32,6 @@ __all__ = ["Tracer"]
 MIN_UPDATES = 1000
 # Times a shape has to be seen first: one-off shapes are never traced
 MIN_SEEN = 3
-# Updates still to come from which a step is compiled beside the fit, and after how many of them
-# the library is used; 12 to 21 s of another core, for 0.3 ms and more saved of each update.
-COMPILE_FROM, COMPILE_DELAY = 100_000, 20_000
 # graphs traced by one fit
 MAX_GRAPHS_PER_FIT = 16
 
@@ -58,9 +49,6 @@ class Tracer:
         Updates to come on a shape from which it is traced.
     min_seen : int
         Times a shape is seen before it is traced.
-    compile_from, compile_delay : int
-        Updates to come on a shape from which it is compiled too, and how many updates later the
-        library is used. It is waited for then: when it is used does not depend on the clock.
 
     Attributes
     ----------
@@ -70,25 +58,13 @@ class Tracer:
         Why nothing is traced any more.
     n_traced : int
         Shapes that run traced.
-    compiled : bool
-        Whether a library is in use.
-    uncompiled_reason : str or None
-        Why nothing is compiled.
     """
 
     def __init__(
         self,
         min_updates: int = MIN_UPDATES,
         min_seen: int = MIN_SEEN,
-        compile_from: int = COMPILE_FROM,
-        compile_delay: int = COMPILE_DELAY,
     ) -> None:
-        self.compile_from = compile_from
-        self.compile_delay = compile_delay
-        self.compiled = False
-        self.uncompiled_reason: str | None = None
-        self._compilation: Compilation | None = None
-        self._due: tuple[Hashable, int] | None = None  # its shape, and the update to use it from
         self.min_updates = min_updates
         self.min_seen = min_seen
         self.updates_left = self._others = 0
@@ -97,13 +73,11 @@ class Tracer:
         self._seen: collections.Counter[Hashable] = collections.Counter()
         self._graphs: dict[Hashable, Function] = {}
         self._resumed: set[Hashable] = set()  # shapes that were traced before an interruption
-        self._library: Hashable = None  # the shape that is compiled
 
     def __getstate__(self) -> dict[str, Any]:
         # what has been seen belongs to the fit, and graphs cannot be pickled
         fresh = {"_seen": collections.Counter(), "_graphs": {}, "_updates": 0, "_resumed": set()}
-        unused = {"_compilation": None, "_due": None, "_library": None, "compiled": False}
-        return {**self.__dict__, **fresh, **unused}
+        return {**self.__dict__, **fresh}
 
     def progress(self) -> dict[str, Any]:
         """Return what has been decided so far, as plain data, for `resume`."""
@@ -111,10 +85,7 @@ class Tracer:
             "updates": self._updates,
             "seen": list(self._seen.items()),
             "traced": list(self._graphs),
-            "due": self._due,
-            "compiled": self._library,
             "reason": self.reason,
-            "uncompiled_reason": self.uncompiled_reason,
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
@@ -126,9 +97,7 @@ class Tracer:
         self._updates = progress["updates"]
         self._seen = collections.Counter(dict(progress["seen"]))
         self._resumed = set(progress["traced"])
-        self._due, self._library = progress["due"], progress["compiled"]
         self.reason = progress["reason"]
-        self.uncompiled_reason = progress["uncompiled_reason"]
 
     @property
     def n_traced(self) -> int:
@@ -158,7 +127,6 @@ class Tracer:
         self._seen.clear()
         self._graphs.clear()
         self._resumed.clear()
-        self._library = None
 
     def run(
         self,
@@ -194,10 +162,7 @@ class Tracer:
         if shape in self._resumed:
             graph = self._trace_again(function, inputs, shape, settings(), recorded)
         if graph is not None:
-            outputs = graph(*inputs)
-            if self._due is not None and self._due[0] == shape and self._updates >= self._due[1]:
-                self._use_library(shape, inputs, outputs)
-            return outputs
+            return graph(*inputs)
         if self.reason is not None or len(self._graphs) >= MAX_GRAPHS_PER_FIT:
             return None
         self._seen[shape] += 1
@@ -221,8 +186,6 @@ class Tracer:
                 return same(states_of(inputs), end) and close(got, expected)
 
             self._graphs[shape] = prepared(key, function, inputs, agrees, recorded)
-            if recorded and self._alike_left * seen >= self.compile_from * self._updates:
-                self._start_compiling(shape, function, inputs)
         except Untraceable as error:
             self.reason = str(error)
             raise Untraceable(self.reason, expected) from error
@@ -238,7 +201,7 @@ class Tracer:
         settings: Hashable,
         recorded: bool,
     ) -> Function:
-        """Trace what was traced before an interruption, and compile what was compiled."""
+        """Trace what was traced before an interruption."""
         self._resumed.discard(shape)
         key = (settings, tuple((t.shape, t.dtype, t.device) for t in inputs))
         try:
@@ -248,62 +211,8 @@ class Tracer:
             self.reason = str(error)
             raise Untraceable(self.reason, function(*inputs)) from error
         self._graphs[shape] = graph
-        if self._library == shape or (self._due is not None and self._due[0] == shape):
-            due, self._due = self._due, None
-            self._start_compiling(shape, function, inputs)
-            self._due = due
-        if self._library == shape:
-            start = states_of(inputs)
-            self._use_library(shape, inputs, self._graphs[shape](*inputs))
-            restore(inputs, start)
         return self._graphs[shape]
 
-    def _start_compiling(
-        self, shape: Hashable, function: Function, inputs: Sequence[Tensor]
-    ) -> None:
-        if self._due is not None:
-            return  # one shape of a fit, the first
-        self._due = (shape, self._updates + self.compile_delay)
-        try:
-            graph = record(function, inputs)
-            if any(map(is_random, graph.graph.nodes)):
-                raise Uncompilable("it draws random numbers")
-            self._compilation = Compilation(graph, inputs)
-        except Uncompilable as error:
-            self._give_up_compiling(error)
-
-    def _use_library(
-        self, shape: Hashable, inputs: Sequence[Tensor], expected: Sequence[Tensor]
-    ) -> None:
-        """Run the library from the next update on, if it gives the numbers of this one."""
-        self._due = (None, 0)
-        if self._compilation is None:
-            return
-        try:
-            library = self._compilation.result()
-            if not close(library(*inputs), expected):
-                raise Uncompilable("the library gives other numbers than the module")
-        except (Uncompilable, RuntimeError) as error:
-            self._give_up_compiling(error)
-        else:
-            self._graphs[shape] = library
-            self._library = shape
-            self.compiled = True
-        self._compilation = None
-
-    def _give_up_compiling(self, error: Exception) -> None:
-        self.uncompiled_reason = first_line(error)
-        warnings.warn(
-            "The meta-steps run traced but cannot be compiled, so they are slower, with the same "
-            f"results. Reason: {self.uncompiled_reason}",
-            EngineFallbackWarning,
-            stacklevel=4,
-        )
-
     def finish(self) -> None:
-        """Expect no more updates; end a compilation that is under way."""
+        """Expect no more updates."""
         self.updates_left = 0
-        self._due = None
-        if self._compilation is not None:
-            self._compilation.abandon()
-            self._compilation = None
