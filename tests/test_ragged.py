@@ -9,10 +9,14 @@ import pytest
 import sklearn
 import torch
 from builders import has_kernels, make_batch, make_engine, make_meta_params, make_mlp
+from scipy.stats import chi2
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, task_scorer, task_scores
+from sklearn_maml.data.sampling import EpisodeSampler
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.exceptions import CutTaskWarning, SmallTaskWarning
+from sklearn_maml.learners.base import alike, padded
 
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0}
 RULES = ["auto", "gaussian-head", "sgd", "adam", "meta-sgd"]
@@ -185,3 +189,82 @@ def test_regular_tasks_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MAMLRegressor(**SMALL).fit(*ragged([4, 5, 6, 7, 8])[:2], groups=ragged([4, 5, 6, 7, 8])[2])
+
+
+# --- one task with very many rows
+
+
+def one_large(n_large, level=0.0, n_small=60):
+    """Small tasks, and one of many rows at a level of its own."""
+    sizes = [*[5] * n_small, n_large]
+    X, y, task = ragged(sizes)
+    return X, y + level * (task == n_small), task
+
+
+def test_a_large_task_does_not_drown_the_others():
+    """Those are predicted as without it, though their targets lie far from those of most rows."""
+    X, y, task = one_large(3000, level=100.0)
+    small = task < 60
+    X_new, y_new, new = ragged([20] * 40, seed=1)
+    support = np.concatenate([np.flatnonzero(new == j)[:5] for j in range(40)])
+    query = np.setdiff1d(np.arange(len(new)), support)
+    errors = []
+    for rows in (small, np.ones(len(X), dtype=bool)):
+        reg = MAMLRegressor(
+            hidden_layer_sizes=(8,), update_rule="gaussian-head", max_iter=100, random_state=0
+        ).fit(X[rows], y[rows], groups=task[rows])
+        reg.adapt(X_new[support], y_new[support], groups=new[support])
+        errors.append(np.std(y_new[query] - reg.predict(X_new[query], groups=new[query])))
+    assert errors[1] < 1.5 * errors[0]
+    assert abs(reg.y_mean_[0]) < 50  # of most rows it is 100
+
+
+def test_rows_of_tasks_are_leveled_only_where_one_has_very_many():
+    assert collection([5] * 10 + [100]).leveled() is None
+    rows = collection([5] * 10 + [1000]).leveled()
+    kept = np.bincount(collection([5] * 10 + [1000]).codes[rows])
+    assert kept.tolist() == [5] * 10 + [100]
+    assert (np.diff(rows) > 0).all()
+
+
+def collection(sizes):
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    X = np.arange(len(codes), dtype=float)[:, None]
+    return TaskCollection(X, X, codes, np.arange(len(sizes)), None, "groups")
+
+
+@pytest.mark.parametrize("sizes", [[6000], [6000, 12, 5000]])
+def test_few_rows_of_a_large_task_are_drawn_without_shuffling_all(sizes, monkeypatch):
+    tasks = collection(sizes)
+    sampler = EpisodeSampler(tasks, classification=False, n_shots=3, n_queries=4)
+    rng = np.random.default_rng(0)
+    drawn, rng_random = [], rng.random
+
+    class Counting:
+        integers = rng.integers
+
+        def random(self, shape=None):
+            drawn.append(np.prod(shape))
+            return rng_random(shape)
+
+    which = np.repeat(np.arange(len(sizes)), 400)
+    split = sampler.split(which, Counting())
+    assert sum(drawn) < 20 * len(which)
+    assert (split.n_support == 3).all()
+    assert (split.n_query == 4).all()
+    rows = np.c_[split.support.reshape(-1, 3), split.query.reshape(-1, 4)]
+    assert all(len(set(row)) == 7 for row in rows.tolist())
+    assert (tasks.codes[rows] == which[:, None]).all()
+    # every place of a draw is uniform over the rows of the task
+    for place in rows[which == 0].T:
+        quarters = np.bincount(place // 1500, minlength=4)
+        assert ((quarters - 100) ** 2 / 100).sum() < chi2.isf(1e-4, 3)
+
+
+def test_tasks_are_padded_to_others_alike_in_size():
+    parts = alike(np.array([5, 70, 5, 0, 60, 5, 1000]), most_tasks=3, most_rows=150)
+    assert [p.tolist() for p in parts] == [[3, 0, 2], [5, 4], [1], [6]]
+    codes = np.repeat(np.arange(4), [2, 1, 1, 1])
+    with_beside = list(padded(codes, 4, beside=np.array([1, 100_000, 1, 1])))
+    assert [tasks.tolist() for tasks, _, _ in with_beside] == [[1], [2, 3, 0]]
+    assert [place.shape for _, place, _ in with_beside] == [(1, 1), (3, 2)]

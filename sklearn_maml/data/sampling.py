@@ -35,6 +35,9 @@ SUPPORT_RANGE = (5, 20)
 VALIDATION_QUERIES, VALIDATION_QUERIES_OF_CLASS = 100, 10
 # episodes of a validation, as far as the number of held-out tasks allows
 VALIDATION_EPISODES = 100
+# rows of a cell from which on few of them are drawn one after another, not as a part of all in
+# random order
+LARGE_CELL = 4096
 # Tasks are kept on a device if they take at most this share of the memory that it has left, or
 # so many bytes where it does not tell
 RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**28
@@ -42,6 +45,48 @@ RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**28
 
 def _is_constant(counts: np.ndarray) -> bool:
     return bool(counts.min() == counts.max())
+
+
+def _draw(size: np.ndarray, count: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw `count` of the first `size` numbers, in random order; one row for each of these.
+
+    What is behind them in a row are numbers below `size`, too.
+    """
+    large = (size > LARGE_CELL) & (4 * count < size)
+    if large.any():
+        draw = np.zeros((len(size), int(count.max())), dtype=np.intp)
+        few = _draw_few(size[large], count[large], rng)
+        keys = rng.random(few.shape)
+        keys[few < 0] = 2.0
+        few = np.maximum(np.take_along_axis(few, keys.argsort(1), axis=1), 0)
+        draw[large, : few.shape[1]] = few
+        if not large.all():
+            others = _draw(size[~large], count[~large], rng)
+            draw[~large, : others.shape[1]] = others
+        return draw
+    column = np.arange(int(size.max()))
+    keys = rng.random((len(size), len(column)))
+    if size.min() < len(column):
+        keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
+    # no more columns than are drawn, which are real rows
+    draw = keys.argsort(1)[:, : int(count.max())]
+    return np.minimum(draw, size[:, None] - 1) if size.min() < draw.shape[1] else draw
+
+
+def _draw_few(size: np.ndarray, count: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw `count` of the first `size` numbers, in the order of Floyd's algorithm; -1 behind them.
+
+    The k-th of them is uniform on the first size - count + k + 1, and the last of these where that
+    one is taken.
+    """
+    chosen = np.full((len(size), int(count.max())), -1)
+    for k in range(chosen.shape[1]):
+        last = size - count + k
+        drawn = rng.integers(0, last + 1)
+        taken = (chosen == drawn[:, None]).any(1)
+        chosen[:, k] = np.where(taken, last, drawn)
+    chosen[np.arange(chosen.shape[1]) >= count[:, None]] = -1
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +240,10 @@ class EpisodeSampler:
         else:
             n_cells = int(np.diff(self.cells.starts).max())
             n_cells = n_cells if self.n_ways is None else min(n_cells, self.n_ways)
-            n_rows = n_cells * int(self.cells.size.max())
+            most = int(self.cells.size.max())
+            if self.n_queries is not None:
+                most = min(most, LARGE_CELL)
+            n_rows = n_cells * most
         row = self.tasks.X[:1].nbytes + self.tasks.y[:1].nbytes
         return n_rows * (row + 24)  # and the random keys and positions
 
@@ -218,15 +266,8 @@ class EpisodeSampler:
         cells, episode = self._choose_cells(which, rng)
         size = self.cells.size[cells]
         n_support, n_query = self._sizes(size, episode, rng, n_batches)
-        column = np.arange(int(size.max()))
-        keys = rng.random((len(cells), len(column)))
-        if size.min() < len(column):
-            keys[column >= size[:, None]] = 2.0  # beyond every draw: sorted to the end
-        # no more columns than are drawn, which are real rows
-        column = column[: int((n_support + n_query).max())]
-        draw = keys.argsort(1)[:, : len(column)]
-        if size.min() < len(column):
-            draw = np.minimum(draw, size[:, None] - 1)
+        draw = _draw(size, n_support + n_query, rng)
+        column = np.arange(draw.shape[1])
         rows = self.cells.rows.take(self.cells.first[cells][:, None] + draw)
         if _is_constant(n_support) and _is_constant(n_query) and len(cells) == len(which):
             k = n_support[0]
@@ -251,14 +292,7 @@ class EpisodeSampler:
             return starts[which][episode] + offset, episode
         n_cells = starts[which + 1] - starts[which]
         n_chosen = np.minimum(n_cells, self.n_ways)
-        chosen = np.full((len(which), int(n_chosen.max())), -1)
-        # Floyd's algorithm: the k-th of them is uniform on the first n_cells - n_chosen + k + 1,
-        # and the last of these where that one is taken
-        for k in range(chosen.shape[1]):
-            last = n_cells - n_chosen + k
-            drawn = rng.integers(0, last + 1)
-            taken = (chosen == drawn[:, None]).any(1)
-            chosen[:, k] = np.where(taken, last, drawn)
+        chosen = _draw_few(n_cells, n_chosen, rng)
         real = np.arange(chosen.shape[1]) < n_chosen[:, None]
         return (starts[which][:, None] + chosen)[real], np.nonzero(real)[0]
 

@@ -16,6 +16,9 @@ from sklearn_maml.data.ids import keys_of
 
 __all__ = ["TaskCollection"]
 
+# rows that may speak for a task where all tasks are pooled, in units of those of the median task
+LEVEL = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskCollection:
@@ -84,6 +87,19 @@ class TaskCollection:
             ids=self.ids[tasks],
             in_query=None if self.in_query is None else self.in_query[keep],
         )
+
+    def leveled(self) -> np.ndarray | None:
+        """Return positions of rows among which no task drowns the others; None: all.
+
+        Of a task with very many more rows than others these are some, evenly spread: statistics of
+        the rows would be those of this task.
+        """
+        most = int(LEVEL * max(np.median(self.sizes), 1))
+        if self.sizes.max() <= most:
+            return None
+        number = np.arange(len(self.order)) - np.repeat(self.indptr[:-1], self.sizes)
+        kept = number % -(-self.sizes // most).repeat(self.sizes) == 0
+        return np.sort(self.order[kept])
 
     def take_rows(self, kept: np.ndarray, least: int = 1) -> TaskCollection:
         """Sub-collection of some rows, without the tasks that have fewer than `least` of them."""

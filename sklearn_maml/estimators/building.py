@@ -143,6 +143,10 @@ class Building(Parameters):
     def _make_head(self, plan: Plan) -> GaussianHead:
         """Gaussian head at its start."""
         tasks, visible = plan.source.encoded, plan.episodes.visible
+        rows = tasks.leveled()
+        if rows is not None:
+            tasks = tasks.take_rows(rows)
+            visible = None if visible is None else visible[:, rows]
         head = build_head(
             tasks.X,
             tasks.y,

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Adapted", "Several", "Support", "no_std", "padded"]
+__all__ = ["Adapted", "Several", "Support", "alike", "no_std", "padded"]
 
 # tasks, and their padded rows, that are taken at a time
 TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536
+# padded rows that gradient steps adapt to at a time
+MOST_ROWS = 2**18
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,37 @@ def no_std(what: str) -> str:
     )
 
 
-def padded(codes: np.ndarray, n_tasks: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tasks of similar size together: their positions, rows (n, most), and which are real."""
+def alike(sizes: np.ndarray, most_tasks: int, most_rows: int = MOST_ROWS) -> list[np.ndarray]:
+    """Positions of similar sizes together, of few enough rows after padding to the largest."""
+    by_size = np.argsort(sizes, kind="stable")
+    parts, start = [], 0
+    while start < len(by_size):
+        part = by_size[start : start + most_tasks]
+        fits = sizes[part] * np.arange(1, len(part) + 1) <= most_rows
+        parts.append(part[: max(int(fits.sum()), 1)])
+        start += len(parts[-1])
+    return parts
+
+
+def padded(
+    codes: np.ndarray, n_tasks: int, beside: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tasks of similar size together: their positions, rows (n, most), and which are real.
+
+    `beside` are numbers of other rows of the tasks, which are padded by the caller.
+    """
     sizes = np.bincount(codes, minlength=n_tasks)
     order = np.argsort(codes, kind="stable")
     first = np.cumsum(sizes) - sizes
-    by_size = np.argsort(sizes, kind="stable")
+    larger = sizes if beside is None else np.maximum(sizes, beside)
+    by_size = np.argsort(larger, kind="stable")
     stop = n_tasks
     while stop:  # a task with many rows takes few others along, as all are padded to its size
-        most = int(sizes[by_size[stop - 1]])
+        most = int(larger[by_size[stop - 1]])
         start = max(stop - min(TASKS_AT_A_TIME, max(PADDED_ROWS // max(most, 1), 1)), 0)
         tasks = by_size[start:stop]
         stop = start
-        number = np.arange(most)
+        number = np.arange(sizes[tasks].max())
         present = number < sizes[tasks][:, None]
         place = np.zeros(present.shape, dtype=np.intp)
         place[present] = order[(first[tasks][:, None] + number)[present]]

@@ -167,7 +167,7 @@ class Conditioned(Adapted):
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         with torch.no_grad():
-            for tasks, place, present in padded(of_query, len(asked)):
+            for tasks, place, present in padded(of_query, len(asked), sizes):
                 number = np.arange(sizes[tasks].max())
                 real = number < sizes[tasks][:, None]
                 at = order[np.where(real, first[tasks][:, None] + number, 0)]

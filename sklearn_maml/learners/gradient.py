@@ -18,12 +18,12 @@ from sklearn_maml.engine import (
     restore_diverged,
 )
 from sklearn_maml.engine import Adapted as Parameters
-from sklearn_maml.learners.base import Adapted, Support
+from sklearn_maml.learners.base import Adapted, Support, alike
 
 __all__ = ["AdaptedBySteps", "GradientSteps", "Running", "remembered_rung"]
 
-# rows of one task predicted at a time
-ROWS_AT_A_TIME = 4096
+# rows of one task predicted at a time, and how many of them
+ROWS_AT_A_TIME, PIECES = 4096, 16
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,14 @@ class GradientSteps:
         sizes = np.bincount(support.codes, minlength=support.n_tasks)
         order = np.argsort(support.codes, kind="stable")
         ends = np.cumsum(sizes)
-        by_size = np.argsort(sizes, kind="stable")
         compiled = self.rung == "native"
         # what was changed since (clipping, say) may be nothing for the compiled kernels
         engine = self.make_engine("auto" if compiled else self.rung)
-        most = int(sizes.max()) if len(by_size) else 0
-        engine.expect_tasks(len(by_size), most, self.steps, compiled=compiled)
+        engine.expect_tasks(len(sizes), int(sizes.max()), self.steps, compiled=compiled)
         adapted: Parameters | None = None
         finite: list[Tensor] = []
         at_a_time = _chunk(engine, self.how)
-        for start in range(0, len(by_size), at_a_time):
-            chosen = by_size[start : start + at_a_time]
+        for chosen in alike(sizes, at_a_time):
             rows = pad_rows(
                 support.X,
                 support.y,
@@ -135,7 +132,7 @@ class AdaptedBySteps(Adapted):
             size = np.minimum(size, ROWS_AT_A_TIME)
         no_targets = np.zeros(len(rows), dtype=rows.dtype)
         result: np.ndarray | None = None
-        for chosen in self._at_a_time(size, how):
+        for chosen in alike(size, _chunk(self.engine, how), PIECES * ROWS_AT_A_TIME):
             place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
             query = pad_rows(rows, no_targets, place, size[chosen]).to(how.device)
             with self.engine.threads(len(place)):
@@ -150,23 +147,6 @@ class AdaptedBySteps(Adapted):
             result[place] = values
         assert result is not None
         return result
-
-    def _at_a_time(self, size: np.ndarray, how: Running) -> list[np.ndarray]:
-        """Pieces of these sizes that are run together: alike in size, and not too many rows."""
-        by_size = np.argsort(size, kind="stable")
-        at_a_time = _chunk(self.engine, how)
-        chosen, start = [], 0
-        while start < len(by_size):
-            stop = start + 1
-            while (
-                stop < len(by_size)
-                and stop - start < at_a_time
-                and (stop - start + 1) * size[by_size[stop]] <= CHUNK * ROWS_AT_A_TIME // 8
-            ):
-                stop += 1
-            chosen.append(by_size[start:stop])
-            start = stop
-        return chosen
 
     def module(self, task: int, how: Running) -> nn.Module:
         """See `Adapted`."""

@@ -235,7 +235,7 @@ class AdaptedBySupport(Adapted):
         network = copy.deepcopy(self.network, {id(p): p for p in self.network.parameters()}).eval()
         asked, position = np.unique(codes, return_inverse=True)
         result: np.ndarray | None = None
-        for tasks, place, present in padded(position.reshape(-1), len(asked)):
+        for tasks, place, present in padded(position.reshape(-1), len(asked), sizes[asked]):
             counts = sizes[asked[tasks]]
             own = np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in asked[tasks]])
             support = pad_rows(given.X, given.y, own, counts, given.weight).to(how.device)

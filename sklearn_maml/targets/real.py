@@ -66,6 +66,9 @@ class RealTargets(Targets):
         self.n_outputs_ = y.shape[1]
         self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
         self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
+        rows = tasks.leveled() if sample_weight is None else None
+        if rows is not None:
+            tasks, y = tasks.take_rows(rows), y[rows]
         if self.normalize_y and self.loss.standardises:
             self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
             center, level = self.y_mean_, np.abs(self.y_mean_)
