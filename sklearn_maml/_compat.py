@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 __all__ = [
     "HAS_SKLEARN_CALLBACKS",
@@ -10,8 +11,11 @@ __all__ = [
     "with_callbacks",
 ]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 try:  # scikit-learn >= 1.9
-    from sklearn.callback import CallbackSupportMixin, with_callbacks
+    from sklearn.callback import CallbackSupportMixin
+    from sklearn.callback import with_callbacks as _with_callbacks
 
     HAS_SKLEARN_CALLBACKS = True
 except ImportError:  # pragma: no cover - depends on the installed version
@@ -20,6 +24,11 @@ except ImportError:  # pragma: no cover - depends on the installed version
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """Stand-in where scikit-learn has no callbacks."""
 
-    def with_callbacks(method: Any) -> Any:
-        """Return the method as it is."""
+    def _with_callbacks(method: Any) -> Any:
         return method
+
+
+def with_callbacks(method: F) -> F:
+    """Let scikit-learn's callbacks see a `fit`; its signature stays for type checkers."""
+    wrapped: F = _with_callbacks(method)
+    return wrapped

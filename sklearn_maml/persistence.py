@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import sklearn
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml._types import PathLike
 from sklearn_maml.composites import Leaf
 from sklearn_maml.exceptions import FileFormatError
 from sklearn_maml.model_files import ESTIMATORS, Reader, Writer
@@ -49,7 +50,12 @@ class SaveMixin(Leaf):
             ESTIMATORS[cls.__name__] = cls
 
     def save(
-        self, path: Any, *, tasks: bool = True, training: bool = True, trusted: Iterable[str] = ()
+        self,
+        path: PathLike,
+        *,
+        tasks: bool = True,
+        training: bool = True,
+        trusted: Iterable[str] = (),
     ) -> None:
         """Save the fitted estimator to a file, without pickle.
 
@@ -107,13 +113,13 @@ class SaveMixin(Leaf):
     @classmethod
     def load(
         cls,
-        path: Any,
+        path: PathLike,
         *,
         module: Any = None,
         device: Any = None,
         trusted: Iterable[str] = (),
         **objects: Any,
-    ) -> Any:
+    ) -> Self:
         """Load an estimator that `save` wrote.
 
         A file runs no code: it names classes of the library and of torch.optim only, and has plain
@@ -151,7 +157,8 @@ class SaveMixin(Leaf):
         DeviceWarning
             If the model is on the CPU for want of the device it was fitted on.
         """
-        return _load(path, cls, module, device, trusted, objects)
+        loaded: Self = _load(path, cls, module, device, trusted, objects)
+        return loaded
 
     def _stored_names(self) -> list[str]:
         return self._listed("__stored_attributes__")
@@ -212,7 +219,7 @@ class SaveMixin(Leaf):
 
 @one_thread()
 def save(
-    path: Any,
+    path: PathLike,
     estimator: Any,
     *,
     tasks: bool = True,
@@ -284,7 +291,7 @@ def save(
 
 
 def load(
-    path: Any,
+    path: PathLike,
     *,
     module: Any = None,
     device: Any = None,
@@ -347,7 +354,7 @@ def load(
 
 @one_thread()
 def _load(
-    path: Any,
+    path: PathLike,
     cls: type[SaveMixin] | None,
     module: Any,
     device: Any,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,3 +73,16 @@ def test_balanced_bagging_adapts_every_member():
     numbers = (z[:10] == "yes").astype(int)
     parts = [copy.copy(m[-1]).adapt(x[:10], numbers).predict_proba(x) for m in bag.estimators_]
     assert_allclose(adapted.predict_proba(x), np.mean(parts, axis=0), rtol=1e-6)
+
+
+def test_a_user_script_passes_pyright():
+    pytest.importorskip("pyright")
+    script = Path(__file__).with_name("typed_use.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=script.parents[1],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 errors" in done.stdout

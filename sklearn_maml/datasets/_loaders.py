@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from sklearn.utils import Bunch
@@ -56,6 +56,36 @@ def _finish(
     if return_X_y_groups:
         return bunch.data, bunch.target, bunch.groups
     return bunch
+
+
+@overload
+def load_x264(
+    *,
+    target: str | Sequence[str] = "log2_kbps",
+    return_X_y: bool = False,
+    return_X_y_groups: Literal[True],
+    as_frame: bool = False,
+) -> tuple[Any, Any, Any]: ...
+
+
+@overload
+def load_x264(
+    *,
+    target: str | Sequence[str] = "log2_kbps",
+    return_X_y: Literal[True],
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def load_x264(
+    *,
+    target: str | Sequence[str] = "log2_kbps",
+    return_X_y: Literal[False] = False,
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> Bunch: ...
 
 
 def load_x264(
@@ -156,6 +186,39 @@ def load_x264(
         filename=filename,
     )
     return _finish(bunch, list(names), return_X_y, return_X_y_groups, as_frame)
+
+
+@overload
+def load_omniglot(
+    *,
+    subset: str = "all",
+    rotations: bool = False,
+    return_X_y: bool = False,
+    return_X_y_groups: Literal[True],
+    as_frame: bool = False,
+) -> tuple[Any, Any, Any]: ...
+
+
+@overload
+def load_omniglot(
+    *,
+    subset: str = "all",
+    rotations: bool = False,
+    return_X_y: Literal[True],
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def load_omniglot(
+    *,
+    subset: str = "all",
+    rotations: bool = False,
+    return_X_y: Literal[False] = False,
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> Bunch: ...
 
 
 def load_omniglot(
@@ -291,6 +354,33 @@ def load_omniglot(
         filename=filename,
     )
     return _finish(bunch, ["character"], return_X_y, return_X_y_groups, as_frame)
+
+
+@overload
+def load_vowels(
+    *,
+    return_X_y: bool = False,
+    return_X_y_groups: Literal[True],
+    as_frame: bool = False,
+) -> tuple[Any, Any, Any]: ...
+
+
+@overload
+def load_vowels(
+    *,
+    return_X_y: Literal[True],
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def load_vowels(
+    *,
+    return_X_y: Literal[False] = False,
+    return_X_y_groups: Literal[False] = False,
+    as_frame: bool = False,
+) -> Bunch: ...
 
 
 def load_vowels(

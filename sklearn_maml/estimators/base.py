@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._compat import with_callbacks
+from sklearn_maml._types import TaskDistribution, Tasks
 from sklearn_maml._validation import keeps_state_on_error
 from sklearn_maml.data.spellings import is_task_distribution
 from sklearn_maml.devices import SeededTorch, resolve_device
@@ -51,7 +53,12 @@ class BaseMAML(Training, Stored, Scoring):
     @one_thread()
     @keeps_state_on_error
     @with_callbacks
-    def fit(self, X: Any, y: Any = None, groups: Any = None) -> Any:
+    def fit(
+        self,
+        X: Tasks | TaskDistribution,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Self:
         """Meta-train on a collection of tasks.
 
         Parameters
@@ -145,7 +152,13 @@ class BaseMAML(Training, Stored, Scoring):
         self.targets_ = targets
         self.__dict__.update(targets.attributes())
 
-    def adapt(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> Any:
+    def adapt(
+        self,
+        X: Tasks,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
         """Adapt to the support sets of one or many new tasks.
 
         Always starts from the meta-learned initialisation, which it does not change, and replaces

@@ -7,9 +7,11 @@ from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.prediction import PredictingClasses
 from sklearn_maml.heads import SymmetricHead, find_head
@@ -247,6 +249,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
     (2, 5)
     """
 
+    classes_: NDArray[Any]
     _targets_class = ClassTargets
     __stored_attributes__: ClassVar = ClassTargets.learned
 
@@ -323,7 +326,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         self.verbose = verbose
         self.__dict__.update(net_params)
 
-    def predict(self, X: Any, groups: Any = None) -> Any:
+    def predict(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict class labels with the parameters adapted to the task of each row.
 
         Parameters
@@ -348,7 +351,13 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         return shape_like(self._decide(state, rows, codes))
 
-    def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
+    def score(
+        self,
+        X: Tasks,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> float:
         """Return the accuracy after adaptation, query rows pooled.
 
         Each task is split into a support set of `n_shots` rows of each class (half of them if

@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import is_classifier
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.data.spellings import is_task_list
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import (
@@ -32,6 +34,7 @@ from sklearn_maml.estimators.models import (
 
 __all__ = ["Walk", "adapt", "changed_targets", "register_container"]
 
+M = TypeVar("M", bound=BaseMAML)
 Rule = Callable[[Any, Any, Any, Any], Any]  # (container, X, y, adapt) -> container
 
 # rules by class, of the library and of its users
@@ -106,8 +109,32 @@ def _rule_for(model: Any) -> Rule | None:
     return _search if is_search(model) else None
 
 
+@overload
 def adapt(
-    estimator: Any, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None
+    estimator: M,
+    X: Tasks,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+) -> M: ...
+
+
+@overload
+def adapt(
+    estimator: Any,
+    X: Tasks,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+) -> Any: ...
+
+
+def adapt(
+    estimator: Any,
+    X: Tasks,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
 ) -> Any:
     """Adapt a copy of a meta-fitted model; the model itself is untouched.
 

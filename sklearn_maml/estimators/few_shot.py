@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import numbers
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import Interval
@@ -55,7 +56,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         self.steps = steps
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Adapt the prior to one task.
 
         Parameters
@@ -121,7 +122,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         refuse_graphs(X=X)  # which the transformers of a pipeline cannot read
         return self.model_
 
-    def predict(self, X: Any) -> Any:
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Predict for rows of the task.
 
         Parameters
@@ -136,7 +137,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         """
         return self._fitted_model(X).predict(X)
 
-    def set_params(self, **params: Any) -> Any:
+    def set_params(self, **params: Any) -> Self:
         """Set parameters of this estimator.
 
         Parameters
@@ -262,7 +263,15 @@ class FewShotRegressor(RegressorMixin, _FewShot):
 
     _prior_class = MAMLRegressor
 
-    def predict(self, X: Any, return_std: bool = False) -> Any:
+    @overload
+    def predict(self, X: ArrayLike, return_std: Literal[False] = False) -> NDArray[Any]: ...
+
+    @overload
+    def predict(
+        self, X: ArrayLike, return_std: Literal[True]
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+    def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
         """Predict for rows of the task.
 
         Parameters
@@ -373,7 +382,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         super().__init__(prior, alpha=alpha, steps=steps, random_state=random_state)
         self.classes = classes
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Adapt the prior to one task.
 
         Parameters
@@ -427,7 +436,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         """Whether predictions are among some of the classes of the model."""
         return self.encoded_classes_ is not None and len(self.classes_) < len(self.model_.classes_)
 
-    def predict(self, X: Any) -> Any:
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Predict labels of rows of the task.
 
         Parameters
@@ -448,7 +457,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
             return labels
         return np.searchsorted(self.encoded_classes_, labels)
 
-    def predict_proba(self, X: Any) -> Any:
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Predict class probabilities.
 
         Parameters
@@ -465,7 +474,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
             return np.exp(self.predict_log_proba(X))
         return self._fitted_model(X).predict_proba(X)
 
-    def predict_log_proba(self, X: Any) -> Any:
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Predict the logarithm of class probabilities.
 
         Parameters
@@ -481,7 +490,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         log_p = self._fitted_model(X).predict_log_proba(X)
         return log_softmax(self._columns(log_p), axis=1) if self._has_fewer_classes() else log_p
 
-    def decision_function(self, X: Any) -> Any:
+    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
         """Return the outputs of the network for each class (logits).
 
         Parameters

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
@@ -38,6 +39,14 @@ PROXIMAL = "the proximal term of meta_gradient"
 class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstimator):
     """Parameters that both estimators have, and what is made of them."""
 
+    module_: nn.Module
+    history_: Any
+    n_iter_: int
+    n_features_in_: int
+    feature_names_in_: NDArray[Any]
+    n_tasks_: int | None
+    tasks_: NDArray[Any] | None
+    device_: torch.device
     _targets_class: type[Targets]
     _dtype: Any
     net_: Any

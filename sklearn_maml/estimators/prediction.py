@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
@@ -206,7 +208,7 @@ class PredictingClasses(Predicting):
     __metadata_request__predict_log_proba: ClassVar = {"groups": True}
     __metadata_request__decision_function: ClassVar = {"groups": True}
 
-    def predict_proba(self, X: Any, groups: Any = None) -> Any:
+    def predict_proba(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict class probabilities.
 
         Parameters
@@ -224,7 +226,7 @@ class PredictingClasses(Predicting):
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         return shape_like(self._probabilities(state, rows, codes))
 
-    def predict_log_proba(self, X: Any, groups: Any = None) -> Any:
+    def predict_log_proba(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict the logarithm of class probabilities.
 
         Parameters
@@ -243,7 +245,7 @@ class PredictingClasses(Predicting):
         with np.errstate(divide="ignore"):
             return shape_like(np.log(self._probabilities(state, rows, codes)))
 
-    def decision_function(self, X: Any, groups: Any = None) -> Any:
+    def decision_function(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Return the outputs of the network for each class (logits).
 
         Parameters

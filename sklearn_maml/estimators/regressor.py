@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import RegressorMixin
 from sklearn.metrics import r2_score
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.targets.losses import resolve_loss
 from sklearn_maml.targets.real import RealTargets
@@ -244,6 +246,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     (10,)
     """
 
+    n_outputs_: int
+    y_mean_: NDArray[Any]
+    y_scale_: NDArray[Any]
     _targets_class = RealTargets
     __stored_attributes__: ClassVar = RealTargets.learned
 
@@ -324,7 +329,17 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         self.verbose = verbose
         self.__dict__.update(net_params)
 
-    def predict(self, X: Any, groups: Any = None, return_std: bool = False) -> Any:
+    @overload
+    def predict(
+        self, X: Tasks, groups: ArrayLike | None = None, return_std: Literal[False] = False
+    ) -> NDArray[Any]: ...
+
+    @overload
+    def predict(
+        self, X: Tasks, groups: ArrayLike | None = None, *, return_std: Literal[True]
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+    def predict(self, X: Tasks, groups: ArrayLike | None = None, return_std: bool = False) -> Any:
         """Predict with the parameters adapted to the task of each row.
 
         Parameters
@@ -361,7 +376,13 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         values = self._finite(self.targets_.decode(outputs, codes, state))
         return shape_like(values), shape_like(std)
 
-    def score(self, X: Any, y: Any = None, groups: Any = None, sample_weight: Any = None) -> float:
+    def score(
+        self,
+        X: Tasks,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> float:
         """Return the coefficient of determination after adaptation, query rows pooled.
 
         Each task is split into a support set of `n_shots` rows (10 or half of the smallest task

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import Parallel, delayed
+from numpy.typing import ArrayLike
 from sklearn.base import clone, is_classifier
 from sklearn.utils import check_random_state
 
@@ -26,6 +27,9 @@ from sklearn_maml.evaluation.held_out import SplitData, check_split, random_spli
 from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
 from sklearn_maml.evaluation.scoring import check_count
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["compare_baselines", "summarize_comparison"]
 
 # tasks drawn from a task distribution
@@ -36,8 +40,8 @@ MIN_TRAINING_TASKS, MIN_HELD_OUT_TASKS = 4, 2
 
 def compare_baselines(
     X: Any,
-    y: Any = None,
-    groups: Any = None,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     estimator: Any = None,
     *,
     n_shots: int | Sequence[int] | None = None,
@@ -50,7 +54,7 @@ def compare_baselines(
     per_task: bool = False,
     random_state: Any = None,
     n_jobs: int | None = None,
-) -> Any:
+) -> pd.DataFrame:
     """Compare a meta-learner with what it has to be better than, on held-out tasks.
 
     Tasks are shuffled and some of them held out. The others train every method; of each held-out

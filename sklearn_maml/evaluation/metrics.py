@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.metrics import get_scorer
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.evaluation.scoring import apply_scorer, check_counts, default_scoring, score_tasks
 
 __all__ = ["task_scorer", "task_scores"]
@@ -125,9 +127,9 @@ class TaskScorer:
 
 def task_scores(
     estimator: Any,
-    X: Any,
-    y: Any = None,
-    groups: Any = None,
+    X: Tasks,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     *,
     scoring: Any = None,
     n_shots: int | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
+from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
 from sklearn.utils.validation import check_is_fitted
 
@@ -22,15 +23,15 @@ __all__ = ["adapt_predict"]
 
 def adapt_predict(
     estimator: Any,
-    X_support: Any,
-    y_support: Any,
-    X_query: Any,
+    X_support: ArrayLike,
+    y_support: ArrayLike,
+    X_query: ArrayLike,
     *,
-    groups_support: Any = None,
-    groups_query: Any = None,
+    groups_support: ArrayLike | None = None,
+    groups_query: ArrayLike | None = None,
     n_jobs: int | None = None,
     tasks_per_partition: int = 1000,
-) -> Any:
+) -> NDArray[Any]:
     """Adapt to many tasks and predict their query rows, a partition of the tasks at a time.
 
     Gives what ``adapt(X_support, y_support, groups).predict(X_query, groups)`` gives, to rounding,
@@ -145,9 +146,9 @@ def adapt_predict(
 def _adapt_predict(
     transformers: list[Any],
     maml: BaseMAML,
-    X_support: Any,
-    y_support: Any,
-    X_query: Any,
+    X_support: ArrayLike,
+    y_support: ArrayLike,
+    X_query: ArrayLike,
     task: Any,
     query_task: Any,
 ) -> np.ndarray:

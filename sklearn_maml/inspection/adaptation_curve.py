@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.evaluation.scoring import check_counts, score_tasks
 from sklearn_maml.inspection.shared import (
@@ -112,9 +114,9 @@ class AdaptationCurveDisplay:
     def from_estimator(
         cls,
         estimator: Any,
-        X: Any,
-        y: Any = None,
-        groups: Any = None,
+        X: Tasks,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         *,
         steps: Iterable[int] | None = None,
         scoring: Any = None,

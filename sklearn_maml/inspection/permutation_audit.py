@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.scoring import SCORED_EPISODES
 from sklearn_maml.estimators.task_model import Scored
@@ -19,9 +21,9 @@ from sklearn_maml.inspection.shared import open_copy
 
 def class_permutation_audit(
     estimator: Any,
-    X: Any,
-    y: Any = None,
-    groups: Any = None,
+    X: Tasks,
+    y: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     *,
     n_episodes: int = 100,
     n_permutations: int = 24,

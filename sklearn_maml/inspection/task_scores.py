@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
+from sklearn_maml._types import Tasks
 from sklearn_maml.evaluation.scoring import check_counts, score_tasks
 from sklearn_maml.inspection.shared import (
     BLUE,
@@ -101,9 +103,9 @@ class TaskScoresDisplay:
     def from_estimator(
         cls,
         estimator: Any,
-        X: Any,
-        y: Any = None,
-        groups: Any = None,
+        X: Tasks,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         *,
         scoring: Any = None,
         n_shots: int | None = None,
