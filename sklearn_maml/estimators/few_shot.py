@@ -434,6 +434,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     def _has_fewer_classes(self) -> bool:
         """Whether predictions are among some of the classes of the model."""
+        check_is_fitted(self)
         return self.encoded_classes_ is not None and len(self.classes_) < len(self.model_.classes_)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
