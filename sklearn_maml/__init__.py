@@ -5,6 +5,7 @@ from sklearn_maml.estimators import (
     FewShotRegressor,
     MAMLClassifier,
     MAMLRegressor,
+    NumberedClasses,
     adapt,
     register_container,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "FewShotRegressor",
     "MAMLClassifier",
     "MAMLRegressor",
+    "NumberedClasses",
     "adapt",
     "adapt_predict",
     "class_permutation_audit",

@@ -7,6 +7,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 __all__ = [
     "DeviceWarning",
+    "DroppedLearnerWarning",
     "EngineFallbackWarning",
     "FileFormatError",
     "InterruptedFitWarning",
@@ -14,6 +15,7 @@ __all__ = [
     "MetaTrainingError",
     "NonFiniteStepWarning",
     "NotAdaptedError",
+    "OutlierWarning",
     "SeenTaskWarning",
     "SingleTaskWarning",
     "SmallTaskWarning",
@@ -33,7 +35,11 @@ class FileFormatError(ValueError):
 
 
 class SingleTaskWarning(UserWarning):
-    """Issued when `fit` saw no task information and treated all rows as one task."""
+    """Issued when rows that look like those of several tasks are treated as one task.
+
+    In `fit` there is no task information at all; a score or `adapt` got more rows without task ids
+    than any task of the fit has.
+    """
 
 
 class SmallTaskWarning(UserWarning):
@@ -63,6 +69,14 @@ class MemorizationWarning(UserWarning):
     One function then serves all tasks (Yin et al. 2020, Meta-Learning without Memorization), which
     a model without meta-learning would do as well.
     """
+
+
+class DroppedLearnerWarning(UserWarning):
+    """Issued when a continued fit drops a learner that had a share in predictions."""
+
+
+class OutlierWarning(UserWarning):
+    """Issued when a few targets are so far from all others that squared errors are about them."""
 
 
 class NonFiniteStepWarning(ConvergenceWarning):

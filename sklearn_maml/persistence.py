@@ -24,7 +24,10 @@ __all__ = ["SaveMixin", "load", "save"]
 # Those of scikit-learn that belong to the process: set_output, set_callbacks.
 LEFT_OUT = {"_sklearn_output_config", "_skl_callbacks", "_parent_callback_ctx"}
 # modules of the estimators that a file may name
-MODULES = {f"sklearn_maml.estimators.{name}" for name in ("classifier", "few_shot", "regressor")}
+MODULES = {
+    f"sklearn_maml.estimators.{name}"
+    for name in ("classifier", "few_shot", "numbered", "regressor")
+}
 
 
 class SaveMixin(Leaf):

@@ -466,7 +466,7 @@ BAD_PREDICTS = {
     ),
     "list and groups": ("regressor", {"X": [X] * 6, "groups": G}, "given twice"),
     "list without need": ("frame", {"X": [FRAME, FRAME]}, "got a list.*one task without an id"),
-    "list of too many sets": ("regressor", {"X": [X] * 7}, "not adapted to, such as"),
+    "list after ids": ("regressor", {"X": [X] * 6}, r"adapt got task ids, such as \[0, 1, 2\]"),
     "other names": ("frame", {"X": FRAME.rename(columns={"b": "z"})}, "feature names should match"),
     "other order": ("frame", {"X": FRAME[["b", "a"]]}, "same order"),
     "column missing": ("task column", {"X": FRAME}, "neither a column nor an index level"),

@@ -585,3 +585,14 @@ def test_missing_pandas_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'sklearn-maml\[compare\]'"):
         compare_baselines(*random_slopes(8, 12), REG)
+
+
+def test_decimals_are_numbers():
+    from decimal import Decimal
+
+    from sklearn_maml.evaluation.comparison import _are_numbers
+
+    assert _are_numbers([Decimal("0.1"), Decimal(3)])
+    assert _are_numbers(np.array([1, 2.5], dtype=object))
+    assert not _are_numbers(["a", "b"])
+    assert not _are_numbers(np.array([True, False], dtype=object))

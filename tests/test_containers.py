@@ -42,6 +42,7 @@ from sklearn_maml import (
     FewShotRegressor,
     MAMLClassifier,
     MAMLRegressor,
+    NumberedClasses,
     adapt,
     adapt_predict,
     register_container,
@@ -556,8 +557,6 @@ def test_numbers_of_all_classes_are_positions_in_the_sorted_classes(clf):
     by_number = FewShotClassifier(clf).fit(NEW_X[SUPPORT], codes(LABELS)[SUPPORT])
     by_label = FewShotClassifier(clf).fit(NEW_X[SUPPORT], LABELS[SUPPORT])
     assert_array_equal(by_number.classes_, [0, 1, 2])
-    assert_array_equal(by_number.encoded_classes_, ["run", "sit", "walk"])
-    assert by_label.encoded_classes_ is None
     assert_array_equal(by_label.classes_[by_number.predict(NEW_X)], by_label.predict(NEW_X))
     for name in ("predict_proba", "predict_log_proba", "decision_function"):
         assert_array_equal(getattr(by_number, name)(NEW_X), getattr(by_label, name)(NEW_X))
@@ -573,7 +572,7 @@ def test_numbers_of_all_classes_are_positions_in_the_sorted_classes(clf):
 def test_numbers_that_may_be_of_any_classes_are_refused_with_the_way_out(clf):
     two = LABELS != "run"
     y = codes(LABELS[two])
-    with pytest.raises(ValueError, match=r"FewShotClassifier\(prior, classes=\[...\]\)"):
+    with pytest.raises(ValueError, match=r"NumberedClasses\(prior, classes=\[...\]\)"):
         FewShotClassifier(clf).fit(NEW_X[two], y)
     with pytest.raises(ValueError, match="OneVsRestClassifier and OneVsOneClassifier"):
         OneVsRestClassifier(FewShotClassifier(clf)).fit(NEW_X, LABELS)
@@ -590,7 +589,7 @@ def test_numbers_that_may_be_of_any_classes_are_refused_with_the_way_out(clf):
 def test_classes_say_which_labels_the_numbers_are(clf):
     two = LABELS != "run"
     x, y = NEW_X[two], LABELS[two]
-    learner = FewShotClassifier(clf, classes=["walk", "sit"]).fit(x, codes(y))
+    learner = FewShotClassifier(NumberedClasses(clf, ["walk", "sit"])).fit(x, codes(y))
     by_label = FewShotClassifier(clf).fit(x, y)
     p = by_label.predict_proba(NEW_X)[:, 1:]
     assert_allclose(learner.predict_proba(NEW_X), p / p.sum(1, keepdims=True), rtol=1e-6)
@@ -601,21 +600,21 @@ def test_classes_say_which_labels_the_numbers_are(clf):
     vote = VotingClassifier([("a", learner)], voting="soft").fit(x, y)
     assert set(vote.predict(x)) == {"sit", "walk"}
     numbers = MAMLClassifier(**SMALL).fit(X, codes(labels_of(Y)) + 5)
-    learner = FewShotClassifier(numbers, classes=[5, 6, 7]).fit(NEW_X, codes(LABELS))
+    learner = FewShotClassifier(NumberedClasses(numbers, [5, 6, 7])).fit(NEW_X, codes(LABELS))
     assert_array_equal(
         learner.predict(NEW_X) + 5,
         FewShotClassifier(numbers).fit(NEW_X, codes(LABELS) + 5).predict(NEW_X),
     )
     with pytest.raises(ValueError, match=r"does not know: \['swim'\]"):
-        FewShotClassifier(clf, classes=["run", "swim"]).fit(x, codes(y))
+        FewShotClassifier(NumberedClasses(clf, ["run", "swim"])).fit(x, codes(y))
     with pytest.raises(ValueError, match="must have the numbers 0 to 1"):
-        FewShotClassifier(clf, classes=["sit", "walk"]).fit(x, y)
+        FewShotClassifier(NumberedClasses(clf, ["sit", "walk"])).fit(x, y)
 
 
 def test_a_prior_of_local_labels_takes_numbers_as_labels(local):
-    learner = FewShotClassifier(local, classes=["sit", "walk"]).fit(NEW_X, codes(LABELS))
+    learner = FewShotClassifier(local).fit(NEW_X, codes(LABELS))
     assert_array_equal(learner.classes_, [0, 1, 2])
-    assert learner.encoded_classes_ is None
+    assert isinstance(learner.model_, MAMLClassifier)
 
 
 def test_what_numbers_stand_for_is_saved(clf, tmp_path):

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import sklearn
+import torch
 from numpy.testing import assert_array_equal
+from scipy.sparse import csr_matrix
+from sklearn.inspection import permutation_importance
+from sklearn.metrics import log_loss
 from sklearn.model_selection import (
     GridSearchCV,
     GroupKFold,
     cross_val_score,
     cross_validate,
 )
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from torch.utils.data import DataLoader, TensorDataset
 
-from sklearn_maml import MAMLRegressor, task_scorer, task_scores
+from sklearn_maml import (
+    FewShotRegressor,
+    MAMLClassifier,
+    MAMLRegressor,
+    adapt,
+    task_scorer,
+    task_scores,
+)
+from sklearn_maml.exceptions import DroppedLearnerWarning, OutlierWarning, SingleTaskWarning
 
 N_TASKS, N_ROWS = 6, 8
 TASK = np.repeat(np.arange(N_TASKS), N_ROWS)
@@ -86,3 +102,226 @@ def test_routed_groups_reach_every_method_and_change_nothing(column):
         ):
             with pytest.raises(ValueError, match="groups that put rows of one task into several"):
                 call()
+
+
+# -- rows of several tasks without task information ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named():
+    return MAMLRegressor(**SMALL).fit(X, Y, groups=TASK)
+
+
+def scored_by_a_search(named):
+    with sklearn.config_context(enable_metadata_routing=True):
+        search = GridSearchCV(named, {"alpha": [0.1]}, cv=GroupKFold(2))
+        search.fit(X, Y, groups=TASK)
+    return search.score(X, Y)
+
+
+POOLED = {
+    "score": lambda reg: reg.score(X, Y),
+    "score of a pipeline": lambda reg: Pipeline([("maml", reg)]).score(X, Y),
+    "score of a search": scored_by_a_search,
+    "scorer": lambda reg: task_scorer("r2")(reg, X, Y),
+    "scores": lambda reg: task_scores(reg, X, Y),
+    "importance": lambda reg: permutation_importance(
+        reg, X, Y, scoring=task_scorer("r2"), n_repeats=1
+    ),
+    "adapt": lambda reg: reg.adapt(X, Y),
+    "adapt function": lambda reg: adapt(reg, X, Y),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_rows_of_several_tasks_without_ids_are_warned_of(name, named):
+    with pytest.warns(SingleTaskWarning, match="treats all 48 rows as one task.*pass groups"):
+        POOLED[name](copy.copy(named))
+
+
+def test_rows_of_one_task_need_no_ids(named, tmp_path):
+    one, y = X[:N_ROWS], Y[:N_ROWS]
+    named.save(tmp_path / "model")
+    for reg in (copy.copy(named), MAMLRegressor.load(tmp_path / "model")):
+        reg.score(one, y)
+        task_scores(reg, one, y)
+        reg.adapt(one, y).score(X, Y)  # of the task it is adapted to
+    # a FewShot estimator has one task only
+    FewShotRegressor(named).fit(X, Y)
+    # a task that is large says so
+    named.adapt(X, Y, groups=np.zeros(len(X)))
+    with pytest.warns(SingleTaskWarning):
+        MAMLRegressor.load(tmp_path / "model").score(X, Y)
+
+
+# -- places in a list ----------------------------------------------------------------------------
+
+
+def test_the_place_in_a_list_is_no_id(named):
+    reg = copy.copy(named).adapt(X, Y, groups=1 - TASK)
+    sets = [X[j == TASK] for j in range(N_TASKS)]
+    for query in (sets, sets[:2], np.stack(sets)):
+        with pytest.raises(ValueError, match=r"adapt got task ids, such as \[-4, -3, -2\]"):
+            reg.predict(query)
+    for support in ([(x, Y[j == TASK]) for j, x in enumerate(sets)],):
+        reg.adapt(support)
+        whole = reg.predict(sets)
+        assert_array_equal(np.concatenate(whole), reg.predict(np.stack(sets)).reshape(-1))
+        for query in (sets[:2], [*sets, X], np.stack(sets[:2])):
+            with pytest.raises(ValueError, match=r"and adapt got 6 tasks without ids"):
+                reg.predict(query)
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def on_a_scale(dtype, scale=1.0, shift=0.0, **params):
+    """R^2 of targets on another scale, and how far from those of the plain fit they are."""
+    x = X.astype(np.float32)
+    reg = MAMLRegressor(**{**SMALL, "max_iter": 30, **params})
+    plain = reg.fit(x, Y, groups=TASK).adapt(x, Y, groups=TASK).predict(x, groups=TASK)
+    y = (Y * scale + shift).astype(dtype)
+    found = reg.fit(x, y, groups=TASK).adapt(x, y, groups=TASK).predict(x, groups=TASK)
+    return np.abs((found.astype(np.float64) - shift) / scale - plain).max() / Y.std()
+
+
+@pytest.mark.parametrize("params", [{}, {"center_y": True}, {"update_rule": "gaussian-head"}])
+def test_targets_keep_their_digits_on_every_scale(params):
+    assert on_a_scale(np.float16, 1e-5, **params) < 0.03  # steps of 6e-8
+    assert on_a_scale(np.float16, 20.0, **params) < 0.03  # of more than 13.6
+    assert on_a_scale(np.float32, 1e-28, **params) < 1e-3
+    assert on_a_scale(np.float64, 2.0, 1.6e9, **params) < 1e-3
+    assert on_a_scale(np.float64, 1e-3, -1e6, **params) < 1e-3
+
+
+def test_predictions_are_of_the_type_of_the_features_where_that_has_the_digits():
+    x = X.astype(np.float32)
+    reg = MAMLRegressor(**SMALL).fit(x, Y, groups=TASK).adapt(x, Y, groups=TASK)
+    assert reg.predict(x, groups=TASK).dtype == np.float32
+    y = Y + 1e9
+    reg = MAMLRegressor(**SMALL).fit(x, y, groups=TASK).adapt(x, y, groups=TASK)
+    predicted = reg.predict(x, groups=TASK)
+    assert predicted.dtype == np.float64
+    rows = x[TASK == 1]
+    module = reg.adapted_module(1)(torch.as_tensor(rows)).detach().numpy()
+    assert np.abs(module - predicted[TASK == 1]).max() < 1e-5
+
+
+def test_a_glitch_among_the_targets_is_warned_of():
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(12), 20)
+    x, y = rng.normal(size=(240, 2)), rng.normal(size=240)
+    glitch = y.copy()
+    glitch[17] += 1000
+    for params in ({}, {"center_y": True}):
+        with pytest.warns(OutlierWarning, match=r"1 of 240 targets.*in row 17"):
+            MAMLRegressor(**SMALL, **params).fit(x, glitch, groups=task)
+    # tails are not glitches, and tasks that differ in level have none
+    for y_ in (y, rng.standard_t(3, size=240), np.exp(y), y + 1000 * (task == 3), (y > 2.4) * 1.0):
+        MAMLRegressor(**SMALL).fit(x, y_, groups=task)
+
+
+# -- what people pass ----------------------------------------------------------------------------
+
+TASKS = [(X[j == TASK], Y[j == TASK]) for j in range(N_TASKS)]
+DATASET = TensorDataset(torch.as_tensor(X), torch.as_tensor(Y))
+NO_LIST = {
+    "generator": (lambda: (task for task in TASKS), r"X is a generator.*pass list\(X\)"),
+    "dict": (lambda: dict(enumerate(TASKS)), r"X is a dict.*pass list\(X.values\(\)\)"),
+    "values": (lambda: dict(enumerate(TASKS)).values(), r"X is a dict_values.*pass list\(X\)"),
+    "Dataset": (lambda: DATASET, r"X is a TensorDataset.*\[\(X.numpy\(\), y.numpy\(\)\)"),
+    "DataLoader": (lambda: DataLoader(DATASET), r"X is a DataLoader.*\[\(X.numpy\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LIST)
+def test_tasks_that_are_no_list_are_refused_with_the_list_to_pass(name, named):
+    make, message = NO_LIST[name]
+    for call in (MAMLRegressor(**SMALL).fit, copy.copy(named).adapt):
+        with pytest.raises(ValueError, match=message):
+            call(make())
+
+
+def test_sparse_rows_with_a_task_column_are_refused():
+    sparse = csr_matrix(np.c_[X, TASK])
+    reg = MAMLRegressor(**SMALL, task_column=2).fit(sparse.toarray(), Y)
+    for call in (lambda: reg.fit(sparse, Y), lambda: reg.predict(sparse)):
+        with pytest.raises(TypeError, match=r"Sparse data.*Use X\.toarray"):
+            call()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "auto", "ridge-head"])
+def test_a_caller_may_be_in_inference_mode(rule, tmp_path):
+    params = {**SMALL, "update_rule": rule, "adapted": "head", "early_stopping": "auto"}
+    reg = MAMLRegressor(**params).fit(X, Y, groups=TASK)
+    expected = reg.adapt(X[:4], Y[:4]).predict(X)
+    plain = FewShotRegressor(steps=2, random_state=0).fit(X, Y).predict(X)
+    with torch.inference_mode():
+        inside = MAMLRegressor(**params).fit(X, Y, groups=TASK)
+        assert_array_equal(inside.adapt(X[:4], Y[:4]).predict(X), expected)
+        score = inside.fit(X, Y, groups=TASK).score(X, Y, groups=TASK)
+        inside.save(tmp_path / "model")
+        loaded = MAMLRegressor.load(tmp_path / "model")
+        one = FewShotRegressor(steps=2, random_state=0).fit(X, Y)
+    assert_array_equal(one.predict(X), plain)
+    assert score == reg.score(X, Y, groups=TASK)
+    for model in (inside, loaded):
+        assert_array_equal(model.adapt(X[:4], Y[:4]).predict(X), expected)
+
+
+def test_log_losses_take_tasks_with_rows_of_one_class():
+    labels = np.where(Y > 0, "yes", "no")
+    labels[TASK == 2] = "yes"
+    clf = MAMLClassifier(**{**SMALL, "n_shots": None}).fit(X, labels, groups=TASK)
+    by_task = task_scores(clf, X, labels, groups=TASK, scoring="neg_log_loss", n_shots=1)
+    mean = task_scorer("neg_log_loss", average="macro", n_shots=1)(clf, X, labels, groups=TASK)
+    assert mean == pytest.approx(by_task.after.mean())
+    # the task of one class: minus the mean log of the probability of that class
+    only = task_scores(clf, X, labels, groups=TASK, scoring=log_of_yes, n_shots=1)
+    assert by_task.after[2] == pytest.approx(only.after[2])
+    pooled = task_scorer("neg_log_loss", n_shots=1)(clf, X, labels, groups=TASK)
+    assert pooled == pytest.approx(task_scorer(log_loss_scorer, n_shots=1)(clf, X, labels, TASK))
+
+
+def log_of_yes(estimator, X, y):
+    return float(np.log(estimator.predict_proba(X)[:, 1]).mean())
+
+
+def log_loss_scorer(estimator, X, y):
+    return -log_loss(y, estimator.predict_proba(X))
+
+
+# -- a fit that goes on --------------------------------------------------------------------------
+
+
+def test_a_continued_fit_keeps_the_share_that_other_tasks_have_shown():
+    reg = MAMLRegressor(
+        **{**SMALL, "update_rule": "auto", "max_iter": 3, "early_stopping": "auto"}, warm_start=True
+    ).fit(X, Y, groups=TASK)
+    # as if many tasks had shown it
+    reg.learner_weights_ = {"gaussian-head": 0.2, "gradient-steps": 0.8}
+    low, high = reg.calibration_.low - 5, reg.calibration_.high + 5
+    reg.calibration_ = dataclasses.replace(reg.calibration_, low=low, high=high)
+    for params in ({}, {"early_stopping": False}, {"early_stopping": True}):
+        reg.set_params(**params).fit(X[TASK < 4], Y[TASK < 4], groups=TASK[TASK < 4])
+        assert reg.learner_weights_ == pytest.approx({"gaussian-head": 0.2, "gradient-steps": 0.8})
+        assert_array_equal([reg.calibration_.low, reg.calibration_.high], [low, high])
+
+
+def test_a_continued_fit_says_which_learner_it_drops(monkeypatch):
+    reg = MAMLRegressor(
+        **{**SMALL, "update_rule": "auto", "max_iter": 3, "early_stopping": "auto"}, warm_start=True
+    ).fit(X, Y, groups=TASK)
+    reg.learner_weights_ = {"gaussian-head": 0.2, "gradient-steps": 0.8}
+    monkeypatch.setattr("sklearn_maml.estimators.training.choose", lambda *a: (0.0, a[2]))
+    with pytest.warns(DroppedLearnerWarning, match=r"a share of 0\.8.*have none"):
+        reg.fit(X, Y, groups=TASK)
+
+
+def test_a_fit_goes_on_with_what_the_one_before_has_trained():
+    params = {**SMALL, "update_rule": "auto", "max_iter": 2, "early_stopping": False}
+    reg = MAMLRegressor(**params, warm_start=True).fit(X, Y, groups=TASK)
+    assert reg.learner_weights_ == {"gaussian-head": 1.0}
+    reg.set_params(early_stopping="auto").fit(X, Y, groups=TASK)
+    assert reg.learner_weights_ == {"gaussian-head": 1.0}
+    assert reg.n_iter_ == 4

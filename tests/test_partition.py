@@ -221,3 +221,32 @@ def test_the_frame_example_adapts_and_predicts_better_than_the_mean(capsys):
     tasks, rows, *_, error = capsys.readouterr().out.split()
     assert (tasks, rows) == ("400", "8000")
     assert float(error) < 0.8  # the targets' own standard deviation is 0.86
+
+
+def test_no_query_rows_get_no_predictions(regressor, new):
+    for return_std in (False, True):
+        answer = adapt_predict(
+            regressor,
+            **{**new, "X_query": new["X_query"][:0], "groups_query": new["groups_query"][:0]},
+            return_std=return_std,
+        )
+        for values in answer if return_std else (answer,):
+            assert values.shape == (0,)
+
+
+def test_partitions_give_standard_deviations_too():
+    X, y, task = make_sinusoid_tasks(n_tasks=8, n_rows=8, random_state=0)
+    reg = MAMLRegressor(
+        update_rule="gaussian-head", hidden_layer_sizes=(4,), max_iter=2, random_state=0
+    ).fit(X, y, groups=task)
+    found = adapt_predict(
+        reg, X, y, X, groups_support=task, groups_query=task, return_std=True, tasks_per_partition=3
+    )
+    expected = adapt(reg, X, y, groups=task).predict(X, groups=task, return_std=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    clf = MAMLClassifier(hidden_layer_sizes=(4,), max_iter=2).fit(X, (y > 0) * 1, groups=task)
+    with pytest.raises(TypeError, match="classes have no standard deviation"):
+        adapt_predict(
+            clf, X, (y > 0) * 1, X, groups_support=task, groups_query=task, return_std=True
+        )

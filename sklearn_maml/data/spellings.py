@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,7 +188,11 @@ def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
         kept = [k for k in range(len(columns)) if k not in taken]
         rest = X if not taken else X.iloc[:, kept] if hasattr(X, "iloc") else X[:, kept]
         return rest, IdColumns(ids) if len(ids) > 1 else ids[0]
-    array = X if isinstance(X, np.ndarray) or issparse(X) else np.asarray(X)
+    if issparse(X):
+        raise TypeError(
+            "Sparse data was passed for X, but dense data is required. Use X.toarray()."
+        )
+    array = np.asarray(X)
     positions = task_column if isinstance(task_column, list) else [task_column]
     for position in positions:
         if not isinstance(position, (int, np.integer)):
@@ -360,9 +364,7 @@ def collect_tasks(
         X_seen, spelling = X, "list"
     elif groups is None and task_column is None and is_task_stack(X, y):
         if y is None:
-            raise ValueError(
-                f"{type(estimator).__name__} requires y to be passed, but the target y is None."
-            )
+            raise _no_targets(estimator, X)
         X, y = np.asarray(X), np.asarray(y)
         n_tasks = len(X)
         codes = np.repeat(np.arange(n_tasks), X.shape[1])
@@ -370,9 +372,7 @@ def collect_tasks(
         y = y.reshape(-1, *y.shape[2:])
         X_seen, spelling = X, "stack"
     if y is None:
-        raise ValueError(
-            f"{type(estimator).__name__} requires y to be passed, but the target y is None."
-        )
+        raise _no_targets(estimator, X)
     of_splitter = None
     no_rows = not needs_rows and hasattr(X, "__len__") and count_rows(X) == 0
     if task_column is not None:
@@ -416,6 +416,23 @@ def _as_stack(X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
+def _no_targets(estimator: Any, X: Any) -> ValueError:
+    """Error that y is missing, where X looks as if it had the targets too, how to give them."""
+    missing = f"{type(estimator).__name__} requires y to be passed, but the target y is None."
+    if hasattr(X, "shape") or isinstance(X, (list, tuple)):
+        return ValueError(missing)
+    if isinstance(X, Mapping):
+        how = "list(X.values()), if its values are (X, y) pairs"
+    elif type(X).__module__.startswith("torch."):
+        how = "[(X.numpy(), y.numpy()) for X, y in X], if its items are tasks"
+    else:
+        how = "list(X), if its items are (X, y) pairs"
+    return ValueError(
+        f"{missing} X is a {type(X).__name__}; a collection of tasks is a list of (X, y) or "
+        f"(X_support, y_support, X_query, y_query) tuples: pass {how}."
+    )
+
+
 def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool) -> np.ndarray:
     if len(X) == 0:
         y = np.asarray(y)
@@ -433,7 +450,7 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
     if y.size == 0:
         raise ValueError(f"y has no outputs: got shape {y.shape}. Give at least one column.")
     # not to the dtype of X: large targets would lose what tells them apart
-    y = y if y.dtype.kind == "f" else y.astype(np.float64)
+    y = y if y.dtype in FLOATS else y.astype(np.float32 if y.dtype == np.float16 else np.float64)
     if np.isnan(y).any():  # None among objects, which scikit-learn lets pass
         raise ValueError(
             f"Input y contains NaN or None, in {int(np.isnan(y).sum())} place(s). Leave these rows "

@@ -3,6 +3,7 @@
 from sklearn_maml.estimators.classifier import MAMLClassifier
 from sklearn_maml.estimators.containers import adapt, register_container
 from sklearn_maml.estimators.few_shot import FewShotClassifier, FewShotRegressor
+from sklearn_maml.estimators.numbered import NumberedClasses
 from sklearn_maml.estimators.regressor import MAMLRegressor
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "FewShotRegressor",
     "MAMLClassifier",
     "MAMLRegressor",
+    "NumberedClasses",
     "adapt",
     "register_container",
 ]

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
 
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.building import Building
@@ -31,6 +32,7 @@ class State(Coding):
 
     adapted: Adapted
     ids: np.ndarray | None  # None: one task without an id
+    named: bool = False  # whether they are the caller's, rather than places in a list
 
     @property
     def n_tasks(self) -> int:
@@ -77,7 +79,8 @@ class Adapting(Building):
             tasks = dataclasses.replace(tasks, ids=np.zeros(1, dtype=np.intp))
         y, coding = self.targets_.encode_support(tasks, sample_weight)
         support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, sample_weight)
-        return State(adapted=self._learn(support, steps), ids=ids, **vars(coding))
+        adapted = self._learn(support, steps)
+        return State(adapted=adapted, ids=ids, named=tasks.named, **vars(coding))
 
     def _prior_state(self) -> State:
         """State of a task without labelled rows."""
@@ -92,6 +95,7 @@ class Adapting(Building):
         X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
         return self._adapted_state(TaskCollection(X, none, none, none[:0], None, "groups"), None)
 
+    @torch.inference_mode(False)  # a caller may have it on
     def _learn(self, support: Support, steps: int | None) -> Adapted:
         """Adapt each learner that has a share; 0 steps is before adaptation, of all of them."""
         if steps is None and self.adapt_steps == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -12,7 +13,9 @@ from sklearn_maml._compat import with_callbacks
 from sklearn_maml._types import TaskDistribution, Tasks
 from sklearn_maml._validation import keeps_state_on_error
 from sklearn_maml.data.spellings import is_task_distribution
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch, resolve_device
+from sklearn_maml.estimators.reading import SEVERAL_TASKS
 from sklearn_maml.estimators.scoring import Scoring
 from sklearn_maml.estimators.stored import Stored
 from sklearn_maml.estimators.training import Training
@@ -43,6 +46,7 @@ class BaseMAML(Training, Stored, Scoring):
         "_fingerprints",
         "_rung",
         "_score_seed",
+        "_task_sizes",
         "learner_weights_",
     )
 
@@ -120,28 +124,35 @@ class BaseMAML(Training, Stored, Scoring):
         if processes is not None:
             given = continued or self.random_state is not None
             seed = processes.agree_on_seed(seed, given)
-        targets = self.targets_ if continued else self._make_targets()
-        source: DistributionSource | CollectionSource
-        if is_task_distribution(X):
-            if y is not None or groups is not None:
-                raise ValueError(
-                    "Got a task distribution and y or groups: the tasks it samples bring their "
-                    "own targets. Leave y and groups out."
+        before = dict(vars(self)) if continued else None
+        with torch.inference_mode(False):  # a caller may have it on
+            targets = self.targets_ if continued else self._make_targets()
+            source: DistributionSource | CollectionSource
+            if is_task_distribution(X):
+                if y is not None or groups is not None:
+                    raise ValueError(
+                        "Got a task distribution and y or groups: the tasks it samples bring their "
+                        "own targets. Leave y and groups out."
+                    )
+                source = DistributionSource(
+                    X,
+                    targets,
+                    self._episode_settings(),
+                    seed,
+                    self._read_tasks,
+                    learns=not continued,
                 )
-            source = DistributionSource(
-                X, targets, self._episode_settings(), seed, self._read_tasks, learns=not continued
-            )
-        else:
-            source = self._collect(X, y, groups, targets, seed, continued)
-        if not continued:
-            self._take_targets(targets)
-        self._score_seed = seed
-        self.device_ = resolve_device(self.device)
-        self.__dict__.pop("_state", None)
-        metadata = {} if groups is None else {"groups": groups}
-        plan = self._plan(source, seed)
-        joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
-        self._choose_learners(plan, joint)
+            else:
+                source = self._collect(X, y, groups, targets, seed, continued)
+            if not continued:
+                self._take_targets(targets)
+            self._score_seed = seed
+            self.device_ = resolve_device(self.device)
+            self.__dict__.pop("_state", None)
+            metadata = {} if groups is None else {"groups": groups}
+            plan = self._plan(source, seed, continued)
+            joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
+            self._choose_learners(plan, joint, before)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, None)
@@ -189,7 +200,20 @@ class BaseMAML(Training, Stored, Scoring):
             If the estimator is not meta-fitted.
         ValueError
             If the data does not fit; what was adapted before is kept.
+
+        Warns
+        -----
+        SingleTaskWarning
+            If rows without task ids are as many as those of several tasks of `fit`.
         """
+        tasks = self.__adapt_to_tasks__(X, y, groups, sample_weight)
+        self._warn_if_pooled(tasks, "adapt", SEVERAL_TASKS * self._sizes()[1])
+        return self
+
+    def __adapt_to_tasks__(
+        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None
+    ) -> TaskCollection:
+        """Adapt as `adapt` does, whose rows may look like those of more tasks than are meant."""
         check_is_fitted(self)
         self._validate_params()
         self._check_unchanged()
@@ -201,8 +225,9 @@ class BaseMAML(Training, Stored, Scoring):
             )
         sample_weight = self._support_weights(sample_weight, tasks)
         self._adapt_to(tasks, sample_weight)
-        return self
+        return tasks
 
+    @torch.inference_mode(False)
     @one_thread()
     def __adapt_initialisation__(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""

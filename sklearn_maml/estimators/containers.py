@@ -196,11 +196,13 @@ def adapt(
 class Walk:
     """Adapts whatever it meets in a model: what rules are given as `adapt`.
 
-    `rates` are parameters that the MAML estimators get before they adapt.
+    `rates` are parameters that the MAML estimators get before they adapt. With `one_task`, all rows
+    are known to be of one.
     """
 
     groups: Any = None
     sample_weight: Any = None
+    one_task: bool = False
     rates: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, part: Any, X: Any, y: Any, *, required: bool = False) -> Any:
@@ -209,6 +211,9 @@ class Walk:
             model = copy.copy(part)
             if self.rates:
                 model.set_params(**self.rates)
+            if self.one_task:
+                model.__adapt_to_tasks__(X, y, sample_weight=self.sample_weight)
+                return model
             return model.adapt(X, y, groups=self.groups, sample_weight=self.sample_weight)
         if not models_in(part):
             if required:

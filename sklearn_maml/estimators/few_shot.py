@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
@@ -16,8 +15,9 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.classifier import MAMLClassifier
-from sklearn_maml.estimators.containers import Walk, changed_targets, register_container
+from sklearn_maml.estimators.containers import Walk, register_container
 from sklearn_maml.estimators.models import is_local, models_in, nothing_to_adapt
+from sklearn_maml.estimators.numbered import NumberedClasses, are_numbers_of
 from sklearn_maml.estimators.regressor import MAMLRegressor
 from sklearn_maml.persistence import SaveMixin
 
@@ -28,14 +28,12 @@ class _FewShot(SaveMixin, BaseEstimator):
     """What the two FewShot estimators share: `fit` adapts a prior to one task."""
 
     _prior_class: type[BaseMAML]
-    encoded_classes_: Any
 
     __stored_attributes__: ClassVar = (
         "model_",
         "n_features_in_",
         "feature_names_in_",
         "classes_",
-        "encoded_classes_",
     )
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(numbers.Real, 0, None, closed="left"), None],
@@ -86,8 +84,8 @@ class _FewShot(SaveMixin, BaseEstimator):
                         f"The prior of a {type(self).__name__} must hold a "
                         f"{self._prior_class.__name__}; got a {type(maml).__name__}."
                     )
-            walk = Walk(sample_weight=sample_weight)
-            model = walk.with_rates(**self._rates())(self.prior, X, y)
+            walk = Walk(sample_weight=sample_weight, one_task=True)
+            model = walk.with_rates(**self._rates())(self._prior_for(y), X, y)
         self.model_ = model
         # a pipeline has as many as its first step, which may be none
         n_features = getattr(model, "n_features_in_", None)
@@ -97,6 +95,10 @@ class _FewShot(SaveMixin, BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         return self
+
+    def _prior_for(self, y: Any) -> Any:
+        """Return the prior as it takes these targets."""
+        return self.prior
 
     def _rates(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "adapt_steps": self.steps}
@@ -163,57 +165,11 @@ class _FewShot(SaveMixin, BaseEstimator):
         return hasattr(self, "model_")
 
 
-def find_encoded(y: Any, known: np.ndarray) -> np.ndarray | None:
-    """Return `known` if the labels y are positions in them, or None if they are labels.
-
-    Labels are positions for certain if `known` has no numbers, and y the positions of all of them.
-    Other numbers that may be positions are refused.
-    """
-    y = np.asarray(y)
-    if y.dtype.kind not in "iu" or y.size == 0:
-        return None
-    labels, numbers_known = np.unique(y), known.dtype.kind in "biuf"
-    if numbers_known and np.isin(labels, known).all():
-        return None
-    if not numbers_known and np.array_equal(labels, np.arange(len(known))):
-        return known
-    if labels.min() < 0 or labels.max() >= len(known):
-        return None  # for the error that labels are not known
-    raise ValueError(
-        f"y has the numbers {labels[:10].tolist()}, and the prior knows the labels "
-        f"{known[:10].tolist()}. If a tool has numbered the labels of the task, as voting, "
-        "stacking and cross_val_predict of probabilities do, say which they are: "
-        "FewShotClassifier(prior, classes=[...]). Inside OneVsRestClassifier and "
-        "OneVsOneClassifier use it without them: it tells all classes apart by itself. Or take a "
-        "prior with n_ways, which takes labels of any kind."
-    )
-
-
-def decode_labels(classes: np.ndarray, y: Any) -> np.ndarray:
-    """Labels that have these positions in `classes`."""
-    y = np.asarray(y)
-    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(classes):
-        raise ValueError(
-            f"y must have the numbers 0 to {len(classes) - 1} of the classes "
-            f"{classes[:10].tolist()}; got {np.unique(y)[:10].tolist()}. Leave `classes` out to "
-            "give labels."
-        )
-    labels: np.ndarray = classes[y]
-    return labels
-
-
 @register_container(_FewShot)
 def _adapt_few_shot(model: Any, X: Any, y: Any, adapt: Any) -> Any:
     """Adapt the prior, or what `fit` made of it."""
     prior, rates = model.__prior_and_rates__()
-    encoded = getattr(model, "encoded_classes_", None)
-    if encoded is None:
-        return adapt.with_rates(**rates)(prior, X, y)
-    adapted = copy.copy(model)
-    adapted.model_ = adapt(
-        prior, *changed_targets(X, y, lambda labels: decode_labels(encoded, labels))
-    )
-    return adapted
+    return adapt.with_rates(**rates)(prior, X, y)
 
 
 class FewShotRegressor(RegressorMixin, _FewShot):
@@ -321,9 +277,6 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         Inner steps; None takes those of the prior (200 without one).
     random_state : int, RandomState instance or None, default=None
         Seeds the initialisation without a prior; not used with one.
-    classes : array-like of shape (n_classes,), default=None
-        Labels of the task, for tools that number them before `fit`: y then has the positions 0, 1,
-        ... in the sorted `classes`, and predictions are among these. None: y has the labels.
 
     Attributes
     ----------
@@ -332,8 +285,6 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     classes_ : ndarray of shape (n_classes,)
         Class labels: those of the prior where labels are shared by the tasks, those of the
         support set for a prior with `n_ways`, and 0, 1, ... where y has the numbers of classes.
-    encoded_classes_ : ndarray of shape (n_classes,) or None
-        Labels that the numbers in y stand for; None if y has the labels.
     n_features_in_ : int
         Number of features seen during `fit`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -345,11 +296,11 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     classifiers, `cross_val_predict` of probabilities. A prior with `n_ways` takes any labels. One
     whose labels are shared has to know what the numbers stand for: if it was fitted on strings,
     and the numbers are those of all its classes, they are positions in its sorted classes. Numbers
-    of fewer classes may be those of any, and are refused; `classes` tells. A prior that was fitted
-    on numbers takes numbers for its own labels, so give `classes` inside such tools if they are
-    not 0, 1, ..., or if the task has only some of them. `OneVsRestClassifier` and
-    `OneVsOneClassifier` ask about one class against others, which such a prior has not learned;
-    it needs neither, because it tells all classes apart by itself.
+    of fewer classes may be those of any, and are refused: `NumberedClasses` tells. A prior that was
+    fitted on numbers takes numbers for its own labels, so wrap it for such tools if these are not
+    0, 1, ..., or if the task has only some of them. `OneVsRestClassifier` and `OneVsOneClassifier`
+    ask about one class against others, which such a prior has not learned; it needs neither,
+    because it tells all classes apart by itself.
 
     References
     ----------
@@ -370,18 +321,6 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     _prior_class = MAMLClassifier
 
-    def __init__(
-        self,
-        prior: Any = None,
-        *,
-        alpha: float | None = None,
-        steps: int | None = None,
-        random_state: Any = None,
-        classes: Any = None,
-    ) -> None:
-        super().__init__(prior, alpha=alpha, steps=steps, random_state=random_state)
-        self.classes = classes
-
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Adapt the prior to one task.
 
@@ -390,7 +329,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         X : array-like of shape (n_support, n_features)
             Support rows.
         y : array-like of shape (n_support,)
-            Their labels, or their numbers among `classes`.
+            Their labels.
         sample_weight : array-like of shape (n_support,), default=None
             Weights of the rows in the support loss.
 
@@ -398,65 +337,16 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         -------
         self : object
             The fitted estimator.
-
-        Raises
-        ------
-        ValueError
-            If y has numbers that may stand for several classes of the prior.
         """
-        encoded = self._encoded_classes(y)
-        super().fit(X, y if encoded is None else decode_labels(encoded, y), sample_weight)
-        self.encoded_classes_ = encoded
-        self.classes_ = self.model_.classes_ if encoded is None else np.arange(len(encoded))
+        super().fit(X, y, sample_weight=sample_weight)
+        self.classes_ = self.model_.classes_
         return self
 
-    def _encoded_classes(self, y: Any) -> np.ndarray | None:
-        """Labels that the numbers in y stand for, or None if y has the labels."""
-        if self.prior is None or is_local(self.prior):
-            return None
+    def _prior_for(self, y: Any) -> Any:
+        if is_local(self.prior):
+            return self.prior
         known = np.asarray(getattr(self.prior, "classes_", []))
-        if self.classes is None:
-            return find_encoded(y, known)
-        classes = np.unique(np.asarray(self.classes))
-        unseen = np.setdiff1d(classes, known).tolist()
-        if unseen:
-            raise ValueError(
-                f"classes has labels that the prior does not know: {unseen[:5]}. Expected some of "
-                f"{known[:10].tolist()}."
-            )
-        return classes
-
-    def _columns(self, values: np.ndarray) -> np.ndarray:
-        """Columns of `values` (n_queries, n_classes of the model) that are for `classes_`."""
-        which: Any = np.searchsorted(self.model_.classes_, self.encoded_classes_)
-        columns: np.ndarray = values[:, which]
-        return columns
-
-    def _has_fewer_classes(self) -> bool:
-        """Whether predictions are among some of the classes of the model."""
-        check_is_fitted(self)
-        return self.encoded_classes_ is not None and len(self.classes_) < len(self.model_.classes_)
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Predict labels of rows of the task.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        y : ndarray of shape (n_queries,)
-            Predicted labels, of `classes_`.
-        """
-        model = self._fitted_model(X)
-        if self._has_fewer_classes():
-            return self.predict_proba(X).argmax(1)
-        labels = model.predict(X)
-        if self.encoded_classes_ is None:
-            return labels
-        return np.searchsorted(self.encoded_classes_, labels)
+        return NumberedClasses(self.prior) if are_numbers_of(known, y) else self.prior
 
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Predict class probabilities.
@@ -471,8 +361,6 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         p : ndarray of shape (n_queries, n_classes)
             Probabilities in the order of `classes_`.
         """
-        if self._has_fewer_classes():
-            return np.exp(self.predict_log_proba(X))
         return self._fitted_model(X).predict_proba(X)
 
     def predict_log_proba(self, X: ArrayLike) -> NDArray[Any]:
@@ -488,8 +376,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         log_p : ndarray of shape (n_queries, n_classes)
             In the order of `classes_`.
         """
-        log_p = self._fitted_model(X).predict_log_proba(X)
-        return log_softmax(self._columns(log_p), axis=1) if self._has_fewer_classes() else log_p
+        return self._fitted_model(X).predict_log_proba(X)
 
     def decision_function(self, X: ArrayLike) -> NDArray[Any]:
         """Return the outputs of the network for each class (logits).
@@ -504,13 +391,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
             In the order of `classes_`.
         """
-        scores = self._fitted_model(X).decision_function(X)
-        if not self._has_fewer_classes():
-            return scores
-        # of two classes the second is compared with the first
-        wide = scores if scores.ndim > 1 else np.stack([np.zeros_like(scores), scores], 1)
-        scores = self._columns(wide)
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+        return self._fitted_model(X).decision_function(X)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -57,6 +57,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     _fingerprints: dict[Hashable, int]
     _rung: str
     _score_seed: int
+    _task_sizes: tuple[float, int] | None
     _prefixes = (
         "module",
         "optimizer",

@@ -28,8 +28,11 @@ SINGLE_TASK_UPDATES = 100
 class Planning(Building):
     """Decides what is trained, and makes the net."""
 
-    def _plan(self, source: Any, seed: int) -> Plan:
-        """Decide what is trained: gradient steps, a Gaussian head, or both."""
+    def _plan(self, source: Any, seed: int, continued: bool) -> Plan:
+        """Decide what is trained: gradient steps, a Gaussian head, or both.
+
+        A fit that is continued trains what the one before has trained.
+        """
         learner = self._own_learner()
         if learner is not None:
             reason = learner.refuses(self._problem(source.encoded))
@@ -51,6 +54,8 @@ class Planning(Building):
         holds_out = bool(self.early_stopping) and (not of_tasks or source.n_tasks >= LEAST_TASKS)
         # without held-out tasks nothing could tell how much steps are worth
         with_steps = asked == "auto" and holds_out and (of_tasks or source.validation is not None)
+        if continued:
+            with_steps = self._learner.module is not None
         episodes = CrossFitted(
             source,
             n_members=self._n_members(),

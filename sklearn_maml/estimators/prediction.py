@@ -39,13 +39,14 @@ class Predicting(Adapting):
         refuse_graphs(X=X, groups=groups)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"
+        n_sets: int | None = None
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
             if groups is not None:
                 raise ValueError(
                     "Got a list of query sets and groups: the tasks are given twice. Leave one of "
                     "the two out."
                 )
-            lengths = [len(part) for part in X]
+            n_sets, lengths = len(X), [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             name = "a list of query sets (task ids 0, 1, ...)"
             cuts = np.cumsum(lengths)[:-1]
@@ -54,7 +55,7 @@ class Predicting(Adapting):
         elif (
             groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
         ):
-            n_tasks, n_rows = X.shape[:2]
+            n_tasks, n_rows = n_sets, _ = X.shape[:2]
             groups = np.repeat(np.arange(n_tasks), n_rows)
             X = np.asarray(X).reshape(-1, *X.shape[2:])
             shape_like = _Stack(n_tasks, n_rows)
@@ -75,6 +76,8 @@ class Predicting(Adapting):
             dtype=self._dtype,
         )
         self._check_features(rows)
+        if n_sets is not None:
+            _check_places(self.__dict__.get("_state"), n_sets)
         state, codes = self._find_tasks(groups, len(rows), name)
         return state, self._reshape(rows), codes, shape_like
 
@@ -263,6 +266,23 @@ class PredictingClasses(Predicting):
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         return shape_like(self._decision(state, rows, codes))
+
+
+def _check_places(state: State | None, n_sets: int) -> None:
+    """Refuse query sets whose places in a list do not tell their tasks."""
+    if state is None or state.ids is None:
+        return
+    if state.named:
+        raise ValueError(
+            f"predict got {n_sets} query sets, and adapt got task ids, such as "
+            f"{show_ids(state.ids)}: the place of a query set does not tell its task. Pass the "
+            "rows together, with groups (or the task column) for the task of each."
+        )
+    if n_sets != state.n_tasks:
+        raise ValueError(
+            f"predict got {n_sets} query sets, and adapt got {state.n_tasks} tasks without ids. "
+            "Pass a query set of each task, in the order of adapt."
+        )
 
 
 def _as_is(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,11 @@ from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
 
-__all__ = ["Reading", "check_weights"]
+__all__ = ["SEVERAL_TASKS", "Reading", "check_weights"]
+
+
+# as many times the rows of a task are those of several
+SEVERAL_TASKS = 2
 
 
 class Reading(Parameters):
@@ -79,6 +83,25 @@ class Reading(Parameters):
         if not continued:
             targets.learn(tasks)
         return CollectionSource(tasks, targets, self._episode_settings(), seed)
+
+    def _warn_if_pooled(self, tasks: TaskCollection, caller: str, least: float) -> None:
+        """Warn of rows without task information that are as many as those of several tasks."""
+        if tasks.spelling != "single" or len(tasks.X) < least or self.targets_.n_ways is not None:
+            return
+        warnings.warn(
+            f"{caller} got no task information and treats all {len(tasks.X)} rows as one task; the "
+            f"tasks of fit have {self._sizes()[0]:g} rows in the median. If the rows belong to "
+            "several tasks, pass groups=task_ids (inside scikit-learn's tools enable it with "
+            "sklearn.set_config(enable_metadata_routing=True)) or set task_column. If they are one "
+            "task, groups of one id say so.",
+            SingleTaskWarning,
+            stacklevel=4,
+        )
+
+    def _sizes(self) -> tuple[float, float]:
+        """Median and largest number of rows of the tasks of `fit`; infinite if that is unknown."""
+        sizes = vars(self).get("_task_sizes")
+        return (np.inf, np.inf) if sizes is None else sizes
 
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
         if sample_weight is None or not len(tasks.X):

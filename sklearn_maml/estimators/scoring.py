@@ -15,7 +15,7 @@ from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import is_task_distribution, is_task_list, n_axes, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.prediction import Predicting
-from sklearn_maml.estimators.reading import Reading, check_weights
+from sklearn_maml.estimators.reading import SEVERAL_TASKS, Reading, check_weights
 from sklearn_maml.estimators.task_model import Scored, TaskModel
 from sklearn_maml.exceptions import SeenTaskWarning
 
@@ -85,6 +85,7 @@ class Scoring(Reading, Predicting):
         self._check_unchanged()
         tasks = self._read_tasks(X, y, groups)
         self._warn_if_seen(tasks)
+        self._warn_if_pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0])
         n_shots = self.n_shots if n_shots is None else n_shots
         targets = self.targets_
         tasks = self._usable(tasks, targets, n_shots, stacklevel=5)

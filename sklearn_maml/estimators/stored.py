@@ -95,6 +95,7 @@ class Stored(Planning, Adapting):
             fitted["state"] = {**vars(state), "adapted": state.adapted.state()}
         return fitted
 
+    @torch.inference_mode(False)
     def __restore_state__(self, fitted: dict[str, Any]) -> None:
         """Make modules and net as `fit` does, and fill them; see `SaveMixin`."""
         from skorch.history import History

@@ -13,11 +13,11 @@ from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
-from sklearn_maml.exceptions import MemorizationWarning
+from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
 from sklearn_maml.learners.gradient import remembered_rung
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
-from sklearn_maml.learners.plan import Plan
+from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.modules import copy_buffers
 from sklearn_maml.training.checkpoint import CheckpointedFit, net_state
 from sklearn_maml.training.distributed import Processes
@@ -65,6 +65,7 @@ class Training(Planning):
         self.n_tasks_ = source.n_tasks
         self.tasks_ = source.ids
         self._fingerprints = source.fingerprints
+        self._task_sizes = source.task_sizes
         self.learner_weights_ = plan.weights(0.0)
         if HAS_SKLEARN_CALLBACKS:
             n_epochs = count_epochs(net.max_iter, plan.with_head)
@@ -145,18 +146,27 @@ class Training(Planning):
         )
         net.checkpoint = checkpoint
 
-    def _choose_learners(self, plan: Plan, joint: Any) -> None:
-        """Decide on held-out tasks which learners predict, and how sure they may be."""
+    def _choose_learners(self, plan: Plan, joint: Any, before: dict[str, Any] | None) -> None:
+        """Decide on held-out tasks which learners predict, and how sure they may be.
+
+        `before` has the fitted attributes of the fit that this one continues: what its tasks have
+        shown holds until others show something else.
+        """
         self.learner_weights_, self.calibration_ = plan.weights(0.0), None
         if joint is None:
             return
         tasks, head = plan.source.encoded, self._learner.head
         meta_params = self._learner.meta_params()
         edges = population_range(tasks.y, head.n_outputs, head.classification)
+        known = 0.0
+        if before is not None:
+            known = before["learner_weights_"].get(GRADIENT_STEPS, 0.0)
+            of_before = before["calibration_"]
+            edges = np.minimum(edges[0], of_before.low), np.maximum(edges[1], of_before.high)
         with joint.threads(0):
             calibration = judge_head(joint.trainer, meta_params, edges, plan.episodes.shared_rows)
-            share = 0.0
-            if joint.engine is not None:
+            share = 0.0 if joint.engine is None else known
+            if joint.engine is not None and plan.episodes.validation:
                 outputs = held_out_outputs(
                     joint.trainer,
                     self._make_engine(self._learner.module, self._rung_to_begin()),
@@ -166,8 +176,16 @@ class Training(Planning):
                     steps=self._n_adapt_steps(),
                 )
                 share, calibration = choose(
-                    outputs, plan.episodes.task_of_episode, calibration, head.classification
+                    outputs, plan.episodes.task_of_episode, calibration, head.classification, known
                 )
+        if known > 0 and share == 0:
+            warnings.warn(
+                f"Gradient steps had a share of {known:.1f} in predictions, and have none after "
+                "this continued fit: its held-out tasks did better without them. Fit on old and "
+                "new tasks together to keep what the old ones have shown.",
+                DroppedLearnerWarning,
+                stacklevel=3,
+            )
         self.calibration_ = calibration
         self.learner_weights_ = plan.weights(share)
         if self.verbose and plan.with_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -313,8 +314,7 @@ def _meta_learner(estimator: Any, y: Any, X: Any) -> tuple[Any, BaseMAML]:
         if y is None:
             first = X[0] if isinstance(X, (list, tuple)) and len(X) else (None, [])
             y = first[1] if len(first) > 1 else []
-        numbers_ = np.asarray(y).dtype.kind in "iuf"
-        estimator = MAMLRegressor() if numbers_ else MAMLClassifier()
+        estimator = MAMLRegressor() if _are_numbers(y) else MAMLClassifier()
     if isinstance(estimator, type):
         raise TypeError(
             f"estimator is the class {estimator.__name__}; expected an instance: "
@@ -335,6 +335,14 @@ def _meta_learner(estimator: Any, y: Any, X: Any) -> tuple[Any, BaseMAML]:
             "tasks on the same rows."
         )
     return estimator, maml
+
+
+def _are_numbers(y: Any) -> bool:
+    """Whether targets are numbers, of databases and of nullable columns too."""
+    y = np.asarray(y)
+    if y.dtype.kind != "O":
+        return y.dtype.kind in "iuf"
+    return all(is_number(value) or isinstance(value, Decimal) for value in y.ravel().tolist())
 
 
 def _check_targets(tasks: TaskCollection, classification: bool) -> None:

@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import get_scorer
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
 from sklearn_maml._types import Tasks
-from sklearn_maml.evaluation.scoring import apply_scorer, check_counts, default_scoring, score_tasks
+from sklearn_maml.evaluation.scoring import (
+    apply_scorer,
+    check_counts,
+    default_scoring,
+    find_scorer,
+    score_tasks,
+)
 
 __all__ = ["task_scorer", "task_scores"]
 
@@ -63,7 +68,7 @@ def task_scorer(
             "(average over tasks)."
         )
     check_counts(n_shots=n_shots, n_repeats=n_repeats)
-    get_scorer(scoring)  # an unknown name is reported here
+    find_scorer(scoring)  # an unknown name is reported here
     return TaskScorer(scoring, n_shots, n_repeats, average, random_state)
 
 
@@ -114,7 +119,7 @@ class TaskScorer:
         maml, scored = score_tasks(
             estimator, X, y, groups, self.n_shots, self.n_repeats, self.random_state, (None,)
         )
-        scorer = get_scorer(self.scoring)
+        scorer = find_scorer(self.scoring)
         if self.average == "micro":
             every = np.ones(len(scored.rows), dtype=bool)
             return float(apply_scorer(scorer, maml, scored, scored.states[0], every))
@@ -171,7 +176,7 @@ def task_scores(
     ['after', 'before', 'n_queries', 'task']
     """
     maml, scored = score_tasks(estimator, X, y, groups, n_shots, n_repeats, random_state, (0, None))
-    scorer = get_scorer(default_scoring(maml) if scoring is None else scoring)
+    scorer = find_scorer(default_scoring(maml) if scoring is None else scoring)
     of_task = scored.task[scored.codes]
     masks = [of_task == task for task in range(scored.tasks.n_tasks)]
     before, after = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -17,8 +17,39 @@ from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import is_frame, split_task_column
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import open_chain, transform_rows
+from sklearn_maml.targets.base import Coding
 
 __all__ = ["adapt_predict"]
+
+
+@overload
+def adapt_predict(
+    estimator: Any,
+    X_support: ArrayLike,
+    y_support: ArrayLike,
+    X_query: ArrayLike,
+    *,
+    groups_support: ArrayLike | None = ...,
+    groups_query: ArrayLike | None = ...,
+    return_std: Literal[False] = ...,
+    n_jobs: int | None = ...,
+    tasks_per_partition: int = ...,
+) -> NDArray[Any]: ...
+
+
+@overload
+def adapt_predict(
+    estimator: Any,
+    X_support: ArrayLike,
+    y_support: ArrayLike,
+    X_query: ArrayLike,
+    *,
+    groups_support: ArrayLike | None = ...,
+    groups_query: ArrayLike | None = ...,
+    return_std: Literal[True],
+    n_jobs: int | None = ...,
+    tasks_per_partition: int = ...,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
 
 def adapt_predict(
@@ -29,9 +60,10 @@ def adapt_predict(
     *,
     groups_support: ArrayLike | None = None,
     groups_query: ArrayLike | None = None,
+    return_std: bool = False,
     n_jobs: int | None = None,
     tasks_per_partition: int = 1000,
-) -> NDArray[Any]:
+) -> Any:
     """Adapt to many tasks and predict their query rows, a partition of the tasks at a time.
 
     Gives what ``adapt(X_support, y_support, groups).predict(X_query, groups)`` gives, to rounding,
@@ -53,6 +85,8 @@ def adapt_predict(
         `unseen_tasks` of the estimator is "prior".
     groups_support, groups_query : array-like of shape (n_support,) and (n_queries,), default=None
         Task id of each row; None takes them from the `task_column` of the estimator.
+    return_std : bool, default=False
+        Whether to return standard deviations, too, as `MAMLRegressor.predict` does.
     n_jobs : int or None, default=None
         Partitions worked on at a time, as in joblib: None is 1 unless inside a
         ``joblib.parallel_config`` context, which also chooses the backend (processes, threads,
@@ -64,7 +98,9 @@ def adapt_predict(
     Returns
     -------
     y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
-        Predictions, in the order of the rows of `X_query`.
+        Predictions, in the order of the rows of `X_query`, which may be none.
+    std : ndarray of the same shape
+        Only if `return_std`.
 
     Raises
     ------
@@ -91,6 +127,8 @@ def adapt_predict(
     check_scalar(tasks_per_partition, "tasks_per_partition", numbers.Integral, min_val=1)
     transformers, maml = open_chain(estimator)
     check_is_fitted(maml)
+    if return_std and maml.targets_.are_classes:
+        raise TypeError("return_std=True is for regression: classes have no standard deviation.")
     task_column = maml.task_column
     X_support, y_support, X_query = (
         part if hasattr(part, "shape") else np.asarray(part)
@@ -130,17 +168,20 @@ def adapt_predict(
                     _safe_indexing(X_query, query),
                     None if passed[0] is None else passed[0][support],
                     None if passed[1] is None else passed[1][query],
+                    return_std,
                 )
 
     # small to send: without the parameters of tasks adapted to before
     maml = copy.copy(maml)
     maml.__dict__.pop("_state", None)
-    parts = Parallel(n_jobs=n_jobs)(jobs())
-    values = np.concatenate(parts)
-    del parts
-    predicted = np.empty_like(values)
-    predicted[np.concatenate(queries)] = values
-    return predicted
+    parts = Parallel(n_jobs=n_jobs)(jobs()) or [_nothing(maml, return_std)]
+    order = np.concatenate(queries) if queries else np.zeros(0, dtype=int)
+    answers = []
+    for k in range(1 + return_std):
+        values = np.concatenate([part[k] for part in parts])
+        answers.append(np.empty_like(values))
+        answers[-1][order] = values
+    return tuple(answers) if return_std else answers[0]
 
 
 def _adapt_predict(
@@ -151,11 +192,22 @@ def _adapt_predict(
     X_query: ArrayLike,
     task: Any,
     query_task: Any,
-) -> np.ndarray:
+    return_std: bool,
+) -> list[np.ndarray]:
     """Work on one partition."""
     X_support, X_query = (transform_rows(transformers, part) for part in (X_support, X_query))
     adapted = copy.copy(maml).adapt(X_support, y_support, groups=task)
-    return np.asarray(adapted.predict(X_query, groups=query_task))
+    options = {"return_std": True} if return_std else {}
+    answers = adapted.predict(X_query, groups=query_task, **options)
+    return [np.asarray(values) for values in (answers if return_std else [answers])]
+
+
+def _nothing(maml: BaseMAML, return_std: bool) -> list[np.ndarray]:
+    """Answers for no rows."""
+    targets, none = maml.targets_, np.zeros(0, dtype=np.intp)
+    outputs = np.zeros((0, targets.n_outputs))
+    predicted = targets.decode(outputs, none, Coding())
+    return [predicted, targets.decode_std(outputs)] if return_std else [predicted]
 
 
 def _ids_of(X: Any, groups: Any, task_column: Any, name: str) -> tuple[Any, int, str]:

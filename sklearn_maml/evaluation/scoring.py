@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier
+from sklearn.metrics import d2_log_loss_score, get_scorer, log_loss
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._validation import is_integer
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import open_chain, transform_rows
+
+# metrics that cannot tell the classes from the labels of a few rows
+LABELLED: dict[str, tuple[Any, int]] = {
+    "neg_log_loss": (log_loss, -1),
+    "d2_log_loss_score": (d2_log_loss_score, 1),
+}
 
 
 def find_maml(estimator: Any) -> BaseMAML:
@@ -69,6 +76,19 @@ def score_tasks(
         steps=steps,
     )
     return maml, scored
+
+
+def find_scorer(scoring: Any) -> Any:
+    """Return the scorer that `scoring` names; those of probabilities take tasks of one class."""
+    if isinstance(scoring, str) and scoring in LABELLED:
+        metric, sign = LABELLED[scoring]
+
+        def score(estimator: Any, X: Any, y: Any) -> float:
+            p = estimator.predict_proba(X)
+            return sign * float(metric(y, p, labels=estimator.classes_))
+
+        return score
+    return get_scorer(scoring)
 
 
 def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarray) -> float:

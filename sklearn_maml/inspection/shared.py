@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import get_scorer
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from sklearn_maml._validation import is_integer
 from sklearn_maml.estimators.adapting import State
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.task_model import Scored
-from sklearn_maml.evaluation.scoring import apply_scorer, default_scoring, open_model
+from sklearn_maml.evaluation.scoring import apply_scorer, default_scoring, find_scorer, open_model
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 
 # told apart by all kinds of colour vision (Okabe & Ito)
@@ -48,7 +47,7 @@ class Metric:
     def __init__(self, scoring: Any, maml: BaseMAML) -> None:
         if scoring is None:
             scoring = default_scoring(maml)
-        self.scorer = get_scorer(scoring)
+        self.scorer = find_scorer(scoring)
         self.sign = 1
         if isinstance(scoring, str):
             self.sign = -1 if scoring.startswith("neg_") else 1

@@ -113,19 +113,20 @@ def choose(
     task: np.ndarray,
     calibration: Calibration,
     classification: bool,
+    known: float = 0.0,
 ) -> tuple[float, Calibration]:
     """Share of gradient steps, and how confident steps and mixture may be.
 
-    `task` has the task of each episode.
+    `task` has the task of each episode; `known` is the share that an earlier fit has found.
     """
     head, steps, target, codes = held_out
     if not classification:
         beyond = MARGIN * (calibration.high - calibration.low)
         head = np.clip(head, calibration.low - beyond, calibration.high + beyond)
-        return choose_share(head, steps, target, codes, task, False), calibration
+        return choose_share(head, steps, target, codes, task, False, known), calibration
     scale = find_logit_scale(steps, target)
     logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]
-    share = choose_share(logs[0], logs[1], target, codes, task, True)
+    share = choose_share(logs[0], logs[1], target, codes, task, True, known)
     mixed = mix(logs[0], logs[1], share, True)
     # a mean of calibrated probabilities is not confident enough
     of_mixture = find_logit_scale(mixed, target) if 0 < share < 1 else 1.0

@@ -54,6 +54,7 @@ def choose_share(
     codes: np.ndarray,
     task: np.ndarray,
     classification: bool,
+    known: float = 0.0,
 ) -> float:
     """Share of gradient steps with the smallest error on held-out tasks, if they show a gain.
 
@@ -65,6 +66,8 @@ def choose_share(
         Episode of each row.
     task : int ndarray of shape (n_episodes,)
         Task of each episode, over whose means the standard error is.
+    known : float, default=0.0
+        Share that other tasks have shown before, which stays unless these show a gain over it.
     """
     n_episodes = np.bincount(task)
     seen = n_episodes > 0
@@ -74,14 +77,14 @@ def choose_share(
         means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
         return means
 
-    errors = {share: of_tasks(share) for share in SHARES}
+    errors = {share: of_tasks(share) for share in dict.fromkeys((known, *SHARES))}
     finite = {share: e.mean() for share, e in errors.items() if np.isfinite(e).all()}
     best = min(finite, key=lambda share: finite[share]) if finite else 0.0
-    if best == 0:
-        return 0.0
-    gain = errors[0.0] - errors[best]
+    if best == known or known not in finite:
+        return best
+    gain = errors[known] - errors[best]
     if len(gain) < 2 or gain.mean() <= EVIDENCE * gain.std(ddof=1) / np.sqrt(len(gain)):
-        return 0.0
+        return known
     return best
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,10 +12,16 @@ from torch import Tensor, nn
 
 from sklearn_maml.data.sampling import VALIDATION_QUERIES
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.exceptions import OutlierWarning
 from sklearn_maml.targets.base import Coding, Loss, Targets
 
 __all__ = ["RealTargets"]
 
+# part of their standard deviation to which predictions are exact
+DIGITS = 1e-3
+# targets are warned of if so few of so many are so many times as far out as the median, and make
+# up so much of the variance
+FEW, MANY_ROWS, FAR, MOST = 0.005, 100, 20.0, 0.9
 # support rows of each task in `score` with n_shots=None: half of the rows, at most
 SCORED_SHOTS = 10
 
@@ -54,7 +61,8 @@ class RealTargets(Targets):
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
         self.loss = clone(self.loss)  # whose parameters the user may change
-        y = tasks.y.reshape(len(tasks.y), -1)
+        # squares of what is small would be 0 in float32
+        y = tasks.y.reshape(len(tasks.y), -1).astype(np.float64)
         if self.center_y and not self.loss.standardises:
             raise ValueError(
                 "center_y=True takes the mean of its support rows from the targets of a task, but "
@@ -64,20 +72,21 @@ class RealTargets(Targets):
         _check_rows(self.loss, y)
         self._y_is_1d = tasks.y.ndim == 1
         self.n_outputs_ = y.shape[1]
-        self.y_mean_ = np.zeros(y.shape[1], dtype=y.dtype)
-        self.y_scale_ = np.ones(y.shape[1], dtype=y.dtype)
+        self.y_mean_ = np.zeros(y.shape[1])
+        self.y_scale_ = np.ones(y.shape[1])
         rows = tasks.leveled() if sample_weight is None else None
         if rows is not None:
             tasks, y = tasks.take_rows(rows), y[rows]
         if self.normalize_y and self.loss.standardises:
-            self.y_mean_ = np.average(y, axis=0, weights=sample_weight).astype(y.dtype)
+            self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
             center, level = self.y_mean_, np.abs(self.y_mean_)
             if self.center_y:
                 means = _task_means(y, tasks, sample_weight)
                 center, level = means[tasks.codes], np.abs(means).max(0)
             spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
-            constant = spread <= 10 * np.finfo(y.dtype).eps * level
-            self.y_scale_ = np.where(constant, 1.0, spread).astype(y.dtype)
+            _warn_of_outliers(y, y - center, rows)
+            constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
+            self.y_scale_ = np.where(constant, 1.0, spread)
 
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
@@ -127,7 +136,9 @@ class RealTargets(Targets):
         mean = self.y_mean_ if coding.center is None else coding.center[codes]
         with np.errstate(over="ignore"):
             values = self.loss.predict(outputs) * self.y_scale_ + mean
-        return self._like_y(values.astype(outputs.dtype, copy=False))
+        dtype = outputs.dtype if _are_apart(outputs.dtype, mean, self.y_scale_) else np.float64
+        with np.errstate(over="ignore"):
+            return self._like_y(values.astype(dtype, copy=False))
 
     def decoder(self, task: int, coding: Coding) -> nn.Module:
         """See `Targets`."""
@@ -160,6 +171,12 @@ class RealTargets(Targets):
         return rows if n_shots is None or n_queries is None else min(rows, n_shots + n_queries)
 
 
+def _are_apart(dtype: Any, mean: np.ndarray, scale: np.ndarray) -> bool:
+    """Whether a type tells predictions apart; beside a large mean that takes float64."""
+    with np.errstate(over="ignore"):
+        return bool((np.finfo(dtype).eps * np.abs(mean) < DIGITS * scale).all())
+
+
 class _Units(nn.Module):
     """Takes outputs (n_rows, n_outputs) back to the units of y."""
 
@@ -171,10 +188,35 @@ class _Units(nn.Module):
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("mean", torch.tensor(mean))
         self.is_1d = is_1d
+        self.apart = _are_apart(np.float32, mean, scale)
 
     def forward(self, outputs: Tensor) -> Tensor:
-        values = (outputs * self.scale + self.mean).to(outputs.dtype)
+        values = outputs * self.scale + self.mean
+        values = values.to(outputs.dtype) if self.apart else values
         return values[:, 0] if self.is_1d else values
+
+
+def _warn_of_outliers(y: np.ndarray, deviations: np.ndarray, rows: np.ndarray | None) -> None:
+    """Warn of a few targets, of `rows` or all, that make up nearly all of the variance."""
+    few = int(FEW * len(y))
+    if len(y) < MANY_ROWS:
+        return
+    squares = np.square(deviations - np.median(deviations, axis=0)).mean(1)
+    order = np.argsort(squares)
+    far = order[len(order) - max(few, 1) :]
+    far = far[squares[far] > FAR**2 * np.median(squares)]
+    if squares[far].sum() <= MOST * squares.sum():
+        return
+    row = int(order[-1])
+    place = row if rows is None else int(rows[row])
+    warnings.warn(
+        f"{len(far)} of {len(y)} targets, such as {y[row].tolist()} in row {place}, are so far "
+        f"from all others that they make up {squares[far].sum() / squares.sum():.0%} of the "
+        "variance: the targets are standardised by them, and squared errors are about them. "
+        "If they are glitches, leave them out; if not, fit a transformed target (log, or ranks).",
+        OutlierWarning,
+        stacklevel=6,
+    )
 
 
 def _task_means(

@@ -85,6 +85,11 @@ class CollectionSource:
         self.n_tasks = tasks.n_tasks
         self.ids = tasks.ids
         self.fingerprints = tasks.fingerprints() if tasks.named else {}
+        # median and largest; of a task that is the only one they say nothing
+        several = tasks.n_tasks > 1
+        self.task_sizes = (
+            (float(np.median(tasks.sizes)), int(tasks.sizes.max())) if several else None
+        )
         self.single = tasks.spelling == "single" and n_ways is None
         pool = n_ways if tasks.spelling == "single" else None
         train, valid = hold_out(
@@ -119,6 +124,7 @@ class DistributionSource:
     n_tasks = None
     n_train = 1
     fingerprints: ClassVar[dict[Hashable, int]] = {}
+    task_sizes = None
     draw_on = None  # fresh tasks are not on any device
 
     def __init__(
