@@ -312,7 +312,7 @@ def ran_as(step: Any) -> str:
         return ""
     graphs = getattr(engine.tracer, "_graphs", {}).values()
     kinds = {
-        {"_Graph": "recorded", "CudaGraph": "CUDA graph"}.get(type(g).__name__, "built")
+        {"Graph": "recorded", "CudaGraph": "CUDA graph"}.get(type(g).__name__, "built")
         for g in graphs
     }
     if engine.tracer.reason is not None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sklearn_maml.engine import rate_key
 from sklearn_maml.modules import head_names
+from sklearn_maml.theta import name_in_module, name_in_rule
 from sklearn_maml.update_rules import UpdateRule
 
 __all__ = ["SymmetricHead", "find_head"]
@@ -115,7 +115,7 @@ def find_head(
             f"the head can tell them apart, but {weight} does not adapt. Use adapted='all' or "
             "'head', or head='free'."
         )
-    rows = {f"module.{name}": 0 for name in names}
+    rows = {name_in_module(name): 0 for name in names}
     zero = [*rows] if head == "zero" else []
     return SymmetricHead({**rows, **_rows_of_rates(module, names, rule, adapted, head)}, zero)
 
@@ -142,5 +142,5 @@ def _rows_of_rates(
                 "another update_rule, or head='free'."
             )
         if axes:
-            found[f"rule.{rate_key(name)}"] = axes[0]
+            found[name_in_rule(name)] = axes[0]
     return found

@@ -287,7 +287,7 @@ def test_other_meta_gradients_get_a_query_loss_to_differentiate_twice():
     for mode in MODES:
         engine = engine_in(mode, module)
         expected = meta_step(engine, module, batch)
-        engine.meta_gradient = Own()
+        engine.spec.meta_gradient = Own()
         assert difference(meta_step(engine, module, batch).grads, expected.grads) <= 1e-9
 
 

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
 from sklearn_maml.engine import cross_entropy_rows
-from sklearn_maml.engine import engine as engine_module
+from sklearn_maml.engine.rungs import base
+from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.modules import ACTIVATIONS, make_mlp
 from sklearn_maml.threads import one_thread
@@ -677,7 +678,7 @@ def test_recurrent_layers_give_the_numbers_of_the_loop(kind):
 
 def test_predictions_that_cannot_be_batched_leave_the_meta_steps_batched(monkeypatch):
     # a GRU runs another kernel where no gradient is asked for, and vmap knows the other one alone
-    monkeypatch.setattr(engine_module, "_warned", set())
+    monkeypatch.setattr(base, "_warned", set())
     module, batch = build(lambda: Recurrent(nn.GRU)), make_batch(EQUAL, (3,))
     params = make_meta_params(module)
     engine = make_engine(module, "auto")
@@ -964,7 +965,7 @@ def test_out_of_memory_is_not_taken_for_a_module_that_cannot_be_batched(monkeypa
     def exhausted(*args):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(engine, "_meta_step_vmap", exhausted)
+    monkeypatch.setattr(Vmap, "meta_step", exhausted)
     with pytest.warns(EngineFallbackWarning, match="memory did not suffice"):
         engine.meta_step(make_meta_params(module), batch, alpha=0.1, steps=1)
     assert engine.rung == "vmap"

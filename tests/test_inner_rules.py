@@ -28,6 +28,7 @@ from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.datasets import load_omniglot, make_sinusoid_tasks
 from sklearn_maml.engine import rate_key
+from sklearn_maml.engine.rungs.conv import Conv
 from sklearn_maml.meta_gradients import MetaGradient
 from sklearn_maml.modules import ContextMLP, adapted_names
 from sklearn_maml.update_rules import (
@@ -670,7 +671,7 @@ def test_heads_of_other_modules_are_those_of_the_loop(kind, rule):
         torch.testing.assert_close(got.losses, expected.losses, rtol=1e-10, atol=0)
     assert (engine.tracer.n_traced == 1) == (kind == "traced")
     if kind == "conv":
-        assert engine._convolves
+        assert isinstance(engine.ladder.base, Conv)
     assert_same(
         engine.adapt(params, batch.support, alpha=0.1, steps=1).params,
         loop.adapt(params, batch.support, alpha=0.1, steps=1).params,
@@ -701,7 +702,7 @@ def test_a_context_adapts_alone(rule, rung):
     assert adapted_names(module, "head") == ["layers.2.weight", "layers.2.bias"]
     batch = make_batch("ragged")
     engine = make_engine(module, rule=rule, rung=rung, adapted="context")
-    assert engine.pads  # ragged batches stay whole
+    assert engine.spec.pads  # ragged batches stay whole
     params = make_meta_params(module, rule, adapted="context")
     adapted = engine.adapt(params, batch.support, alpha=0.3, steps=STEPS)
     assert list(adapted.params) == ["context"]
@@ -1055,7 +1056,7 @@ def test_meta_gradients_may_look_at_every_step_of_a_head(rung):
     params = make_meta_params(module, rule, adapted="head")
     engine = make_engine(module, rule=rule, rung=rung, adapted="head")
     expected = engine.meta_step(params, batch, alpha=0.1, steps=3)
-    engine.meta_gradient = AllSteps()
+    engine.spec.meta_gradient = AllSteps()
     assert_same(engine.meta_step(params, batch, alpha=0.1, steps=3).grads, expected.grads)
 
 

@@ -16,7 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
-from sklearn_maml.engine import CHUNK, Engine
+from sklearn_maml.engine import Engine
+from sklearn_maml.engine.rungs.base import Rung
+from sklearn_maml.engine.rungs.loop import Loop
+from sklearn_maml.engine.rungs.stacked import Stacked
+from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import FirstOrder, MetaGradient
 from sklearn_maml.update_rules import SGD, MetaSGD, UpdateRule
@@ -335,15 +339,15 @@ def test_recomputed_steps_cost_one_copy_of_the_parameters_and_the_state_each(run
 # --- chunks of a meta-batch
 
 
-def record_sizes(monkeypatch, method, seen):
+def record_sizes(monkeypatch, method, seen, owner=Engine):
     """List the numbers of tasks that a method of the engine is called with."""
-    original = getattr(Engine, method)
+    original = getattr(owner, method)
 
     def record(self, params, batch, *args, **kwargs):
         seen.append(len(batch))
         return original(self, params, batch, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, method, record)
+    monkeypatch.setattr(owner, method, record)
 
 
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
@@ -373,13 +377,15 @@ def test_chunks_give_the_numbers_of_the_whole_meta_batch(module, rung, sizes, ch
         real, got_real = batch.query.real(outputs), batch.query.real(got_outputs)
         torch.testing.assert_close(got_real, real, rtol=TOLERANCE, atol=1e-14)
         assert got_outputs.shape == outputs.shape
-        assert engine.max_tasks_in_memory == size
+        assert engine.memory.most == size
 
 
-@pytest.mark.parametrize("method", ["_meta_step_stacked", "_adapt", "predict"])
-def test_no_more_tasks_than_asked_for_are_run_at_once(monkeypatch, method):
+@pytest.mark.parametrize(
+    ("owner", "method"), [(Stacked, "meta_step"), (Engine, "_adapt"), (Engine, "predict")]
+)
+def test_no_more_tasks_than_asked_for_are_run_at_once(monkeypatch, owner, method):
     seen = []
-    record_sizes(monkeypatch, method, seen)
+    record_sizes(monkeypatch, method, seen, owner)
     batch, module = make_batch(([3] * 7, [2] * 7)), make_mlp()
     params = make_meta_params(module)
     for size, expected in ((None, [7]), (3, [3, 3, 1])):
@@ -408,7 +414,8 @@ OUT_OF_MEMORY = {
 def limit(monkeypatch, rung, largest, error):
     """Make a rung raise for more than `largest` tasks; list the sizes it is asked for."""
     seen = []
-    original = getattr(Engine, f"_meta_step_{rung}")
+    kind = {"loop": Loop, "stacked": Stacked, "vmap": Vmap}[rung]
+    original = kind.meta_step
 
     def limited(self, params, batch, *args):
         seen.append(len(batch))
@@ -416,7 +423,7 @@ def limit(monkeypatch, rung, largest, error):
             raise error
         return original(self, params, batch, *args)
 
-    monkeypatch.setattr(Engine, f"_meta_step_{rung}", limited)
+    monkeypatch.setattr(kind, "meta_step", limited)
     return seen
 
 
@@ -451,7 +458,7 @@ def test_chunks_that_were_done_are_not_done_again(monkeypatch):
     params = make_meta_params(module)
     expected = make_engine(module).meta_step(params, batch, alpha=0.1, steps=2)
     seen = []
-    original = Engine._meta_step_loop
+    original = Loop.meta_step
 
     def limited(self, params, batch, *args):
         size = batch.support.X.shape[1] * len(batch)
@@ -460,7 +467,7 @@ def test_chunks_that_were_done_are_not_done_again(monkeypatch):
             raise OUT_OF_MEMORY["cuda"]
         return original(self, params, batch, *args)
 
-    monkeypatch.setattr(Engine, "_meta_step_loop", limited)
+    monkeypatch.setattr(Loop, "meta_step", limited)
     engine = make_engine(module, max_tasks_in_memory=4)
     with pytest.warns(EngineFallbackWarning, match=r"now run 2 at a time"):
         got = engine.meta_step(params, batch, alpha=0.1, steps=2)
@@ -545,7 +552,7 @@ def test_adapt_and_predict_run_no_more_tasks_than_asked_for(monkeypatch):
         record_sizes(monkeypatch, name, sizes)
     expected = model.adapt(X, y, groups=groups).predict(X, groups=groups)
     assert seen == {"adapt": [9], "predict": [9]}
-    assert CHUNK >= 9
+    assert Rung.tasks_at_a_time >= 9
     for sizes in seen.values():
         sizes.clear()
     model.set_params(max_tasks_in_memory=4)

@@ -25,7 +25,9 @@ from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, engine, squared_error_rows
+from sklearn_maml.engine import Engine, squared_error_rows
+from sklearn_maml.engine.rungs import base
+from sklearn_maml.engine.rungs import native as climbing_rung
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names
@@ -91,7 +93,7 @@ def everything(module, batch, rung, *, alpha=0.2, steps=3, **options):
     """Run the three entry points."""
     runner = make_engine(module, rung, **options)
     assert runner.rung == rung
-    params = make_meta_params(module, runner.rule, runner.adapted)
+    params = make_meta_params(module, runner.spec.rule, runner.spec.parts.adapted)
     step = runner.meta_step(params, batch, alpha=alpha, steps=steps)
     adapted = runner.adapt(params, batch.support, alpha=alpha, steps=steps)
     predicted = runner.predict(adapted, batch.query)
@@ -204,7 +206,7 @@ def test_values_of_activations_are_exact_to_rounding(name, dtype, instructions):
     zero = powers.new_zeros(1)
     z = torch.cat([powers, -powers, zero, -zero, torch.linspace(-40, 40, 5001, dtype=dtype)])
     params = {"0.weight": z.new_ones(1, 1)}
-    predict = make_engine(module, "native")._kernel.predict
+    predict = make_engine(module, "native").ladder.top.kernel.predict
 
     def kernels(z):
         return predict({}, params, Rows(z[None, :, None], z[None, :, None]))[0, :, 0]
@@ -449,7 +451,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(rule):
     sizes = (3, 5, 3)
     module, batch = mlp(sizes), make_batch(sizes, classes=True, weighted=True)
     runner = make_engine(module, "native", classes=True, rule=rule)
-    params = make_meta_params(module, runner.rule, runner.adapted)
+    params = make_meta_params(module, runner.spec.rule, runner.spec.parts.adapted)
     grads = runner.meta_step(params, batch, alpha=0.4, steps=3).grads
 
     def loss(shift):
@@ -537,14 +539,14 @@ UNCOVERED = {
 def test_modules_that_are_not_covered_run_elsewhere(name):
     module, batch = UNCOVERED[name]().double(), make_batch((3, 2))
     runner = make_engine(module, "auto")
-    assert runner._layout is None
+    assert climbing_rung.Native.refuses(runner.spec) is not None
     runner.expect(0, 10**6, n_tasks=5, n_rows=16, steps=2)
     params = make_meta_params(module)
     got, expected = (
         r.meta_step(params, batch, alpha=0.1, steps=2)
         for r in (runner, make_engine(module, "loop"))
     )
-    assert runner._kernel is None
+    assert runner.rung != "native"
     assert_same(got.grads, expected.grads, 1e-11)
 
 
@@ -556,9 +558,11 @@ def test_modules_that_are_not_covered_run_elsewhere(name):
 def test_rules_that_are_not_covered_run_elsewhere(options):
     module, batch = mlp((3, 4, 2)), make_batch((3, 2))
     runner = make_engine(module, "auto", **options)
-    assert runner._layout is None
+    assert climbing_rung.Native.refuses(runner.spec) is not None
     got, expected = (
-        r.meta_step(make_meta_params(module, r.rule, r.adapted), batch, alpha=0.5, steps=2)
+        r.meta_step(
+            make_meta_params(module, r.spec.rule, r.spec.parts.adapted), batch, alpha=0.5, steps=2
+        )
         for r in (runner, make_engine(module, "loop", **options))
     )
     assert_same(got.grads, expected.grads, 1e-11)
@@ -577,10 +581,18 @@ def test_losses_gradients_and_types_that_are_not_covered():
         return Engine(module, **(given | options))
 
     module = mlp((3, 4, 2))
-    assert engine_of(module)._layout is not None
-    assert engine_of(module, meta_gradient=OtherGradient())._layout is None
-    assert engine_of(module, row_loss=lambda o, y: (o - y).abs().mean(-1))._layout is None
-    assert engine_of(module.half())._layout is None
+    assert climbing_rung.Native.refuses(engine_of(module).spec) is None
+    assert (
+        climbing_rung.Native.refuses(engine_of(module, meta_gradient=OtherGradient()).spec)
+        is not None
+    )
+    assert (
+        climbing_rung.Native.refuses(
+            engine_of(module, row_loss=lambda o, y: (o - y).abs().mean(-1)).spec
+        )
+        is not None
+    )
+    assert climbing_rung.Native.refuses(engine_of(module.half()).spec) is not None
     assert native.describe(mixed()) is None
 
 
@@ -599,7 +611,7 @@ def test_rows_that_are_not_covered_run_elsewhere():
     module = mlp((3, 4, 2))
     runner = make_engine(module, "native")
     batch = make_batch((3, 2))
-    kernel = runner._kernel
+    kernel = runner.ladder.top.kernel
     assert kernel.takes(batch.support, batch.query)
     for rows in (
         Rows(batch.query.X.float(), batch.query.y),
@@ -702,7 +714,7 @@ def no_kernels(monkeypatch):
     """As where the package was installed without a C++ compiler."""
     monkeypatch.setattr(native, "_kernels", None)
     monkeypatch.setattr(native, "_missing", "No module named 'sklearn_maml.native._kernels'")
-    monkeypatch.setattr(engine, "_warned", set())
+    monkeypatch.setattr(base, "_warned", set())
 
 
 def run_step(rung="native", dtype=torch.float64):
@@ -729,7 +741,7 @@ def test_every_instruction_set_gives_the_numbers_of_the_loop(dtype, instructions
         for activation in (nn.ReLU, nn.Tanh, nn.GELU):
             batch = make_batch(sizes, 3, dtype=dtype, ragged=True)
             module = mlp(sizes, activation, dtype=dtype)
-            assert make_engine(module, "native")._kernel.instructions == instructions
+            assert make_engine(module, "native").ladder.top.kernel.instructions == instructions
             assert_equals_loop(module, batch, rule=MetaSGD())
     batch = make_batch((3, 17, 5), classes=True, dtype=dtype)
     assert_equals_loop(mlp((3, 17, 5), dtype=dtype), batch, classes=True, checkpoint_steps=True)
@@ -818,15 +830,15 @@ def coefficients(reg):
 @pytest.fixture
 def climbing(monkeypatch):
     """Fits climb early."""
-    monkeypatch.setattr(engine, "CLIMB_UPDATES", 30)
-    monkeypatch.setattr(engine, "CLIMB_SECONDS", 0.0)
+    monkeypatch.setattr(climbing_rung, "CLIMB_UPDATES", 30)
+    monkeypatch.setattr(climbing_rung, "CLIMB_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
 def fitted():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "CLIMB_UPDATES", 30)
-        patch.setattr(engine, "CLIMB_SECONDS", 0.0)
+        patch.setattr(climbing_rung, "CLIMB_UPDATES", 30)
+        patch.setattr(climbing_rung, "CLIMB_SECONDS", 0.0)
         reg = fit()
     assert reg._rung == "native"
     return reg
@@ -850,7 +862,7 @@ def test_a_fit_climbs_at_a_fixed_update_and_learns_the_same(climbing, monkeypatc
     reg = fit(**options)
     assert len(calls) == 100 - 30
     assert reg._rung == "native"
-    monkeypatch.setattr(engine, "CLIMB_UPDATES", 1000)
+    monkeypatch.setattr(climbing_rung, "CLIMB_UPDATES", 1000)
     other = fit(**options)
     assert other._rung == "auto"
     assert len(calls) == 70

@@ -37,8 +37,10 @@ from torch.optim.lr_scheduler import StepLR
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import Engine, cross_entropy_rows
+from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.engine.conv import layers
+from sklearn_maml.engine.rungs import native
+from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
 from sklearn_maml.modules import adapted_names
@@ -714,13 +716,13 @@ def test_changing_weights_are_not_traced_and_each_order_once(monkeypatch):
     gradient = SecondOrder(first_order_updates=6, multi_step_updates=3)
     engine = make_engine(module, "traced", meta_gradient=gradient)
     calls = []
-    original = Engine._meta_step_vmap
+    original = Vmap.meta_step
 
     def counted(self, *args):
         calls.append(update)
         return original(self, *args)
 
-    monkeypatch.setattr(Engine, "_meta_step_vmap", counted)
+    monkeypatch.setattr(Vmap, "meta_step", counted)
     for update in range(10):
         engine.meta_step(params, batch, alpha=0.3, steps=3)
         assert engine.tracer.n_traced == (update >= 3)
@@ -732,7 +734,6 @@ def test_changing_weights_are_not_traced_and_each_order_once(monkeypatch):
 
 def test_only_updates_that_compute_alike_make_a_trace_pay():
     engine = make_engine(make_mlp(), "vmap", meta_gradient=SecondOrder(first_order_updates=50))
-    engine._layout = None
     engine.expect(0, 5000, n_tasks=3, n_rows=10, steps=3)
     params, batch = make_meta_params(make_mlp()), make_batch("ragged")
     for _ in range(50):
@@ -744,13 +745,13 @@ def test_only_updates_that_compute_alike_make_a_trace_pay():
 
 
 @pytest.mark.skipif(not has_kernels(), reason="needs the compiled kernels")
-def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over():
+def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over(monkeypatch):
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)
     engine = make_engine(module, "auto", meta_gradient=SecondOrder(multi_step_updates=70))
+    monkeypatch.setattr(native, "CLIMB_SECONDS", 0)  # as if the steps were long ones
     engine.expect(0, 80, n_tasks=3, n_rows=10, steps=2)
     rungs = []
-    engine._climbs_at = min(engine._climbs_at, 70)  # as if the steps were long ones
     for _ in range(72):
         engine.meta_step(params, batch, alpha=0.1, steps=2)
         rungs.append(engine.rung)

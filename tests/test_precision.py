@@ -10,7 +10,7 @@ from torch import nn
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import Engine, squared_error_rows
-from sklearn_maml.engine.engine import _tf32
+from sklearn_maml.engine.forward import tf32
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.update_rules import SGD
 
@@ -128,7 +128,7 @@ def test_a_precision_of_the_users_own_comes_back():
     before = conv.fp32_precision
     conv.fp32_precision = "ieee"  # another than that of recurrent layers
     try:
-        with _tf32(False):
+        with tf32(False):
             assert not torch.backends.cudnn.allow_tf32
         assert conv.fp32_precision == "ieee"
     finally:

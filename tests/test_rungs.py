@@ -30,7 +30,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLRegressor
-from sklearn_maml.engine import cross_entropy_rows, engine, is_row_wise
+from sklearn_maml.engine import cross_entropy_rows, is_row_wise, ladder
+from sklearn_maml.engine.rungs import traced
+from sklearn_maml.engine.rungs.loop import Loop
 from sklearn_maml.engine.tracing import graphs, tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.update_rules import SGD, MetaSGD
@@ -560,7 +562,7 @@ def test_a_long_fit_climbs_and_learns_the_same(monkeypatch):
             seen.append(self)
 
     plain = coefficients(fit_custom(max_iter=30))
-    monkeypatch.setattr(engine, "Tracer", Eager)
+    monkeypatch.setattr(traced, "Tracer", Eager)
     cold, warm = (coefficients(fit_custom(max_iter=30)) for _ in range(2))
     assert max(tracer.n_traced for tracer in seen) == 1
     assert len(graphs._cache) == 1
@@ -580,3 +582,44 @@ def test_batches_with_diverging_tasks_wait():
     runner.meta_step(params, batch, alpha=float("inf"), steps=1)
     assert runner.tracer.n_traced == 0
     assert runner.tracer.reason is None
+
+
+# --- a rung from outside
+
+
+def test_a_rung_is_one_class_and_one_line(monkeypatch):
+    sizes = []
+
+    class Own(Loop):
+        name = "own"
+
+        @classmethod
+        def refuses(cls, spec):
+            return None if type(spec.module) is nn.Linear else "it is for one layer"
+
+        def takes(self, step, *sets):
+            return step.steps < 3
+
+        def meta_step(self, meta_params, batch, step):
+            sizes.append(len(batch))
+            return super().meta_step(meta_params, batch, step)
+
+    monkeypatch.setattr(ladder, "RUNGS", [Own, *ladder.RUNGS])
+    module, batch = build(lambda: nn.Linear(3, 2)), make_batch(EQUAL, (3,))
+    params = make_meta_params(module)
+    for rung in ("auto", "own"):
+        runner = make_engine(module, rung)
+        assert runner.rung == "own"
+        for steps in (2, 3):  # what it does not take runs below
+            got, expected = (
+                e.meta_step(params, batch, alpha=0.1, steps=steps)
+                for e in (runner, make_engine(module, "loop"))
+            )
+            torch.testing.assert_close(got.grads, expected.grads)
+    assert sizes == [len(batch)] * 2
+    other = build(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+    assert make_engine(other, "auto").rung == "stacked"
+    with pytest.raises(ValueError, match=r"rung='own' cannot be used here. Reason: it is for one"):
+        make_engine(other, "own")
+    with pytest.raises(ValueError, match=r"rung='none' is not known. Expected 'auto' or one of"):
+        make_engine(other, "none")

@@ -23,8 +23,9 @@ from sklearn_maml import (
     task_scores,
 )
 from sklearn_maml.datasets import SinusoidTasks
-from sklearn_maml.engine import Engine, engine
-from sklearn_maml.engine.engine import CLIMB_UPDATES
+from sklearn_maml.engine import Engine
+from sklearn_maml.engine.rungs import native
+from sklearn_maml.engine.rungs.native import CLIMB_UPDATES
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.update_rules import SGD, UpdateRule
 
@@ -52,7 +53,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def climb_early(monkeypatch):
     """Small networks climb to the compiled kernels after `CLIMB_UPDATES`, not thousands."""
-    monkeypatch.setattr(engine, "CLIMB_SECONDS", 0.0)
+    monkeypatch.setattr(native, "CLIMB_SECONDS", 0.0)
 
 
 class Layered(nn.Module):

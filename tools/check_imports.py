@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"exceptions"},
     {"_compat"},
     {"_validation"},
-    {"_types"},
+    {"_types", "theta"},
     {"devices", "threads"},
     {"data"},
     {"targets"},

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from sklearn_maml.engine.engine import (
-    CHUNK,
-    ELEMENTWISE,
-    NATIVE_CHUNK,
-    Adapted,
-    Engine,
-    MetaStep,
-    cross_entropy_rows,
-    has_dropout,
-    is_row_wise,
-    rate_key,
-    restore_diverged,
-    squared_error_rows,
-)
+from sklearn_maml.engine.architecture import ELEMENTWISE, has_dropout, is_row_wise
+from sklearn_maml.engine.engine import Engine, restore_diverged
+from sklearn_maml.engine.ladder import RUNGS, begin_with
+from sklearn_maml.engine.rungs.base import Rung
+from sklearn_maml.engine.spec import Adapted, MetaStep
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
+from sklearn_maml.theta import rate_key
 
 __all__ = [
-    "CHUNK",
     "ELEMENTWISE",
-    "NATIVE_CHUNK",
+    "RUNGS",
     "Adapted",
     "Engine",
     "MetaStep",
+    "Rung",
+    "begin_with",
     "cross_entropy_rows",
     "has_dropout",
     "is_row_wise",

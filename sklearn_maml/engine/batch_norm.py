@@ -7,12 +7,16 @@ the statistics too, any number of times and inside `torch.func` transforms. (`co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from sklearn_maml.data.episodes import Rows
 
 __all__ = ["TaskBatchNorm", "replace_batch_norms", "run_on_query"]
 
@@ -117,3 +121,55 @@ def replace_batch_norms(module: nn.Module) -> tuple[nn.Module, list[str]]:
             if child in new:
                 m._modules[name] = new[child]
     return new.get(module, module), left
+
+
+def support_statistics(
+    module: nn.Module, norms: Collection[str], adapted: Any, support: Rows
+) -> dict[str, Tensor]:
+    """Mean and variance that each batch-norm layer sees on each support set."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+            # biased, as batch norm itself normalises
+            variance, mean = torch.var_mean(inputs[0], dim=axes, correction=0)
+            seen[f"{name}.running_mean"], seen[f"{name}.running_var"] = mean, variance
+
+        return hook
+
+    handles = [
+        m.register_forward_pre_hook(record(name))
+        for name, m in module.named_modules()
+        if name in norms
+    ]
+    collected: list[dict[str, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for j in range(len(support)):
+                functional_call(module, adapted.task(j)[0], (support.task(j).X,))
+                collected.append(dict(seen))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.stack([c[name] for c in collected]) for name in collected[0]}
+
+
+@contextlib.contextmanager
+def explaining_one_value(**sets: Rows) -> Iterator[None]:
+    """Say which of these sets is too small for batch norm, where one is."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        shortest = {
+            name: rows.X.shape[1] if rows.lengths is None else int(rows.lengths.min())
+            for name, rows in sets.items()
+        }
+        name = min(shortest, key=shortest.__getitem__)
+        instead = " set batch_norm='inductive'," if name == "query" else ""
+        raise ValueError(
+            f"Batch norm needs at least 2 values of each channel, and a {name} set has one row. "
+            f"Give more {name} rows,{instead} or use LayerNorm or GroupNorm in the module."
+        ) from error

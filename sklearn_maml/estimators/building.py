@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
-from sklearn_maml.engine import Engine
+from sklearn_maml.engine import Engine, begin_with
 from sklearn_maml.estimators.networks import Networks
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.heads import SymmetricHead
@@ -27,6 +27,7 @@ from sklearn_maml.modules import (
     linear_head,
 )
 from sklearn_maml.targets.losses import has_closed_forms
+from sklearn_maml.theta import name_in_module
 from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
 
 __all__ = ["Building"]
@@ -98,7 +99,7 @@ class Building(Parameters):
                     classification=self.targets_.are_classes,
                     same_classes=self.targets_.n_ways is not None,
                 ).to(TORCH_DTYPES[self._dtype])
-        if not any(name.startswith("module.") for name in weights):
+        if not any(name.startswith(name_in_module("")) for name in weights):
             learner.without_steps()
         return learner
 
@@ -183,4 +184,4 @@ class Building(Parameters):
         )
 
     def _rung_to_begin(self) -> str:
-        return "loop" if self._rung == "loop" else "auto"
+        return begin_with(self._rung)

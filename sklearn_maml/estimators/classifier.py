@@ -17,6 +17,7 @@ from sklearn_maml.estimators.prediction import PredictingClasses
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.targets.classes import ClassTargets
+from sklearn_maml.theta import name_in_module
 
 __all__ = ["MAMLClassifier"]
 
@@ -403,7 +404,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
             module, self.head, rule, adapted_names(module, self.adapted), self.targets_.n_outputs
         )
         probe = copy.deepcopy(module).eval()
-        head.project({f"module.{name}": p for name, p in probe.named_parameters()})
+        head.project({name_in_module(name): p for name, p in probe.named_parameters()})
         p = next(probe.parameters())
         with torch.no_grad():
             outputs = probe(self._reshape(p.new_zeros(1, *self.feature_shape_)))

@@ -170,9 +170,9 @@ class Planning(Building):
         engine = None
         if plan.with_steps:
             engine = self._make_engine(learner.module)
-            engine.meta_gradient.check_with(
+            engine.spec.meta_gradient.check_with(
                 learns=len(learner.rule) > 0,
-                all_adapt=len(engine.adapted)
+                all_adapt=len(engine.spec.parts.adapted)
                 == len([p for p in learner.module.parameters() if p.requires_grad]),
                 checkpoint_steps=bool(self.checkpoint_steps),
                 moves=self._n_steps() > 0 and self._alpha() > 0,
@@ -205,7 +205,7 @@ class Planning(Building):
         net.rows_per_task = source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         net.symmetric_head = self._symmetric_head(learner) if plan.with_steps else None
-        net.step_size_at = None if engine is None else engine.meta_gradient.step_size_at
+        net.step_size_at = None if engine is None else engine.spec.meta_gradient.step_size_at
         # a scheduler that the user passed decides alone
         scheduled = any(
             issubclass(c if isinstance(c, type) else type(c), LRScheduler)

@@ -17,6 +17,7 @@ from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.learners.conditioned import Calibration
 from sklearn_maml.model_files import describe, look_up
 from sklearn_maml.storage import FORMAT, Decoder, Encoder, as_array, as_tensor
+from sklearn_maml.theta import name_in_rule
 from sklearn_maml.training.checkpoint import net_state, restore_net
 
 __all__ = ["Stored"]
@@ -112,7 +113,7 @@ class Stored(Planning, Adapting):
         learner = self._new_learner(weights)
         # those of a rule depend on parameters that may be changed after fit
         learner.rule = nn.ParameterDict(
-            {name: nn.Parameter(weights[f"rule.{name}"].clone()) for name in parts["rates"]}
+            {name: nn.Parameter(weights[name_in_rule(name)].clone()) for name in parts["rates"]}
         )
         learner.load_state_dict(weights)
         learner.to(self.device_)

@@ -15,7 +15,6 @@ from sklearn_maml.engine import Engine, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
-from sklearn_maml.learners.gradient import remembered_rung
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.modules import copy_buffers
@@ -101,7 +100,7 @@ class Training(Planning):
         if judged and not plan.with_head:
             self._warn_if_memorized(engine, learner, source)
         joint = net.joint
-        self._rung = "auto" if plan.engine is None else remembered_rung(plan.engine, "auto")
+        self._rung = "auto" if plan.engine is None else plan.engine.ladder.remembered("auto")
         # what held the data of this fit is not part of the fitted estimator
         net.engine = net.train_split = net.epoch_hooks = net.checkpoint = net.joint = None
         self.net_ = net

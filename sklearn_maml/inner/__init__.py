@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from sklearn_maml.inner.differentiate import Autograd, Differentiator, Functorch
-from sklearn_maml.inner.loop import InnerProblem, adapt, mean_loss
+from sklearn_maml.inner.problem import Forward, InnerProblem, fit_outputs, mean_loss
 from sklearn_maml.inner.recompute import RecomputedSteps
 
 __all__ = [
     "Autograd",
     "Differentiator",
+    "Forward",
     "Functorch",
     "InnerProblem",
     "RecomputedSteps",
-    "adapt",
+    "fit_outputs",
     "mean_loss",
 ]

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Autograd", "Differentiator", "Functorch", "Params"]
+from sklearn_maml.theta import Params
 
-Params = dict[str, Tensor]
+__all__ = ["Autograd", "Differentiator", "Functorch"]
+
 LossFunction = Callable[[Params], Tensor]
 
 
@@ -21,9 +22,9 @@ class Differentiator(Protocol):
         """Gradient of a scalar loss at `params`."""
 
     def value_and_grad(
-        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
-    ) -> tuple[Params, tuple[Tensor, Any]]:
-        """Gradient of the first output of `function`, and its outputs."""
+        self, function: Callable[..., tuple[Tensor, Any]], *params: Params
+    ) -> tuple[list[Params], tuple[Tensor, Any]]:
+        """Gradients, by each argument, of the first output of `function`, and its outputs."""
 
     def vjp(
         self,
@@ -58,14 +59,14 @@ class Autograd:
         return dict(zip(params, grads, strict=True))
 
     def value_and_grad(
-        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
-    ) -> tuple[Params, tuple[Tensor, Any]]:
-        """Gradient of the first output of `function` at `params`, and its outputs."""
-        leaves = self.cut(params)
+        self, function: Callable[..., tuple[Tensor, Any]], *params: Params
+    ) -> tuple[list[Params], tuple[Tensor, Any]]:
+        """Gradients, by each argument, of the first output of `function`, and its outputs."""
+        leaves = [self.cut(part) for part in params]
         with torch.enable_grad():
-            loss, aux = function(leaves)
-            grads = self._backward(loss, list(leaves.values()))
-        return dict(zip(leaves, grads, strict=True)), (loss.detach(), aux)
+            loss, aux = function(*leaves)
+            grads = iter(self._backward(loss, [p for part in leaves for p in part.values()]))
+        return [{name: next(grads) for name in part} for part in leaves], (loss.detach(), aux)
 
     def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
         return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -133,10 +134,12 @@ class Functorch:
         return grads if order == 2 else {name: g.detach() for name, g in grads.items()}
 
     def value_and_grad(
-        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
-    ) -> tuple[Params, tuple[Tensor, Any]]:
-        """Gradient of the first output of `function` at `params`, and its outputs."""
-        return torch.func.grad_and_value(function, has_aux=True)(params)
+        self, function: Callable[..., tuple[Tensor, Any]], *params: Params
+    ) -> tuple[list[Params], tuple[Tensor, Any]]:
+        """Gradients, by each argument, of the first output of `function`, and its outputs."""
+        by_all = tuple(range(len(params)))
+        grads, outputs = torch.func.grad_and_value(function, by_all, has_aux=True)(*params)
+        return list(grads), outputs
 
     def vjp(
         self,

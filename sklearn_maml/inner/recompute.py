@@ -17,8 +17,8 @@ from sklearn_maml.devices import (
     generator_states,
     set_generator_states,
 )
-from sklearn_maml.inner.differentiate import Params
-from sklearn_maml.inner.loop import InnerProblem, take_step
+from sklearn_maml.inner.problem import InnerProblem
+from sklearn_maml.theta import Params
 
 __all__ = ["RecomputedSteps"]
 
@@ -56,33 +56,27 @@ class RecomputedSteps(InnerProblem):
     ) -> Params:
         """All parameters after the inner steps; see `InnerProblem.adapt`."""
         if meta_params is self._given and order == 2 and on_step is None:
-            return {**self.start(meta_params)[1], **self._adapted}
+            return {**self.start(meta_params).shared, **self._adapted}
         return super().adapt(meta_params, order, on_step)
 
     def value_and_grad(
         self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the first output of `function` at the meta-parameters, and its outputs."""
-        differentiator = self.differentiator
         kept, fast, state = self._forward(params)
-        names = list(fast)
 
-        def of_adapted(joint: Params) -> tuple[Tensor, Any]:
-            self._given = {name: joint[name] for name in params}
-            self._adapted = {name: joint[f"adapted.{name}"] for name in names}
+        def of_adapted(given: Params, adapted: Params) -> tuple[Tensor, Any]:
+            self._given, self._adapted = given, adapted
             try:
-                return function(self._given)
+                return function(given)
             finally:
                 self._given, self._adapted = None, {}
 
-        grads, outputs = differentiator.value_and_grad(
-            of_adapted, {**params, **{f"adapted.{name}": p for name, p in fast.items()}}
-        )
-        cotangents = [grads.pop(f"adapted.{name}") for name in names]
-        cotangents += [torch.zeros_like(t) for t in _split_state(state)[0]]
+        (grads, of_fast), outputs = self.differentiator.value_and_grad(of_adapted, params, fast)
+        cotangents = [*of_fast.values(), *map(torch.zeros_like, _split_state(state)[0])]
         del fast, state
         # a step sees the initial values of what adapts through the step before it alone
-        seen = [name for name in params if name.removeprefix("module.") not in names]
+        seen = self.parts.others(params)
         with self._forked_generators():
             while kept:
                 fast, state, generators = kept.pop()
@@ -94,33 +88,24 @@ class RecomputedSteps(InnerProblem):
                     grads[name] = grads[name] + g
 
         def begin(meta: list[Tensor]) -> list[Tensor]:
-            fast, _, _ = self.start(dict(zip(params, meta, strict=True)))
+            fast = self.start(dict(zip(params, meta, strict=True))).fast
             return [*fast.values(), *_split_state(self.rule.start(fast))[0]]
 
-        of_start = differentiator.vjp(begin, list(params.values()), cotangents)
+        of_start = self.differentiator.vjp(begin, list(params.values()), cotangents)
         total = {n: grads[n] + g for n, g in zip(params, of_start, strict=True)}
         return total, outputs
 
     def _forward(self, meta: Params) -> tuple[list[tuple[Params, Any, list[Tensor]]], Params, Any]:
         """Adapt without a graph; return what each step started from, and where they ended."""
         cut = self.differentiator.cut
-        fast, shared, rates = self.start(meta)
-        initial = fast = cut(fast)
-        state = _cut_state(self.rule.start(fast))
+        theta = self.start(meta)
+        theta = dataclasses.replace(theta, fast=cut(theta.fast))
+        fast, state = theta.fast, _cut_state(self.rule.start(theta.fast))
         buffers = [(b, b._version) for b in self.module.buffers()]
         kept = []
         for k in range(self.steps):
             kept.append((fast, state, self._generators()))
-            fast, state = take_step(
-                k,
-                fast,
-                state,
-                lambda p: self.support_loss({**shared, **p}),
-                initial=initial,
-                rates=rates,
-                order=0,
-                **self.how,
-            )
+            fast, state = self.step(k, theta, fast, state, 0)
             fast, state = cut(fast), _cut_state(state)
         now = list(self.module.buffers())
         if len(now) != len(buffers) or any(
@@ -145,27 +130,18 @@ class RecomputedSteps(InnerProblem):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Multiply with the Jacobian of step `k`: for what it started from, and for `seen`."""
         carried, with_carried = _split_state(state)
-        names = list(fast)
+        n_fast, n_own = len(fast), len(fast) + len(carried)
 
         def step(inputs: list[Tensor]) -> list[Tensor]:
-            own = dict(zip(names, inputs, strict=False))
-            rest = dict(zip(seen, inputs[len(names) + len(carried) :], strict=True))
-            _, shared, rates = self.start({**meta, **rest})
-            new, new_state = take_step(
-                k,
-                own,
-                with_carried(inputs[len(names) : len(names) + len(carried)]),
-                lambda p: self.support_loss({**shared, **p}),
-                initial=own,  # plays no part: `proximal` is 0 where steps are recomputed
-                rates=rates,
-                order=2,
-                **self.how,
-            )
-            return [*(new[name] for name in names), *_split_state(new_state)[0]]
+            own = dict(zip(fast, inputs, strict=False))
+            rest = dict(zip(seen, inputs[n_own:], strict=True))
+            # where it started plays no part: `proximal` is 0 where steps are recomputed
+            theta = self.start({**meta, **rest})
+            new, new_state = self.step(k, theta, own, with_carried(inputs[n_fast:n_own]), 2)
+            return [*(new[name] for name in fast), *_split_state(new_state)[0]]
 
         inputs = [*fast.values(), *carried, *(meta[name] for name in seen)]
         grads = self.differentiator.vjp(step, inputs, cotangents)
-        n_own = len(names) + len(carried)
         return grads[:n_own], grads[n_own:]
 
     # -- random numbers --------------------------------------------------------------------------

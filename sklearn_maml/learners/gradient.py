@@ -11,16 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import pad_rows
-from sklearn_maml.engine import (
-    CHUNK,
-    NATIVE_CHUNK,
-    Engine,
-    restore_diverged,
-)
 from sklearn_maml.engine import Adapted as Parameters
+from sklearn_maml.engine import Engine, begin_with, restore_diverged
 from sklearn_maml.learners.base import Adapted, Support, alike
 
-__all__ = ["AdaptedBySteps", "GradientSteps", "Running", "remembered_rung"]
+__all__ = ["AdaptedBySteps", "GradientSteps", "Running"]
 
 # rows of one task predicted at a time, and how many of them
 ROWS_AT_A_TIME, PIECES = 4096, 16
@@ -66,10 +61,9 @@ class GradientSteps:
         sizes = np.bincount(support.codes, minlength=support.n_tasks)
         order = np.argsort(support.codes, kind="stable")
         ends = np.cumsum(sizes)
-        compiled = self.rung == "native"
-        # what was changed since (clipping, say) may be nothing for the compiled kernels
-        engine = self.make_engine("auto" if compiled else self.rung)
-        engine.expect_tasks(len(sizes), int(sizes.max()), self.steps, compiled=compiled)
+        # what was changed since (clipping, say) may be nothing for the rung of the last call
+        engine = self.make_engine(begin_with(self.rung))
+        engine.ladder.expect_tasks(len(sizes), int(sizes.max()), self.steps, self.rung)
         adapted: Parameters | None = None
         finite: list[Tensor] = []
         at_a_time = _chunk(engine, self.how)
@@ -90,17 +84,10 @@ class GradientSteps:
             # written to its place at once: of many tasks, two copies would not fit
             adapted = _place(part, adapted, chosen, support.n_tasks)
         assert adapted is not None
-        self.rung = remembered_rung(engine, self.rung)
+        self.rung = engine.ladder.remembered(self.rung)
         if not bool(torch.stack(finite).all()):
             restore_diverged(adapted, self.module, self.alpha)
         return AdaptedBySteps(engine, adapted, self.alpha)
-
-
-def remembered_rung(engine: Engine, rung: str) -> str:
-    """Rung to begin with: the plain loop where batching has failed, and what was compiled."""
-    if engine.fallback_reason is not None:
-        return "loop"
-    return "native" if engine.rung == "native" else rung
 
 
 class AdaptedBySteps(Adapted):
@@ -188,7 +175,7 @@ class AdaptedBySteps(Adapted):
 
 def _chunk(engine: Engine, how: Running) -> int:
     """Tasks to adapt to or predict for at a time."""
-    most = NATIVE_CHUNK if engine.rung == "native" else CHUNK
+    most = engine.ladder.tasks_at_a_time
     return min(most, how.max_tasks_in_memory or most)
 
 

@@ -9,21 +9,26 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.theta import Params, Parts, Theta
 
-__all__ = ["MetaGradient", "Params", "Problem", "Tensors"]
+__all__ = ["MetaGradient", "Problem", "Tensors"]
 
-Params = dict[str, Tensor]
 Tensors = list[Tensor]
 
 
 class Problem(Protocol):
     """What a meta-gradient may ask of the tasks at hand; see `inner.InnerProblem`."""
 
-    batched: bool
     update: int
     steps: int
+    parts: Parts
+    differentiator: Any
 
-    def start(self, meta_params: Params, /) -> tuple[Params, Params, Params]:
+    @property
+    def batched(self) -> bool:
+        """Whether tensors have a leading task axis."""
+
+    def start(self, meta_params: Params, /) -> Theta:
         """Return the parameters that adapt, those that do not, and what the rule learned."""
 
     def support_loss(self, params: Params, /) -> Tensor:

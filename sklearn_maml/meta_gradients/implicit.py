@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.meta_gradients.base import MetaGradient, Params, Problem, Tensors
+from sklearn_maml.meta_gradients.base import MetaGradient, Problem, Tensors
+from sklearn_maml.theta import Params, name_in_module
 
 __all__ = ["Implicit"]
 
@@ -116,40 +117,33 @@ class Implicit(MetaGradient):
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient at the solution of the inner problem; see `MetaGradient.loss_and_grad`."""
         solution = problem.adapt(meta_params, 0)
-        names = list(problem.start(meta_params)[0])
-        fast = {name: solution[name] for name in names}
-        others = [name for name in meta_params if name.removeprefix("module.") not in fast]
+        fast = {name: solution[name] for name in problem.start(meta_params).fast}
+        others = {name: meta_params[name] for name in problem.parts.others(meta_params)}
 
-        def query_loss(joint: Params) -> tuple[Tensor, Any]:
-            own = {name: joint[f"adapted.{name}"] for name in names}
-            shared = problem.start({**meta_params, **{n: joint[n] for n in others}})[1]
+        def query_loss(own: Params, rest: Params) -> tuple[Tensor, Any]:
+            shared = problem.start({**meta_params, **rest}).shared
             return problem.query_loss({**shared, **own})
 
         # the query loss sees the initialisation through the solution alone
-        grads, outcome = problem.value_and_grad(
-            query_loss,
-            {
-                **{f"adapted.{name}": p for name, p in fast.items()},
-                **{name: meta_params[name] for name in others},
-            },
-        )
+        grads, outcome = problem.differentiator.value_and_grad(query_loss, fast, others)
+        by_fast, by_others = grads
 
         def slope(inputs: Tensors) -> Tensors:
-            own = dict(zip(names, inputs, strict=False))
-            rest = dict(zip(others, inputs[len(names) :], strict=False))
+            own = dict(zip(fast, inputs, strict=False))
+            rest = dict(zip(others, inputs[len(fast) :], strict=False))
             return list(problem.support_grad(own, {**meta_params, **rest}).values())
 
         hessian = problem.pull_back(slope, list(fast.values()))
         solve = self._conjugate_gradients if self.solver == "cg" else self._neumann
-        v = solve(hessian, [grads[f"adapted.{name}"] for name in names], problem.batched)
+        v = solve(hessian, list(by_fast.values()), problem.batched)
         total = {
-            f"module.{n}": x.sum(0) if problem.batched else x for n, x in zip(names, v, strict=True)
+            name_in_module(n): x.sum(0) if problem.batched else x
+            for n, x in zip(fast, v, strict=True)
         }
         if others:
-            inputs = [*fast.values(), *(meta_params[name] for name in others)]
-            mixed = problem.pull_back(slope, inputs)(v)[len(names) :]
+            mixed = problem.pull_back(slope, [*fast.values(), *others.values()])(v)[len(fast) :]
             for name, m in zip(others, mixed, strict=True):
-                total[name] = grads[name] - m / self.proximal
+                total[name] = by_others[name] - m / self.proximal
         return {name: total[name] for name in meta_params}, outcome
 
     def _neumann(self, hessian: Callable[[Tensors], Tensors], g: Tensors, batched: bool) -> Tensors:

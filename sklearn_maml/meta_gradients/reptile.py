@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.data.episodes import EpisodeBatch, joined_rows
-from sklearn_maml.meta_gradients.base import MetaGradient, Params, Problem
+from sklearn_maml.meta_gradients.base import MetaGradient, Problem
+from sklearn_maml.theta import Params, name_in_module
 
 __all__ = ["Reptile"]
 
@@ -141,7 +142,7 @@ class Reptile(MetaGradient):
         with torch.no_grad():
             outcome = problem.query_loss(adapted)
             grads = {name: torch.zeros_like(p) for name, p in meta_params.items()}
-            for name, p in problem.start(meta_params)[0].items():
+            for name, p in problem.start(meta_params).fast.items():
                 towards = p - adapted[name]
-                grads[f"module.{name}"] = towards.sum(0) if problem.batched else towards
+                grads[name_in_module(name)] = towards.sum(0) if problem.batched else towards
         return grads, outcome

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer
-from sklearn_maml.meta_gradients.base import MetaGradient, Params, Problem
+from sklearn_maml.meta_gradients.base import MetaGradient, Problem
+from sklearn_maml.theta import Params
 
 __all__ = ["FirstOrder", "SecondOrder"]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sklearn.base import BaseEstimator
-from torch import Tensor
 
-__all__ = ["Params", "UpdateRule", "has_linear_rates"]
+from sklearn_maml.theta import Params, Theta
 
-Params = dict[str, Tensor]
+__all__ = ["UpdateRule", "has_linear_rates"]
 
 
 class UpdateRule(BaseEstimator):
@@ -107,6 +107,33 @@ class UpdateRule(BaseEstimator):
         state : object
         """
         raise NotImplementedError
+
+    def adapt(
+        self,
+        problem: Any,
+        theta: Theta,
+        order: int,
+        on_step: Callable[[Params], None] | None = None,
+    ) -> Params:
+        """Adapt to a task: by inner steps, unless a rule knows better.
+
+        Parameters
+        ----------
+        problem : InnerProblem
+        theta : Theta
+            Where it starts.
+        order : {0, 1, 2}
+            Derivatives that are taken of the result; see `InnerProblem.adapt`.
+        on_step : callable params -> None, optional
+            Told of all parameters after every step.
+
+        Returns
+        -------
+        params : dict of str to Tensor
+            Those that adapt.
+        """
+        params: Params = problem.take_steps(theta, order, on_step)
+        return params
 
     def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
         """Rates of a rule whose step is ``params - rate * gradient``, for compiled kernels.

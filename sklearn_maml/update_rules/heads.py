@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.update_rules.base import Params, UpdateRule
+from sklearn_maml.theta import Params, Theta
+from sklearn_maml.update_rules.base import UpdateRule
 
 __all__ = ["ClosedFormHead", "LogisticHead", "RidgeHead"]
 
@@ -54,6 +56,22 @@ class ClosedFormHead(UpdateRule):
         """Log-factors of `lam` and of the scale of logits; see `UpdateRule.initial_rates`."""
         zero = next(iter(params.values())).new_zeros(())
         return {"lam": zero, "scale": zero.clone()} if classification else {"lam": zero}
+
+    def adapt(
+        self,
+        problem: Any,
+        theta: Theta,
+        order: int,
+        on_step: Callable[[Params], None] | None = None,
+    ) -> Params:
+        """Solve for the head in place of all steps; see `UpdateRule.adapt`."""
+        solved = self.solve(
+            theta.fast, *problem.support_set(theta), rates=theta.learned, order=order
+        )
+        if on_step is not None:
+            for _ in range(problem.steps):  # every step would end here
+                on_step({**theta.shared, **solved})
+        return solved
 
     def solve(
         self,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.update_rules.base import Params, UpdateRule
+from sklearn_maml.theta import Params
+from sklearn_maml.update_rules.base import UpdateRule
 
 __all__ = ["SGD", "Adam", "LearnedAlpha", "MetaSGD", "Momentum", "PerLayerPerStep"]
 

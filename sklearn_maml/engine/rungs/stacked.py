@@ -1,0 +1,202 @@
+"""Sequences of linear, elementwise and layer-norm layers: one batched product a layer.
+
+Every task's parameters are stacked. Plain autograd, no `vmap`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.engine.conv.layers import Layer, Pass, compose, is_conv_net, spread
+from sklearn_maml.engine.forward import rounded
+from sklearn_maml.engine.rungs.base import Rung
+from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.inner import Autograd
+from sklearn_maml.inner.problem import LossOfQuery
+from sklearn_maml.theta import Params, Theta
+
+__all__ = ["Stacked", "StackedForward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedForward:
+    """Runs the written-out net for `n_tasks` tasks.
+
+    Attributes
+    ----------
+    n_tasks : int
+    net, body : callable (params, X, how) -> output
+        All layers, and those below the head.
+    uses_support : bool
+        Whether query rows are normalised with the statistics of the support set.
+    how : Pass
+    """
+
+    n_tasks: int
+    net: Layer
+    body: Layer
+    uses_support: bool
+    how: Pass = dataclasses.field(default_factory=Pass)
+    batched = True
+
+    def __call__(self, params: Params, X: Tensor) -> Tensor:
+        """See `Forward`."""
+        return self.net(params, X, self.how)
+
+    def on_query(self, params: Params, support_X: Tensor, query_X: Tensor) -> Tensor:
+        """See `Forward`."""
+        if not self.uses_support:
+            return self.net(params, query_X, self.how)
+        how = dataclasses.replace(self.how, n_support=support_X.shape[1])
+        return self.net(params, torch.cat([support_X, query_X], dim=1), how)
+
+    def features(self, params: Params, X: Tensor) -> Tensor:
+        """See `Forward`."""
+        return self.body(params, X, Pass())
+
+    def spread(self, params: Params) -> Params:
+        """See `Forward`."""
+        return spread(params, self.n_tasks)
+
+    def over_tasks(
+        self, loss: LossOfQuery, params: Params, support: Rows, query: Rows
+    ) -> tuple[Tensor, Any]:
+        """See `Forward`."""
+        return loss(self, params, support, query)
+
+
+class Stacked(Rung):
+    """All tasks at once, without convolutions."""
+
+    name = "stacked"
+
+    def __init__(self, spec: Spec, below: Callable[[], Rung | None]) -> None:
+        super().__init__(spec, below)
+        self._write_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "net": None, "body": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """Write the forward pass out, and that of all layers but the head."""
+        module, head = self.spec.module, self.spec.head
+        self.net = self.body = rounded(self.layers(module), self.spec.precision)
+        if head is not None:
+            body: nn.Module = nn.Identity()
+            if head:
+                shared = (*module.parameters(), *module.buffers())
+                body = copy.deepcopy(module, {id(t): t for t in shared})
+                parent, _, own = head.rpartition(".")
+                setattr(body.get_submodule(parent), own, nn.Identity())
+            self.body = rounded(self.layers(body), self.spec.precision)
+
+    @classmethod
+    def refuses(cls, spec: Spec) -> str | None:
+        """See `Rung`."""
+        if not spec.is_stackable or is_conv_net(spec.module):
+            return "the module is no sequence of linear, elementwise and layer-norm layers"
+        return None
+
+    @property
+    def recorded(self) -> Rung:
+        """What vmap does makes the better graph."""
+        assert self.below is not None
+        return self.below.recorded
+
+    def layers(self, module: nn.Module) -> Layer:
+        """Forward pass of the module for parameters with a leading task axis."""
+        return stacked_forward(module)
+
+    def forward(self, n_tasks: int) -> StackedForward:
+        """Return what runs the net for so many tasks."""
+        return StackedForward(n_tasks, self.net, self.body, self.spec.uses_support)
+
+    def seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
+        """See `Rung`."""
+        linear = [m for m in self.spec.module.modules() if isinstance(m, nn.Linear)]
+        n_weights = sum(m.in_features * m.out_features for m in linear)
+        dispatch = 1e-4 * len(linear) * -(-n_tasks // self.tasks_at_a_time)
+        return (steps + 1) * (dispatch + 3 * (3e-11 * n_tasks * n_rows * n_weights))
+
+    def meta_step(self, meta_params: Params, batch: EpisodeBatch, step: Step) -> MetaStep:
+        """See `Rung`."""
+        n_tasks = len(batch)
+        forward = self.forward(n_tasks)
+        problem = self.problem(
+            step, forward, self.differentiator(forward), batch.support, batch.query
+        )
+        gradient = self.spec.meta_gradient
+        grads, (_, (losses, output)) = gradient.loss_and_grad(meta_params, problem)
+        return MetaStep(losses, {n: g / n_tasks for n, g in grads.items()}, output)
+
+    def differentiator(self, forward: StackedForward) -> Autograd:
+        """Return what differentiates a forward pass."""
+        return Autograd()
+
+    def adapt(self, theta: Theta, support: Rows, step: Step) -> Params:
+        """See `Rung`."""
+        forward = self.forward(len(support))
+        theta = Theta(forward.spread(theta.fast), forward.spread(theta.shared), theta.learned)
+        return self.problem(step, forward, Autograd(), support).adapt_from(theta, 0)
+
+    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+        """See `Rung`."""
+        self.spec.module.eval()
+        params = {**spread(adapted.shared, len(query)), **adapted.params, **adapted.statistics}
+        with torch.no_grad():
+            return self.run(params, query.X)
+
+    def run(self, params: Params, X: Tensor) -> Tensor:
+        """Run the net on the rows of all tasks."""
+        return self.net(params, X, Pass())
+
+
+def stacked_forward(module: nn.Module) -> Layer:
+    """Forward pass of a stackable module for parameters with a leading task axis."""
+    layers: list[Layer] = []
+
+    def linear(name: str, has_bias: bool) -> Layer:
+        def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
+            weight = params[f"{name}weight"].transpose(-1, -2)
+            if not has_bias:
+                return torch.bmm(x, weight)
+            return torch.baddbmm(params[f"{name}bias"].unsqueeze(-2), x, weight)
+
+        return forward
+
+    def layer_norm(name: str, layer: nn.LayerNorm) -> Layer:
+        def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
+            x = functional.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
+            if layer.elementwise_affine:
+                x = x * params[f"{name}weight"].unsqueeze(-2)
+                if layer.bias is not None:
+                    x = x + params[f"{name}bias"].unsqueeze(-2)
+            return x
+
+        return forward
+
+    def elementwise(layer: nn.Module) -> Layer:
+        return lambda params, x, how: layer(x)
+
+    # a layer without parameters may be used twice in a sequence
+    for name, m in module.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if type(m) is nn.Linear:
+            layers.append(linear(prefix, m.bias is not None))
+        elif type(m) is nn.LayerNorm:
+            layers.append(layer_norm(prefix, m))
+        elif type(m) is not nn.Sequential:
+            layers.append(elementwise(m))
+    return compose(layers)
