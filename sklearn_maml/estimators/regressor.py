@@ -110,7 +110,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Epochs, of 50 meta-updates each, without improvement before an early stop.
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
-        training rows, for a `loss` that allows it. Predictions are in the units of y.
+        training rows, for a `loss` that allows it. Predictions are in the units of y. If False,
+        `alpha` has to suit these units: steps of the default rate diverge on targets of hundreds.
     center_y : bool, default=False
         Whether to subtract, in each task, the mean target of its support rows (weighted by
         `sample_weight`) from its targets, in meta-training as in `adapt`; predictions have it
