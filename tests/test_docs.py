@@ -82,11 +82,15 @@ def as_reader(monkeypatch, tmp_path):
         yield
 
 
+# the warnings of other libraries are theirs
+OTHERS = [pytest.mark.integration, pytest.mark.filterwarnings("default")]
+
+
 @pytest.mark.usefixtures("as_reader")
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(name, marks=[pytest.mark.integration] if needed else [])
+        pytest.param(name, marks=OTHERS if needed else [])
         for name, path in PAGES.items()
         for needed in ({False, True} if any(needs(path)) else {False})
         if any(blocks_of(path.read_text(encoding="utf-8")))
