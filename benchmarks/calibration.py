@@ -2,11 +2,13 @@
 
     python benchmarks/calibration.py [--data FOLDER] [--seeds 0,1] [--plot FILE]
 
-Tasks, support and query rows are those of `tabular.py`, and so are the collections. Regression: the
-part of the query targets within ``y +- 1.645 std`` of ``predict(..., return_std=True)``, mean over
-tasks, which should be 0.90; and the same for 0.50. Classification: log-loss and the expected
-calibration error of `predict_proba`, by default and of gradient steps alone, which nothing
-calibrates; with --plot the reliability curves.
+Tasks, support and query rows are those of `tabular.py`, and so are the collections; K = 0 is
+without labelled rows. Regression: the part of the query targets within ``y +- 1.645 std`` of
+``predict(..., return_std=True)``, mean over tasks, which should be 0.90; the same for 0.50; and the
+continuous ranked probability score of normal distributions, in standard deviations of the training
+targets, beside that of one which knows no tasks: mean and deviation of the training targets.
+Classification: log-loss and the expected calibration error of `predict_proba`, by default and of
+gradient steps alone, which nothing calibrates; with --plot the reliability curves.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from scipy.stats import norm
 from tabular import COLLECTIONS, find_file, load, split
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
+from sklearn_maml.evaluation.methods import normal_crps
 
 N_BINS = 10
 CLASSIFIERS = {
@@ -28,13 +31,15 @@ CLASSIFIERS = {
 
 
 def coverage(reg, X, y, task, episodes) -> tuple[float, ...]:
-    """Part of the query targets within the 90 % and the 50 % interval, mean over tasks."""
+    """Parts of the query targets in 90 % and 50 % intervals, and two CRPS; means over tasks."""
     support, query = (np.concatenate(rows) for rows in zip(*episodes, strict=True))
     reg.adapt(X[support], y[support], groups=task[support])
     mean, std = reg.predict(X[query], groups=task[query], return_std=True)
     z = np.abs(mean - y[query]) / std
     _, codes = np.unique(task[query], return_inverse=True)
+    center, scale = reg.y_mean_[0], reg.y_scale_[0]
     parts = [z < norm.ppf(0.5 + level / 2) for level in (0.9, 0.5)]
+    parts += [normal_crps(y[query], m, s) / scale for m, s in ((mean, std), (center, scale))]
     return tuple(float((np.bincount(codes, part) / np.bincount(codes)).mean()) for part in parts)
 
 
@@ -70,22 +75,26 @@ def main() -> None:
         X, y, task = load(path, collection)
         kinds = CLASSIFIERS if collection.classification else {"": {}}
         for label, options in kinds.items():
-            results: dict = {k: [] for k in collection.shots}
+            results: dict = {k: [] for k in (0, *collection.shots)}
             for seed in seeds:
                 train, episodes = split(X, y, task, collection, seed)
+                # without support rows: the query rows of the smallest sets
+                episodes[0] = [(s[:0], q) for s, q in episodes[min(episodes)]]
                 kind = MAMLClassifier if collection.classification else MAMLRegressor
                 scale = X[train].std(0)
                 Z = (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
-                model = kind(random_state=seed, **options)
+                model = kind(random_state=seed, unseen_tasks="prior", **options)
                 model.fit(Z[train], y[train], groups=task[train])
                 measure = probabilities if collection.classification else coverage
-                for k in collection.shots:
+                for k in results:
                     results[k].append(measure(model, Z, y, task, episodes[k]))
             for k, found in results.items():
                 if not collection.classification:
-                    ninety, fifty = np.mean(found, axis=0)
+                    ninety, fifty, crps, of_all = np.mean(found, axis=0)
                     print(
-                        f"{name:28s} K={k:<3d} 90 %: {ninety:.3f}   50 %: {fifty:.3f}", flush=True
+                        f"{name:28s} K={k:<3d} 90 %: {ninety:.3f}   50 %: {fifty:.3f}   "
+                        f"CRPS: {crps:.4f} (of all tasks {of_all:.4f})",
+                        flush=True,
                     )
                     continue
                 p, right = (np.concatenate(parts) for parts in zip(*found, strict=True))

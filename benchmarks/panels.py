@@ -96,7 +96,7 @@ def main() -> None:
         X, y, task = load(PANELS[name])
         shots = (5, 10) if np.unique(task, return_counts=True)[1].min() > 11 else 5
         reg = MAMLRegressor(random_state=args.seed)
-        table = compare_baselines(X, y, task, reg, n_shots=shots, random_state=args.seed)
+        table = compare_baselines(reg, X, y, task, n_shots=shots, random_state=args.seed)
         for k, part in table["rmse"].groupby("n_shots"):
             part = part.droplevel("n_shots")
             own = part["MAMLRegressor"]

@@ -140,10 +140,10 @@ def scores_of(name, path, collection, seeds, options, cache, baselines):
     for seed in seeds:
         known = cache.get(name, seed, collection.shots) if baselines else None
         scores = compare_baselines(
+            kind(**{"random_state": seed, **options}),
             X,
             y,
             task,
-            kind(**{"random_state": seed, **options}),
             splits=[split(X, y, task, collection, seed)],
             baselines="all" if baselines and known is None else [],
             random_state=seed,

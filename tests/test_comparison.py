@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import types
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
@@ -18,15 +22,24 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, compare_baselines
 from sklearn_maml.datasets import SinusoidTasks
 from sklearn_maml.evaluation import summarize_comparison
+from sklearn_maml.evaluation.baselines import registry
 from sklearn_maml.evaluation.baselines.base import Episode, TrainingTasks
 from sklearn_maml.evaluation.baselines.fine_tuned import FineTunedMLP
 from sklearn_maml.evaluation.baselines.hierarchical import (
     HierarchicalLogistic,
     MixedModel,
+    SplineMixedModel,
     _logistic_coefs,
 )
-from sklearn_maml.evaluation.baselines.pooled import Pooled, ResidualProcess, ShrunkIntercept
+from sklearn_maml.evaluation.baselines.pooled import (
+    Pooled,
+    ResidualProcess,
+    ShrunkIntercept,
+    TargetEncoded,
+)
 from sklearn_maml.evaluation.baselines.registry import CLASSIFICATION, REGRESSION
+from sklearn_maml.evaluation.methods import normal_crps
+from sklearn_maml.exceptions import SmallTaskWarning
 
 SMALL = {
     "hidden_layer_sizes": 8,
@@ -37,6 +50,9 @@ SMALL = {
 }
 REG = MAMLRegressor(**SMALL)
 CLF = MAMLClassifier(n_shots=1, **SMALL)
+SECONDS = ["fit_seconds", "predict_seconds"]
+# that are not installed here
+OPTIONAL = {"GPBoost", "per-task TabPFN"}
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +92,8 @@ def episodes(X, y, task, k=5):
 def error(method, of):
     k = len(of[0].X_support)
     predicted = method.predict(of, k)
-    return np.mean(
-        [np.sqrt(np.mean((p - e.y_query) ** 2)) for p, e in zip(predicted, of, strict=True)]
-    )
+    means = [p[0] if isinstance(p, tuple) else p for p in predicted]
+    return np.mean([np.sqrt(np.mean((p - e.y_query) ** 2)) for p, e in zip(means, of, strict=True)])
 
 
 # --- the table
@@ -86,15 +101,25 @@ def error(method, of):
 
 def test_table_has_every_method_at_every_number_of_shots():
     X, y, task = random_slopes(12, 15)
-    table = compare_baselines(X, y, task, REG, n_shots=(3, 5), random_state=0)
+    table = compare_baselines(REG, X, y, task, n_shots=(3, 5), random_state=0)
     assert table.index.names == ["n_shots", "method"]
-    expected = {"MAMLRegressor", "MAMLRegressor, before adaptation", *REGRESSION}
+    expected = {"MAMLRegressor", "MAMLRegressor, before adaptation", *REGRESSION} - OPTIONAL
     for k in (3, 5):
         assert set(table.loc[k].index) == expected
         assert table.loc[k, "rmse"].is_monotonic_increasing
         assert table.loc[k, "best"].iloc[0] == "best"
         assert (table.loc[k, "best"] == "best").sum() == 1
-    assert np.isfinite(table.drop(columns=["best", "estimator_wins"]).to_numpy(float)).all()
+    some = ["best", "estimator_wins", "crps", "coverage"]
+    assert np.isfinite(table.drop(columns=some).to_numpy(float)).all()
+    with_std = set(table.loc[5].index[table.loc[5, "crps"].notna()])
+    assert with_std == {
+        "pooled ridge + shrunk intercept",
+        "pooled HGB + shrunk intercept",
+        "per-task GP",
+        "mixed model, intercept + slopes",
+        "mixed model, splines",
+        "pooled HGB + GP on residuals",
+    }
 
 
 def test_standard_errors_are_over_tasks_of_scores_averaged_over_repeats():
@@ -154,8 +179,8 @@ def test_summary_of_a_method_without_scores_is_refused():
 def test_per_task_scores_are_those_of_the_table():
     X, y, task = random_slopes(10, 12)
     options = {"n_shots": 4, "baselines": ["pooled ridge"], "random_state": 3}
-    scores = compare_baselines(X, y, task, REG, per_task=True, **options)
-    table = compare_baselines(X, y, task, REG, **options)
+    scores = compare_baselines(REG, X, y, task, per_task=True, **options)
+    table = compare_baselines(REG, X, y, task, **options)
     means = scores.groupby("method")["rmse"].mean()
     pd.testing.assert_series_equal(table.loc[4, "rmse"].sort_index(), means, check_index_type=False)
     assert scores["task"].nunique() == 3
@@ -185,7 +210,7 @@ def test_rows_are_standardised_with_the_training_tasks_and_capped():
     Recorder.seen.clear()
     baselines = {"pooled": ("pooled", Recorder()), "alone": Recorder()}
     scores = compare_baselines(
-        X, y, task, REG, n_shots=6, max_queries=9, baselines=baselines, per_task=True,
+        REG, X, y, task, n_shots=6, max_queries=9, baselines=baselines, per_task=True,
         random_state=0,
     )  # fmt: skip
     fits = [part for part in Recorder.seen if part[0] == "fit"]
@@ -211,7 +236,7 @@ def test_given_splits_are_followed():
     train = np.flatnonzero(task < 6)
     pairs = [(np.flatnonzero(task == t)[:4], np.flatnonzero(task == t)[4:]) for t in (6, 7)]
     scores = compare_baselines(
-        X, y, task, REG, splits=[(train, {4: pairs})], per_task=True,
+        REG, X, y, task, splits=[(train, {4: pairs})], per_task=True,
         baselines={"mean": ("pooled", DummyRegressor())},
     )  # fmt: skip
     assert scores["n_shots"].unique().tolist() == [4]
@@ -231,7 +256,7 @@ def test_disjoint_rows_keep_inputs_of_held_out_tasks_from_training():
         Recorder.seen.clear()
         baselines = {"pooled": ("pooled", Recorder())}
         compare_baselines(
-            X, y, task, REG, n_shots=3, disjoint_rows=disjoint, baselines=baselines, random_state=0
+            REG, X, y, task, n_shots=3, disjoint_rows=disjoint, baselines=baselines, random_state=0
         )
         train, *queries = (np.unique(part[1].round(9), axis=0) for part in Recorder.seen)
         return train, np.unique(np.concatenate(queries), axis=0)
@@ -246,14 +271,12 @@ def test_disjoint_rows_keep_inputs_of_held_out_tasks_from_training():
 def test_estimator_is_cloned_and_left_untouched():
     X, y, task = random_slopes(8, 12)
     before = REG.get_params()
-    first = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=0)
+    first = compare_baselines(REG, X, y, task, n_shots=3, baselines=[], random_state=0)
     assert not hasattr(REG, "module_")
     assert REG.get_params() == before
-    second = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=0)
-    pd.testing.assert_frame_equal(
-        first.drop(columns="fit_seconds"), second.drop(columns="fit_seconds")
-    )
-    other = compare_baselines(X, y, task, REG, n_shots=3, baselines=[], random_state=1)
+    second = compare_baselines(REG, X, y, task, n_shots=3, baselines=[], random_state=0)
+    pd.testing.assert_frame_equal(first.drop(columns=SECONDS), second.drop(columns=SECONDS))
+    other = compare_baselines(REG, X, y, task, n_shots=3, baselines=[], random_state=1)
     assert not np.allclose(first["rmse"], other["rmse"])
 
 
@@ -262,9 +285,9 @@ def test_row_before_adaptation_is_the_estimator_that_takes_no_steps():
     options = {"n_shots": 3, "baselines": [], "random_state": 0}
     # validation follows adapt_steps, and chooses which parameters are kept: switch it off
     options["estimator"] = MAMLRegressor(**SMALL, early_stopping=False)
-    full = compare_baselines(X, y, task, **options)
+    full = compare_baselines(X=X, y=y, groups=task, **options)
     options["estimator"] = MAMLRegressor(**SMALL, early_stopping=False, adapt_steps=0)
-    still = compare_baselines(X, y, task, **options)
+    still = compare_baselines(X=X, y=y, groups=task, **options)
     row = full.loc[(3, "MAMLRegressor, before adaptation"), "rmse"]
     assert still.loc[(3, "MAMLRegressor"), "rmse"] == row
     assert full.loc[(3, "MAMLRegressor"), "rmse"] != row
@@ -277,10 +300,10 @@ def test_scores_do_not_depend_on_n_jobs():
         "baselines": ["pooled ridge", "mixed model, intercept + slopes"],
         "random_state": 0,
     }
-    one = compare_baselines(X, y, task, REG, **options)
+    one = compare_baselines(REG, X, y, task, **options)
     with joblib.parallel_config("threading"):
-        two = compare_baselines(X, y, task, REG, n_jobs=2, **options)
-    pd.testing.assert_frame_equal(one.drop(columns="fit_seconds"), two.drop(columns="fit_seconds"))
+        two = compare_baselines(REG, X, y, task, n_jobs=2, **options)
+    pd.testing.assert_frame_equal(one.drop(columns=SECONDS), two.drop(columns=SECONDS))
 
 
 @pytest.mark.parametrize("spelling", ["column", "list", "given", "stack", "distribution"])
@@ -300,14 +323,12 @@ def test_spellings_of_tasks(spelling):
         args = (X.reshape(8, 12, 2), y.reshape(8, 12), None)
     options = {"n_shots": 3, "baselines": ["pooled ridge"], "random_state": 0}
     if spelling == "distribution":
-        table = compare_baselines(SinusoidTasks(n_rows=10), estimator=REG, **options)
+        table = compare_baselines(REG, SinusoidTasks(n_rows=10), **options)
         assert table.loc[(3, "MAMLRegressor"), "std_error"] > 0
         return
-    table = compare_baselines(*args, estimator, **options)
-    expected = compare_baselines(X, y, task, REG, **options)
-    pd.testing.assert_frame_equal(
-        table.drop(columns="fit_seconds"), expected.drop(columns="fit_seconds")
-    )
+    table = compare_baselines(estimator, *args, **options)
+    expected = compare_baselines(REG, X, y, task, **options)
+    pd.testing.assert_frame_equal(table.drop(columns=SECONDS), expected.drop(columns=SECONDS))
 
 
 def test_a_pipeline_gets_named_columns_and_its_tasks():
@@ -315,9 +336,9 @@ def test_a_pipeline_gets_named_columns_and_its_tasks():
     frame = pd.DataFrame(X, columns=["u", "v"])
     pipe = make_pipeline(StandardScaler(), REG)
     options = {"n_shots": 3, "baselines": [], "random_state": 0}
-    table = compare_baselines(frame, y, task, pipe, **options)
+    table = compare_baselines(pipe, frame, y, task, **options)
     # features are standardised already, to rounding
-    expected = compare_baselines(X, y, task, REG, **options)
+    expected = compare_baselines(REG, X, y, task, **options)
     np.testing.assert_allclose(table["rmse"], expected["rmse"], rtol=1e-6)
     assert not hasattr(pipe, "n_features_in_")
 
@@ -325,9 +346,9 @@ def test_a_pipeline_gets_named_columns_and_its_tasks():
 def test_default_estimator_follows_the_targets(monkeypatch):
     monkeypatch.setattr("sklearn_maml.evaluation.comparison.MAMLRegressor", lambda: REG)
     monkeypatch.setattr("sklearn_maml.evaluation.comparison.MAMLClassifier", lambda: CLF)
-    table = compare_baselines(*random_slopes(8, 12), n_shots=3, baselines=[])
+    table = compare_baselines(None, *random_slopes(8, 12), n_shots=3, baselines=[])
     assert "MAMLRegressor" in table.loc[3].index
-    table = compare_baselines(*shared_classes(8, 12), baselines=[])
+    table = compare_baselines(None, *shared_classes(8, 12), baselines=[])
     assert "MAMLClassifier" in table.loc[1].index
 
 
@@ -341,7 +362,7 @@ def test_baselines_of_ones_own():
         "prior": FewShotRegressor(prior),
         "pooled ridge": None,
     }
-    table = compare_baselines(X, y, task, REG, n_shots=6, baselines=baselines, random_state=0)
+    table = compare_baselines(REG, X, y, task, n_shots=6, baselines=baselines, random_state=0)
     assert set(table.loc[6].index) == {
         "MAMLRegressor",
         "MAMLRegressor, before adaptation",
@@ -352,13 +373,198 @@ def test_baselines_of_ones_own():
     assert table.loc[(6, "least squares"), "rmse"] < 0.2 * table.loc[(6, "mean of all"), "rmse"]
 
 
+# --- what tasks may be like
+
+
+HEAD = MAMLRegressor(hidden_layer_sizes=8, update_rule="gaussian-head", max_iter=60, random_state=0)
+QUICK = [
+    "pooled ridge + shrunk intercept",
+    "per-task ridge",
+    "per-task GP",
+    "mixed model, intercept + slopes",
+    "mixed model, splines",
+    "target-encoded boosting",
+    "pooled HGB + GP on residuals",
+    "pretrained MLP + fine-tune",
+]
+
+
+def test_without_support_rows_methods_know_the_population():
+    X, y, task = random_slopes(20, 15)
+    table = compare_baselines(HEAD, X, y, task, n_shots=(0, 3), baselines=QUICK, random_state=0)
+    none = table.loc[0]
+    own, before = none.loc["MAMLRegressor"], none.loc["MAMLRegressor, before adaptation"]
+    assert own["rmse"] == before["rmse"]
+    assert (none["rmse"] > 0.3).all()
+    assert table.loc[(3, "MAMLRegressor"), "rmse"] < 0.6 * own["rmse"]
+    # of the targets alone, a task cannot be told from another: about the spread of all
+    assert none.loc["per-task ridge", "rmse"] == pytest.approx(1, abs=0.3)
+    assert none.loc["mixed model, intercept + slopes", "coverage"] > 0.8
+    assert own["coverage"] > 0.8
+    assert own["crps"] == pytest.approx(none.loc["mixed model, splines", "crps"], rel=0.2)
+
+
+def test_k_0_is_in_the_table_by_default():
+    table = compare_baselines(
+        REG, *random_slopes(8, 12), baselines=["pooled ridge"], random_state=0, verbose=0
+    )
+    assert sorted(set(table.index.get_level_values(0))) == [0, 5, 10]
+
+
+def test_several_targets_are_scored_together():
+    X, y, task = random_slopes(12, 15)
+    both = np.c_[y, 100 * y[::-1]]
+    names = ["pooled ridge", "mixed model, intercept + slopes"]
+    scores = compare_baselines(
+        HEAD, X, both, task, n_shots=4, baselines=names, random_state=0, per_task=True
+    )
+    # a mean of squares over both targets, each in units of its own spread
+    one, other = (
+        compare_baselines(
+            HEAD, X, target, task, n_shots=4, baselines=names, random_state=0, per_task=True
+        )
+        for target in both.T
+    )
+    for name in names:
+        a, b, c = (part[part["method"] == name]["rmse"] for part in (scores, one, other))
+        np.testing.assert_allclose(a, np.sqrt((b**2 + c**2) / 2), rtol=1e-6)
+    assert scores.loc[scores["method"] == "MAMLRegressor", "crps"].notna().all()
+
+
+def test_ragged_tasks_are_scored_where_they_have_query_rows():
+    X, y, task = random_slopes(24, 12)
+    sizes = np.tile([1, 2, 4, 12], 6)
+    kept = np.concatenate([np.flatnonzero(task == t)[:n] for t, n in enumerate(sizes)])
+    words = r"Of 8 held-out tasks.*: \d after 1, \d after 3"
+    with pytest.warns(SmallTaskWarning, match=words) as w:
+        scores = compare_baselines(
+            HEAD, X[kept], y[kept], task[kept], n_shots=(0, 1, 3), baselines=QUICK, per_task=True,
+            test_size=8, random_state=0,
+        )  # fmt: skip
+    assert len(w) == 1
+    assert w[0].filename == __file__
+    assert np.isfinite(scores["rmse"]).all()
+    own = scores[scores["method"] == "MAMLRegressor"]
+    held = own[own["n_shots"] == 0]["task"]
+    for k in (0, 1, 3):
+        expected = [t for t in held if sizes[t] > k]
+        assert own[own["n_shots"] == k]["task"].tolist() == expected
+
+
+def test_ragged_classes_and_none():
+    X, y, task = shared_classes()
+    rng = np.random.default_rng(0)
+    kept = (rng.random(len(y)) < 0.4) | (task > 3)
+    kept &= ~((task == 5) & (np.arange(len(y)) % 24 > 0))  # a single row
+    names = [n for n in CLASSIFICATION if "Boosting" not in n and n not in OPTIONAL]
+    with pytest.warns(SmallTaskWarning, match="1 after 1"):
+        table = compare_baselines(
+            CLF, X[kept], y[kept], task[kept], n_shots=(0, 1), baselines=names, random_state=1
+        )
+    assert np.isfinite(table[["accuracy", "log_loss", "brier"]].to_numpy()).all()
+    frequencies = table.loc[(0, "per-task logistic")]
+    assert frequencies["log_loss"] == pytest.approx(np.log(3), rel=0.05)
+    assert frequencies["brier"] == pytest.approx(2 / 3, rel=0.05)
+    intercepts = table.loc[(1, "GLMM, random intercepts")]
+    assert intercepts["log_loss"] < table.loc[(1, "pooled logistic"), "log_loss"]
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_local_labels_are_compared_with_models_of_single_episodes(pool):
+    rng = np.random.default_rng(0)
+    center = 3 * rng.normal(size=(40, 2))
+    label = np.repeat(np.arange(40), 8)
+    X = center[label] + 0.3 * rng.normal(size=(320, 2))
+    clf = MAMLClassifier(**SMALL, n_ways=3, n_shots=1)
+    groups = None if pool else label // 4
+    scores = compare_baselines(clf, X, label, groups, per_task=True, random_state=0)
+    assert set(scores["method"]) == {
+        "MAMLClassifier",
+        "MAMLClassifier, before adaptation",
+        "per-task 1-NN",
+        "per-task logistic",
+    }
+    assert scores["task"].nunique() == (100 if pool else 3)
+    nearest = scores[scores["method"] == "per-task 1-NN"]
+    assert nearest["accuracy"].mean() > 0.9
+    assert (scores["log_loss"] > 0).all()
+    for bad, message in (
+        ({"n_shots": 0}, "local to it"),
+        ({"baselines": {"a": ("pooled", DummyClassifier())}}, "nothing to pool"),
+        ({"baselines": "pooled logistic"}, "no baseline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_baselines(clf, X, label, groups, **bad)
+
+
+def test_scores_of_a_normal_distribution():
+    """Against an integral of the squared difference of the distribution functions."""
+    grid = np.linspace(-30, 30, 60_001)
+    for y, mean, std in ((0.0, 0.0, 1.0), (2.0, -1.0, 0.5), (-4.0, 3.0, 2.0)):
+        squared = (norm.cdf(grid, mean, std) - (grid >= y)) ** 2
+        expected = np.trapezoid(squared, grid)
+        found = normal_crps(*(np.array([v]) for v in (y, mean, std)))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_progress_and_what_is_not_installed_are_told(capsys):
+    X, y, task = random_slopes(8, 12)
+    options = {"n_shots": 3, "random_state": 0}
+    compare_baselines(REG, X, y, task, baselines=["pooled ridge"], verbose=0, **options)
+    assert capsys.readouterr().err == ""
+    table = compare_baselines(CLF, *shared_classes(8, 12), n_shots=1, random_state=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Not installed, and left out: per-task TabPFN."
+    assert re.fullmatch(r"1 of \d, \d+ s: MAMLClassifier", lines[1])
+    assert (table["fit_seconds"] >= 0).all()
+    assert (table["predict_seconds"] > 0).all()
+    with pytest.raises(ImportError, match=r"'GPBoost' needs gpboost.*pip install gpboost"):
+        compare_baselines(REG, X, y, task, baselines="GPBoost", **options)
+
+
+def test_packages_that_are_installed_take_part(monkeypatch):
+    """By stand-ins, which note what they are called with."""
+    calls = []
+
+    class Booster:
+        def predict(self, data, group_data_pred, predict_var, pred_latent):
+            calls.append(("predict", len(data), sorted(set(group_data_pred))))
+            return {"response_mean": np.zeros(len(data)), "response_var": np.ones(len(data))}
+
+    def train(params, train_set, gp_model, num_boost_round):
+        calls.append(("train", len(train_set), sorted(set(gp_model))))
+        return Booster()
+
+    gpboost = types.SimpleNamespace(
+        GPModel=lambda group_data, likelihood: group_data, Dataset=lambda X, y: X, train=train
+    )
+    tabpfn = types.SimpleNamespace(TabPFNRegressor=LinearRegression)
+    for name, module in (("gpboost", gpboost), ("tabpfn", tabpfn)):
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(
+            registry.NEEDS, {v: k for k, v in registry.NEEDS.items()}[name], "numpy"
+        )
+    X, y, task = random_slopes(8, 12)
+    baselines = ["GPBoost", "per-task TabPFN", "per-task ridge"]
+    table = compare_baselines(REG, X, y, task, n_shots=6, baselines=baselines, random_state=0)
+    # 6 tasks are trained on; those of the support rows of the other 2 are new
+    (_, n_train, trained), (_, n_query, asked) = calls
+    assert n_train == 6 * 12 + 2 * 6
+    assert n_query == 2 * 6
+    assert len(trained) == 8
+    assert set(asked) <= set(trained)
+    # predictions of 0 with a standard deviation of 1
+    assert table.loc[(6, "GPBoost"), "coverage"] > 0.5
+    assert table.loc[(6, "per-task TabPFN"), "rmse"] < 0.5
+
+
 # --- classification
 
 
 def test_classification_table():
     X, y, task = shared_classes()
-    table = compare_baselines(X, y, task, CLF, n_shots=(1, 2), random_state=0)
-    expected = {"MAMLClassifier", "MAMLClassifier, before adaptation", *CLASSIFICATION}
+    table = compare_baselines(CLF, X, y, task, n_shots=(1, 2), random_state=0)
+    expected = {"MAMLClassifier", "MAMLClassifier, before adaptation", *CLASSIFICATION} - OPTIONAL
     for k in (1, 2):
         assert set(table.loc[k].index) == expected
         assert table.loc[k, "accuracy"].is_monotonic_decreasing
@@ -372,7 +578,7 @@ def test_classification_table():
 def test_scores_of_probabilities():
     X, y, task = shared_classes()
     baselines = {"always a": ("pooled", DummyClassifier(strategy="constant", constant=0))}
-    table = compare_baselines(X, y, task, CLF, n_shots=1, baselines=baselines, random_state=0)
+    table = compare_baselines(CLF, X, y, task, n_shots=1, baselines=baselines, random_state=0)
     always = table.loc[(1, "always a")]
     assert always["accuracy"] == pytest.approx(1 / 3)
     assert always["log_loss"] == pytest.approx(-2 / 3 * np.log(1e-7))
@@ -382,9 +588,9 @@ def test_tasks_may_lack_classes():
     X, y, task = shared_classes()
     kept = ~((task % 2 == 0) & (y == "c"))
     kept &= ~((task % 5 == 1) & (y != "a"))  # of one class alone
-    names = [name for name in CLASSIFICATION if "Boosting" not in name]
+    names = [n for n in CLASSIFICATION if "Boosting" not in n and n not in OPTIONAL]
     table = compare_baselines(
-        X[kept], y[kept], task[kept], CLF, n_shots=2, baselines=names, random_state=0
+        CLF, X[kept], y[kept], task[kept], n_shots=2, baselines=names, random_state=0
     )
     assert np.isfinite(table[["accuracy", "log_loss"]].to_numpy()).all()
 
@@ -406,8 +612,8 @@ def test_mixed_model_recovers_the_population():
 
 
 def test_mixed_model_is_best_on_random_slopes():
-    names = [name for name in REGRESSION if "GP" not in name]
-    table = compare_baselines(*random_slopes(60), REG, n_shots=3, baselines=names, random_state=0)
+    names = [n for n in REGRESSION if "GP" not in n and n not in OPTIONAL and "splines" not in n]
+    table = compare_baselines(REG, *random_slopes(60), n_shots=3, baselines=names, random_state=0)
     assert table.index[0] == (3, "mixed model, intercept + slopes")
     assert table.loc[(3, "pooled ridge + shrunk intercept"), "difference"] < 0
 
@@ -421,13 +627,61 @@ def test_mixed_model_takes_more_features_than_tasks_and_collinear_ones():
     assert error(model, of) < 0.7 * np.std(y)
 
 
+@pytest.mark.parametrize("n_features", [1, 9])
+def test_splines_follow_what_is_not_linear(n_features):
+    """Random splines of few features; of many, those of the population and random slopes."""
+    rng = np.random.RandomState(0)
+    X = rng.uniform(-2, 2, size=(40 * 20, n_features))
+    task = np.repeat(np.arange(40), 20)
+    y = 3 * np.sin(2 * X[:, 0]) + (1 + rng.normal(size=40) * 0.5)[task] * X[:, -1]
+    y += 0.1 * rng.normal(size=len(y))
+    train, of = training(X[:600], y[:600], task[:600]), episodes(X[600:], y[600:], task[600:])
+    model = SplineMixedModel().fit(train)
+    assert model.differ_ == (n_features == 1)
+    assert error(model, of) < 0.6 * error(MixedModel().fit(train), of)
+    std = np.concatenate([s for _, s in model.predict(of, 5)])
+    assert (std > 0).all()
+
+
+def test_deviations_of_baselines_hold_nine_in_ten():
+    X, y, task = random_slopes(200, 20, noise=0.5)
+    train, of = training(X, y, task), episodes(*random_slopes(100, 20, noise=0.5, seed=1), k=4)
+    for model in (
+        MixedModel(),
+        ShrunkIntercept(LinearRegression(), "linear"),
+        ResidualProcess(LinearRegression(), "linear"),
+    ):
+        for k in (0, 4):
+            part = [Episode(e.X_support[:k], e.y_support[:k], e.X_query, e.y_query) for e in of]
+            found = model.fit(train).predict(part, k)
+            inside = [
+                np.abs(e.y_query - mean) < 1.645 * std
+                for e, (mean, std) in zip(part, found, strict=True)
+            ]
+            assert 0.8 < np.mean(inside) < 0.97, (type(model), k)
+
+
+def test_boosting_learns_how_far_to_trust_the_mean_of_few_rows():
+    rng = np.random.RandomState(0)
+    task = np.repeat(np.arange(200), 10)
+    level = rng.normal(size=200)[task]
+    X = rng.normal(size=(2000, 1))
+    y = 3 * level + X[:, 0] + 0.5 * rng.normal(size=2000)
+    model = TargetEncoded(HistGradientBoostingRegressor(random_state=0))
+    model.fit(training(X[:1500], y[:1500], task[:1500], n_shots=(0, 1, 5)))
+    of = {k: episodes(X[1500:], y[1500:], task[1500:], k) for k in (0, 1, 5)}
+    errors = [error(model, of[k]) for k in (0, 1, 5)]
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < errors[1]
+
+
 def test_per_task_ridge_wins_where_tasks_are_independent():
     rng = np.random.RandomState(0)
     X = rng.normal(size=(1200, 2))
     task = np.repeat(np.arange(40), 30)
     y = np.einsum("nd,nd->n", X, (rng.normal(size=(40, 2)) * 10)[task])
     names = ["per-task ridge", "pooled ridge", "pooled HGB + shrunk intercept"]
-    table = compare_baselines(X, y, task, REG, n_shots=10, baselines=names, random_state=0)
+    table = compare_baselines(REG, X, y, task, n_shots=10, baselines=names, random_state=0)
     assert table.index[0] == (10, "per-task ridge")
     assert table.loc[(10, "per-task ridge"), "rmse"] < 0.1
     assert table.loc[(10, "pooled ridge"), "rmse"] > 0.7
@@ -444,12 +698,12 @@ def test_intercept_is_shrunk_by_the_variances():
     # three rows of residual 1: 3 / (3 + ratio) of it is the task's
     support = y.mean() + np.ones(3)
     expected = y.mean() + 3 / (3 + model.ratio_)
-    np.testing.assert_allclose(model.predict_task(X, support, X), expected)
+    np.testing.assert_allclose(model.predict_task(X, support, X)[0], expected)
     # without differences between tasks there is nothing to correct
     model = ShrunkIntercept(DummyRegressor(), "dummy")
     y = np.tile([-1.0, 1.0], 4000)
     model.fit(training(np.zeros((8000, 1)), y, task))
-    np.testing.assert_array_equal(model.predict_task(X, np.ones(3), X), [y.mean()] * 3)
+    np.testing.assert_array_equal(model.predict_task(X, np.ones(3), X)[0], [y.mean()] * 3)
 
 
 def test_residuals_are_of_tasks_that_the_model_has_not_seen():
@@ -526,7 +780,10 @@ def test_binary_coefficients_give_the_probabilities_of_the_model():
         ({"groups": None}, "no task information"),
         ({"n_shots": -1}, "n_shots must be a non-negative integer; got -1"),
         ({"n_shots": []}, "n_shots is empty"),
-        ({"n_shots": 12}, "has 12 rows: none for a query set after n_shots=12"),
+        (
+            {"n_shots": 12},
+            "No held-out task has a query row.*largest has 12 rows",
+        ),
         ({"n_shots": 11, "disjoint_rows": True}, "left of its own by disjoint_rows"),
         ({"test_size": 1.5}, "test_size must be a fraction"),
         ({"test_size": 7}, "holds out 7; expected 2 to 4"),
@@ -545,7 +802,7 @@ def test_bad_values_are_refused(change, message):
     X, y, task = random_slopes(8, 12)
     arguments = {"groups": task, "estimator": REG, "n_shots": 3, "baselines": [], **change}
     with pytest.raises(ValueError, match=message):
-        compare_baselines(X, y, random_state=0, **arguments)
+        compare_baselines(X=X, y=y, random_state=0, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -561,30 +818,26 @@ def test_bad_types_are_refused(change, message):
     X, y, task = random_slopes(8, 12)
     arguments = {"estimator": REG, "baselines": [], **change}
     with pytest.raises(TypeError, match=message):
-        compare_baselines(X, y, task, **arguments)
+        compare_baselines(X=X, y=y, groups=task, **arguments)
 
 
 def test_data_that_cannot_be_compared_is_refused():
     X, y, task = random_slopes(8, 12)
-    with pytest.raises(ValueError, match="one target at a time; y has 2 columns"):
-        compare_baselines(X, np.c_[y, y], task, REG)
     with pytest.raises(ValueError, match=r"at least 6 tasks.*got 4"):
-        compare_baselines(X, y, task % 4, REG)
+        compare_baselines(REG, X, y, task % 4)
     with pytest.raises(ValueError, match="are equal: nothing to learn"):
-        compare_baselines(X, np.ones(len(y)), task, REG, n_shots=3, baselines=[])
+        compare_baselines(REG, X, np.ones(len(y)), task, n_shots=3, baselines=[])
     X, y, task = shared_classes(8, 12)
-    with pytest.raises(ValueError, match=r"shared by the tasks \(n_ways=None\)"):
-        compare_baselines(X, y, task, MAMLClassifier(n_ways=2))
     y = np.where(task == 3, "z", y)
     splits = [(np.flatnonzero(task < 3), {1: [([36], [37])]})]
     with pytest.raises(ValueError, match=r"No training task has the labels \['z'\]"):
-        compare_baselines(X, y, task, CLF, splits=splits)
+        compare_baselines(CLF, X, y, task, splits=splits)
 
 
 def test_missing_pandas_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'sklearn-maml\[compare\]'"):
-        compare_baselines(*random_slopes(8, 12), REG)
+        compare_baselines(REG, *random_slopes(8, 12))
 
 
 def test_decimals_are_numbers():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,12 @@ from sklearn_maml.data.spellings import (
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.evaluation.held_out import SplitData, check_split, random_splits
+from sklearn_maml.evaluation.held_out import (
+    SplitData,
+    check_split,
+    random_episodes,
+    random_splits,
+)
 from sklearn_maml.evaluation.methods import families, make_methods, maml_inside, run
 from sklearn_maml.evaluation.scoring import check_count
 
@@ -40,10 +47,10 @@ MIN_TRAINING_TASKS, MIN_HELD_OUT_TASKS = 4, 2
 
 
 def compare_baselines(
+    estimator: Any,
     X: Any,
     y: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    estimator: Any = None,
     *,
     n_shots: int | Sequence[int] | None = None,
     test_size: float = 0.3,
@@ -55,6 +62,7 @@ def compare_baselines(
     per_task: bool = False,
     random_state: Any = None,
     n_jobs: int | None = None,
+    verbose: int = 1,
 ) -> pd.DataFrame:
     """Compare a meta-learner with what it has to be better than, on held-out tasks.
 
@@ -65,17 +73,19 @@ def compare_baselines(
 
     Parameters
     ----------
+    estimator : estimator or None
+        A `MAMLRegressor`, a `MAMLClassifier`, or a pipeline or search that ends in one. It is
+        cloned, never changed. None is a `MAMLRegressor` where y holds numbers, else a
+        `MAMLClassifier`.
     X, y, groups : tasks
         As in `MAMLRegressor.fit`; features must be numbers. The two parts of ``(X_support,
         y_support, X_query, y_query)`` tasks are put together. Of a task distribution 200 tasks are
-        drawn.
-    estimator : estimator, default=None
-        A `MAMLRegressor`, a `MAMLClassifier` whose labels are shared by the tasks, or a pipeline
-        or search that ends in one. It is cloned, never changed. None is a `MAMLRegressor` where y
-        holds numbers, else a `MAMLClassifier`.
+        drawn. With `n_ways` and without `groups`, classes are held out in place of tasks.
     n_shots : int or sequence of int, default=None
-        Support rows of each held-out task (of each class, in classification). None is (5, 10) in
-        regression and 1 in classification.
+        Support rows of each held-out task (of each class, in classification); 0 is without any.
+        None is (0, 5, 10) in regression, (0, 1) in classification, and 1 with `n_ways`. Held-out
+        tasks without a query row after so many are not scored there, with one warning that counts
+        them; training takes all tasks.
     test_size : float or int, default=0.3
         Fraction, or number, of the tasks to hold out.
     n_repeats : int, default=1
@@ -104,6 +114,9 @@ def compare_baselines(
         Seeds the splits and the baselines; the estimator has its own.
     n_jobs : int, default=None
         Methods to run in parallel, with joblib. The scores do not depend on it, the times do.
+    verbose : int, default=1
+        1 writes a line to the standard error whenever methods are done, and which baselines are
+        left out because they are not installed; 0 writes nothing.
 
     Returns
     -------
@@ -111,12 +124,16 @@ def compare_baselines(
         Indexed by `n_shots` and `method`, best first, with the columns
 
         - `rmse`: root mean squared error of a task in units of the standard deviation of the
-          training targets, mean over tasks; or `accuracy`, and then `log_loss`, too;
+          training targets (of each target), mean over tasks; or `accuracy`;
         - `std_error`: its standard error over tasks, of scores averaged over repeats;
+        - `crps` and `coverage`: of methods with a standard deviation, the continuous ranked
+          probability score [2]_, lower is better, and the part of the targets in 90 % intervals;
+          or `log_loss` and `brier`, the squared error of the probabilities;
         - `difference`: the method's mean less that of the estimator;
         - `difference_se`: the standard error over tasks of that paired difference;
         - `estimator_wins`: fraction of tasks where the estimator is better, ties counting half;
-        - `fit_seconds`: wall time of training, mean over repeats;
+        - `fit_seconds`, `predict_seconds`: wall time of training, and of learning and predicting
+          all held-out tasks; means over repeats;
         - `best`: "best", or "tied" where the paired difference to the best is less than twice its
           standard error.
 
@@ -126,9 +143,14 @@ def compare_baselines(
     Raises
     ------
     ValueError
-        If there are too few tasks or rows, or labels are local to the tasks (`n_ways`).
+        If there are too few tasks or rows.
     ImportError
-        If pandas is missing.
+        If pandas is missing, or a package that a baseline asked for by its name needs.
+
+    Warns
+    -----
+    SmallTaskWarning
+        If held-out tasks have too few rows for some of `n_shots`.
 
     See Also
     --------
@@ -147,19 +169,28 @@ def compare_baselines(
       residual of the support rows, shrunk by the variance of residuals within and between tasks;
     - "per-task ridge", "per-task GP", "per-task kNN": a model of the support rows alone;
     - "mixed model, intercept + slopes": linear, coefficients of tasks normally distributed around
-      those of the population, by EM [1]_;
+      those of the population, by EM [1]_; "mixed model, splines": of cubic splines;
+    - "target-encoded boosting": with the shrunk mean of the support targets, and their number, as
+      features;
     - "pooled HGB + GP on residuals": a Gaussian process for each task whose kernel parameters are
       shared, by marginal likelihood over the training tasks;
-    - "pretrained MLP + fine-tune": a network of all rows, then gradient steps on the support rows.
+    - "pretrained MLP + fine-tune": a network of all rows, then gradient steps on the support rows;
+    - "GPBoost" (boosting with random intercepts) and "per-task TabPFN", if they are installed.
+
+    Without support rows, per-task models give the mean of the training tasks. Of several targets,
+    each is predicted by a model of its own.
 
     Baselines of classifiers: "pooled HistGradientBoosting", "pooled logistic", "per-task 1-NN",
-    "per-task logistic", "hierarchical logistic" (coefficients of tasks drawn to the pooled ones)
-    and "pretrained MLP + fine-tune".
+    "per-task logistic", "hierarchical logistic" (coefficients of tasks drawn to the pooled ones),
+    "GLMM, random intercepts", "pretrained MLP + fine-tune", and "per-task TabPFN" if it is
+    installed. With `n_ways`, those of single tasks.
 
     References
     ----------
     .. [1] Laird, N. M. & Ware, J. H. (1982). Random-Effects Models for Longitudinal Data.
        Biometrics 38.
+    .. [2] Gneiting, T. & Raftery, A. E. (2007). Strictly Proper Scoring Rules, Prediction, and
+       Estimation. Journal of the American Statistical Association 102.
 
     Examples
     --------
@@ -167,15 +198,15 @@ def compare_baselines(
     >>> from sklearn_maml.datasets import make_sinusoid_tasks
     >>> X, y, task = make_sinusoid_tasks(n_tasks=40, random_state=0)
     >>> table = compare_baselines(
-    ...     X, y, task, MAMLRegressor(max_iter=20, random_state=0),
+    ...     MAMLRegressor(max_iter=20, random_state=0), X, y, task,
     ...     n_shots=5, baselines=["pooled ridge", "per-task ridge"], random_state=0,
     ... )
     >>> sorted(table.loc[5].index)
     ['MAMLRegressor', 'MAMLRegressor, before adaptation', 'per-task ridge', 'pooled ridge']
-    >>> list(table.columns)
-    ['rmse', 'std_error', 'difference', 'difference_se', 'estimator_wins', 'fit_seconds', 'best']
+    >>> list(table.columns)[:6]
+    ['rmse', 'std_error', 'crps', 'coverage', 'difference', 'difference_se']
     """
-    pandas = _pandas()
+    _pandas()  # before all the work
     rng = check_random_state(random_state)
     if is_task_distribution(X):
         X = X.sample(DRAWN_TASKS, random_state=rng.randint(2**31 - 1))
@@ -191,41 +222,102 @@ def compare_baselines(
         classification=classification,
     )
     name = type(maml).__name__
-    methods = make_methods(baselines, classification, name)
-    _check_targets(tasks, classification)
+    n_ways = getattr(maml, "n_ways", None)
+    methods, missing = make_methods(baselines, classification, n_ways is not None, name)
+    _check_tasks(tasks, n_ways)
     if splits is None:
-        if n_shots is None:
-            n_shots = 1 if classification else (5, 10)
-        splits = random_splits(
+        splits = _make_splits(
             tasks,
-            _check_shots(n_shots),
-            _n_held_out(tasks.n_tasks, test_size),
-            check_count("n_repeats", n_repeats),
-            check_count("max_queries", max_queries),
-            bool(disjoint_rows),
+            n_ways,
             classification,
-            rng,
+            n_shots=n_shots,
+            test_size=test_size,
+            n_repeats=n_repeats,
+            max_queries=max_queries,
+            disjoint_rows=disjoint_rows,
+            rng=rng,
         )
+    splits = list(splits)
+    if not splits:
+        raise ValueError("splits is empty: give at least one (train, episodes) pair.")
     names = None
     if is_frame(X):
         column = maml.task_column
         names = list((X if column is None else split_task_column(X, column)[0]).columns)
+    groups_of_methods = [{name: estimator}, *families(methods)]
 
     def jobs() -> Iterator[Any]:
         # the rows of a repeat are copied when its turn comes
         for repeat, split in enumerate(splits):
             train, episodes = check_split(split, tasks)
-            data = SplitData.make(tasks, train, episodes, classification, names)
+            data = SplitData.make(tasks, train, episodes, classification, names, n_ways)
             seed = int(rng.randint(2**31 - 1))
-            for some in [{name: estimator}, *families(methods)]:
+            for some in groups_of_methods:
                 yield delayed(run)(repeat, data, seed, some)
 
-    done = Parallel(n_jobs=n_jobs)(jobs())
-    if not done:
-        raise ValueError("splits is empty: give at least one (train, episodes) pair.")
-    scores = pandas.DataFrame([row for rows in done for row in rows])
-    scores["task"] = tasks.ids[scores["task"].to_numpy()]
+    scores = _collect(
+        Parallel(n_jobs=n_jobs, return_as="generator")(jobs()),
+        len(splits) * len(groups_of_methods),
+        missing,
+        verbose,
+    )
+    scores["task"] = (
+        scores["task"] if tasks.spelling == "single" else tasks.ids[scores["task"].to_numpy()]
+    )
     return scores if per_task else summarize_comparison(scores, name)
+
+
+def _make_splits(
+    tasks: TaskCollection,
+    n_ways: int | None,
+    classification: bool,
+    *,
+    n_shots: Any,
+    test_size: Any,
+    n_repeats: Any,
+    max_queries: Any,
+    disjoint_rows: Any,
+    rng: np.random.RandomState,
+) -> list[Any]:
+    """Hold out tasks, or classes of a pool, at random."""
+    if n_shots is None:
+        n_shots = (0, 1) if classification else (0, 5, 10)
+        n_shots = n_shots if n_ways is None else 1
+    shots = _check_shots(n_shots)
+    n_repeats = check_count("n_repeats", n_repeats)
+    max_queries = check_count("max_queries", max_queries)
+    if n_ways is not None:
+        if 0 in shots:
+            raise ValueError(
+                "n_shots=0 leaves an episode without classes, which are local to it (n_ways). Give "
+                "at least 1."
+            )
+        return random_episodes(
+            tasks, n_ways, shots, test_size, n_repeats, max_queries, rng, _n_held_out
+        )
+    return random_splits(
+        tasks,
+        shots,
+        _n_held_out(tasks.n_tasks, test_size),
+        n_repeats,
+        max_queries,
+        bool(disjoint_rows),
+        classification,
+        rng,
+    )
+
+
+def _collect(done: Iterator[Any], n_jobs: int, missing: list[str], verbose: int) -> Any:
+    """Frame of all scores; tells how far it is."""
+    start, rows = time.perf_counter(), []
+    if verbose and missing:
+        sys.stderr.write(f"Not installed, and left out: {', '.join(missing)}.\n")
+    for number, (names, found) in enumerate(done):
+        rows += found
+        if verbose:
+            seconds = time.perf_counter() - start
+            sys.stderr.write(f"{number + 1} of {n_jobs}, {seconds:.0f} s: {', '.join(names)}\n")
+    return _pandas().DataFrame(rows)
 
 
 def summarize_comparison(scores: Any, estimator: str) -> Any:
@@ -274,17 +366,19 @@ def summarize_comparison(scores: Any, estimator: str) -> Any:
         paired = wide.sub(wide[estimator], axis=0)
         part = pandas.DataFrame({metric: wide.mean()})
         part["std_error"] = wide.std(ddof=1) / math.sqrt(n)
-        if "log_loss" in of_k:
-            part["log_loss"] = (
-                of_k.pivot_table(index="task", columns="method", values="log_loss", dropna=False)
-            ).mean()
+        for other in ("crps", "coverage", "log_loss", "brier"):
+            if other in of_k:  # of methods that have none, NaN
+                by_task = of_k.groupby(["task", "method"])[other].mean()
+                part[other] = by_task.groupby("method").mean()
         part["difference"] = paired.mean()
         part["difference_se"] = paired.std(ddof=1) / math.sqrt(n)
         wins = (np.sign(sign * paired) + 1) / 2
         part["estimator_wins"] = wins.mean()
         part.loc[estimator, "estimator_wins"] = np.nan
         once = of_k.drop_duplicates(["repeat", "method"])
-        part["fit_seconds"] = once.groupby("method")["fit_seconds"].mean()
+        for seconds in ("fit_seconds", "predict_seconds"):
+            if seconds in once:
+                part[seconds] = once.groupby("method")[seconds].mean()
         best = (sign * part[metric]).idxmin()
         behind = wide.sub(wide[best], axis=0)
         error = behind.std(ddof=1) / math.sqrt(n)
@@ -323,16 +417,9 @@ def _meta_learner(estimator: Any, y: Any, X: Any) -> tuple[Any, BaseMAML]:
     maml = maml_inside(estimator)
     if maml is None:
         raise TypeError(
-            "estimator must be a MAMLRegressor, a MAMLClassifier, or a pipeline or search that "
-            f"ends in one; got {type(estimator).__name__}. Other estimators can be among the "
-            "baselines: baselines={'name': estimator}."
-        )
-    if getattr(maml, "n_ways", None) is not None:
-        raise ValueError(
-            f"compare_baselines needs labels that are shared by the tasks (n_ways=None), but "
-            f"n_ways={maml.n_ways}: labels that mean something inside an episode only leave "
-            "nothing to pool. Score such a model with task_scores, and an estimator of single "
-            "tasks on the same rows."
+            "estimator, the first argument, must be a MAMLRegressor, a MAMLClassifier, or a "
+            f"pipeline or search that ends in one; got {type(estimator).__name__}. Other "
+            "estimators can be among the baselines: baselines={'name': estimator}."
         )
     return estimator, maml
 
@@ -345,16 +432,13 @@ def _are_numbers(y: Any) -> bool:
     return all(is_number(value) or isinstance(value, Decimal) for value in y.ravel().tolist())
 
 
-def _check_targets(tasks: TaskCollection, classification: bool) -> None:
+def _check_tasks(tasks: TaskCollection, n_ways: int | None) -> None:
     if tasks.spelling == "single":
+        if n_ways is not None:  # a pool of classes
+            return
         raise ValueError(
             "compare_baselines got no task information. Pass groups (the task id of each row), a "
             "list of (X, y) tasks, or set task_column."
-        )
-    if not classification and tasks.y.reshape(len(tasks.y), -1).shape[1] != 1:
-        raise ValueError(
-            f"compare_baselines compares one target at a time; y has {tasks.y.shape[1]} columns. "
-            "Call it with each of them."
         )
     needed = MIN_TRAINING_TASKS + MIN_HELD_OUT_TASKS
     if tasks.n_tasks < needed:

@@ -15,6 +15,10 @@ VALIDATION_FRACTION, VALIDATION_DRAWS = 0.15, 3
 VALIDATION_QUERIES = 150
 
 
+# predicted numbers or probabilities, or numbers and their standard deviations
+Predicted = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
 @dataclasses.dataclass
 class Episode:
     """Support and query rows of a task; `y_query` is for choices on validation tasks."""
@@ -71,25 +75,17 @@ class TrainingTasks:
             for _ in range(VALIDATION_DRAWS):
                 rows = rng.permutation(tasks[j])
                 for k in self.n_shots:
-                    # tasks with too few rows for K give half of them, or one of each class
+                    # tasks with too few rows for K give half of them, or one of each class, or none
                     fewer = 1 if self.n_classes else max(len(rows) // 2, 1)
-                    for n in (k, min(k, fewer)):
+                    for n in (k, min(k, fewer), 0):
                         support, query = draw_episode(
                             rows, self.y, n, self.n_classes > 0, VALIDATION_QUERIES
                         )
                         if len(query):
                             break
-                    else:
-                        continue
                     episodes[k].append(
                         Episode(self.X[support], self.y[support], self.X[query], self.y[query])
                     )
-        if not all(episodes.values()):
-            raise ValueError(
-                "The baselines that choose a rate or a strength on validation tasks found none "
-                "with rows for a support and a query set. Leave them out of `baselines`, or leave "
-                "out small tasks."
-            )
         return np.concatenate([tasks[j] for j in order[n_held:]]), episodes
 
 
@@ -118,12 +114,12 @@ class Baseline:
         self.n_classes = train.n_classes
         return self
 
-    def predict(self, episodes: Sequence[Episode], k: int) -> list[np.ndarray]:
+    def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict the query rows of each episode, of K support rows (of each class)."""
         return [self.predict_task(e.X_support, e.y_support, e.X_query) for e in episodes]
 
-    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
-        """Predict the query rows of one task from its support rows."""
+    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> Predicted:
+        """Predict the query rows of one task from its support rows; with a std, if there is one."""
         raise NotImplementedError
 
 

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sklearn_maml.evaluation.baselines.base import Baseline, Episode, TrainingTasks, for_shots
+from sklearn_maml.evaluation.baselines.base import (
+    Baseline,
+    Episode,
+    Predicted,
+    TrainingTasks,
+    for_shots,
+)
 from sklearn_maml.evaluation.baselines.stacked import Stacked, support_and_query, unstack
 
 
@@ -92,7 +98,7 @@ class FineTunedMLP(Baseline):
             params = [(p - rate * g).detach() for p, g in zip(params, gradients, strict=True)]
             yield params
 
-    def predict(self, episodes: Sequence[Episode], k: int) -> list[np.ndarray]:
+    def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict with the parameters after fine-tuning."""
         rate, steps = for_shots(self.chosen_, k)
         support, query = support_and_query(episodes, torch.float32)

@@ -7,10 +7,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.preprocessing import SplineTransformer
 from torch import Tensor
 
-from sklearn_maml.evaluation.baselines.base import Baseline, Episode, TrainingTasks, for_shots
+from sklearn_maml.evaluation.baselines.base import (
+    Baseline,
+    Episode,
+    Predicted,
+    TrainingTasks,
+    for_shots,
+)
 from sklearn_maml.evaluation.baselines.stacked import Stacked, support_and_query, unstack
 
 
@@ -24,12 +31,18 @@ class MixedModel(Baseline):
 
     MAX_ITER, TOL = 500, 1e-7
 
+    def columns(self, X: np.ndarray) -> np.ndarray:
+        """Columns whose coefficients differ between tasks."""
+        return _with_ones(X)
+
     def fit(self, train: TrainingTasks) -> Any:
         """Estimate mean and covariance of the coefficients, and the noise."""
         super().fit(train)
+        self.prepare(train)
         tasks = train.rows_of_tasks()
-        A = [_with_ones(train.X[rows]) for rows in tasks]
-        b = [train.y[rows] for rows in tasks]
+        target = train.y - self.fixed(train.X)
+        A = [self.columns(train.X[rows]) for rows in tasks]
+        b = [target[rows] for rows in tasks]
         gram = np.array([a.T @ a for a in A])
         moment = np.array([a.T @ t for a, t in zip(A, b, strict=True)])
         square = float(sum((t**2).sum() for t in b))
@@ -60,12 +73,58 @@ class MixedModel(Baseline):
         means = self.mean_ + np.einsum("tde,te->td", covs, moment - gram @ self.mean_) / self.noise_
         return means, covs
 
-    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
+    def prepare(self, train: TrainingTasks) -> None:
+        """Learn what `columns` and `fixed` need."""
+
+    def fixed(self, X: np.ndarray) -> np.ndarray:
+        """Part that all tasks share, beside the population's coefficients."""
+        return np.zeros(len(X))
+
+    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> Predicted:
         """Predict with the coefficients expected after the support rows."""
-        A = _with_ones(X)
-        means, _ = self._posteriors((A.T @ A)[None], (A.T @ y)[None])
-        prediction: np.ndarray = _with_ones(X_query) @ means[0]
-        return prediction
+        A, B = self.columns(X), self.columns(X_query)
+        means, covs = self._posteriors((A.T @ A)[None], (A.T @ (y - self.fixed(X)))[None])
+        variance = np.einsum("qd,de,qe->q", B, covs[0], B) + self.noise_
+        return B @ means[0] + self.fixed(X_query), np.sqrt(np.maximum(variance, self.noise_))
+
+
+class SplineMixedModel(MixedModel):
+    """Mixed model of cubic splines of the features, as an additive mixed model has them.
+
+    The coefficients of the splines differ between tasks where there are no more than `MOST_COLUMNS`
+    of them; else all tasks share the splines, and intercept and slopes differ.
+    """
+
+    KNOTS, MOST_COLUMNS, MAX_ITER = 4, 30, 150
+    PENALTIES: ClassVar = np.logspace(-2, 4, 13)
+
+    def prepare(self, train: TrainingTasks) -> None:
+        """Place the knots; fit what tasks share."""
+        self.splines_ = SplineTransformer(
+            self.KNOTS, include_bias=False, knots="quantile", extrapolation="linear"
+        ).fit(train.X)
+        basis = self.splines_.transform(train.X)
+        self.differ_ = basis.shape[1] < self.MOST_COLUMNS
+        self.center_, self.scale_ = basis.mean(0), np.maximum(basis.std(0), 1e-6)
+        if not self.differ_:
+            self.shared_ = RidgeCV(self.PENALTIES).fit(self._basis(train.X), train.y)
+
+    def _basis(self, X: np.ndarray) -> np.ndarray:
+        basis: np.ndarray = (self.splines_.transform(X) - self.center_) / self.scale_
+        return basis
+
+    def columns(self, X: np.ndarray) -> np.ndarray:
+        """See `MixedModel`."""
+        if not len(X):
+            return np.empty((0, 1 + (len(self.center_) if self.differ_ else X.shape[1])))
+        return _with_ones(self._basis(X) if self.differ_ else X)
+
+    def fixed(self, X: np.ndarray) -> np.ndarray:
+        """See `MixedModel`."""
+        if self.differ_ or not len(X):
+            return np.zeros(len(X))
+        shared: np.ndarray = self.shared_.predict(self._basis(X))
+        return shared
 
 
 def _with_ones(X: np.ndarray) -> np.ndarray:
@@ -87,6 +146,7 @@ class HierarchicalLogistic(Baseline):
 
     STRENGTHS: ClassVar = tuple(np.logspace(-4, 2, 10))
     INVERSE_PENALTIES = (1.0, 10.0, 100.0)
+    INTERCEPTS_ALONE = False
 
     def fit(self, train: TrainingTasks) -> Any:
         """Choose both penalties for each K, and fit the pooled coefficients."""
@@ -114,9 +174,11 @@ class HierarchicalLogistic(Baseline):
         coefs = self._coefs(pooled, support, strength)
         return query.score(_linear(query.X, coefs))
 
-    @staticmethod
-    def _coefs(pooled: Tensor, support: Stacked, strength: float) -> Tensor:
+    def _coefs(self, pooled: Tensor, support: Stacked, strength: float) -> Tensor:
         """Coefficients of each task: a convex problem, solved for all tasks at once."""
+        differ = torch.ones_like(pooled)
+        if self.INTERCEPTS_ALONE:
+            differ[1:] = 0
         deviation = torch.zeros((len(support.X), *pooled.shape), dtype=pooled.dtype)
         deviation.requires_grad_()
         solver = torch.optim.LBFGS(
@@ -125,20 +187,30 @@ class HierarchicalLogistic(Baseline):
 
         def closure() -> Tensor:
             solver.zero_grad()
-            loss = support.losses(_linear(support.X, pooled + deviation)).sum()
+            loss = support.losses(_linear(support.X, pooled + deviation * differ)).sum()
             loss = loss + strength * (deviation**2).sum()
             loss.backward()
             return loss
 
         solver.step(closure)
-        return (pooled + deviation).detach()
+        return (pooled + deviation * differ).detach()
 
-    def predict(self, episodes: Sequence[Episode], k: int) -> list[np.ndarray]:
+    def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict with the coefficients of each task."""
         support, query = support_and_query(episodes, torch.float64)
         pooled, strength = for_shots(self.coefs_, k), for_shots(self.strengths_, k)
         coefs = self._coefs(pooled, support, strength)
         return unstack(_linear(query.X, coefs), episodes, self.n_classes)
+
+
+class RandomIntercepts(HierarchicalLogistic):
+    """Generalised linear mixed model: logistic regression whose intercepts differ between tasks.
+
+    They are those of the largest posterior density, given a variance that is chosen on validation
+    tasks.
+    """
+
+    INTERCEPTS_ALONE = True
 
 
 def _logistic_coefs(model: Any, n_classes: int) -> Tensor:

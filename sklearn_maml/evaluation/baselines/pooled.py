@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
-from sklearn_maml.evaluation.baselines.base import Baseline, TrainingTasks, predictions
+from sklearn_maml.evaluation.baselines.base import (
+    Baseline,
+    Episode,
+    Predicted,
+    TrainingTasks,
+    for_shots,
+    predictions,
+)
 
 
 class Pooled(Baseline):
@@ -42,7 +50,7 @@ class Pooled(Baseline):
         residual: np.ndarray = train.shared((self.family, "residuals"), make)
         return residual
 
-    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
+    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> Predicted:
         """Predict without regard to the support rows."""
         return predictions(self.model_, X_query, self.n_classes)
 
@@ -61,14 +69,20 @@ class ShrunkIntercept(Pooled):
         means = np.array([part.mean() for part in parts])
         # means of few rows vary with the noise, too
         between = np.mean(means**2) - within * np.mean(1 / sizes)
+        within = max(within, np.finfo(float).tiny)
         self.ratio_ = within / between if between > 0 else np.inf
+        self.within_, self.between_ = within, max(between, 0.0)
         return self
 
-    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
+    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> Predicted:
         """Predict, after correcting the intercept."""
+        prediction = self.model_.predict(X_query)
+        variance = self.within_ + self.between_ / (1 + len(y) / self.ratio_)
+        std = np.full(len(X_query), np.sqrt(variance))
+        if not len(y):
+            return prediction, std
         residual = y - self.model_.predict(X)
-        prediction: np.ndarray = self.model_.predict(X_query)
-        return prediction + residual.sum() / (len(residual) + self.ratio_)
+        return prediction + residual.sum() / (len(residual) + self.ratio_), std
 
 
 class ResidualProcess(Pooled):
@@ -103,15 +117,69 @@ class ResidualProcess(Pooled):
         )
         return self
 
-    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> np.ndarray:
+    def predict_task(self, X: np.ndarray, y: np.ndarray, X_query: np.ndarray) -> Predicted:
         """Predict with the pooled model plus the expected residual."""
         scale, constant, noise = self.parameters_[:3]
+        prediction: np.ndarray = self.model_.predict(X_query)
+        variance = np.full(len(X_query), scale + constant + noise)
+        if not len(y):
+            return prediction, np.sqrt(variance)
         A, B = X / self.parameters_[3:], X_query / self.parameters_[3:]
         kernel = scale * np.exp(-0.5 * cdist(A, A, "sqeuclidean")) + constant
-        weights = np.linalg.solve(kernel + noise * np.eye(len(X)), y - self.model_.predict(X))
+        kernel += noise * np.eye(len(X))
         cross = scale * np.exp(-0.5 * cdist(B, A, "sqeuclidean")) + constant
-        prediction: np.ndarray = self.model_.predict(X_query) + cross @ weights
-        return prediction
+        known = np.linalg.solve(kernel, np.c_[y - self.model_.predict(X), cross.T])
+        variance -= np.einsum("qs,sq->q", cross, known[:, 1:])
+        return prediction + cross @ known[:, 0], np.sqrt(np.maximum(variance, noise))
+
+
+class TargetEncoded(Baseline):
+    """Boosting with the task as features: the shrunk mean of its support targets, their number.
+
+    Trained on what it will see: the mean of as many other rows of the task, drawn at random, for
+    each number of support rows.
+    """
+
+    DRAWS = 3
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def fit(self, train: TrainingTasks) -> Any:
+        """Fit a model for each number of support rows."""
+        super().fit(train)
+        tasks = train.rows_of_tasks()
+        sizes = np.array([len(rows) for rows in tasks])
+        means = np.array([train.y[rows].mean() for rows in tasks])
+        squares = sum(((train.y[rows] - train.y[rows].mean()) ** 2).sum() for rows in tasks)
+        within = squares / max((sizes - 1).sum(), 1)
+        self.mean_ = means.mean()
+        between = means.var() - within * np.mean(1 / sizes)
+        self.ratio_ = within / between if between > 0 else np.inf
+        rng = np.random.RandomState(train.seed)
+        self.models_ = {}
+        for k in train.n_shots:
+            X, y = [], []
+            for rows in tasks:
+                for _ in range(self.DRAWS if k else 1):
+                    shuffled = rng.permutation(rows)
+                    n = min(k, len(rows) - 1)
+                    X.append(self._encoded(train.X[shuffled[n:]], train.y[shuffled[:n]]))
+                    y.append(train.y[shuffled[n:]])
+            self.models_[k] = clone(self.model).fit(np.concatenate(X), np.concatenate(y))
+        return self
+
+    def _encoded(self, X: np.ndarray, of_support: np.ndarray) -> np.ndarray:
+        n = len(of_support)
+        mean = self.mean_
+        if n:
+            mean = mean + (of_support - mean).sum() / (n + self.ratio_)
+        return np.c_[X, np.full(len(X), mean), np.full(len(X), n)]
+
+    def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
+        """Predict with the model of K support rows."""
+        model = for_shots(self.models_, k)
+        return [model.predict(self._encoded(e.X_query, e.y_support)) for e in episodes]
 
 
 def _fit_kernel(X: Tensor, target: Tensor, present: Tensor) -> np.ndarray:

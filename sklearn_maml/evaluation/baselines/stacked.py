@@ -11,7 +11,7 @@ from scipy.special import softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sklearn_maml.evaluation.baselines.base import Episode
+from sklearn_maml.evaluation.baselines.base import Episode, Predicted
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Stacked:
         weight = np.zeros((len(X), n))
         for j, (rows, target) in enumerate(zip(X, y, strict=True)):
             stacked_X[j, : len(rows)], stacked_y[j, : len(rows)] = rows, target
-            weight[j, : len(rows)] = 1 / len(rows)
+            weight[j, : len(rows)] = 1 / max(len(rows), 1)
         is_label = stacked_y.dtype.kind == "i"
         return cls(
             torch.as_tensor(stacked_X, dtype=dtype),
@@ -64,7 +64,7 @@ def support_and_query(episodes: Sequence[Episode], dtype: torch.dtype) -> tuple[
     return support, Stacked.of([e.X_query for e in episodes], targets, dtype)
 
 
-def unstack(output: Tensor, episodes: Sequence[Episode], n_classes: int) -> list[np.ndarray]:
+def unstack(output: Tensor, episodes: Sequence[Episode], n_classes: int) -> list[Predicted]:
     """Predictions of the query rows of each episode: numbers, or probabilities of logits."""
     values = output.double().numpy()
     parts = [values[j, : len(e.X_query)] for j, e in enumerate(episodes)]
