@@ -13,6 +13,7 @@ from sklearn.base import clone
 
 __all__ = [
     "PrefixedParamsMixin",
+    "as_integer",
     "check_keywords",
     "did_you_mean",
     "is_integer",
@@ -32,6 +33,12 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a parameter is an integer, of numpy too; bool is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def as_integer(value: Any) -> Any:
+    """Return an integer that a tuner gives as 3.0; other values as they are."""
+    whole = is_number(value) and not is_integer(value) and float(value).is_integer()
+    return int(value) if whole else value
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

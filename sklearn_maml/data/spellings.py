@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,14 @@ from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, validate_data
 
-from sklearn_maml.data.ids import IdColumns, as_array, check_groups, encode_ids, is_missing
+from sklearn_maml.data.frames import (
+    as_frame,
+    check_columns,
+    is_frame,
+    naming_columns,
+    split_task_column,
+)
+from sklearn_maml.data.ids import as_array, check_groups, encode_ids, is_missing
 from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = [
@@ -23,7 +29,6 @@ __all__ = [
     "is_task_distribution",
     "n_axes",
     "refuse_graphs",
-    "split_task_column",
 ]
 
 FLOATS = (np.float64, np.float32)
@@ -81,15 +86,10 @@ def n_axes(X: Any) -> int:
     return 1 + n_axes(X[0]) if isinstance(X, (list, tuple)) and len(X) else 0
 
 
-def is_frame(X: Any) -> bool:
-    """Whether X is a pandas or polars data frame."""
-    return hasattr(X, "columns") and hasattr(X, "shape")
-
-
 def concatenate_rows(parts: Sequence[Any]) -> Any:
     """Concatenate rows; data frames with equal columns stay data frames (feature names)."""
     # what has no rows has no say in types, names or shapes
-    parts = [part for part in parts if len(part)] or parts[:1]
+    parts = [as_frame(part) for part in parts if len(part)] or [as_frame(parts[0])]
     first = parts[0]
     if is_frame(first):
         columns = list(first.columns)
@@ -160,96 +160,6 @@ def _rows_of_list(X: Any) -> tuple[Any, Any, np.ndarray, np.ndarray | None]:
     return concatenate_rows(parts_X), np.concatenate(parts_y), codes, in_query
 
 
-def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
-    """Take the task ids out of X.
-
-    Parameters
-    ----------
-    X : data frame or array-like of shape (n_rows, n_columns)
-    task_column : hashable or list
-        Column name, name of an index level (pandas), or a position; a list of them if several
-        together are the id.
-
-    Returns
-    -------
-    X : same type, without the columns
-    ids : array-like of shape (n_rows,), or several
-        For `encode_ids`.
-    """
-    if is_frame(X):
-        columns = list(X.columns)
-        levels = list(getattr(getattr(X, "index", None), "names", []))
-        places = [_find_column(name, columns, levels) for name in _parts(task_column, columns)]
-        taken = {place for place in places if isinstance(place, int)}
-        ids = [
-            X.index.get_level_values(place.name) if isinstance(place, _Level) else _column(X, place)
-            for place in places
-        ]
-        kept = [k for k in range(len(columns)) if k not in taken]
-        rest = X if not taken else X.iloc[:, kept] if hasattr(X, "iloc") else X[:, kept]
-        return rest, IdColumns(ids) if len(ids) > 1 else ids[0]
-    if issparse(X):
-        raise TypeError(
-            "Sparse data was passed for X, but dense data is required. Use X.toarray()."
-        )
-    array = np.asarray(X)
-    positions = task_column if isinstance(task_column, list) else [task_column]
-    for position in positions:
-        if not isinstance(position, (int, np.integer)):
-            raise ValueError(
-                f"task_column={position!r} names a column, but X is a {type(X).__name__} without "
-                "column names. Pass a data frame, or give the position of the column."
-            )
-        if array.ndim != 2:
-            raise ValueError(
-                f"Expected 2D array with the task id in column {position}, got {array.ndim}D array "
-                "instead. Reshape your data."
-            )
-        if not -array.shape[1] <= position < array.shape[1]:
-            raise ValueError(
-                f"task_column={position} is out of range: X has {array.shape[1]} columns."
-            )
-    ids = [np.asarray(array[:, position]) for position in positions]
-    return np.delete(array, positions, axis=1), IdColumns(ids) if len(ids) > 1 else ids[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Level:
-    """A level of the index of a frame."""
-
-    name: Hashable
-
-
-def _parts(task_column: Any, columns: list[Any]) -> list[Any]:
-    """Names of the columns; a tuple that is no name itself may be several."""
-    if isinstance(task_column, tuple) and task_column not in columns:
-        several = all(part in columns for part in task_column)
-        return list(task_column) if several else [task_column]
-    return task_column if isinstance(task_column, list) else [task_column]
-
-
-def _find_column(name: Any, columns: list[Any], levels: list[Any]) -> int | _Level:
-    """Position of a column in a frame, or a level of its index."""
-    if columns.count(name) > 1:
-        raise ValueError(
-            f"task_column={name!r} names {columns.count(name)} columns of X. Rename one of them."
-        )
-    if name in columns:
-        return columns.index(name)
-    if name in levels:
-        return _Level(name)
-    if isinstance(name, (int, np.integer)) and -len(columns) <= name < len(columns):
-        return int(name) % len(columns)
-    raise ValueError(
-        f"task_column={name!r} is neither a column nor an index level of X. Got columns "
-        f"{columns}. Set task_column to the column that holds the task id."
-    )
-
-
-def _column(X: Any, position: int) -> Any:
-    return X.iloc[:, position] if hasattr(X, "iloc") else X.to_series(position)
-
-
 def count_rows(X: Any) -> int:
     """Count the rows of an array, a frame or a list."""
     return int(X.shape[0]) if getattr(X, "shape", ()) else len(X)
@@ -284,8 +194,9 @@ def validate_rows(
     # features of these cannot be counted: no shape, or a series of arrays
     if hasattr(X, "__array__") and len(getattr(X, "shape", ())) < 2:
         X, X_seen = np.asarray(X), np.asarray(X_seen)
+    check_columns(X, X_seen)
     # a number that is too large for the dtype is refused with a message of its own
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"), naming_columns(X):
         if not with_column:
             array = validate_data(estimator, X, reset=reset, **options)
         else:
@@ -343,6 +254,7 @@ def collect_tasks(
     tasks : TaskCollection
     """
     refuse_graphs(X=X, y=y, groups=groups)
+    X = as_frame(X)
     in_query = None
     ids: np.ndarray | None = None
     codes: np.ndarray | None = None

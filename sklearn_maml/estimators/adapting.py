@@ -124,7 +124,7 @@ class Adapting(Building):
         return adapted
 
     def _running(self) -> Running:
-        return Running(self.batch_norm, self.max_tasks_in_memory, self.device_)
+        return Running(self.batch_norm, self._integer("max_tasks_in_memory"), self.device_)
 
     def _condition(self, support: Support, prior: bool) -> Conditioned:
         """Adapt in closed form; `prior` leaves the support rows out."""

@@ -178,7 +178,7 @@ class Building(Parameters):
             adapted=adapted_names(module, self.adapted),
             rung=rung,
             checkpoint_steps=bool(self.checkpoint_steps),
-            max_tasks_in_memory=self.max_tasks_in_memory,
+            max_tasks_in_memory=self._integer("max_tasks_in_memory"),
             precision=self.precision,
             batch_norm=self.batch_norm,
         )

@@ -382,7 +382,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         return self._score(X, y, groups, sample_weight, accuracy_score)
 
     def _make_targets(self) -> ClassTargets:
-        return ClassTargets(self.n_ways)
+        return ClassTargets(self._integer("n_ways"))
 
     def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
         if self.head == "free":

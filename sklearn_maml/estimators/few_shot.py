@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Self, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml._validation import as_integer
 from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.classifier import MAMLClassifier
@@ -95,6 +96,11 @@ class _FewShot(SaveMixin, BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         return self
+
+    def _validate_params(self) -> None:
+        """Validate parameters; numbers such as 3.0 are integers, too."""
+        params = {**self.get_params(deep=False), "steps": as_integer(self.steps)}
+        validate_parameter_constraints(self._parameter_constraints, params, type(self).__name__)
 
     def _prior_for(self, y: Any) -> Any:
         """Return the prior as it takes these targets."""

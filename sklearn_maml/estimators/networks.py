@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sklearn_maml.modules import build_module, make_mlp
 from sklearn_maml.targets.base import Targets
 
 __all__ = ["Networks"]
+
+
+def _way_out(module: Any) -> str:
+    """Say how to give what is no module."""
+    if isinstance(module, functools.partial) and isinstance(module.func, type):
+        options = "".join(f", module__{name}={value!r}" for name, value in module.keywords.items())
+        return f"Pass module={module.func.__name__}{options}."
+    if callable(module):
+        return (
+            "A function that builds a network is not accepted: wrap it in a torch.nn.Module class, "
+            "or pass the network that it builds."
+        )
+    return "For the default network leave module out, and set hidden_layer_sizes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +91,13 @@ class Networks:
         else:
             raise ValueError(
                 f"module must be None, a torch.nn.Module class or an instance; got "
-                f"{self.module!r}. A function that builds a network is not accepted: wrap it in a "
-                "torch.nn.Module class."
+                f"{self.module!r}. {_way_out(self.module)}"
             )
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+            # lazy layers learn their sizes from the rows they see first
+            module = module.to(device=self.device, dtype=self.dtype)
+            with torch.no_grad():
+                module(self.two_rows())
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError("module has no trainable parameters, so there is nothing to adapt.")
         return module.to(device=self.device, dtype=self.dtype)

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import (
+    Interval,
+    StrOptions,
+    validate_parameter_constraints,
+)
 from torch import Tensor, nn
 
 from sklearn_maml._compat import CallbackSupportMixin
-from sklearn_maml._validation import PrefixedParamsMixin
+from sklearn_maml._validation import PrefixedParamsMixin, as_integer
 from sklearn_maml.learners.conditioned import Calibration
 from sklearn_maml.learners.learner import Learner
 from sklearn_maml.meta_gradients import resolve_meta_gradient
@@ -32,6 +36,18 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+# parameters that tuners may give as 3.0
+INTEGERS = (
+    "steps",
+    "adapt_steps",
+    "n_ways",
+    "n_shots",
+    "n_queries",
+    "meta_batch_size",
+    "max_iter",
+    "n_iter_no_change",
+    "max_tasks_in_memory",
+)
 # name of a setting that adapting depends on
 PROXIMAL = "the proximal term of meta_gradient"
 
@@ -102,14 +118,26 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         "verbose": ["verbose"],
     }
 
+    def _validate_params(self) -> None:
+        """Validate parameters; numbers such as 3.0 are integers, too."""
+        params = self.get_params(deep=False)
+        whole = {name: as_integer(params[name]) for name in INTEGERS if name in params}
+        validate_parameter_constraints(
+            self._parameter_constraints, {**params, **whole}, type(self).__name__
+        )
+
+    def _integer(self, name: str) -> Any:
+        """Value of an integer parameter."""
+        return as_integer(getattr(self, name))
+
     def _make_targets(self) -> Targets:
         """Return what y means by the parameters of now."""
         raise NotImplementedError
 
     def _episode_settings(self) -> EpisodeSettings:
         return EpisodeSettings(
-            self.n_shots,
-            self.n_queries,
+            self._integer("n_shots"),
+            self._integer("n_queries"),
             self.early_stopping,
             self.validation_fraction,
             self._reshape,

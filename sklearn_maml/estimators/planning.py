@@ -191,11 +191,13 @@ class Planning(Building):
         source, engine = plan.source, plan.engine
         net.alpha, net.steps = self._alpha(), self._n_steps()
         net.eval_steps = self._n_adapt_steps()
-        net.max_iter = self.max_iter
+        net.max_iter = self._integer("max_iter")
         if source.single:
-            net.max_iter = min(self.max_iter, SINGLE_TASK_UPDATES)
+            net.max_iter = min(self._integer("max_iter"), SINGLE_TASK_UPDATES)
         # splits of the same rows differ less than tasks do: fewer make a meta-batch
-        net.batch_size = min(self.meta_batch_size, 4) if source.single else self.meta_batch_size
+        net.batch_size = self._integer("meta_batch_size")
+        if source.single:
+            net.batch_size = min(net.batch_size, 4)
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         if not is_integer(net.batch_size) or net.batch_size < 1:
             raise ValueError(
@@ -221,4 +223,4 @@ class Planning(Building):
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
-        net.patience = self.n_iter_no_change if stops else None
+        net.patience = self._integer("n_iter_no_change") if stops else None

@@ -11,12 +11,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_maml._types import Tasks
+from sklearn_maml.data.frames import as_frame, split_task_column
 from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
     n_axes,
     refuse_graphs,
-    split_task_column,
     validate_rows,
 )
 from sklearn_maml.estimators.adapting import Adapting, State
@@ -37,6 +37,7 @@ class Predicting(Adapting):
         """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
         refuse_graphs(X=X, groups=groups)
+        X = as_frame(X)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"
         n_sets: int | None = None

@@ -70,7 +70,7 @@ class Reading(Parameters):
     ) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
         stacklevel = 6 if HAS_SKLEARN_CALLBACKS else 5
-        tasks = self._usable(tasks, targets, self.n_shots, stacklevel + 1)
+        tasks = self._usable(tasks, targets, self._integer("n_shots"), stacklevel + 1)
         if tasks.spelling == "single" and targets.n_ways is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "

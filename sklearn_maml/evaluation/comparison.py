@@ -17,11 +17,10 @@ from sklearn.base import clone, is_classifier
 from sklearn.utils import check_random_state
 
 from sklearn_maml._validation import did_you_mean, is_integer, is_number
+from sklearn_maml.data.frames import is_frame, split_task_column
 from sklearn_maml.data.spellings import (
     collect_tasks,
-    is_frame,
     is_task_distribution,
-    split_task_column,
 )
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import _safe_indexing, check_consistent_length, check_scalar
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_maml.data.frames import as_frame, is_frame, split_task_column
 from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
-from sklearn_maml.data.spellings import is_frame, split_task_column
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import open_chain, transform_rows
 from sklearn_maml.targets.base import Coding
@@ -131,7 +131,7 @@ def adapt_predict(
         raise TypeError("return_std=True is for regression: classes have no standard deviation.")
     task_column = maml.task_column
     X_support, y_support, X_query = (
-        part if hasattr(part, "shape") else np.asarray(part)
+        as_frame(part) if hasattr(part, "shape") else np.asarray(part)
         for part in (X_support, y_support, X_query)
     )
     check_consistent_length(X_support, y_support)

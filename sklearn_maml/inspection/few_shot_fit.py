@@ -9,7 +9,8 @@ import numpy as np
 from sklearn.base import is_classifier
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
-from sklearn_maml.data.spellings import concatenate_rows, is_frame, is_task_list
+from sklearn_maml.data.frames import is_frame
+from sklearn_maml.data.spellings import concatenate_rows, is_task_list
 from sklearn_maml.inspection.shared import (
     BLACK,
     GREY,
