@@ -1,23 +1,26 @@
 """Meta-learning for scikit-learn: MAML estimators that adapt to new tasks from a few rows."""
 
-from sklearn_maml.estimators import (
-    FewShotClassifier,
-    FewShotRegressor,
-    MAMLClassifier,
-    MAMLRegressor,
-    NumberedClasses,
-    adapt,
-    register_container,
-)
-from sklearn_maml.evaluation import (
-    adapt_predict,
-    compare_baselines,
-    task_scorer,
-    task_scores,
-)
-from sklearn_maml.inspection import class_permutation_audit
-from sklearn_maml.persistence import load, save
-from sklearn_maml.training.checkpoint import Checkpoint
+from sklearn_maml._startup import collection_paused
+
+with collection_paused():
+    from sklearn_maml.estimators import (
+        FewShotClassifier,
+        FewShotRegressor,
+        MAMLClassifier,
+        MAMLRegressor,
+        NumberedClasses,
+        adapt,
+        register_container,
+    )
+    from sklearn_maml.evaluation import (
+        adapt_predict,
+        compare_baselines,
+        task_scorer,
+        task_scores,
+    )
+    from sklearn_maml.inspection import class_permutation_audit
+    from sklearn_maml.persistence import load, save
+    from sklearn_maml.training.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 # Modules of one layer do not import each other. Subpackages stand where their parts are to go;
 # modules that have not moved into one keep their place beside it.
 LAYERS: list[set[str]] = [
+    {"_startup"},
     {"exceptions"},
     {"_compat"},
     {"_validation"},

@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 __all__ = ["NOISE_FLOOR", "start_of_classes", "start_of_numbers"]
 
@@ -101,6 +100,8 @@ def start_of_classes(X: np.ndarray, labels: np.ndarray, n_classes: int) -> Start
     rows = slice(None, None, -(-len(X) // POOLED_ROWS))
     X, labels = X[rows], labels[rows]
     if labels.min() < labels.max():  # other classes may be in the tasks held out alone
+        from sklearn.linear_model import LogisticRegression  # which not every process needs
+
         with warnings.catch_warnings():  # a start need not be exact
             warnings.simplefilter("ignore", ConvergenceWarning)
             pooled = LogisticRegression(max_iter=100).fit(X, labels)

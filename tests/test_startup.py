@@ -1,0 +1,62 @@
+"""Importing the package, and a first fit, cost little beside what they need."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+from sklearn_maml._startup import collection_paused
+
+HEAVY = (
+    "matplotlib",
+    "polars",
+    "skorch",
+    "sklearn.datasets",
+    "sklearn.ensemble",
+    "sklearn.gaussian_process",
+    "sklearn.inspection",
+    "sklearn.linear_model",
+    "sklearn.neighbors",
+    "torch._dynamo",
+    "torch._inductor",
+)
+STARTUP = f"""
+import gc, sys
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+import numpy as np
+collections.clear()
+import sklearn_maml
+assert gc.isenabled() and gc.get_freeze_count() == 0
+assert len(collections) < 20, collections
+def brought():
+    return [name for name in {HEAVY} if name in sys.modules]
+assert not brought(), brought()
+X = np.random.default_rng(0).normal(size=(12, 8, 2))
+sklearn_maml.MAMLRegressor(max_iter=5, hidden_layer_sizes=(4,), steps=1).fit(X, X.sum(-1))
+assert brought() == ["skorch"], brought()
+"""
+
+
+def test_a_start_brings_nothing_it_does_not_need_and_collects_no_garbage():
+    subprocess.run([sys.executable, "-W", "error", "-c", STARTUP], check=True)
+
+
+def test_a_collector_that_was_off_stays_off_and_frozen_objects_stay_frozen(monkeypatch):
+    with collection_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    calls = []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 3)
+    gc.disable()
+    try:
+        with pytest.raises(ImportError), collection_paused():
+            raise ImportError
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert not calls
