@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import sklearn
 import torch
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import VotingRegressor
 from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -241,6 +243,18 @@ def test_pipelines_few_shot_estimators_and_partitions():
     model = copy.copy(pipe[-1]).set_params(unseen_tasks="error")
     with pytest.raises(ValueError, match=r"\[90\].*unseen_tasks='prior'"):
         adapt_predict(model, X, Y, NEW, groups_support=G, groups_query=[0, 90, 1, 1, 1])
+
+
+def test_containers_pass_on_that_there_are_no_rows():
+    inner = MAMLRegressor(**SMALL)
+    with sklearn.config_context(enable_metadata_routing=True):
+        scaled = TransformedTargetRegressor(inner, transformer=StandardScaler())
+        mean = VotingRegressor([("a", inner), ("b", make_pipeline(StandardScaler(), inner))])
+        for model in (scaled, mean):
+            model.fit(X, Y, groups=G)
+            predicted = adapt(model, X[:0], Y[:0]).predict(NEW)
+            assert predicted.shape == (5,)
+            assert np.isfinite(predicted).all()
 
 
 def test_few_shot_estimators_need_a_prior_for_that():

@@ -11,6 +11,7 @@ import torch
 from builders import has_kernels, make_batch, make_engine, make_meta_params, make_mlp
 from scipy.stats import chi2
 from sklearn.model_selection import GridSearchCV, GroupKFold
+from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, task_scorer, task_scores
 from sklearn_maml.data.sampling import EpisodeSampler
@@ -126,6 +127,18 @@ def test_local_labels_need_two_classes_of_two_rows():
     assert clf.n_tasks_ == 2
     with pytest.warns(SmallTaskWarning, match=words):
         assert 0 <= clf.score(X, y, groups=task + 10) <= 1
+
+
+def test_batch_norm_needs_two_support_rows():
+    module = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    few = "7 with fewer than 2 support rows, which batch norm needs, left out"
+    with pytest.warns(SmallTaskWarning, match=few):
+        reg = MAMLRegressor(module, max_iter=5, steps=1, random_state=0).fit(X, Y, groups=G)
+    assert reg.n_tasks_ == 8
+    with pytest.warns(SmallTaskWarning, match=few):
+        assert np.isfinite(reg.score(X, Y, groups=G + 100))
+    with pytest.raises(ValueError, match=r"a support set has none. Give more support rows"):
+        reg.adapt(X[:0], Y[:0])
 
 
 def test_tasks_of_a_list_without_rows_are_left_out():

@@ -72,7 +72,11 @@ def name_of(tasks: TaskCollection, j: int) -> str:
 
 
 def usable(
-    tasks: TaskCollection, n_shots: int | None, n_ways: int | None, classification: bool
+    tasks: TaskCollection,
+    n_shots: int | None,
+    n_ways: int | None,
+    classification: bool,
+    least: int = 0,
 ) -> tuple[TaskCollection, str | None]:
     """Leave out what no episode can be made of, and say which tasks are small.
 
@@ -81,12 +85,15 @@ def usable(
     tasks : TaskCollection
     n_shots, n_ways : int or None
     classification : bool
+    least : int, default=0
+        Support rows that the module cannot do without.
 
     Returns
     -------
     tasks : TaskCollection
-        Without tasks that have no rows and, where the classes of an episode are those of a task,
-        without classes of a single row in their task and tasks that have fewer than two others.
+        Without tasks that have no rows, or too few for `least`; where the classes of an episode
+        are those of a task, without classes of a single row in their task and tasks that have fewer
+        than two others.
     few : str or None
         Which of them are too small to be split as asked, and what becomes of them; None: none.
     """
@@ -106,6 +113,12 @@ def usable(
             parts.append(f"{n_single} single row(s) of a class in a task, left out")
         if parts and kept.any():
             tasks = tasks.take_rows(kept)
+    short = _sure_support(tasks, n_shots, classification) < least
+    if short.any() and not short.all():
+        parts.append(
+            f"{short.sum()} with fewer than {least} support rows, which batch norm needs, left out"
+        )
+        tasks = tasks.select(np.flatnonzero(~short))
     n_empty, n_single = (int((tasks.sizes == n).sum()) for n in (0, 1))
     if n_empty:
         parts.append(f"{n_empty} without rows, left out")
@@ -128,6 +141,13 @@ def usable(
         f"Some of the {given.n_tasks} tasks have too few rows to be split into support and query "
         f"rows: {'; '.join(parts)}."
     )
+
+
+def _sure_support(tasks: TaskCollection, n_shots: int | None, classification: bool) -> np.ndarray:
+    """Support rows (n_tasks,) that every episode of a task has."""
+    size = _classes_of_tasks(tasks)[1] if classification else tasks.sizes[tasks.codes]
+    of_cell = size // 2 if n_shots is None else np.minimum(n_shots, size - 1)
+    return np.bincount(tasks.codes, of_cell / size, tasks.n_tasks).round()
 
 
 def _classes_of_tasks(tasks: TaskCollection) -> tuple[np.ndarray, np.ndarray]:

@@ -168,8 +168,11 @@ def explaining_one_value(**sets: Rows) -> Iterator[None]:
             for name, rows in sets.items()
         }
         name = min(shortest, key=shortest.__getitem__)
+        weight = sets[name].weight
+        none = weight is not None and bool((weight.sum(1) == 0).any())
         instead = " set batch_norm='inductive'," if name == "query" else ""
         raise ValueError(
-            f"Batch norm needs at least 2 values of each channel, and a {name} set has one row. "
+            f"Batch norm needs at least 2 values of each channel, and a {name} set has "
+            f"{'none' if none else 'one row'}. "
             f"Give more {name} rows,{instead} or use LayerNorm or GroupNorm in the module."
         ) from error

@@ -127,6 +127,7 @@ class BaseMAML(Training, Stored, Scoring):
         before = dict(vars(self)) if continued else None
         with torch.inference_mode(False):  # a caller may have it on
             targets = self.targets_ if continued else self._make_targets()
+            self.device_ = resolve_device(self.device)
             source: DistributionSource | CollectionSource
             if is_task_distribution(X):
                 if y is not None or groups is not None:
@@ -147,7 +148,6 @@ class BaseMAML(Training, Stored, Scoring):
             if not continued:
                 self._take_targets(targets)
             self._score_seed = seed
-            self.device_ = resolve_device(self.device)
             self.__dict__.pop("_state", None)
             metadata = {} if groups is None else {"groups": groups}
             plan = self._plan(source, seed, continued)

@@ -26,6 +26,7 @@ from sklearn_maml.modules import (
     check_head_is_last,
     linear_head,
 )
+from sklearn_maml.targets.base import Targets
 from sklearn_maml.targets.losses import has_closed_forms
 from sklearn_maml.theta import name_in_module
 from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
@@ -38,7 +39,13 @@ TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch
 class Building(Parameters):
     """Makes what is trained, at its start."""
 
-    def _networks(self) -> Networks:
+    def _new_module(self, targets: Targets) -> nn.Module | None:
+        if self.module is None:
+            return None
+        with SeededTorch(self.device_, 0):
+            return self._networks(targets).make()
+
+    def _networks(self, targets: Targets | None = None) -> Networks:
         return Networks(
             module=self.module,
             options=self._prefixed("module"),
@@ -46,7 +53,7 @@ class Building(Parameters):
             activation=self.activation,
             feature_shape=self.feature_shape_,
             reshape=self._reshape,
-            targets=self.targets_,
+            targets=self.targets_ if targets is None else targets,
             device=self.device_,
             dtype=TORCH_DTYPES[self._dtype],
         )

@@ -315,6 +315,8 @@ def _pipeline(model: Any, X: Any, y: Any, adapt: Any) -> Any:
 @_of_sklearn("TransformedTargetRegressor")
 def _transformed_target(model: Any, X: Any, y: Any, adapt: Any) -> Any:
     def change(y: Any) -> Any:
+        if len(y) == 0:  # there is nothing to transform, nor do transformers take it
+            return y
         y = check_array(y, input_name="y", ensure_2d=False, dtype="numeric", allow_nd=True)
         new = model.transformer_.transform(y.reshape(-1, 1) if y.ndim == 1 else y)
         return new[:, 0] if y.ndim == 1 and new.ndim == 2 and new.shape[1] == 1 else new

@@ -130,6 +130,10 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         """Value of an integer parameter."""
         return as_integer(getattr(self, name))
 
+    def _new_module(self, targets: Targets) -> nn.Module | None:
+        """Return a network like the one to be trained, if the user gave a module."""
+        raise NotImplementedError
+
     def _make_targets(self) -> Targets:
         """Return what y means by the parameters of now."""
         raise NotImplementedError

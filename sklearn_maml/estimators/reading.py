@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from sklearn.utils.validation import _check_sample_weight
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.data.spellings import FLOATS, collect_tasks, refuse_graphs
@@ -50,10 +52,16 @@ class Reading(Parameters):
         return tasks
 
     def _usable(
-        self, tasks: TaskCollection, targets: Targets, n_shots: int | None, stacklevel: int
+        self,
+        tasks: TaskCollection,
+        targets: Targets,
+        n_shots: int | None,
+        module: nn.Module | None,
+        stacklevel: int,
     ) -> TaskCollection:
         """Leave out tasks that no episode can be made of; refuse all, or warn of small ones."""
-        tasks, few = targets.usable(tasks, n_shots)
+        normalises = module is not None and any(isinstance(m, _BatchNorm) for m in module.modules())
+        tasks, few = targets.usable(tasks, n_shots, 2 if normalises else 0)
         targets.check_splittable(tasks, n_shots)
         if few is not None:
             warnings.warn(
@@ -70,7 +78,10 @@ class Reading(Parameters):
     ) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
         stacklevel = 6 if HAS_SKLEARN_CALLBACKS else 5
-        tasks = self._usable(tasks, targets, self._integer("n_shots"), stacklevel + 1)
+        if not continued:
+            targets.learn(tasks)
+        module = self._new_module(targets)
+        tasks = self._usable(tasks, targets, self._integer("n_shots"), module, stacklevel + 1)
         if tasks.spelling == "single" and targets.n_ways is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
@@ -80,8 +91,6 @@ class Reading(Parameters):
                 SingleTaskWarning,
                 stacklevel=stacklevel,
             )
-        if not continued:
-            targets.learn(tasks)
         return CollectionSource(tasks, targets, self._episode_settings(), seed)
 
     def _warn_if_pooled(self, tasks: TaskCollection, caller: str, least: float) -> None:

@@ -88,7 +88,7 @@ class Scoring(Reading, Predicting):
         self._warn_if_pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0])
         n_shots = self._integer("n_shots") if n_shots is None else n_shots
         targets = self.targets_
-        tasks = self._usable(tasks, targets, n_shots, stacklevel=5)
+        tasks = self._usable(tasks, targets, n_shots, self.module_, stacklevel=5)
         encoded, n_ways = targets.encode(tasks), targets.n_ways
         sampler = EpisodeSampler(
             encoded,

@@ -179,7 +179,7 @@ class Targets(ABC):
         check_splittable(encoded, n_shots, self.n_ways, self.are_classes)
 
     def usable(
-        self, tasks: TaskCollection, n_shots: int | None
+        self, tasks: TaskCollection, n_shots: int | None, least: int = 0
     ) -> tuple[TaskCollection, str | None]:
         """Tasks that episodes can be made of, and words for those too small to be split."""
-        return usable(tasks, n_shots, self.n_ways, self.are_classes)
+        return usable(tasks, n_shots, self.n_ways, self.are_classes, least)
