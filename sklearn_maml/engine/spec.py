@@ -44,8 +44,6 @@ class Spec:
         Names of the batch-norm layers.
     head : str or None
         Name of the layer that a rule in closed form solves for.
-    random : bool
-        Whether the module may draw random numbers.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class Spec:
         self.checkpoint_steps = checkpoint_steps
         self.precision = precision
         self.batch_norm = check_batch_norm(batch_norm)
-        self.random = not self.pads or has_dropout(module)
         self.norms = [n for n, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         frozen = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
         self.parts = Parts(frozenset(adapted), frozen)
@@ -131,6 +128,11 @@ class Spec:
     def uses_support(self) -> bool:
         """Whether query rows are normalised with the statistics of the support set."""
         return bool(self.norms) and self.batch_norm == "inductive"
+
+    @property
+    def random(self) -> bool:
+        """Whether the module may draw random numbers."""
+        return not self.pads or has_dropout(self.module)
 
     @property
     def device(self) -> torch.device:
