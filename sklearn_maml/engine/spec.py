@@ -31,7 +31,23 @@ Buffers = dict[str, Tensor]
 
 
 class Spec:
-    """What is asked of an engine: see `Engine` for the parameters.
+    """What is asked of an engine.
+
+    Parameters
+    ----------
+    module : Module
+    row_loss : callable (output, y) -> losses of the rows
+    rule : UpdateRule
+    meta_gradient : MetaGradient
+    adapted : sequence of str
+        Names of the parameters that adapt.
+    checkpoint_steps : bool
+        Whether second-order meta-gradients compute the graph of each inner step anew.
+    precision : {"full", "tf32", "bf16"}
+        Numbers of the layers' matrix products.
+    batch_norm : {"inductive", "transductive"}
+        Statistics that batch norm normalises query rows with, in meta-training and predictions:
+        those of the task's support set, or those of its query rows.
 
     Attributes
     ----------
