@@ -28,6 +28,7 @@ REBUILT = {
     "inspection",
     "learners",
     "meta_gradients",
+    "native",
     "targets",
     "training",
     "update_rules",
