@@ -15,6 +15,7 @@ with collection_paused():
     from sklearn_maml.evaluation import (
         adapt_predict,
         compare_baselines,
+        task_cross_val_predict,
         task_scorer,
         task_scores,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "register_container",
     "save",
+    "task_cross_val_predict",
     "task_scorer",
     "task_scores",
 ]

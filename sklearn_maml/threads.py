@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["n_threads_asked", "one_thread", "several_threads", "threads_for"]
+__all__ = ["one_thread", "several_threads", "threads_for"]
 
 # multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
 # great deal more on a busy machine)
@@ -57,11 +57,6 @@ def several_threads() -> Iterator[None]:
         return
     with _thread_pools().limit(limits=n_threads, user_api="openmp"):
         yield
-
-
-def n_threads_asked() -> int:
-    """Return how many threads torch has, or had before `one_thread`: for threads that we end."""
-    return max(torch.get_num_threads(), getattr(_asked, "threads", 1))
 
 
 def threads_for(work: float) -> Any:

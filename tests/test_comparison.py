@@ -170,20 +170,6 @@ def test_higher_accuracy_is_better():
     assert table.loc["ours", "best"] == "best"
 
 
-def test_methods_with_the_same_scores_are_tied():
-    scores = pd.DataFrame(
-        {
-            "repeat": 0,
-            "n_shots": 0,
-            "task": ["a", "b"] * 2,
-            "method": ["ours"] * 2 + ["other"] * 2,
-            "rmse": [0.9, 0.8] * 2,
-            "fit_seconds": 1.0,
-        }
-    )
-    assert sorted(summarize_comparison(scores, "ours")["best"]) == ["best", "tied"]
-
-
 def test_summary_of_a_method_without_scores_is_refused():
     scores = pd.DataFrame({"method": ["ours"], "n_shots": 5, "task": 0, "rmse": 1.0})
     with pytest.raises(ValueError, match=r"no scores of 'our'.*Did you mean 'ours'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -457,3 +458,9 @@ def test_numpy_numbers_and_arrays_are_accepted_as_settings():
     tasks = SinusoidTasks(np.int64(3), amplitude=np.array([1.0, 2.0]), noise=np.float32(0.5))
     assert len(tasks.sample(np.int64(2))) == 2
     assert tasks.amplitude == (1.0, 2.0)
+
+
+def test_frames_without_pandas_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'sklearn-maml\[compare\]'"):
+        load_x264(as_frame=True)

@@ -154,6 +154,12 @@ def test_rows_of_one_task_need_no_ids(named, tmp_path):
         MAMLRegressor.load(tmp_path / "model").score(X, Y)
 
 
+def test_options_of_predict_are_given_by_name(named):
+    reg = copy.copy(named).adapt(X[:4], Y[:4])
+    with pytest.raises(TypeError, match=r"groups is True.*predict\(X, return_std=True\)"):
+        reg.predict(X, True)
+
+
 # -- places in a list ----------------------------------------------------------------------------
 
 

@@ -1004,29 +1004,6 @@ def test_an_engine_shared_by_threads_gives_the_bits_of_one(monkeypatch):
             assert_bits(grads, expected[alpha])
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_fits_divide_their_tasks_among_the_threads_that_were_asked_for(
-    n_threads, climbing, monkeypatch
-):
-    """A fit limits torch to one thread, since torch's outlive it; the kernels end theirs."""
-    asked, before = [], torch.get_num_threads()
-    start = native.Kernel.__init__
-
-    def made(self, layout, classification, dtype, n_threads=1):
-        asked.append(n_threads)
-        start(self, layout, classification, dtype, n_threads)
-
-    monkeypatch.setattr(native.Kernel, "__init__", made)
-    torch.set_num_threads(n_threads)
-    try:
-        fit(max_iter=60).adapt(X_ALL, Y_ALL, groups=GROUPS).predict(X_ALL, groups=GROUPS)
-        assert torch.get_num_threads() == n_threads
-    finally:
-        torch.set_num_threads(before)
-    assert len(asked) > 1
-    assert set(asked) == {n_threads}
-
-
 def test_classifiers_climb_too(climbing):
     labels = np.tile([0, 1], 72)
     options = {

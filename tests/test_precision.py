@@ -175,7 +175,7 @@ def test_recorded_steps_are_captured_as_cuda_graphs(monkeypatch):
     reg = fitted(X32, Y32, **long)
     assert made
     # the same fit without a record
-    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (10**9, 3))
+    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (10**9, 3, 10**9, 1))
     plain = fitted(X32, Y32, **long)
     for a, b in zip(reg.module_.parameters(), plain.module_.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)

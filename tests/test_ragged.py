@@ -10,7 +10,6 @@ import sklearn
 import torch
 from builders import has_kernels, make_batch, make_engine, make_meta_params, make_mlp
 from scipy.stats import chi2
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from torch import nn
 
@@ -193,21 +192,6 @@ def test_a_search_goes_through():
     ):
         search.fit(X, Y, groups=G)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
-
-
-def test_a_metric_that_single_rows_have_not_is_a_mean_over_the_other_tasks(reg):
-    with pytest.warns(SmallTaskWarning):
-        scores = task_scores(reg, X, Y, groups=G + 100, scoring="r2", n_shots=3)
-    few = np.array(SIZES) <= 4
-    np.testing.assert_array_equal(np.isnan(scores.after), few)
-    scorer = task_scorer("r2", n_shots=3, average="macro")
-    with (
-        pytest.warns(SmallTaskWarning),
-        pytest.warns(UndefinedMetricWarning, match=r"r2 is not defined for 8 of 15 tasks") as w,
-    ):
-        found = scorer(reg, X, Y, groups=G + 100)
-    assert found == pytest.approx(scores.after[~few].mean())
-    assert w[-1].filename == __file__
 
 
 def test_the_old_name_of_the_warning_works():

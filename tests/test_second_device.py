@@ -567,7 +567,7 @@ def test_ragged_blocks_move_their_positions_and_weights_at_once(make):
 
 def test_validation_is_read_once_an_epoch(monkeypatch):
     monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
-    short, long = (counts_of(n, early_stopping=True, n_iter_no_change=99) for n in (5, 7))
+    short, long = (counts_of(n, early_stopping=True, n_iter_no_change=9999) for n in (5, 7))
     assert long.to_host - short.to_host == 2
     assert long.synchronisations == short.synchronisations
 
@@ -972,7 +972,7 @@ LONG = {"max_iter": 8, "n_shots": 5, "n_queries": 5}
 @pytest.fixture
 def traces(monkeypatch):
     """Trace a step at once, and count what is traced and captured."""
-    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (1, 2))
+    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (1, 2, 10**9, 1))
     made = []
     original = graphs.CudaGraph.__init__
 

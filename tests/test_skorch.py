@@ -175,7 +175,7 @@ WILD = {"beta": 0.3, "beta_decay": 0.0, "optimizer": "adam", "max_grad_norm": No
 def test_the_parameters_kept_are_those_best_on_the_held_out_tasks(early_stopping):
     spy = Spy()
     reg = regressor(
-        max_iter=500, early_stopping=early_stopping, n_iter_no_change=3, callbacks=[spy], **WILD
+        max_iter=500, early_stopping=early_stopping, n_iter_no_change=150, callbacks=[spy], **WILD
     )
     reg.fit(X, Y, groups=G)
     losses = column(reg, "valid_loss")
@@ -199,14 +199,19 @@ def test_without_held_out_tasks_the_last_parameters_are_kept():
         assert torch.equal(value, spy.updates[-1][name])
 
 
-def test_n_iter_no_change_is_the_number_of_epochs_waited_for():
+def test_n_iter_no_change_is_the_number_of_updates_waited_for():
     lengths = []
-    for wait in (1, 4):
+    for wait, epochs in ((1, 1), (50, 1), (51, 2), (200, 4)):
         reg = regressor(early_stopping=True, n_iter_no_change=wait, max_iter=600, **WILD)
         losses = column(reg.fit(X, Y, groups=G), "valid_loss")
         lengths.append(len(losses))
-        assert len(losses) - 1 - int(np.argmin(losses)) == wait
-    assert lengths[0] < lengths[1] < 12
+        assert len(losses) - 1 - int(np.argmin(losses)) == epochs
+    assert lengths[0] == lengths[1] < lengths[3] < 12
+
+
+def test_early_stopping_stops_at_its_defaults():
+    reg = regressor(early_stopping=True, max_iter=1000, **WILD).fit(X, Y, groups=G)
+    assert reg.n_iter_ < 1000
 
 
 # --- beta and its decay
@@ -450,9 +455,10 @@ def test_gradient_norm_clipping_survives_a_skipped_update():
     assert all(torch.isfinite(p).all() for p in reg.module_.parameters())
 
 
-def test_freezer_callback_keeps_parameters_where_they_are():
+@pytest.mark.parametrize("pattern", ["0.*", "module.0.*"])
+def test_freezer_callback_keeps_parameters_where_they_are(pattern):
     spy = Spy()
-    reg = regressor(callbacks=[Freezer("module.0.*"), spy], max_iter=20).fit(X, Y, groups=G)
+    reg = regressor(callbacks=[Freezer(pattern), spy], max_iter=20).fit(X, Y, groups=G)
     for name in ("0.weight", "0.bias"):
         assert torch.equal(spy.updates[-1][name], spy.start[name])
     for name in ("2.weight", "2.bias"):
@@ -593,11 +599,12 @@ def test_the_rate_of_the_optimiser_takes_the_place_of_beta(beta_decay):
     np.testing.assert_allclose(spy.rates, other.rates, rtol=1e-9)
 
 
+@pytest.mark.parametrize("pattern", ["0.*", "module.0.*"])
 @pytest.mark.parametrize("beta_decay", [0.0, 0.5])
-def test_parameter_groups_keep_rates_of_their_own(beta_decay):
+def test_parameter_groups_keep_rates_of_their_own(beta_decay, pattern):
     spy = Spy()
     regressor(
-        optimizer__param_groups=[("module.0.*", {"lr": 0.0})],
+        optimizer__param_groups=[(pattern, {"lr": 0.0})],
         beta=0.01,
         beta_decay=beta_decay,
         max_iter=20,

@@ -28,7 +28,6 @@ REBUILT = {
     "inspection",
     "learners",
     "meta_gradients",
-    "native",
     "targets",
     "training",
     "update_rules",

@@ -42,7 +42,13 @@ def _finish(
     """Give the arrays of `bunch` the form that the caller asked for."""
     if as_frame:
         # Optional dependency: needed for nothing but this.
-        import pandas as pd
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "as_frame=True gives pandas data frames, and pandas is not installed. Install it "
+                "with pip install 'sklearn-maml[compare]', or use as_frame=False."
+            ) from error
 
         data = pd.DataFrame(bunch.data, columns=bunch.feature_names)
         groups = pd.Series(bunch.groups, name="task")

@@ -13,8 +13,11 @@ from sklearn_maml.modules import ContextMLP
 
 __all__ = [
     "ELEMENTWISE",
+    "attends",
     "has_dropout",
+    "is_recurrent",
     "is_row_wise",
+    "is_spatial",
     "is_stackable",
     "mixes_rows",
     "private_copy",
@@ -32,6 +35,8 @@ ROW_WISE = (
     nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.Embedding,
     nn.InstanceNorm1d, nn.InstanceNorm2d,
 )  # fmt: skip
+
+RECURRENT = (nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
 def _leaf_modules(module: nn.Module) -> Iterable[nn.Module]:
@@ -69,6 +74,26 @@ def mixes_rows(module: nn.Module) -> bool:
 def has_dropout(module: nn.Module) -> bool:
     """Whether the module has dropout layers."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.modules())
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether the module has convolutions."""
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether the module has recurrent layers.
+
+    torch's add to products of their weights in place, which vmap can do only if the weights differ
+    between tasks.
+    """
+    return any(isinstance(m, RECURRENT) for m in module.modules())
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether the module is known to use attention."""
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return any(isinstance(m, kinds) for m in module.modules())
 
 
 def is_stackable(module: nn.Module) -> bool:

@@ -116,10 +116,10 @@ def replace_batch_norms(module: nn.Module) -> tuple[nn.Module, list[str]]:
             left.append(name)
         else:
             new[m] = TaskBatchNorm.of(m)
-    for path, m in list(module.named_modules(remove_duplicate=False)):
-        if path and m in new:
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, new[m])
+    for m in list(module.modules()):
+        for name, child in m._modules.items():
+            if child in new:
+                m._modules[name] = new[child]
     return new.get(module, module), left
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine.architecture import mixes_rows
+from sklearn_maml.engine.architecture import is_spatial, mixes_rows
 from sklearn_maml.engine.batch_norm import explaining_one_value, support_statistics
 from sklearn_maml.engine.forward import for_prediction, tf32
 from sklearn_maml.engine.ladder import Ladder, begin_with
@@ -35,10 +35,10 @@ from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step, check_batch_
 from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
 from sklearn_maml.inner import fit_outputs, mean_loss
-from sklearn_maml.meta_gradients import SecondOrder, prepares_positions
+from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
-from sklearn_maml.update_rules import SGD
+from sklearn_maml.update_rules import SGD, UpdateRule
 
 __all__ = ["Engine", "restore_diverged"]
 
@@ -50,32 +50,56 @@ class Engine:
     ----------
     module : Module
         Its structure is copied; parameters are always passed as dicts.
-    rung : str
-        How tasks are batched. "auto" starts on the fastest rung that works at once, and climbs
-        where the updates to come repay it (see `expect`). The name of a rung makes that the
-        fastest one, ready from the start.
+    row_loss : callable (output, y) -> losses of the rows
+    rule : UpdateRule
+    meta_gradient : MetaGradient
+    adapted : sequence of str
+        Names of the parameters that adapt.
+    rung : {"auto", "loop", "vmap", "stacked", "traced", "native"}
+        How tasks are batched. "auto" starts on the fastest that works at once, and climbs to
+        "traced" or "native" where the updates to come repay it (see `expect`). "traced" and
+        "native" are ready from the start.
+    checkpoint_steps : bool
+        Whether second-order meta-gradients compute the graph of each inner step anew.
     max_tasks_in_memory : int or None
         Largest number of tasks that `meta_step` and `evaluate` run at once; the compiled kernels
         run one at a time (and thread) anyway.
-    **asked : dict
-        What else is asked, see `Spec`.
+    precision : {"full", "tf32", "bf16"}
+        Numbers of the layers' matrix products.
+    batch_norm : {"inductive", "transductive"}
+        Statistics that batch norm normalises query rows with, in meta-training and predictions:
+        those of the task's support set, or those of its query rows.
 
     Attributes
     ----------
     spec : Spec
     ladder : Ladder
-    memory : Memory
     """
 
     def __init__(
         self,
         module: nn.Module,
         *,
+        row_loss: Callable[[Tensor, Tensor], Tensor],
+        rule: UpdateRule,
+        meta_gradient: MetaGradient,
+        adapted: Sequence[str],
         rung: str = "auto",
+        checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
-        **asked: Any,
+        precision: str = "full",
+        batch_norm: str = "inductive",
     ) -> None:
-        self.spec = Spec(module, **asked)
+        self.spec = Spec(
+            module,
+            row_loss=row_loss,
+            rule=rule,
+            meta_gradient=meta_gradient,
+            adapted=adapted,
+            checkpoint_steps=checkpoint_steps,
+            precision=precision,
+            batch_norm=batch_norm,
+        )
         self.ladder = Ladder(self.spec, rung)
         self.memory = Memory(max_tasks_in_memory)
         # what other rungs run without padding
@@ -182,9 +206,8 @@ class Engine:
         """
         if not self.spec.on_cpu:
             return tf32(self.spec.precision == "tf32")
-        spatial = any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules())
         work = n_rows * sum(p.numel() for p in self.module.parameters())
-        return several_threads() if spatial else threads_for(work)
+        return several_threads() if is_spatial(self.module) else threads_for(work)
 
     # -- the entry points --------------------------------------------------------------------------
 

@@ -16,14 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.episodes import Rows
+from sklearn_maml.engine.architecture import attends, is_recurrent
 from sklearn_maml.engine.batch_norm import replace_batch_norms, run_on_query
 from sklearn_maml.inner.problem import LossOfQuery
 from sklearn_maml.theta import Params
 
 __all__ = ["ModuleForward", "for_prediction", "rounded", "tf32"]
-
-ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-RECURRENT = (nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
 class ModuleForward:
@@ -58,10 +56,8 @@ class ModuleForward:
         self.precision = precision
         self.uses_support = uses_support
         self.head = head
-        self.attends = any(isinstance(m, ATTENTION) for m in module.modules())
-        # torch's recurrent layers add to products of their weights in place, which vmap can do
-        # only if the weights differ between tasks
-        self.per_task = any(isinstance(m, RECURRENT) for m in module.modules())
+        self.attends = attends(module)
+        self.per_task = is_recurrent(module)
 
     def __call__(self, params: Params, X: Tensor) -> Tensor:
         """See `Forward`."""

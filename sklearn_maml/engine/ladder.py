@@ -68,8 +68,7 @@ class Ladder:
                 climbed.append(self.top)
         self.base = base
         self._waiting = [rung for rung in climbed if not rung.ready]
-        tracers = [rung.tracer for rung in climbed if isinstance(rung, Traced)]
-        self._tracer = tracers[0] if tracers else Tracer()
+        self._tracer = next((r.tracer for r in climbed if isinstance(r, Traced)), Tracer())
         if asked != "auto":
             found = next((r for r in self.top.chain() if r.name == asked), None)
             if found is None:

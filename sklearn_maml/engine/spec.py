@@ -31,23 +31,7 @@ Buffers = dict[str, Tensor]
 
 
 class Spec:
-    """What is asked of an engine.
-
-    Parameters
-    ----------
-    module : Module
-    row_loss : callable (output, y) -> losses of the rows
-    rule : UpdateRule
-    meta_gradient : MetaGradient
-    adapted : sequence of str
-        Names of the parameters that adapt.
-    checkpoint_steps : bool
-        Whether second-order meta-gradients compute the graph of each inner step anew.
-    precision : {"full", "tf32", "bf16"}
-        Numbers of the layers' matrix products.
-    batch_norm : {"inductive", "transductive"}
-        Statistics that batch norm normalises query rows with, in meta-training and predictions:
-        those of the task's support set, or those of its query rows.
+    """What is asked of an engine: see `Engine` for the parameters.
 
     Attributes
     ----------
@@ -60,6 +44,8 @@ class Spec:
         Names of the batch-norm layers.
     head : str or None
         Name of the layer that a rule in closed form solves for.
+    random : bool
+        Whether the module may draw random numbers.
     """
 
     def __init__(
@@ -82,6 +68,7 @@ class Spec:
         self.checkpoint_steps = checkpoint_steps
         self.precision = precision
         self.batch_norm = check_batch_norm(batch_norm)
+        self.random = not self.pads or has_dropout(module)
         self.norms = [n for n, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         frozen = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
         self.parts = Parts(frozenset(adapted), frozen)
@@ -144,11 +131,6 @@ class Spec:
     def uses_support(self) -> bool:
         """Whether query rows are normalised with the statistics of the support set."""
         return bool(self.norms) and self.batch_norm == "inductive"
-
-    @property
-    def random(self) -> bool:
-        """Whether the module may draw random numbers."""
-        return not self.pads or has_dropout(self.module)
 
     @property
     def device(self) -> torch.device:

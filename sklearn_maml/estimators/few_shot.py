@@ -61,7 +61,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (n_support, n_features)
-            Support rows; none, with a prior, for predictions of the population of its tasks.
+            Support rows.
         y : array-like of shape (n_support,) or (n_support, n_outputs)
             Their targets.
         sample_weight : array-like of shape (n_support,), default=None
@@ -333,7 +333,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         Parameters
         ----------
         X : array-like of shape (n_support, n_features)
-            Support rows; none, with a prior, for predictions of the population of its tasks.
+            Support rows.
         y : array-like of shape (n_support,)
             Their labels.
         sample_weight : array-like of shape (n_support,), default=None

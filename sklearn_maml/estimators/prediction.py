@@ -37,6 +37,11 @@ class Predicting(Adapting):
         """Validate query rows; return the task of each and how to shape the answer like X."""
         check_is_fitted(self)
         refuse_graphs(X=X, groups=groups)
+        if isinstance(groups, (bool, np.bool_)):
+            raise TypeError(
+                f"groups is {groups}: the second argument of predict is the task id of each row. "
+                "Give options by name, as in predict(X, return_std=True)."
+            )
         X = as_frame(X)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"

@@ -101,13 +101,14 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
-        `n_iter_no_change` epochs, and keeps the parameters that were best on them. "auto" does
+        `n_iter_no_change` updates, and keeps the parameters that were best on them. "auto" does
         the same without stopping, where there are at least 10 tasks. False uses all tasks for
         meta-training and keeps the last parameters.
     validation_fraction : float, default=0.15
         Fraction of the tasks to hold out.
-    n_iter_no_change : int, default=20
-        Epochs, of 50 meta-updates each, without improvement before an early stop.
+    n_iter_no_change : int, default=250
+        Meta-updates without improvement before an early stop; held-out tasks are looked at every 50
+        of them.
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
         training rows, for a `loss` that allows it. Predictions are in the units of y. If False,
@@ -277,7 +278,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         max_iter: int = 1000,
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
-        n_iter_no_change: int = 20,
+        n_iter_no_change: int = 250,
         normalize_y: bool = True,
         center_y: bool = False,
         optimizer: Any = "adam",

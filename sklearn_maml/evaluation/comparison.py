@@ -381,7 +381,7 @@ def summarize_comparison(scores: Any, estimator: str) -> Any:
         best = (sign * part[metric]).idxmin()
         behind = wide.sub(wide[best], axis=0)
         error = behind.std(ddof=1) / math.sqrt(n)
-        tied = (behind.mean().abs() < 2 * error) | (behind == 0).all()  # or the same
+        tied = behind.mean().abs() < 2 * error
         part["best"] = np.where(tied.reindex(part.index), "tied", "")
         part.loc[best, "best"] = "best"
         part = part.sort_values(metric, ascending=sign > 0, kind="stable")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
@@ -17,7 +15,6 @@ from sklearn_maml.evaluation.scoring import (
     check_counts,
     default_scoring,
     find_scorer,
-    score_each,
     score_tasks,
 )
 
@@ -126,17 +123,11 @@ class TaskScorer:
         if self.average == "micro":
             every = np.ones(len(scored.rows), dtype=bool)
             return float(apply_scorer(scorer, maml, scored, scored.states[0], every))
-        scores = score_each(scorer, maml, scored, scored.states[0])
-        defined = ~np.isnan(scores)
-        if not defined.all():
-            warnings.warn(
-                f"{self.scoring} is not defined for {(~defined).sum()} of {len(scores)} tasks, "
-                "whose query rows are too few, or of one class: they are left out of the mean. "
-                "Use average='micro', or another metric.",
-                UndefinedMetricWarning,
-                stacklevel=2,
-            )
-        return float(np.mean(scores[defined])) if defined.any() else np.nan
+        scores = [
+            apply_scorer(scorer, maml, scored, scored.states[0], scored.task[scored.codes] == task)
+            for task in range(scored.tasks.n_tasks)
+        ]
+        return float(np.mean(scores))
 
 
 def task_scores(
@@ -172,9 +163,8 @@ def task_scores(
     Returns
     -------
     scores : Bunch
-        Arrays of shape (n_tasks,): `task` (ids), `before` and `after` (scores; NaN where the metric
-        is not defined, as R² of one row), `n_queries` (query rows over all splits). A data frame of
-        it is ``pandas.DataFrame(scores)``.
+        Arrays of shape (n_tasks,): `task` (ids), `before` and `after` (scores), `n_queries` (query
+        rows over all splits). A data frame of it is ``pandas.DataFrame(scores)``.
 
     Examples
     --------
@@ -187,10 +177,15 @@ def task_scores(
     """
     maml, scored = score_tasks(estimator, X, y, groups, n_shots, n_repeats, random_state, (0, None))
     scorer = find_scorer(default_scoring(maml) if scoring is None else scoring)
-    before, after = (score_each(scorer, maml, scored, state) for state in scored.states)
+    of_task = scored.task[scored.codes]
+    masks = [of_task == task for task in range(scored.tasks.n_tasks)]
+    before, after = (
+        np.array([apply_scorer(scorer, maml, scored, state, mask) for mask in masks])
+        for state in scored.states
+    )
     return Bunch(
         task=scored.tasks.ids,
         before=before,
         after=after,
-        n_queries=np.bincount(scored.task[scored.codes], minlength=scored.tasks.n_tasks),
+        n_queries=np.array([mask.sum() for mask in masks]),
     )

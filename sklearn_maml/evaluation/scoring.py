@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import d2_log_loss_score, get_scorer, log_loss
 from sklearn.utils.validation import check_is_fitted
 
@@ -104,19 +102,6 @@ def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarr
     kind = _ClassPredictor if is_classifier(maml) else _Predictor
     score: float = scorer(kind(maml, state, codes, local), X, y)
     return score
-
-
-def score_each(scorer: Any, maml: Any, scored: Any, state: Any) -> np.ndarray:
-    """Apply a scorer to each task (n_tasks,); NaN where it is not defined."""
-    of_task = scored.task[scored.codes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)
-        return np.array(
-            [
-                apply_scorer(scorer, maml, scored, state, of_task == task)
-                for task in range(scored.tasks.n_tasks)
-            ]
-        )
 
 
 class _Predictor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,34 @@ from sklearn_maml.theta import Params
 __all__ = ["Autograd", "Differentiator", "Functorch"]
 
 LossFunction = Callable[[Params], Tensor]
+
+
+class Differentiator(Protocol):
+    """A way to differentiate functions of a dict of parameters."""
+
+    def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
+        """Gradient of a scalar loss at `params`."""
+
+    def value_and_grad(
+        self, function: Callable[..., tuple[Tensor, Any]], *params: Params
+    ) -> tuple[list[Params], tuple[Tensor, Any]]:
+        """Gradients, by each argument, of the first output of `function`, and its outputs."""
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product of `cotangents` with the Jacobian of `function` at `inputs`."""
+
+    def pull_back(
+        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
+
+    def cut(self, params: Params) -> Params:
+        """Parameters cut from the graph, ready to be differentiated again."""
 
 
 class Autograd:
@@ -42,6 +70,26 @@ class Autograd:
 
     def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
         return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(leaves)
+        pairs = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in inputs]
+        outputs, cotangents = map(list, zip(*pairs, strict=True))
+        return list(
+            torch.autograd.grad(
+                outputs, leaves, cotangents, allow_unused=True, materialize_grads=True
+            )
+        )
 
     def pull_back(
         self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
@@ -93,6 +141,17 @@ class Functorch:
         grads, outputs = torch.func.grad_and_value(function, by_all, has_aux=True)(*params)
         return list(grads), outputs
 
+    def vjp(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+    ) -> list[Tensor]:
+        """Product with the Jacobian; inputs that play no part get zeros."""
+        pull_back: Any = torch.func.vjp(function, inputs)[1]
+        with torch.no_grad():  # else it builds the graph of a further derivative
+            return list(pull_back(cotangents)[0])
+
     def pull_back(
         self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
     ) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -108,6 +167,3 @@ class Functorch:
     def cut(self, params: Params) -> Params:
         """Detached tensors; `torch.func` needs no leaves."""
         return {name: p.detach() for name, p in params.items()}
-
-
-Differentiator = Autograd | Functorch

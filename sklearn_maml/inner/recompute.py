@@ -91,7 +91,7 @@ class RecomputedSteps(InnerProblem):
             fast = self.start(dict(zip(params, meta, strict=True))).fast
             return [*fast.values(), *_split_state(self.rule.start(fast))[0]]
 
-        of_start = self.differentiator.pull_back(begin, list(params.values()))(cotangents)
+        of_start = self.differentiator.vjp(begin, list(params.values()), cotangents)
         total = {n: grads[n] + g for n, g in zip(params, of_start, strict=True)}
         return total, outputs
 
@@ -141,7 +141,7 @@ class RecomputedSteps(InnerProblem):
             return [*(new[name] for name in fast), *_split_state(new_state)[0]]
 
         inputs = [*fast.values(), *carried, *(meta[name] for name in seen)]
-        grads = self.differentiator.pull_back(step, inputs)(cotangents)
+        grads = self.differentiator.vjp(step, inputs, cotangents)
         return grads[:n_own], grads[n_own:]
 
     # -- random numbers --------------------------------------------------------------------------

@@ -25,7 +25,7 @@ COUNTERS = (
     "first_update_",
     "non_finite_",
     "best_loss_",
-    "epochs_without_gain_",
+    "best_update_",
     "interrupted_",
 )
 # parameters that the numbers of a fit do not depend on, and the seed, which is compared itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,6 +187,30 @@ class MetaNet(NeuralNet):
                     del group[name]
                 group.update(own)
 
+    def get_all_learnable_params(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters, for callbacks, by their names here and by those in `module_`.
+
+        The `module_` of an estimator, whose names its user sees, is a part of that of the net.
+        """
+        named = list(super().get_all_learnable_params())
+        names = {name for name, _ in named}
+        yield from named
+        for name, p in self.module_.network.named_parameters():
+            if name not in names:
+                yield name, p
+
+    def get_params_for_optimizer(self, prefix: str, named_parameters: Any) -> Any:
+        """Arguments of an optimiser; patterns of its groups are for either of the names."""
+        groups = self.get_params_for(prefix).get("param_groups", [])
+        own = [pattern for pattern, options in groups if not options.get("of_head")]
+        chosen: dict[int, tuple[str, Tensor]] = {}
+        for name, p in named_parameters:
+            known = chosen.setdefault(id(p), (name, p))[0]
+            matches = any(fnmatch.fnmatch(name, pattern) for pattern in own)
+            if matches and not any(fnmatch.fnmatch(known, pattern) for pattern in own):
+                chosen[id(p)] = name, p
+        return super().get_params_for_optimizer(prefix, list(chosen.values()))
+
     # -- steps -----------------------------------------------------------------------------------
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
@@ -216,7 +241,7 @@ class MetaNet(NeuralNet):
         self.non_finite_ = 0
         self.best_loss_ = math.inf
         self.best_state_: dict[str, Tensor] | None = None
-        self.epochs_without_gain_ = 0
+        self.best_update_ = self.update_
         self.interrupted_ = False
         if self.checkpoint is not None and self.checkpoint.is_complete:
             self.checkpoint.take_result(self)
@@ -353,15 +378,16 @@ class MetaNet(NeuralNet):
             self.best_loss_ = loss
             if self.parts_ is None:
                 self.best_state_ = copy.deepcopy(self.module_.state_dict())
-            self.epochs_without_gain_ = 0
-        else:
-            self.epochs_without_gain_ += 1
+            self.best_update_ = self.update_
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Tell the callbacks; afterwards keep the best parameters and stop early."""
         if method_name in ("on_batch_begin", "on_batch_end", "on_grad_computed"):
+            methods = self.listeners_.of(self, method_name)
+            if methods and method_name == "on_grad_computed":  # a norm counts each of them once
+                cb_kwargs["named_parameters"] = list(super().get_all_learnable_params())
             getattr(self, method_name)(self, **cb_kwargs)
-            for method in self.listeners_.of(self, method_name):
+            for method in methods:
                 method(self, **cb_kwargs)
             return
         super().notify(method_name, **cb_kwargs)
@@ -370,7 +396,8 @@ class MetaNet(NeuralNet):
         if method_name == "on_epoch_end":
             self.track_best()
             asked = self.epoch_hooks is not None and self.epoch_hooks.end_epoch()
-            if asked or (self.patience is not None and self.epochs_without_gain_ >= self.patience):
+            waited = self.update_ - self.best_update_
+            if asked or (self.patience is not None and waited >= self.patience):
                 raise StopTraining
             if self.parts_ is not None and self.parts_.is_done(self):
                 raise StopTraining
