@@ -120,6 +120,7 @@ $(VENV)/.docs-installed: $(STAMP)
 bench: $(STAMP) ## run the benchmarks, in about five minutes; ARGS go to benchmarks/run.py
 	@$(BIN)/python benchmarks/run.py --seconds 30 $(ARGS)
 	@$(BIN)/python benchmarks/cost.py --seconds 20 --turns 3
+	@$(BIN)/python benchmarks/peers.py --seconds 7
 	@$(BIN)/python benchmarks/whole_process.py --imports --turns 3
 	@$(BIN)/python benchmarks/whole_process.py --cells W1:100,W1:1000 --turns 3
 

@@ -1,12 +1,10 @@
 """The first benchmarks of `make bench`; `cost.py` and `whole_process.py` are the others.
 
-    python benchmarks/run.py [--seconds 60] [--peers FOLDER]
+    python benchmarks/run.py [--seconds 60]
 
 1. A meta-step of the library, as `fit` runs it, against a plain loop over tasks in torch.
 2. Adapting to 1,000 new tasks and predicting: one batched call against one call for each task.
 3. Whole fits on sinusoids: where the time goes.
-4. With --peers, rival libraries, as far as they are installed: FOLDER holds the harness of
-   `benchmarks/peers_ours.py`.
 
 Times are of the CPU (one thread), which other load on the machine disturbs least; what is compared
 takes turns, and a ratio is the median over the turns. See RESULTS.md for what was measured.
@@ -16,16 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -418,35 +412,10 @@ def whole_fit(updates: int, settings: dict[str, Any], label: str) -> None:
     print(f"  outside the meta-steps: {100 * (total - step.total) / total:.1f} %", flush=True)
 
 
-def peers(folder: Path | None) -> None:
-    """Part 4."""
-    installed = [
-        name
-        for name, module in (("jax", "jax"), ("l2l", "learn2learn"))
-        if importlib.util.find_spec(module) is not None
-    ]
-    if not installed or folder is None:
-        missing = "neither jax nor learn2learn is installed" if not installed else "no --peers"
-        print(f"\nOther libraries: skipped ({missing}); see benchmarks/RESULTS.md")
-        return
-    here = str(Path(__file__).resolve().parent)
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    print("\nOther libraries: ratios to jax and learn2learn (l2l), as far as installed", flush=True)
-    subprocess.run(
-        [
-            *(sys.executable, str(folder / "bench.py"), "--extra", "peers_ours", "--rounds", "5"),
-            *("--workload", "W1,W1_s5,W2", "--impl", ",".join(["ours", *installed])),
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        check=True,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of CPU, for each of parts 1, 2")
     parser.add_argument("--updates", type=int, default=2000, help="of each fit in part 3")
-    parser.add_argument("--peers", type=Path, help="folder of the harness for other libraries")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(
@@ -457,7 +426,6 @@ def main() -> None:
     many_tasks(args.seconds)
     for label, settings in FITS.items():
         whole_fit(args.updates, settings, label)
-    peers(args.peers)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def run_jax(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> f
     return float(np.mean([float(v) for v in losses[-max(1, updates // 10) :]]))
 
 
+@functools.cache
 def learn2learn_maml() -> Any:
     """Return its MAML class alone: the package's own imports want gym and torchvision."""
     spec = importlib.util.find_spec("learn2learn")
