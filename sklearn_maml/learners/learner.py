@@ -76,7 +76,8 @@ class Learner(BaseEstimator, ABC):
         support, query : Rows
             `X` is of shape (n_tasks, n_rows, ...), `y` (n_tasks, n_rows, n_outputs) or, of
             classes, (n_tasks, n_rows). `weight` (n_tasks, n_rows) is 0 for padding, or None where
-            there is none. The targets of `query` are not to be used.
+            there is none; all weights of a task without support rows are 0. The targets of `query`
+            are not to be used.
 
         Returns
         -------
