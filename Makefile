@@ -162,8 +162,18 @@ sanitize: $(STAMP) ## run the tests of the kernels under ASan and UBSan
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=1 \
 	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py $(ARGS)
 
+# Needs nothing of .venv: what is released is built from the sources alone.
+.PHONY: dist
+dist: ## build the source distribution and a wheel into dist, and check them
+	@$(PYTHON) -m venv $(VENV)-dist
+	@$(VENV)-dist/bin/python -m pip install -qq --disable-pip-version-check build twine auditwheel
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/twine check --strict dist/*
+	if [ "$$(uname)" = Linux ]; then $(VENV)-dist/bin/auditwheel show dist/*.whl; fi
+
 .PHONY: clean
 clean: ## remove caches, builds and environments
-	rm -rf $(VENV) $(VENV)-min $(VENV)-latest build dist *.egg-info sklearn_maml/native/*.so .coverage .coverage.* htmlcov \
+	rm -rf $(VENV) $(VENV)-min $(VENV)-latest $(VENV)-dist build dist *.egg-info sklearn_maml/native/*.so .coverage .coverage.* htmlcov \
 	  .pytest_cache .ruff_cache .mypy_cache docs/_build docs/auto_examples docs/generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

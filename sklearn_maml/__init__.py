@@ -22,6 +22,7 @@ with collection_paused():
     from sklearn_maml.inspection import class_permutation_audit
     from sklearn_maml.persistence import load, save
     from sklearn_maml.training.checkpoint import Checkpoint
+    from sklearn_maml.versions import show_versions
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "register_container",
     "save",
+    "show_versions",
     "task_cross_val_predict",
     "task_scorer",
     "task_scores",

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import sklearn_maml
+from sklearn_maml import native
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "sklearn_maml" / "datasets" / "data"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the repository"),
-]
+builds = pytest.mark.slow  # some seconds each
 
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])('out'))"
 USE = """
@@ -88,6 +92,7 @@ def use(wheel, folder):
     return levels, warned
 
 
+@builds
 def test_the_source_distribution_is_whole(released):
     for name in (
         "CHANGELOG.md",
@@ -100,6 +105,8 @@ def test_the_source_distribution_is_whole(released):
         "sklearn_maml/native/elementary.h",
         "sklearn_maml/native/mlp.cpp",
         "sklearn_maml/py.typed",
+        "CITATION.cff",
+        "packaging/conda/meta.yaml",
         "tests/conftest.py",
         "tools/check_house.py",
     ):
@@ -107,6 +114,7 @@ def test_the_source_distribution_is_whole(released):
     assert not list(released.rglob("*.so"))
 
 
+@builds
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_the_wheel_serves_every_version_of_python_and_brings_its_kernels(released, tmp_path):
     wheel, said = build("wheel", released)
@@ -120,6 +128,7 @@ def test_the_wheel_serves_every_version_of_python_and_brings_its_kernels(release
     assert warned == []
 
 
+@builds
 def test_without_a_compiler_the_package_installs_and_says_so(released, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(released, source, ignore=shutil.ignore_patterns("build", "out"))
@@ -132,3 +141,47 @@ def test_without_a_compiler_the_package_installs_and_says_so(released, tmp_path)
     assert levels == []
     (message,) = warned
     assert "installed without them" in message
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sklearn_maml.__version__ == project["version"]
+    for name, pattern in (
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("packaging/conda/meta.yaml", r'set version = "(.*)" %'),
+        ("CHANGELOG.md", r"^## \[(\d.*?)\]"),
+    ):
+        found = re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
+        assert found, name
+        assert found[1] == project["version"], name
+
+
+def test_the_conda_recipe_asks_for_what_the_package_does():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    recipe = (ROOT / "packaging" / "conda" / "meta.yaml").read_text()
+    run_part = recipe[recipe.index("  run:") : recipe.index("test:")]
+    asked = {line.strip(" -").replace("pytorch ", "torch ") for line in run_part.splitlines()[1:]}
+    expected = {requirement.replace(">=", " >=") for requirement in project["dependencies"]}
+    assert asked - {""} == {*expected, f"python {project['requires-python']}"}
+    assert f"license: {project['license']}\n" in recipe
+    notices = [path.relative_to(ROOT).as_posix() for path in DATA.glob("LICENSE-*.txt")]
+    assert notices
+    assert all(f"- {notice}\n" in recipe for notice in notices)
+
+
+def test_show_versions_names_the_instruction_set(capsys, monkeypatch):
+    def kernels():
+        sklearn_maml.show_versions()
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["sklearn-maml"]
+        assert lines["torch"] == torch.__version__
+        return lines["kernels"]
+
+    names = native.instruction_sets()
+    if names:
+        monkeypatch.setenv(native.VARIABLE, names[0])
+        assert kernels() == f"{names[0]} ({', '.join(names)})"
+        monkeypatch.setenv(native.VARIABLE, "mmx")
+        assert "expected one of" in kernels()
+    monkeypatch.setattr(native, "_kernels", None)
+    assert kernels().startswith("none: the package was installed without them")

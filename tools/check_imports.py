@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"learners"},
     {"training"},
     {"model_files"},
-    {"persistence"},
+    {"persistence", "versions"},
     {"estimators"},
     {"few_shot", "datasets"},
     {"evaluation"},
