@@ -160,7 +160,7 @@ def test_only_ratios_of_weights_matter_however_large_or_small(center_y, scale):
 def test_weights_too_large_for_the_dtype_of_the_fit_are_refused(reg32):
     message = "sample_weight contains infinity or a value too large"
     refused(reg32, lambda: adapt(reg32, X, Y, sample_weight=np.full(36, 1e50)), message)
-    adapt(reg32, X, Y, sample_weight=np.full(36, 3e38))
+    adapt(reg32, X[:6], Y[:6], sample_weight=np.full(6, 3e38))
 
 
 @pytest.mark.parametrize("groups", [None, G])
