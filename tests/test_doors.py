@@ -12,7 +12,9 @@ import sklearn
 import torch
 from numpy.testing import assert_array_equal
 from scipy.sparse import csr_matrix
+from sklearn.ensemble import StackingRegressor
 from sklearn.inspection import permutation_importance
+from sklearn.linear_model import Ridge
 from sklearn.metrics import log_loss
 from sklearn.model_selection import (
     GridSearchCV,
@@ -331,3 +333,18 @@ def test_a_fit_goes_on_with_what_the_one_before_has_trained():
     reg.set_params(early_stopping="auto").fit(X, Y, groups=TASK)
     assert reg.learner_weights_ == {"gaussian-head": 1.0}
     assert reg.n_iter_ == 4
+
+
+# -- stacking ------------------------------------------------------------------------------------
+
+
+def test_a_stacking_of_models_with_a_task_column_predicts_unseen_tasks_in_its_folds():
+    column = MAMLRegressor(**SMALL, task_column="task", unseen_tasks="prior")
+    with sklearn.config_context(enable_metadata_routing=True):
+        stack = StackingRegressor([("maml", column)], final_estimator=Ridge(), cv=2)
+        stack.fit(FRAME, Y)
+    new, y = FRAME[TASK == 1].assign(task=99), Y[TASK == 1]
+    adapted = adapt(stack, new[:4], y[:4])
+    member = copy.copy(stack.estimators_[0]).adapt(new[:4], y[:4])
+    expected = stack.final_estimator_.predict(member.predict(new)[:, None])
+    np.testing.assert_allclose(adapted.predict(new), expected)
