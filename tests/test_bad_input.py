@@ -1082,7 +1082,7 @@ def test_a_diverging_task_leaves_the_others_intact():
         support = X.copy()
         support[G == 3] *= 1e80
         with pytest.warns(
-            NonFiniteStepWarning, match="diverged on 1 of 6 tasks.*Lower alpha"
+            NonFiniteStepWarning, match="diverged on 1 of 6 tasks.*lower alpha"
         ) as rec:
             reg.adapt(support, Y, groups=G)
         assert len(rec) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sklearn_maml.engine.architecture import ELEMENTWISE, has_dropout, is_row_wise
-from sklearn_maml.engine.engine import Engine, restore_diverged
+from sklearn_maml.engine.engine import Engine
 from sklearn_maml.engine.ladder import RUNGS, begin_with
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.spec import Adapted, MetaStep
@@ -22,6 +22,5 @@ __all__ = [
     "has_dropout",
     "is_row_wise",
     "rate_key",
-    "restore_diverged",
     "squared_error_rows",
 ]

@@ -33,14 +33,14 @@ from sklearn_maml.engine.pieces import (
 from sklearn_maml.engine.rungs.conv import Conv
 from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step, check_batch_norm
 from sklearn_maml.engine.tracing.tracer import Tracer
-from sklearn_maml.exceptions import EngineFallbackWarning, NonFiniteStepWarning
+from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.update_rules import SGD, UpdateRule
 
-__all__ = ["Engine", "restore_diverged"]
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -354,22 +354,3 @@ class Engine:
         module = copy.deepcopy(for_prediction(self.module, bool(statistics)))
         module.load_state_dict({**params, **statistics}, strict=False)
         return module
-
-
-def restore_diverged(adapted: Adapted, module: nn.Module, alpha: float) -> None:
-    """Give tasks whose adaptation is not finite the initialisation back, and say so."""
-    finite = torch.stack(
-        [torch.isfinite(p).flatten(1).all(1) for p in adapted.params.values()]
-    ).all(0)
-    diverged = torch.nonzero(~finite).flatten()
-    if not len(diverged):
-        return
-    initial = dict(module.named_parameters())
-    for name, p in adapted.params.items():
-        p[diverged] = initial[name].detach()
-    warnings.warn(
-        f"The inner steps diverged on {len(diverged)} of {len(finite)} tasks; their predictions "
-        f"are those of the initialisation. Lower alpha (now {alpha:g}) or adapt_steps.",
-        NonFiniteStepWarning,
-        stacklevel=5,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sklearn_maml.data.episodes import pad_rows
+from sklearn_maml.data.episodes import Rows, pad_rows
 from sklearn_maml.engine import Adapted as Parameters
-from sklearn_maml.engine import Engine, begin_with, restore_diverged
+from sklearn_maml.engine import Engine, begin_with
+from sklearn_maml.exceptions import NonFiniteStepWarning
+from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.learners.base import Adapted, Support, alike
 
 __all__ = ["AdaptedBySteps", "GradientSteps", "Running"]
 
 # rows of one task predicted at a time, and how many of them
 ROWS_AT_A_TIME, PIECES = 4096, 16
+# A task's loss is looked at where a parameter has moved by more than this part of the largest one:
+# looking at all tasks would cost as much as a step. Rates that are tried where it has not fallen.
+SUSPECT, SHORTER = 0.25, (0.1, 0.01)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class GradientSteps:
         engine = self.make_engine(begin_with(self.rung))
         engine.ladder.expect_tasks(len(sizes), int(sizes.max()), self.steps, self.rung)
         adapted: Parameters | None = None
-        finite: list[Tensor] = []
+        shortened = stopped = 0
         at_a_time = _chunk(engine, self.how)
         for chosen in alike(sizes, at_a_time):
             rows = pad_rows(
@@ -75,19 +81,71 @@ class GradientSteps:
                 sizes[chosen],
                 support.weight,
             )
+            rows = rows.to(self.how.device)
             with engine.threads(rows.X.shape[0] * rows.X.shape[1]):
-                part = engine.adapt(
-                    self.meta_params, rows.to(self.how.device), alpha=self.alpha, steps=self.steps
-                )
-            # a sum is not finite where a term is not; a closer look at all tasks costs more
-            finite += [p.sum().isfinite() for p in part.params.values()]
+                part = engine.adapt(self.meta_params, rows, alpha=self.alpha, steps=self.steps)
+                counts = self._tame(engine, part, rows)
+            shortened, stopped = shortened + counts[0], stopped + counts[1]
             # written to its place at once: of many tasks, two copies would not fit
             adapted = _place(part, adapted, chosen, support.n_tasks)
         assert adapted is not None
         self.rung = engine.ladder.remembered(self.rung)
-        if not bool(torch.stack(finite).all()):
-            restore_diverged(adapted, self.module, self.alpha)
+        if shortened or stopped:
+            warnings.warn(
+                f"The inner steps diverged on {shortened + stopped} of {support.n_tasks} tasks: "
+                f"the loss of their support sets did not fall. {shortened} took shorter steps, and "
+                f"the predictions of {stopped} are those of the initialisation. Look at these "
+                f"tasks' rows for outliers, or lower alpha (now {self.alpha:g}) or adapt_steps.",
+                NonFiniteStepWarning,
+                stacklevel=4,
+            )
         return AdaptedBySteps(engine, adapted, self.alpha)
+
+    def _tame(self, engine: Engine, part: Parameters, rows: Rows) -> tuple[int, int]:
+        """Shorten the steps of tasks whose loss has not fallen, in place.
+
+        Returns
+        -------
+        shortened, stopped : int
+            Tasks that took shorter steps, and that have the initialisation back.
+        """
+        initial = dict(self.module.named_parameters())
+        moved = torch.stack(
+            [(p - initial[n].detach()).abs().flatten(1).amax(1) for n, p in part.params.items()]
+        ).amax(0)
+        reach = max(float(initial[n].detach().abs().max()) for n in part.params)
+        suspects = torch.nonzero(~(moved <= SUSPECT * reach)).flatten()
+        if not len(suspects):
+            return 0, 0
+        some = rows.take(suspects.cpu().numpy())
+        start = engine.adapt(self.meta_params, some, alpha=self.alpha, steps=0)
+        before = self._losses(engine, start, some)
+        fails = ~(self._losses(engine, part.take(suspects.cpu().numpy()), some) <= before)
+        n_failed = int(fails.sum())
+        for factor in SHORTER:
+            if not bool(fails.any()):
+                break
+            again = engine.adapt(
+                self.meta_params, some, alpha=factor * self.alpha, steps=self.steps
+            )
+            works = fails & (self._losses(engine, again, some) <= before)
+            _replace(part, suspects[works], again, works)
+            fails = fails & ~works
+        _replace(part, suspects[fails], start, fails)
+        stopped = int(fails.sum())
+        return n_failed - stopped, stopped
+
+    def _losses(self, engine: Engine, parameters: Parameters, rows: Rows) -> Tensor:
+        """Losses (n_tasks,) of rows."""
+        outputs = engine.predict(parameters, rows, batch_norm=self.how.batch_norm)
+        losses = engine.spec.row_loss(fit_outputs(outputs, rows.y), rows.y)
+        return mean_loss(losses, rows.weight)
+
+
+def _replace(part: Parameters, where: Tensor, other: Parameters, which: Tensor) -> None:
+    for to, new in ((part.params, other.params), (part.statistics, other.statistics)):
+        for name, values in to.items():
+            values[where] = new[name][which]
 
 
 class AdaptedBySteps(Adapted):
