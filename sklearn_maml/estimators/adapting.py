@@ -138,7 +138,7 @@ class Adapting(Building):
         assert self.calibration_ is not None
         return self.calibration_
 
-    def _mixed(self, head: Adapted, steps: Adapted) -> Mixed:
+    def _mixed(self, head: Conditioned, steps: Adapted) -> Mixed:
         calibration = self._calibrated()
         return Mixed(
             head,
@@ -163,4 +163,5 @@ class Adapting(Building):
             )
         if state["kind"] == "several":
             return Several(*map(self._adapted_from, state["parts"]))
-        return self._mixed(self._adapted_from(state["head"]), self._adapted_from(state["steps"]))
+        head = Conditioned.from_state(self._learner.head, self._calibrated(), state["head"])
+        return self._mixed(head, self._adapted_from(state["steps"]))

@@ -15,9 +15,27 @@ __all__ = ["MLPBody", "ModuleBody"]
 
 Params = dict[str, Tensor]
 
+# wave lengths, over 2 pi, in typical distances of standardised rows: from jumps to trends
+LENGTHS = (0.1, 3.0)
+
 
 class MLPBody(nn.Module):
-    """Hidden layers of a multilayer perceptron, once for each member, side by side."""
+    """Hidden layers of a multilayer perceptron, and waves, once for each member, side by side.
+
+    Waves are ``cos(w'x)`` and ``sin(w'x)``: with a Gaussian prior over their weights, a Gaussian
+    process of the tasks whose spectrum is learned (Lazaro-Gredilla et al. 2010). It follows smooth
+    curves through few rows, which the hidden layers are slow to learn.
+
+    Parameters
+    ----------
+    n_members : int
+    sizes : sequence of int
+        Features of a row, then units of each hidden layer.
+    activation : callable
+    generator : Generator, optional
+    n_waves : int, default=0
+        Frequencies w.
+    """
 
     def __init__(
         self,
@@ -25,23 +43,40 @@ class MLPBody(nn.Module):
         sizes: Sequence[int],
         activation: Callable[[Tensor], Tensor],
         generator: torch.Generator | None = None,
+        n_waves: int = 0,
     ) -> None:
         super().__init__()
         self.n_layers = len(sizes) - 1
         self.activation = activation
-        self.width = sizes[-1]
+        self.n_waves = n_waves
+        self.width = sizes[-1] + 2 * n_waves
         for k, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             for name, shape in (("weight", (n_in, n_out)), ("bias", (1, n_out))):
                 values = torch.rand(n_members, *shape, generator=generator, dtype=torch.float32)
                 values = (2 * values - 1) / math.sqrt(n_in)
                 self.register_parameter(f"{name}{k}", nn.Parameter(values))
+        if n_waves:
+            shortest, longest = map(math.log, LENGTHS)
+            u = torch.rand(n_members, 1, n_waves, generator=generator, dtype=torch.float32)
+            length = (shortest + (longest - shortest) * u).exp()
+            normal = torch.randn(
+                n_members, sizes[0], n_waves, generator=generator, dtype=torch.float32
+            )
+            self.frequency = nn.Parameter(normal / (length * math.sqrt(sizes[0])))
 
     def features(self, params: Params, X: Tensor) -> Tensor:
-        """Last hidden layer (n_members, n_rows, width) of rows (n_rows, n_features)."""
-        h = X.expand(len(params["weight0"]), *X.shape) if self.n_layers else X[None]
+        """Last layer (n_members or 1, n_rows, width) of rows (n_rows, n_features)."""
+        n_members = len(next(iter(params.values()))) if params else 1
+        h = X.expand(n_members, *X.shape)
         for k in range(self.n_layers):
             h = self.activation(torch.baddbmm(params[f"bias{k}"], h, params[f"weight{k}"]))
-        return h * (2 / math.sqrt(self.width))
+        h = h * (2 / math.sqrt(self.width - 2 * self.n_waves))
+        if not self.n_waves:
+            return h
+        angle = X @ params["frequency"]
+        return torch.cat(
+            [h, torch.cat([angle.cos(), angle.sin()], -1) / math.sqrt(self.n_waves)], -1
+        )
 
     def private(self) -> MLPBody:
         """Return what another thread may use: functions of parameters are safe."""

@@ -19,6 +19,8 @@ __all__ = ["build_head", "module_body", "population_range", "why_no_head"]
 
 # features up to which rows are a part of the columns themselves
 LARGEST_TABLE = 500
+# frequencies of a member; docs/defaults.md has what they bought
+N_WAVES = 32
 
 
 def why_no_head(module: nn.Module, rows: Tensor) -> str | None:
@@ -109,7 +111,8 @@ def build_head(
         starts.append(start)
     if body is None:
         sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
-        made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation]())
+        n_waves = N_WAVES if table and not same_classes else 0
+        made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
     else:
         made = body
     return GaussianHead(

@@ -30,23 +30,27 @@ class Calibration:
     ----------
     low, high : ndarrays of shape (n_outputs,)
         Range of the targets of meta-training.
-    factor : float
-        Of the standard deviation; of the logits, in classification.
+    factor : ndarray of shape (n_outputs,) or float
+        Of the standard deviations; of the logits, in classification.
     seen : int64 ndarray or None
         Marks of the distinct rows of features, where tasks share them.
-    factor_unseen : float or None
+    factor_unseen : ndarray of shape (n_outputs,) or None
         `factor` for rows that are not among them.
     steps_scale, scale : float
         Factors of the logits of gradient steps, and of those of the mixture with them.
+    freedom : ndarray of shape (n_outputs,) or None
+        Degrees of freedom of the prior of a task's scale: large where all tasks have the same,
+        small where the rows of a support set tell more of it than other tasks do.
     """
 
     low: np.ndarray
     high: np.ndarray
-    factor: float = 1.0
+    factor: np.ndarray | float = 1.0
     seen: np.ndarray | None = None
-    factor_unseen: float | None = None
+    factor_unseen: np.ndarray | None = None
     steps_scale: float = 1.0
     scale: float = 1.0
+    freedom: np.ndarray | None = None
 
 
 class Conditioned(Adapted):
@@ -121,7 +125,12 @@ class Conditioned(Adapted):
         if self.head.classification:  # a mean of probabilities would not be sharp enough
             mean = log_softmax(self.calibration.factor * mean, axis=1)
             return mean
-        return np.clip(mean, self.low[codes], self.high[codes])
+        return self.bounded(mean, codes)
+
+    def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Cut outputs off a little beyond the range of targets that were seen."""
+        result: np.ndarray = np.clip(outputs, self.low[codes], self.high[codes])
+        return result
 
     def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return outputs (n_members, n_rows, n_outputs) of each member."""
@@ -142,13 +151,13 @@ class Conditioned(Adapted):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs and standard deviations: noise, and doubt about the task."""
         means, within = self._moments(rows, codes)
-        factor = np.full((len(rows), 1), self.calibration.factor)
+        factor = np.tile(self.calibration.factor, (len(rows), 1))
         if self.calibration.seen is not None:
             factor[~np.isin(row_marks(rows), self.calibration.seen)] = (
                 self.calibration.factor_unseen
             )
         std = np.sqrt(factor**2 * within.mean(0) + means.var(0))
-        return np.clip(means.mean(0), self.low[codes], self.high[codes]), std
+        return self.bounded(means.mean(0), codes), std
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance (n_members, n_rows, n_outputs) of each member."""
@@ -166,13 +175,15 @@ class Conditioned(Adapted):
         first = np.cumsum(sizes) - sizes
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
+        freedom = self.calibration.freedom
+        prior = None if freedom is None else _tensors(self.head, freedom)[0]
         with torch.no_grad():
             for tasks, place, present in padded(of_query, len(asked), sizes):
                 number = np.arange(sizes[tasks].max())
                 real = number < sizes[tasks][:, None]
                 at = order[np.where(real, first[tasks][:, None] + number, 0)]
                 given = run.condition(*_tensors(self.head, S_X[at], S_y[at], real * root[at]))
-                mean, variance = run.query(_tensors(self.head, rows[place])[0], given)
+                mean, variance = run.query(_tensors(self.head, rows[place])[0], given, prior)
                 assert variance is not None
                 means[:, place[present]] = mean.cpu().numpy()[:, present]
                 variances[:, place[present]] = variance.cpu().numpy()[:, present]
@@ -181,7 +192,8 @@ class Conditioned(Adapted):
     def module(self, task: int, how: Any = None) -> PlainHead:
         """See `Adapted`."""
         shift, low, high = _tensors(self.head, self.shift[:, task], self.low[task], self.high[task])
-        return PlainHead(self.head, shift, low, high, self.calibration.factor)
+        of_logits = float(self.calibration.factor) if self.head.classification else 1.0
+        return PlainHead(self.head, shift, low, high, of_logits)
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""

@@ -72,7 +72,8 @@ class GaussianHead(nn.Module):
         self.same_classes = same_classes
         means, factors, amplitudes, noises = (np.stack(part) for part in zip(*starts, strict=True))
         ratio = noises / amplitudes**2 if amplitudes.shape == noises.shape else noises
-        of_net = 0.3 * np.ones(len(starts)) if classification else 0.3 * np.sqrt(ratio.mean(1))
+        # small for all outputs: that of a column of noise would drown the others
+        of_net = 0.3 * np.ones(len(starts)) if classification else 0.3 * np.sqrt(ratio.min(1))
         wide = np.zeros((len(starts), body.width, means.shape[2]))
         if not same_classes:
             self.mean = _parameter(np.concatenate([means, wide], axis=1))
@@ -119,8 +120,9 @@ class GaussianHead(nn.Module):
         if body is None:
             sizes = [weights["body.weight0"].shape[1]] if "body.weight0" in weights else []
             sizes += [weights[n].shape[2] for n in sorted(weights) if n.startswith("body.weight")]
-            sizes = sizes or [weights["log_scale"].shape[1]]
-            made = MLPBody(n_members, sizes, activation)
+            n_waves = weights["body.frequency"].shape[2] if "body.frequency" in weights else 0
+            sizes = sizes or [weights["log_scale"].shape[1] - 2 * n_waves]
+            made = MLPBody(n_members, sizes, activation, n_waves=n_waves)
         center = weights["center"].numpy()
         return cls(made, starts, center, center, **options)
 
@@ -201,11 +203,17 @@ class Posterior:
         Columns of the support rows.
     factor : Tensor of shape (n_members, n_tasks, n_noises, n, n)
         Root of the system that was solved; n is the smaller of n_support and n_columns.
+    residual : Tensor of shape (n_members, n_tasks, n_support, n_outputs)
+        Targets less the prior mean, by the amplitude.
+    n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
+        Support rows, by their weights.
     """
 
     shift: Tensor
     S: Tensor
     factor: Tensor
+    residual: Tensor
+    n_rows: Tensor
 
     @property
     def dual(self) -> bool:
@@ -288,12 +296,22 @@ class HeadFunctions:
             Square roots of the rows' weights, which are 1 on average; 0 for padding.
         """
         prior, S = self._of_tasks(X)
-        m: Tensor | float = 1.0
-        if root is not None:
-            m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
+        if root is None:
+            root = S.new_ones(1, *X.shape[:2])
+        m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
         A = S * m
         solve, factor = self._solver(A)
-        return Posterior(solve(m * (self._coded(y) - prior)), A, factor)
+        residual = m * (self._coded(y) - prior)
+        return Posterior(solve(residual), A, factor, residual, m.square().sum(2))
+
+    def misfit(self, given: Posterior) -> tuple[Tensor, Tensor]:
+        """Squared Mahalanobis length (n_members, n_tasks, n_outputs) of the support targets.
+
+        As long as the number of rows (1 or n_members, n_tasks, 1), the second result, on average.
+        """
+        unexplained = given.residual - given.S @ given.shift
+        found = (given.residual * unexplained).sum(2) / self.noise()[:, None]
+        return found.clamp_min(0), given.n_rows
 
     def _coded(self, y: Tensor) -> Tensor:
         """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on.
@@ -372,15 +390,23 @@ class HeadFunctions:
         return prior.reshape(*shape, prior.shape[-1]), S.reshape(*shape, S.shape[-1])
 
     def query(
-        self, X: Tensor, given: Posterior, variance: bool = True
+        self, X: Tensor, given: Posterior, freedom: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of numbers."""
+        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of numbers.
+
+        With a `freedom` (n_outputs,) the variances are scaled task by task, as of a scale that has
+        an inverse gamma prior with so many degrees of freedom (Gelman et al. 2013, sec. 3.3).
+        """
         prior, S = self._of_tasks(X)
         a = self.amplitude_of_tasks()
         mean = a * (prior + S @ given.shift)
-        if self.head.classification or not variance:
+        if self.head.classification:
             return mean, None
-        return mean, a**2 * self._variance(S, given)
+        variance = self._variance(S, given)
+        if freedom is not None:
+            misfit, n_rows = self.misfit(given)
+            variance = variance * ((freedom + misfit) / (freedom + n_rows)).unsqueeze(2)
+        return mean, a**2 * variance
 
     def _variance(self, S: Tensor, given: Posterior) -> Tensor:
         """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""

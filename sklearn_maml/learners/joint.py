@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine, MetaStep
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.threads import threads_for
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "PATIENCE",
     "RATE",
     "HeadTrainer",
+    "HeldOut",
     "Joint",
     "clip_members",
     "rate_factor",
@@ -34,10 +38,28 @@ MAX_GRAD_NORM = 1.0  # of each member
 RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.6
 # part of these after which a start that nothing has beaten is kept
 PATIENCE = 0.6
+# that training has gained over the start on held-out tasks, one-sided
+CONFIDENCE = 0.85
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
-LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 4, 2.0, 0.1
+LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 2, 2.0, 0.1
 DECAY, DECAY_OF_CLASSES = 0.6, 0.1
+
+
+class HeldOut(NamedTuple):
+    """Episodes of tasks that a member has not seen; None: no member has.
+
+    Attributes
+    ----------
+    member : int or None
+    episodes : EpisodeBatch
+    task : int ndarray
+        Task of each episode.
+    """
+
+    member: int | None
+    episodes: EpisodeBatch
+    task: np.ndarray
 
 
 class HeadTrainer:
@@ -49,15 +71,21 @@ class HeadTrainer:
     visible : bool ndarray of shape (n_members, n_rows) or None
         Rows of the collection that each member learns from. The tasks of the others are its
         held-out ones.
-    validation : list of (int or None, EpisodeBatch)
-        Episodes of held-out tasks, and the member that has not seen them; None: none has.
+    validation : list of HeldOut
+
+    Attributes
+    ----------
+    n_held_out : int
+        Tasks that are held out, each counted once for each member.
+    n_judges : int
+        Those of the first member, which are not in the training of gradient steps either.
     """
 
     def __init__(
         self,
         head: GaussianHead,
         visible: np.ndarray | None,
-        validation: list[tuple[int | None, EpisodeBatch]],
+        validation: Sequence[HeldOut],
     ) -> None:
         self.head = head
         device = head.factor.device
@@ -65,7 +93,18 @@ class HeadTrainer:
         self.visible: Tensor | None = None
         if visible is not None:
             self.visible = torch.from_numpy(visible.astype(np.int8)).to(device)
-        self.validation = [(member, batch.to(device)) for member, batch in validation]
+        self.validation = [
+            HeldOut(held.member, held.episodes.to(device), held.task) for held in validation
+        ]
+        # where the errors of the episodes go: to their member and task
+        keys = [(-1 if held.member is None else held.member, held.task) for held in validation]
+        stride = 1 + max((int(task.max()) for _, task in keys), default=0)
+        places = [(member + 1) * stride + task for member, task in keys]
+        distinct = np.unique(np.concatenate(places)) if places else np.arange(0)
+        self.n_held_out = len(distinct)
+        judges = [held.task for held in validation if held.member in (None, 0)]
+        self.n_judges = len(np.unique(np.concatenate(judges))) if judges else 0
+        self._places = [torch.from_numpy(np.searchsorted(distinct, p)).to(device) for p in places]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
         """Functions of these meta-parameters, of all members or of one, in float32."""
@@ -142,23 +181,24 @@ class HeadTrainer:
 
     @torch.no_grad()
     def held_out_errors(self, meta_params: Params) -> Tensor:
-        """Mean over held-out tasks (n_members,) of what chooses between parameters.
+        """Error of each member on each task that it holds out (n_held_out,).
 
         That is a task's root mean squared error, or cross-entropy: the likelihood would let few
         tasks with large deviations choose for all.
         """
-        n_members = self.head.n_members
-        total, count = torch.zeros(2, n_members, device=self.head.factor.device)
+        total, count = torch.zeros(2, self.n_held_out, device=self.head.factor.device)
         self.head.eval()
-        for member, batch in self.validation:
-            which = slice(None) if member is None else slice(member, member + 1)
+        for (member, batch, _), place in zip(self.validation, self._places, strict=True):
             run = self.functions(meta_params, member)
             mean, _, y = self._run(run, batch, _present(batch.support))
-            errors = (run.error_rows(mean, y) * _of_rows(_present(batch.query), mean)).sum(-1)
-            if not self.head.classification:
-                errors = errors.sqrt()
-            total[which] += errors.sum(-1)
-            count[which] += errors.shape[-1]
+            weight = _of_rows(_present(batch.query), mean)
+            if self.head.classification:
+                errors = (run.error_rows(mean, y) * weight).sum(-1)
+            else:  # a geometric mean: outputs that are noise do not choose for the others
+                squares = ((y - mean).square() * weight.unsqueeze(-1)).sum(2)
+                errors = (0.5 * squares.clamp_min(1e-30).log().mean(-1)).exp()
+            total.index_add_(0, place, errors.mean(0).to(total))
+            count.index_add_(0, place, torch.ones_like(errors[0]).to(total))
         return total / count
 
     @torch.no_grad()
@@ -170,6 +210,19 @@ class HeadTrainer:
         run = self.functions(meta_params, member or 0)
         mean, variance, y = self._run(run, batch, _present(batch.support))
         return mean[0], None if variance is None else variance[0], y
+
+    @torch.no_grad()
+    def misfits(self, meta_params: Params, member: int | None, batch: EpisodeBatch) -> Any:
+        """Misfit (n_tasks, n_outputs) of the support sets, and their rows (n_tasks, 1)."""
+        run = self.functions(meta_params, member or 0)
+        root = _present(batch.support)
+        given = run.condition(
+            batch.support.X,
+            self._targets(batch.support),
+            None if root is None else root.to(batch.support.X.dtype),
+        )
+        misfit, n_rows = run.misfit(given)
+        return misfit[0], n_rows[0]
 
     @torch.no_grad()
     def errors(self, meta_params: Params, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,6 +305,8 @@ class Joint:
     behind : list of (ndarray, ndarray)
         Held-out errors of the first member and of gradient steps, task by task, since the last
         epoch.
+    at_start : Tensor or None
+        Errors on the held-out tasks at the start of the head.
     """
 
     trainer: HeadTrainer
@@ -259,6 +314,7 @@ class Joint:
     behind: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     n_validations: int = 0
     head_is_done: bool = False
+    at_start: Tensor | None = None
 
     @property
     def module(self) -> Any:
@@ -292,12 +348,14 @@ class Joint:
             "steps": of_steps,
             "n_validations": self.n_validations,
             "head_is_done": self.head_is_done,
+            "at_start": self.at_start,
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
         """As `Engine.resume`."""
         self.n_validations = progress["n_validations"]
         self.head_is_done = progress["head_is_done"]
+        self.at_start = progress["at_start"]
         if progress["steps"] is None:
             self.engine = None
         elif self.engine is not None:
@@ -363,11 +421,21 @@ class Joint:
     def held_out(self, meta_params: Params) -> float:
         """Error of the members on their held-out tasks; NaN if there are none.
 
-        Their mean: a member's own held-out tasks are too few to choose its parameters by.
+        Their mean: a member's own held-out tasks are too few to choose its parameters by. The first
+        call is about the start; later ones return its error unless a smaller one is no accident of
+        few tasks.
         """
         if not self.trainer.validation:
             return math.nan
-        return float(self.trainer.held_out_errors(meta_params).mean())
+        errors = self.trainer.held_out_errors(meta_params).double().cpu()
+        if self.at_start is None:
+            self.at_start = errors
+        gain = self.at_start - errors
+        if len(gain) > 1:
+            error = gain.std() / math.sqrt(len(gain))
+            if not gain.mean() > stdtrit(len(gain) - 1, CONFIDENCE) * error:
+                errors = self.at_start
+        return float(errors.mean())
 
     def fall_behind(self) -> bool:
         """Whether held-out tasks say by now that gradient steps will have no share."""
@@ -377,7 +445,9 @@ class Joint:
         self.n_validations += 1
         head, steps = (np.concatenate(part) for part in zip(*pairs, strict=True))
         difference = steps - head
-        if self.n_validations < LEAST_VALIDATIONS or len(difference) < 2:
+        if self.trainer.n_judges < LEAST_HELD_OUT:
+            return True  # they cannot get a share
+        if self.n_validations < LEAST_VALIDATIONS:
             return False
         with np.errstate(over="ignore", invalid="ignore"):
             error = difference.std(ddof=1) / np.sqrt(len(difference))

@@ -20,6 +20,8 @@ __all__ = ["choose", "held_out_outputs", "judge_head"]
 
 # 1.645 standard deviations are to hold nine targets in ten; factors of the deviations learned
 LEVEL, DEVIATIONS, FACTORS = 0.9, 1.645, (0.5, 3.0)
+# what is tried; a task's scale is a matter of its own rows below ten or so
+FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
 
 
 def judge_head(
@@ -42,42 +44,98 @@ def judge_head(
     plain = Calibration(*edges)
     if not trainer.validation:
         return plain
+    if trainer.head.classification:
+        parts = [
+            _logits_and_targets(trainer, meta_params, member, batch)
+            for member, batch, _ in trainer.validation
+        ]
+        outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets))
     last = trainer.head.n_members - 1
-    parts = [
-        (shared_rows is not None and member == last, _deviations(trainer, meta_params, *item))
-        for item in trainer.validation
-        for member in (item[0],)
+    held = [
+        (
+            shared_rows is not None and member == last,
+            _Deviations.of(trainer, meta_params, member, batch),
+        )
+        for member, batch, _ in trainer.validation
     ]
-    known = [part for hidden, part in parts if not hidden]
-    unseen = [part for hidden, part in parts if hidden]
-    factor = _factor(known, trainer.head.classification)
+    known = _Deviations.joined([part for hidden, part in held if not hidden])
+    freedom = known.freedom()
+    plain = dataclasses.replace(plain, factor=known.factor(freedom), freedom=freedom)
+    unseen = [part for hidden, part in held if hidden]
     if not unseen:
-        return dataclasses.replace(plain, factor=factor)
+        return plain
     return dataclasses.replace(
-        plain,
-        factor=factor,
-        seen=shared_rows,
-        factor_unseen=_factor(unseen, trainer.head.classification),
+        plain, seen=shared_rows, factor_unseen=_Deviations.joined(unseen).factor(freedom)
     )
 
 
-def _deviations(
+@dataclasses.dataclass(frozen=True)
+class _Deviations:
+    """Absolute errors and standard deviations of held-out targets, and what support sets tell.
+
+    Attributes
+    ----------
+    error, std, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
+        See `HeadFunctions.misfit` for the last two.
+    """
+
+    error: np.ndarray
+    std: np.ndarray
+    misfit: np.ndarray
+    n_rows: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        trainer: HeadTrainer,
+        meta_params: dict[str, Tensor],
+        member: int | None,
+        batch: EpisodeBatch,
+    ) -> _Deviations:
+        """Those of the query rows of a batch."""
+        mean, variance, y = trainer.outputs(meta_params, member, batch)
+        assert variance is not None
+        misfit, n_rows = (t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
+        values = ((mean - y).abs(), variance.sqrt(), misfit, n_rows)
+        return cls(*(batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values))
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Deviations]) -> _Deviations:
+        """All of them."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def scaled(self, freedom: np.ndarray | float) -> np.ndarray:
+        """Return standard deviations under a prior of so many degrees of freedom."""
+        scale: np.ndarray = np.sqrt((freedom + self.misfit) / (freedom + self.n_rows))
+        return self.std * scale
+
+    def freedom(self) -> np.ndarray:
+        """Degrees of freedom (n_outputs,) under which the errors are likeliest.
+
+        By a Laplace distribution, so that few outliers do not decide.
+        """
+        losses = []
+        for freedom in FREEDOMS:
+            std = self.scaled(freedom)
+            losses.append(np.log(std).mean(0) + np.log((self.error / std).mean(0)))
+        return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
+
+    def factor(self, freedom: np.ndarray) -> np.ndarray:
+        """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
+        quantile = np.quantile(self.error / self.scaled(freedom), LEVEL, axis=0)
+        result: np.ndarray = np.clip(quantile / DEVIATIONS, *FACTORS)
+        return result
+
+
+def _logits_and_targets(
     trainer: HeadTrainer, meta_params: dict[str, Tensor], member: int | None, batch: EpisodeBatch
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return outputs and targets of classes; absolute errors and standard deviations of numbers."""
-    mean, variance, y = trainer.outputs(meta_params, member, batch)
-    mean, y = (batch.query.real(t) for t in (mean, y))
-    if variance is None:
-        return mean.double().cpu().numpy(), y.double().cpu().numpy()
-    std = batch.query.real(variance).sqrt().expand_as(mean)
-    return (mean - y).abs().double().cpu().numpy(), std.double().cpu().numpy()
-
-
-def _factor(parts: Sequence[tuple[np.ndarray, np.ndarray]], classification: bool) -> float:
-    first, second = (np.concatenate(part) for part in zip(*parts, strict=True))
-    if classification:
-        return find_logit_scale(first, second)
-    return float(np.clip(np.quantile(first / second, LEVEL) / DEVIATIONS, *FACTORS))
+    """Logits, and 1 for the class of a row and 0 for the others."""
+    logits, _, y = trainer.outputs(meta_params, member, batch)
+    both = (batch.query.real(t).double().cpu().numpy() for t in (logits, y))
+    return next(both), next(both)
 
 
 def held_out_outputs(
@@ -122,7 +180,9 @@ def choose(
     head, steps, target, codes = held_out
     if not classification:
         beyond = MARGIN * (calibration.high - calibration.low)
-        head = np.clip(head, calibration.low - beyond, calibration.high + beyond)
+        head, steps = (
+            np.clip(o, calibration.low - beyond, calibration.high + beyond) for o in (head, steps)
+        )
         return choose_share(head, steps, target, codes, task, False, known), calibration
     scale = find_logit_scale(steps, target)
     logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]

@@ -70,7 +70,8 @@ class PlainMixture(nn.Module):
 
     Parameters
     ----------
-    head, steps : Module
+    head : PlainHead
+    steps : Module
     share : float
         Of the steps.
     scales : (float, float) or None
@@ -78,7 +79,7 @@ class PlainMixture(nn.Module):
     """
 
     def __init__(
-        self, head: nn.Module, steps: nn.Module, share: float, scales: tuple[float, float] | None
+        self, head: PlainHead, steps: nn.Module, share: float, scales: tuple[float, float] | None
     ) -> None:
         super().__init__()
         self.head, self.steps = head, steps
@@ -90,6 +91,7 @@ class PlainMixture(nn.Module):
         head = self.head(x)
         steps = column(self.steps(x)).to(head.dtype)
         if self.scales is None:
+            steps = torch.minimum(torch.maximum(steps, self.head.low), self.head.high)
             return (1 - self.share) * head + self.share * steps
         of_steps, of_mixture = self.scales
         steps = (of_steps * steps).log_softmax(-1)

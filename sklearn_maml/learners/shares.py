@@ -8,14 +8,16 @@ import numpy as np
 from scipy.special import log_softmax
 
 from sklearn_maml.learners.base import Adapted
+from sklearn_maml.learners.conditioned import Conditioned
 from sklearn_maml.learners.plain import PlainMixture
 
-__all__ = ["Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
+__all__ = ["LEAST_HELD_OUT", "Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
 
 # of gradient steps; never all, so that there is a standard deviation
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# what steps have to gain, in standard errors over held-out tasks, before they get a share
-EVIDENCE = 2.0
+# what steps have to gain, in standard errors over held-out tasks, before they get a share; and
+# tasks, of which fewer prove nothing
+EVIDENCE, LEAST_HELD_OUT = 2.0, 10
 
 
 def mix(head: np.ndarray, steps: np.ndarray, share: float, classification: bool) -> np.ndarray:
@@ -83,9 +85,9 @@ def choose_share(
     if best == known or known not in finite:
         return best
     gain = errors[known] - errors[best]
-    if len(gain) < 2 or gain.mean() <= EVIDENCE * gain.std(ddof=1) / np.sqrt(len(gain)):
+    if len(gain) < LEAST_HELD_OUT:
         return known
-    return best
+    return best if gain.mean() > EVIDENCE * gain.std(ddof=1) / np.sqrt(len(gain)) else known
 
 
 def find_logit_scale(logits: np.ndarray, target: np.ndarray) -> float:
@@ -100,7 +102,8 @@ class Mixed(Adapted):
 
     Parameters
     ----------
-    head, steps : Adapted
+    head : Conditioned
+    steps : Adapted
     share : float
         Of the steps.
     classification : bool
@@ -110,7 +113,7 @@ class Mixed(Adapted):
 
     def __init__(
         self,
-        head: Adapted,
+        head: Conditioned,
         steps: Adapted,
         share: float,
         classification: bool,
@@ -132,7 +135,8 @@ class Mixed(Adapted):
     def _mix(self, head: np.ndarray, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
         steps = self.steps.outputs(rows, codes, how)
         if not self.classification:
-            return mix(head, steps, self.share, False)
+            # beyond the targets that were seen, steps know no more than the head does
+            return mix(head, self.head.bounded(steps, codes), self.share, False)
         steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
         logs: np.ndarray = log_softmax(self.scale * mix(head, steps, self.share, True), axis=1)
         return logs
@@ -151,7 +155,7 @@ class Mixed(Adapted):
     def module(self, task: int, how: Any) -> PlainMixture:
         """See `Adapted`."""
         scales = (self.steps_scale, self.scale) if self.classification else None
-        head, steps = (part.module(task, how) for part in (self.head, self.steps))
+        head, steps = self.head.module(task, how), self.steps.module(task, how)
         return PlainMixture(head, steps, self.share, scales)
 
     def state(self) -> dict[str, Any]:

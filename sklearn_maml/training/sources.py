@@ -13,6 +13,7 @@ from sklearn_maml.data.sampling import EpisodeSampler, draw_fixed
 from sklearn_maml.data.splitting import hold_out
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.learners.conditioned import row_marks
+from sklearn_maml.learners.joint import HeldOut
 from sklearn_maml.targets.base import Targets
 
 __all__ = [
@@ -216,8 +217,8 @@ class CrossFitted:
         Of tasks that neither the first member nor gradient steps learn from.
     task_of_episode : int ndarray
         Task of each of their episodes.
-    member_validation : list of (int or None, EpisodeBatch)
-        Episodes that members are judged on, and the member; None: all.
+    member_validation : list of HeldOut
+        What members are judged on.
     shared_rows : ndarray or None
         Distinct rows of features where tasks share them; some are hidden from the last member.
     """
@@ -239,11 +240,13 @@ class CrossFitted:
         self.visible: np.ndarray | None = None
         self.validation: Any = source.validation
         self.shared_rows: np.ndarray | None = None
-        self.member_validation: list[tuple[int | None, EpisodeBatch]] = [
-            (None, batch) for batch in source.validation or []
-        ]
         n_episodes = sum(map(len, source.validation or []))
         self.task_of_episode = np.arange(n_episodes) % max(source.n_held_out, 1)
+        stops = np.cumsum([len(batch) for batch in source.validation or []])
+        self.member_validation = [
+            HeldOut(None, batch, self.task_of_episode[stop - len(batch) : stop])
+            for batch, stop in zip(source.validation or [], stops, strict=True)
+        ]
         if isinstance(source, DistributionSource) or source.pooled:
             return
         tasks: TaskCollection = source.encoded
@@ -288,7 +291,9 @@ class CrossFitted:
         self._hide_rows(tasks, rng)
         for j, fold in enumerate(self.folds):
             batches, which = self._held_out_episodes(tasks, j, fold, seed)
-            self.member_validation += [(j, batch) for batch in batches]
+            self.member_validation += [
+                HeldOut(j, batch, fold[task]) for batch, task in zip(batches, which, strict=True)
+            ]
             if j == 0:
                 self.validation, self.task_of_episode = batches, np.concatenate(which)
 
