@@ -398,7 +398,7 @@ def test_predictions_end_near_the_range_of_the_targets(reg):
 
 @pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")
 def test_features_of_any_scale_are_learned_in_closed_form():
-    X, y, task = slopes(n_tasks=40)
+    X, y, task = slopes(n_tasks=80)
     reg = MAMLRegressor(max_iter=200, random_state=0)
     with pytest.warns(NonFiniteStepWarning, match="closed form alone"):
         reg.fit(1e4 * X, y, groups=task)
@@ -719,7 +719,7 @@ def test_one_task_is_learned_by_steps_and_refused_to_the_head():
 
 
 def test_steps_that_fall_behind_are_given_up_and_training_ends_with_the_head():
-    X, y, task = make_sinusoid_tasks(n_tasks=60, random_state=0)
+    X, y, task = make_sinusoid_tasks(n_tasks=80, random_state=0)
     reg = MAMLRegressor(random_state=0).fit(X, y, groups=task)
     rows = list(reg.history_)
     assert "steps_valid_loss" in rows[0]

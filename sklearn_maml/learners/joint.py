@@ -39,7 +39,7 @@ RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.6
 # part of these after which a start that nothing has beaten is kept
 PATIENCE = 0.6
 # that training has gained over the start on held-out tasks, one-sided
-CONFIDENCE = 0.85
+CONFIDENCE = 0.95
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 2, 2.0, 0.1
@@ -437,6 +437,10 @@ class Joint:
                 errors = self.at_start
         return float(errors.mean())
 
+    def cannot_mix(self) -> bool:
+        """Whether there are too few held-out tasks for gradient steps to get a share."""
+        return self.trainer.n_judges < LEAST_HELD_OUT
+
     def fall_behind(self) -> bool:
         """Whether held-out tasks say by now that gradient steps will have no share."""
         pairs, self.behind = self.behind, []
@@ -445,8 +449,6 @@ class Joint:
         self.n_validations += 1
         head, steps = (np.concatenate(part) for part in zip(*pairs, strict=True))
         difference = steps - head
-        if self.trainer.n_judges < LEAST_HELD_OUT:
-            return True  # they cannot get a share
         if self.n_validations < LEAST_VALIDATIONS:
             return False
         with np.errstate(over="ignore", invalid="ignore"):

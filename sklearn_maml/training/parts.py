@@ -43,6 +43,8 @@ class Parts:
         if math.isfinite(loss):
             self.best = {"head": loss, "start": loss}
             self._keep(net, "head", net.module_.state_dict())
+        if self.joint.engine is not None and self.joint.cannot_mix():
+            self.give_up_steps(net)
 
     def updates_left(self, net: Any, left: int) -> int:
         """Count the updates up to the end of a part, of those that are left: it ends an epoch."""

@@ -241,7 +241,9 @@ class CrossFitted:
         self.validation: Any = source.validation
         self.shared_rows: np.ndarray | None = None
         n_episodes = sum(map(len, source.validation or []))
-        self.task_of_episode = np.arange(n_episodes) % max(source.n_held_out, 1)
+        # of a pool of classes every episode is a task
+        n_tasks = n_episodes if source.pooled else source.n_held_out
+        self.task_of_episode = np.arange(n_episodes) % max(n_tasks, 1)
         stops = np.cumsum([len(batch) for batch in source.validation or []])
         self.member_validation = [
             HeldOut(None, batch, self.task_of_episode[stop - len(batch) : stop])
