@@ -28,6 +28,7 @@ from sklearn_maml import (
     adapt,
     task_scorer,
 )
+from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import (
     InterruptedFitWarning,
     MetaTrainingError,
@@ -1106,6 +1107,71 @@ def test_a_single_diverging_task_predicts_with_the_initialisation():
     predicted = reg.predict(X)
     assert np.isfinite(predicted).all()
     assert np.array_equal(predicted, reg.set_params(adapt_steps=0).adapt(X[:6], Y[:6]).predict(X))
+
+
+@pytest.fixture(scope="module")
+def linear_steps():
+    """Steps that were trained on linear tasks of standard normal rows, and new tasks."""
+    rng = np.random.RandomState(0)
+    X, coef = rng.randn(40, 30, 5), 1 + rng.randn(40, 5)
+    y = np.einsum("tnp,tp->tn", X, coef)
+    reg = MAMLRegressor(
+        update_rule="sgd", hidden_layer_sizes=(16,), max_iter=60, early_stopping=False,
+        random_state=0,
+    ).fit(X[:30], y[:30])  # fmt: skip
+    return reg, X[30:], y[30:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda X, y: (10 * X, 10 * y), id="x10"),
+        pytest.param(lambda X, y: (100 * X, 100 * y), id="x100"),
+        pytest.param(lambda X, y: (1000 * X, y), id="X alone x1000"),
+        pytest.param(lambda X, y: (X, 1000 * y), id="y alone x1000"),
+        pytest.param(lambda X, y: (np.r_[X[:1] + 60, X[1:]], y), id="one row far away"),
+        pytest.param(lambda X, y: (X, np.r_[y[:1] + 1e4, y[1:]]), id="one target far away"),
+    ],
+)
+def test_no_inputs_make_steps_explode_and_other_tasks_keep_their_bits(linear_steps, spoil):
+    reg, X, y = linear_steps
+    plain = copy.deepcopy(reg).adapt(X[:, :10], y[:, :10]).predict(X[:, 10:])
+    spoilt = [spoil(x, t) for x, t in zip(X[:3], y[:3], strict=True)]
+    X = np.r_[np.stack([x for x, _ in spoilt]), X[3:]]
+    y = np.r_[np.stack([t for _, t in spoilt]), y[3:]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reg = copy.deepcopy(reg).adapt(X[:, :10], y[:, :10])
+    assert len(caught) <= 1  # one for all tasks
+    predicted = reg.predict(X[:, :10])
+    # on its own support rows a task is no worse than a constant that knows nothing, and nothing
+    # near what steps that overshoot give: 1e10 and more
+    errors = ((predicted - y[:, :10]) ** 2).mean(1)
+    before = copy.deepcopy(reg).set_params(adapt_steps=0).adapt(X[:, :10], y[:, :10])
+    assert (errors <= 1.001 * ((before.predict(X[:, :10]) - y[:, :10]) ** 2).mean(1)).all()
+    np.testing.assert_array_equal(reg.predict(X[:, 10:])[3:], plain[3:])
+
+
+def test_tasks_that_took_shorter_steps_are_counted(linear_steps):
+    reg, X, y = linear_steps
+    X = X.copy()
+    X[2, :10, 0] += 30
+    with pytest.warns(NonFiniteStepWarning, match="diverged on 1 of 10 tasks.* 1 took shorter"):
+        copy.deepcopy(reg).adapt(X[:, :10], y[:, :10])
+
+
+def test_what_steps_say_is_bounded_where_they_are_mixed_in():
+    X, y, groups = make_sinusoid_tasks(n_tasks=12, random_state=0)
+    reg = MAMLRegressor(max_iter=4, hidden_layer_sizes=(8,), random_state=0)
+    reg.fit(X, y, groups=groups)
+    reg.learner_weights_ = {"gaussian-head": 0.5, "gradient-steps": 0.5}
+    reg.adapt(X[:10], y[:10])
+    far = np.array([[1e12], [-1e12]])
+    assert np.abs(reg.predict(far)).max() < 2 * np.abs(y).max()
+    # the network itself goes on as a line
+    alone = copy.copy(reg)
+    alone.learner_weights_ = {"gaussian-head": 0.0, "gradient-steps": 1.0}
+    assert np.abs(alone.adapt(X[:10], y[:10]).predict(far)).max() > 1e6
 
 
 # --- Ctrl-C

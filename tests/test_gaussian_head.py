@@ -1,6 +1,7 @@
 """A Gaussian head learned across tasks: exactness, choice, uncertainty, the one outer loop."""
 
 import copy
+import dataclasses
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import sklearn_maml.learners.base
+import sklearn_maml.learners.building
 import sklearn_maml.learners.start
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
@@ -22,7 +24,7 @@ from sklearn_maml.exceptions import MetaTrainingError, NonFiniteStepWarning
 from sklearn_maml.learners.base import padded
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.joint import clip_members
+from sklearn_maml.learners.joint import Joint, clip_members
 from sklearn_maml.learners.shares import choose_share, mix
 from sklearn_maml.learners.start import start_of_numbers
 
@@ -409,7 +411,103 @@ def test_features_of_any_scale_are_learned_in_closed_form():
         reg.set_params(update_rule="sgd").fit(1e4 * X, y, groups=task)
 
 
+def test_smooth_curves_are_followed_through_few_rows(monkeypatch):
+    errors = []
+    for n_waves in (sklearn_maml.learners.building.N_WAVES, 0):
+        monkeypatch.setattr(sklearn_maml.learners.building, "N_WAVES", n_waves)
+        tasks = make_sinusoid_tasks(n_tasks=40, random_state=0)
+        reg = fitted(data=lambda: tasks, max_iter=400)  # noqa: B023
+        X, y, task = make_sinusoid_tasks(n_tasks=30, random_state=1)
+        support = np.arange(len(y)) % 20 < 5
+        reg.adapt(X[support], y[support], groups=task[support])
+        errors.append(np.square(reg.predict(X[~support], groups=task[~support]) - y[~support]))
+    assert errors[0].mean() < 0.5 * errors[1].mean()
+
+
+def test_few_held_out_tasks_train_no_steps_and_give_them_no_share():
+    reg = fitted(max_iter=4)  # 30 tasks, of which four are held out
+    assert reg.learner_weights_ == {HEAD: 1.0, STEPS: 0.0}
+    assert "steps_valid_loss" not in reg.history_[0]
+    more = fitted(max_iter=4, validation_fraction=0.4)
+    assert "steps_valid_loss" in more.history_[0]
+    rng = RNG(0)
+    head, target = rng.randn(90, 1), np.zeros((90, 1))
+    codes = np.repeat(np.arange(9), 10)
+    assert choose_share(head, target, target, codes, np.arange(9), False) == 0
+    assert choose_share(*(np.r_[a, a] for a in (head, target, target)),
+                        np.repeat(np.arange(18), 10), np.arange(18), False) == 0.9  # fmt: skip
+
+
+def test_the_start_is_left_only_where_held_out_tasks_show_a_gain(reg):
+    joint = Joint(trainer=HeldOutErrors([1.0, 1.1, 0.9, 1.0]), engine=None)
+    assert joint.held_out({}) == 1.0
+    joint.trainer.errors = torch.tensor([0.5, 1.4, 0.5, 1.4])  # smaller on average, by chance
+    assert joint.held_out({}) == 1.0
+    joint.trainer.errors = torch.tensor([0.9, 1.0, 0.85, 0.9])
+    assert joint.held_out({}) == pytest.approx(0.9125)
+
+
+class HeldOutErrors:
+    """Stands for a trainer whose held-out errors are known."""
+
+    validation = (None,)
+
+    def __init__(self, errors):
+        self.errors = torch.tensor(errors)
+
+    def held_out_errors(self, meta_params):
+        return self.errors
+
+
 # -- uncertainty ---------------------------------------------------------------------------------
+
+
+def unequal(n_tasks, seed):
+    """Tasks that are as sure of themselves as they are noisy: by a factor of ten."""
+    X, y, task = slopes(n_tasks, noise=0.0, seed=seed)
+    noise = np.where(np.arange(n_tasks) % 2, 1.0, 0.1)
+    return X, y + noise[task] * RNG(seed + 100).randn(len(y)), task, noise
+
+
+def test_intervals_are_as_wide_as_the_noise_of_a_task(reg):
+    X, y, task, _ = unequal(60, 0)
+    model = MAMLRegressor(max_iter=100, random_state=0).fit(X, y, groups=task)
+    assert model.calibration_.freedom[0] <= 8  # and large where all tasks are alike
+    assert reg.calibration_.freedom[0] >= 32
+    X, y, task, noise = unequal(100, 1)
+    support = np.arange(len(y)) % 24 < 15
+    X_support, y_support, task_support = X[support], y[support], task[support]
+    model.adapt(X_support, y_support, groups=task_support)
+    X, y, task = X[~support], y[~support], task[~support]
+    mean, std = model.predict(X, groups=task, return_std=True)
+    inside = np.abs(mean - y) < 1.645 * std
+    for kind in (0.1, 1.0):
+        assert inside[noise[task] == kind].mean() > 0.8
+
+    def ratio(model):
+        std = model.predict(X, groups=task, return_std=True)[1]
+        return std[noise[task] == 1.0].mean() / std[noise[task] == 0.1].mean()
+
+    alike = copy.copy(model)
+    alike.calibration_ = dataclasses.replace(model.calibration_, freedom=None)
+    alike.adapt(X_support, y_support, groups=task_support)
+    assert ratio(model) > 2 > 1.1 > ratio(alike)
+
+
+def test_misfit_is_the_mahalanobis_length_of_support_targets():
+    head = random_head()
+    rng = RNG(1)
+    X, y = torch.as_tensor(rng.randn(2, 5, 3)), torch.as_tensor(rng.randn(2, 5, 1))
+    run = head.functions(dict(head.named_parameters()))
+    misfit, n_rows = run.misfit(run.condition(X, y))
+    assert n_rows.unique().tolist() == [5]
+    for j in range(2):
+        for t in range(2):
+            phi, cov, prior, noise, _ = in_numpy(head, j, X[t].numpy())
+            system = phi @ cov @ phi.T + noise[0] * np.eye(5)
+            residual = (y[t].numpy() - phi @ prior)[:, 0]
+            expected = residual @ np.linalg.solve(system, residual)
+            assert misfit[j, t, 0].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_intervals_hold_what_they_promise(reg):

@@ -120,7 +120,7 @@ class CollectionSource:
 class DistributionSource:
     """Episodes from an object with ``sample(n_tasks, random_state)``: fresh tasks every time."""
 
-    single = False
+    single = pooled = False
     ids = None
     n_tasks = None
     n_train = 1
