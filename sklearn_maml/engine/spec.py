@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,11 @@ class Spec:
         self.head: str | None = None
         if rule.in_closed_form:
             self.head = linear_head(self.module, self.parts.adapted, type(rule).__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is made when first asked for comes along: predictions do not change what is pickled
+        assert self.forward is not None
+        return dict(vars(self))
 
     @functools.cached_property
     def forward(self) -> ModuleForward:

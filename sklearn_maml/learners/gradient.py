@@ -23,8 +23,9 @@ __all__ = ["AdaptedBySteps", "GradientSteps", "Running"]
 # rows of one task predicted at a time, and how many of them
 ROWS_AT_A_TIME, PIECES = 4096, 16
 # A task's loss is looked at where a parameter has moved by more than this part of the largest one:
-# looking at all tasks would cost as much as a step. Rates that are tried where it has not fallen.
-SUSPECT, SHORTER = 0.25, (0.1, 0.01)
+# looking at all tasks would cost as much as a step. Steps have diverged where it has grown by more
+# than a factor; parts of the rate that are tried then.
+SUSPECT, GROWTH, SHORTER = 0.25, 2.0, (0.1, 0.01)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class GradientSteps:
         if shortened or stopped:
             warnings.warn(
                 f"The inner steps diverged on {shortened + stopped} of {support.n_tasks} tasks: "
-                f"the loss of their support sets did not fall. {shortened} took shorter steps, and "
+                f"the loss of their support sets grew. {shortened} took shorter steps, and "
                 f"the predictions of {stopped} are those of the initialisation. Look at these "
                 f"tasks' rows for outliers, or lower alpha (now {self.alpha:g}) or adapt_steps.",
                 NonFiniteStepWarning,
@@ -102,7 +103,7 @@ class GradientSteps:
         return AdaptedBySteps(engine, adapted, self.alpha)
 
     def _tame(self, engine: Engine, part: Parameters, rows: Rows) -> tuple[int, int]:
-        """Shorten the steps of tasks whose loss has not fallen, in place.
+        """Shorten the steps of tasks whose loss has grown, in place.
 
         Returns
         -------
@@ -120,7 +121,8 @@ class GradientSteps:
         some = rows.take(suspects.cpu().numpy())
         start = engine.adapt(self.meta_params, some, alpha=self.alpha, steps=0)
         before = self._losses(engine, start, some)
-        fails = ~(self._losses(engine, part.take(suspects.cpu().numpy()), some) <= before)
+        after = self._losses(engine, part.take(suspects.cpu().numpy()), some)
+        fails = ~(after <= GROWTH * before)
         n_failed = int(fails.sum())
         for factor in SHORTER:
             if not bool(fails.any()):
