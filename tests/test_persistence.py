@@ -37,7 +37,6 @@ from sklearn_maml import (
     adapt,
     storage,
 )
-from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import DeviceWarning, FileFormatError
 from sklearn_maml.meta_gradients import Implicit
