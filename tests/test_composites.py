@@ -113,10 +113,11 @@ def test_the_state_is_plain_data_and_makes_the_same_estimator(name, data):
     twin.__setstate__({**state, "params": params})
     assert vars(twin).keys() == vars(model).keys()
     assert_array_equal(twin.predict(X[:16], groups=task[:16]), model.predict(X[:16], task[:16]))
+    n_before = model.n_iter_
     for one in (model, twin):
         one.set_params(warm_start=True).fit(X, y, groups=task)
         one.adapt(X[:8], y[:8])
-    assert twin.n_iter_ == model.n_iter_ == 10
+    assert twin.n_iter_ == model.n_iter_ == 2 * n_before > 0
     assert_array_equal(twin.predict(X), model.predict(X))
     for name, tensor in model.module_.state_dict().items():
         assert torch.equal(twin.module_.state_dict()[name], tensor)

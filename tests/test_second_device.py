@@ -972,7 +972,7 @@ LONG = {"max_iter": 8, "n_shots": 5, "n_queries": 5}
 @pytest.fixture
 def traces(monkeypatch):
     """Trace a step at once, and count what is traced and captured."""
-    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (1, 2, 10**9, 1))
+    monkeypatch.setattr(tracer.Tracer.__init__, "__defaults__", (1, 2))
     made = []
     original = graphs.CudaGraph.__init__
 

@@ -118,6 +118,7 @@ class Adapting(Building):
             self._n_adapt_steps() if steps is None else steps,
             self._running(),
             self._rung,
+            quiet=getattr(self, "n_tasks_", 1) == 1,
         )
         adapted = learner.adapt(support)
         self._rung = learner.rung

@@ -14,7 +14,7 @@ from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import RATE, HeadTrainer, Joint
 from sklearn_maml.learners.learner import LearnerEngine
-from sklearn_maml.learners.plan import Plan
+from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.training.optimizers import settings_on
 from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource, CrossFitted
@@ -163,7 +163,7 @@ class Planning(Building):
                 )
         return net
 
-    def _training_engine(self, learner: Any, plan: Plan) -> Any:
+    def _training_engine(self, learner: Any, plan: Plan, continued: bool) -> Any:
         """Make what makes the meta-steps."""
         if plan.learner is not None:
             return LearnerEngine(plan.learner, learner.head, self._row_loss())
@@ -182,7 +182,8 @@ class Planning(Building):
             return engine
         episodes = plan.episodes
         trainer = HeadTrainer(learner.head, episodes.visible, episodes.member_validation)
-        return Joint(trainer, engine)
+        weights = getattr(self, "learner_weights_", {}) if continued else {}
+        return Joint(trainer, engine, has_share=weights.get(GRADIENT_STEPS, 0.0) > 0)
 
     def _set_up(self, net: Any, learner: Any, plan: Plan) -> None:
         """Tell the net how to train."""

@@ -51,7 +51,7 @@ class Training(Planning):
 
         source, episodes = plan.source, plan.episodes
         learner, net = self._new_net(plan, seed, continued)
-        engine = self._training_engine(learner, plan)
+        engine = self._training_engine(learner, plan, continued)
         self._rung = "auto"
         net.engine = engine
         net.joint = engine if plan.with_head else None

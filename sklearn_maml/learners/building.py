@@ -19,8 +19,9 @@ __all__ = ["build_head", "module_body", "population_range", "why_no_head"]
 
 # features up to which rows are a part of the columns themselves
 LARGEST_TABLE = 500
-# frequencies of a member; docs/defaults.md has what they bought
-N_WAVES = 32
+# frequencies of a member, and features up to which they fill the space that rows are in; see
+# docs/defaults.md for what they bought
+N_WAVES, MOST_WAVED = 32, 20
 
 
 def why_no_head(module: nn.Module, rows: Tensor) -> str | None:
@@ -111,7 +112,8 @@ def build_head(
         starts.append(start)
     if body is None:
         sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
-        n_waves = N_WAVES if table and not same_classes else 0
+        waved = table and flat.shape[1] <= MOST_WAVED and not same_classes
+        n_waves = N_WAVES if waved else 0
         made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
     else:
         made = body

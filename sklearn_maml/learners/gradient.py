@@ -23,9 +23,9 @@ __all__ = ["AdaptedBySteps", "GradientSteps", "Running"]
 # rows of one task predicted at a time, and how many of them
 ROWS_AT_A_TIME, PIECES = 4096, 16
 # A task's loss is looked at where a parameter has moved by more than this part of the largest one:
-# looking at all tasks would cost as much as a step. Steps have diverged where it has grown by more
-# than a factor; parts of the rate that are tried then.
-SUSPECT, GROWTH, SHORTER = 0.25, 2.0, (0.1, 0.01)
+# looking at all tasks would cost as much as a step. Steps have diverged where it is so many times
+# what it was before, or without any features; parts of the rate that are tried then.
+SUSPECT, GROWTH, SHORTER = 0.25, 10.0, (0.1, 0.01)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class GradientSteps:
     how : Running
     rung : str
         That of the last fit, or of the last call.
+    quiet : bool
+        Whether steps that were shortened go without a warning: of an ordinary estimator, that knows
+        one task, they are a line search.
     """
 
     module: nn.Module
@@ -61,6 +64,7 @@ class GradientSteps:
     steps: int
     how: Running
     rung: str = "auto"
+    quiet: bool = False
 
     def adapt(self, support: Support) -> AdaptedBySteps:
         """Adapt to every task."""
@@ -72,26 +76,31 @@ class GradientSteps:
         engine = self.make_engine(begin_with(self.rung))
         engine.ladder.expect_tasks(len(sizes), int(sizes.max()), self.steps, self.rung)
         adapted: Parameters | None = None
-        shortened = stopped = 0
+        moved: list[Tensor] = []
         at_a_time = _chunk(engine, self.how)
-        for chosen in alike(sizes, at_a_time):
-            rows = pad_rows(
-                support.X,
-                support.y,
-                np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in chosen]),
-                sizes[chosen],
-                support.weight,
-            )
-            rows = rows.to(self.how.device)
+        pieces = list(alike(sizes, at_a_time))
+
+        def rows_of(tasks: np.ndarray) -> Rows:
+            place = np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in tasks])
+            rows = pad_rows(support.X, support.y, place, sizes[tasks], support.weight)
+            return rows.to(self.how.device)
+
+        for chosen in pieces:
+            rows = rows_of(chosen)
             with engine.threads(rows.X.shape[0] * rows.X.shape[1]):
                 part = engine.adapt(self.meta_params, rows, alpha=self.alpha, steps=self.steps)
-                counts = self._tame(engine, part, rows)
-            shortened, stopped = shortened + counts[0], stopped + counts[1]
+                moved.append(self._moved_far(part))
             # written to its place at once: of many tasks, two copies would not fit
             adapted = _place(part, adapted, chosen, support.n_tasks)
         assert adapted is not None
         self.rung = engine.ladder.remembered(self.rung)
-        if shortened or stopped:
+        suspects = np.concatenate(pieces)[torch.cat(moved).cpu().numpy()]
+        shortened = stopped = 0
+        for start in range(0, len(suspects), at_a_time):
+            tasks = suspects[start : start + at_a_time]
+            counts = self._tame(engine, adapted, tasks, rows_of(tasks))
+            shortened, stopped = shortened + counts[0], stopped + counts[1]
+        if (shortened or stopped) and not self.quiet:
             warnings.warn(
                 f"The inner steps diverged on {shortened + stopped} of {support.n_tasks} tasks: "
                 f"the loss of their support sets grew. {shortened} took shorter steps, and "
@@ -102,51 +111,62 @@ class GradientSteps:
             )
         return AdaptedBySteps(engine, adapted, self.alpha)
 
-    def _tame(self, engine: Engine, part: Parameters, rows: Rows) -> tuple[int, int]:
-        """Shorten the steps of tasks whose loss has grown, in place.
+    def _moved_far(self, part: Parameters) -> Tensor:
+        """Which tasks (n_tasks,) have a parameter that is far from where it began."""
+        initial = dict(self.module.named_parameters())
+        moves = [(p - initial[n].detach()).abs().flatten(1).amax(1) for n, p in part.params.items()]
+        reach = torch.stack([initial[n].detach().abs().max() for n in part.params]).amax()
+        return ~(torch.stack(moves).amax(0) <= SUSPECT * reach)  # NaN is far
+
+    def _tame(
+        self, engine: Engine, adapted: Parameters, tasks: np.ndarray, rows: Rows
+    ) -> tuple[int, int]:
+        """Shorten the steps of those tasks whose loss has grown, in place.
 
         Returns
         -------
         shortened, stopped : int
             Tasks that took shorter steps, and that have the initialisation back.
         """
-        initial = dict(self.module.named_parameters())
-        moved = torch.stack(
-            [(p - initial[n].detach()).abs().flatten(1).amax(1) for n, p in part.params.items()]
-        ).amax(0)
-        reach = max(float(initial[n].detach().abs().max()) for n in part.params)
-        suspects = torch.nonzero(~(moved <= SUSPECT * reach)).flatten()
-        if not len(suspects):
-            return 0, 0
-        some = rows.take(suspects.cpu().numpy())
-        start = engine.adapt(self.meta_params, some, alpha=self.alpha, steps=0)
-        before = self._losses(engine, start, some)
-        after = self._losses(engine, part.take(suspects.cpu().numpy()), some)
-        # with batch norms the loss of predictions is not the one that the steps follow
-        fails = ~after.isfinite() if engine.spec.norms else ~(after <= GROWTH * before)
-        n_failed = int(fails.sum())
-        for factor in SHORTER:
-            if not bool(fails.any()):
-                break
-            again = engine.adapt(
-                self.meta_params, some, alpha=factor * self.alpha, steps=self.steps
-            )
-            works = fails & (self._losses(engine, again, some) <= before)
-            _replace(part, suspects[works], again, works)
-            fails = fails & ~works
-        _replace(part, suspects[fails], start, fails)
+        with engine.threads(rows.X.shape[0] * rows.X.shape[1]):
+            start = engine.adapt(self.meta_params, rows, alpha=self.alpha, steps=0)
+            before = self._losses(engine, start, rows)
+            # with batch norms the loss of predictions is not the one that the steps follow
+            most = torch.full_like(before, torch.finfo(before.dtype).max)
+            if not engine.spec.norms:
+                blind = engine.predict(start, rows, batch_norm=self.how.batch_norm)
+                blind = self._row_losses(engine, torch.zeros_like(blind), rows)
+                most = GROWTH * torch.maximum(before, blind)
+            fails = ~(self._losses(engine, adapted.take(tasks), rows) <= most)
+            n_failed = int(fails.sum())
+            for factor in SHORTER:
+                if not bool(fails.any()):
+                    break
+                again = engine.adapt(
+                    self.meta_params, rows, alpha=factor * self.alpha, steps=self.steps
+                )
+                works = fails & (self._losses(engine, again, rows) <= most)
+                _replace(adapted, tasks, again, works)
+                fails = fails & ~works
+            _replace(adapted, tasks, start, fails)
         stopped = int(fails.sum())
         return n_failed - stopped, stopped
 
     def _losses(self, engine: Engine, parameters: Parameters, rows: Rows) -> Tensor:
         """Losses (n_tasks,) of rows."""
         outputs = engine.predict(parameters, rows, batch_norm=self.how.batch_norm)
+        return self._row_losses(engine, outputs, rows)
+
+    @staticmethod
+    def _row_losses(engine: Engine, outputs: Tensor, rows: Rows) -> Tensor:
         losses = engine.spec.row_loss(fit_outputs(outputs, rows.y), rows.y)
         return mean_loss(losses, rows.weight)
 
 
-def _replace(part: Parameters, where: Tensor, other: Parameters, which: Tensor) -> None:
-    for to, new in ((part.params, other.params), (part.statistics, other.statistics)):
+def _replace(adapted: Parameters, tasks: np.ndarray, other: Parameters, which: Tensor) -> None:
+    """Take over those of the tasks for which `which` holds."""
+    where = torch.as_tensor(tasks, device=which.device)[which]
+    for to, new in ((adapted.params, other.params), (adapted.statistics, other.statistics)):
         for name, values in to.items():
             values[where] = new[name][which]
 

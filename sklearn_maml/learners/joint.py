@@ -307,6 +307,8 @@ class Joint:
         epoch.
     at_start : Tensor or None
         Errors on the held-out tasks at the start of the head.
+    has_share : bool
+        Whether steps have shown their worth on the tasks of a fit that this one continues.
     """
 
     trainer: HeadTrainer
@@ -315,6 +317,7 @@ class Joint:
     n_validations: int = 0
     head_is_done: bool = False
     at_start: Tensor | None = None
+    has_share: bool = False
 
     @property
     def module(self) -> Any:
@@ -439,7 +442,7 @@ class Joint:
 
     def cannot_mix(self) -> bool:
         """Whether there are too few held-out tasks for gradient steps to get a share."""
-        return self.trainer.n_judges < LEAST_HELD_OUT
+        return self.trainer.n_judges < LEAST_HELD_OUT and not self.has_share
 
     def fall_behind(self) -> bool:
         """Whether held-out tasks say by now that gradient steps will have no share."""
@@ -449,7 +452,7 @@ class Joint:
         self.n_validations += 1
         head, steps = (np.concatenate(part) for part in zip(*pairs, strict=True))
         difference = steps - head
-        if self.n_validations < LEAST_VALIDATIONS:
+        if self.n_validations < LEAST_VALIDATIONS or self.trainer.n_judges < LEAST_HELD_OUT:
             return False
         with np.errstate(over="ignore", invalid="ignore"):
             error = difference.std(ddof=1) / np.sqrt(len(difference))
