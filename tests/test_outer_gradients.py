@@ -39,7 +39,6 @@ from sklearn_maml.data.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.engine.conv import layers
-from sklearn_maml.engine.rungs import native
 from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
@@ -745,11 +744,10 @@ def test_only_updates_that_compute_alike_make_a_trace_pay():
 
 
 @pytest.mark.skipif(not has_kernels(), reason="needs the compiled kernels")
-def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over(monkeypatch):
+def test_the_kernels_take_over_when_the_loss_of_several_steps_is_over():
     module, batch = make_mlp(), make_batch("ragged")
     params = make_meta_params(module)
     engine = make_engine(module, "auto", meta_gradient=SecondOrder(multi_step_updates=70))
-    monkeypatch.setattr(native, "CLIMB_SECONDS", 0)  # as if the steps were long ones
     engine.expect(0, 80, n_tasks=3, n_rows=10, steps=2)
     rungs = []
     for _ in range(72):

@@ -57,8 +57,8 @@ class Engine:
         Names of the parameters that adapt.
     rung : {"auto", "loop", "vmap", "stacked", "traced", "native"}
         How tasks are batched. "auto" starts on the fastest that works at once, and climbs to
-        "traced" or "native" where the updates to come repay it (see `expect`). "traced" and
-        "native" are ready from the start.
+        "native" where fits and calls are announced (see `expect`), and to "traced" where the
+        updates to come repay it. Asked for by name, both are ready from the start.
     checkpoint_steps : bool
         Whether second-order meta-gradients compute the graph of each inner step anew.
     max_tasks_in_memory : int or None

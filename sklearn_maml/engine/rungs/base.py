@@ -112,10 +112,6 @@ class Rung(ABC):
 
     # -- climbing --------------------------------------------------------------------------------
 
-    def seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
-        """Rough time of adapting to so many tasks, from sizes and never from a clock."""
-        return 0.0 if self.below is None else self.below.seconds(n_tasks, n_rows, steps)
-
     def expect(self, first_update: int, n_updates: int, outlook: Outlook) -> bool:
         """Prepare for meta-steps to come; return whether those below need not.
 

@@ -21,13 +21,6 @@ from sklearn_maml.update_rules import has_linear_rates
 
 __all__ = ["Native"]
 
-# A fit of a multilayer perceptron climbs to the compiled kernels after so many updates and,
-# roughly, seconds on the rung below. The seconds are estimated from sizes and never measured, so
-# that the same call takes the same rung, and gives the same bits, every time.
-CLIMB_UPDATES, CLIMB_SECONDS = 64, 0.25
-# adapting climbs for so much work in one call
-ADAPTING_SECONDS = 0.02
-
 
 class Native(Rung):
     """The compiled kernels, which take one task after another."""
@@ -101,19 +94,12 @@ class Native(Rung):
     # -- climbing --------------------------------------------------------------------------------
 
     def expect(self, first_update: int, n_updates: int, outlook: Outlook) -> bool:
-        """Decide at which update to climb.
-
-        It depends on sizes alone, so fits of different lengths, interrupted and continued ones
-        take the same steps.
-        """
+        """Climb with the first update, or when a phase that the kernels do not cover is over."""
         if not self.spec.on_cpu:
             return False
         if not self.ready:
-            seconds = 2 * self.seconds(**outlook)
-            self._climbs_at = max(CLIMB_UPDATES, round(CLIMB_SECONDS / seconds))
             phase, end = self.spec.meta_gradient.phase(first_update)
-            if phase is None and end is not None:  # which the kernels do not cover
-                self._climbs_at = max(self._climbs_at, end)
+            self._climbs_at = end if phase is None and end is not None else first_update
         return True
 
     def due(self, update: int) -> bool:
@@ -122,7 +108,7 @@ class Native(Rung):
 
     def repays(self, n_tasks: int, n_rows: int, steps: int) -> bool:
         """See `Rung`."""
-        return self.spec.on_cpu and self.seconds(n_tasks, n_rows, steps) >= ADAPTING_SECONDS
+        return self.spec.on_cpu
 
     def climb(self) -> None:
         """See `Rung`."""
@@ -140,14 +126,21 @@ class Native(Rung):
     # -- calls -----------------------------------------------------------------------------------
 
     def _linear_rates(self, theta: Theta, alpha: float) -> list[Params]:
-        kept = self._rates  # read once: other threads may come in between
-        if not theta.learned and kept is not None and kept[0] == alpha:
-            return kept[1]
         rates = self.spec.rule.linear_rates(theta.fast, alpha=alpha, rates=theta.learned)
         assert rates is not None
-        if not theta.learned:
-            self._rates = (alpha, rates)
         return rates
+
+    def _rates_of_a_fit(self, theta: Theta, alpha: float) -> list[Params]:
+        """Rates that come again in the next meta-step, if they are not learned, and so are kept.
+
+        Those of `adapt` are not: they are as large as the parameters, and a model has many copies.
+        """
+        kept = self._rates  # read once: other threads may come in between
+        if theta.learned:
+            return self._linear_rates(theta, alpha)
+        if kept is None or kept[0] != alpha:
+            self._rates = kept = (alpha, self._linear_rates(theta, alpha))
+        return kept[1]
 
     def meta_step(self, meta_params: Params, batch: EpisodeBatch, step: Step) -> MetaStep:
         """See `Rung`."""
@@ -163,7 +156,7 @@ class Native(Rung):
         _, theta, names = parts
         leaves = {name: r.detach().requires_grad_() for name, r in theta.learned.items()}
         with torch.enable_grad() if leaves else contextlib.nullcontext():
-            rates = self._linear_rates(Theta(theta.fast, theta.shared, leaves), step.alpha)
+            rates = self._rates_of_a_fit(Theta(theta.fast, theta.shared, leaves), step.alpha)
         losses, outputs, flat, by_rates = self.kernel.meta_step(
             {**theta.shared, **theta.fast},
             [{name: r.detach() for name, r in part.items()} for part in rates] if leaves else rates,

@@ -123,13 +123,6 @@ class Stacked(Rung):
         """Return what runs the net for so many tasks."""
         return StackedForward(n_tasks, self.net, self.body, self.spec.uses_support)
 
-    def seconds(self, n_tasks: int, n_rows: int, steps: int) -> float:
-        """See `Rung`."""
-        linear = [m for m in self.spec.module.modules() if isinstance(m, nn.Linear)]
-        n_weights = sum(m.in_features * m.out_features for m in linear)
-        dispatch = 1e-4 * len(linear) * -(-n_tasks // self.tasks_at_a_time)
-        return (steps + 1) * (dispatch + 3 * (3e-11 * n_tasks * n_rows * n_weights))
-
     def meta_step(self, meta_params: Params, batch: EpisodeBatch, step: Step) -> MetaStep:
         """See `Rung`."""
         n_tasks = len(batch)
