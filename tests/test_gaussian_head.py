@@ -438,13 +438,16 @@ def test_few_held_out_tasks_train_no_steps_and_give_them_no_share():
                         np.repeat(np.arange(18), 10), np.arange(18), False) == 0.9  # fmt: skip
 
 
-def test_the_start_is_left_only_where_held_out_tasks_show_a_gain(reg):
-    joint = Joint(trainer=HeldOutErrors([1.0, 1.1, 0.9, 1.0]), engine=None)
-    assert joint.held_out({}) == 1.0
-    joint.trainer.errors = torch.tensor([0.5, 1.4, 0.5, 1.4])  # smaller on average, by chance
-    assert joint.held_out({}) == 1.0
-    joint.trainer.errors = torch.tensor([0.9, 1.0, 0.85, 0.9])
-    assert joint.held_out({}) == pytest.approx(0.9125)
+def test_the_start_is_left_only_where_held_out_tasks_show_a_gain():
+    for n_tasks, kept in ((12, False), (8, True)):
+        start = torch.linspace(0.5, 1.5, n_tasks)
+        joint = Joint(trainer=HeldOutErrors(start), engine=None)
+        assert joint.held_out({}) == pytest.approx(1.0)
+        by_chance = 0.4 * (-1.0) ** torch.arange(n_tasks)  # smaller on average
+        joint.trainer.errors = start - 0.05 - by_chance
+        assert joint.held_out({}) == pytest.approx(1.0)
+        joint.trainer.errors = 0.9 * start  # on every task; few prove nothing all the same
+        assert joint.held_out({}) == pytest.approx(1.0 if kept else 0.9)
 
 
 class HeldOutErrors:
@@ -453,7 +456,7 @@ class HeldOutErrors:
     validation = (None,)
 
     def __init__(self, errors):
-        self.errors = torch.tensor(errors)
+        self.errors = errors
 
     def held_out_errors(self, meta_params):
         return self.errors

@@ -434,7 +434,9 @@ class Joint:
         if self.at_start is None:
             self.at_start = errors
         gain = self.at_start - errors
-        if len(gain) > 1:
+        if len(gain) < LEAST_HELD_OUT:  # it proves nothing
+            errors = self.at_start
+        else:
             error = gain.std() / math.sqrt(len(gain))
             if not gain.mean() > stdtrit(len(gain) - 1, CONFIDENCE) * error:
                 errors = self.at_start
