@@ -181,7 +181,7 @@ def test_query_rows_of_tasks_without_support_are_refused(regressor, new):
 def test_a_search_gives_the_serial_results_to_the_bit(two_workers):
     X, y, task = make_sinusoid_tasks(n_tasks=30, n_rows=20, random_state=0)
     search = GridSearchCV(
-        MAMLRegressor(max_iter=10, task_column=1, random_state=0),
+        MAMLRegressor(update_rule="sgd", max_iter=10, task_column=1, random_state=0),
         {"alpha": [0.01, 0.1], "steps": [1, 3]},
         cv=GroupKFold(2),
     )

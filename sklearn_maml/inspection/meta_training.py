@@ -67,7 +67,8 @@ class MetaTrainingDisplay:
     >>> from sklearn_maml.datasets import make_sinusoid_tasks
     >>> from sklearn_maml.inspection import MetaTrainingDisplay
     >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
-    >>> reg = MAMLRegressor(max_iter=100, random_state=0).fit(X, y, groups=task)
+    >>> reg = MAMLRegressor(update_rule="sgd", max_iter=100, random_state=0)
+    >>> reg = reg.fit(X, y, groups=task)
     >>> MetaTrainingDisplay.from_estimator(reg).n_updates
     array([ 50, 100])
     """
