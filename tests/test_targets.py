@@ -246,7 +246,7 @@ def test_rates_that_overflow_are_refused(reg):
 
 
 def test_a_loss_is_a_known_name_or_an_object():
-    for loss in ("poisson", Poisson, None):
+    for loss in ("mse", Poisson, None):
         with pytest.raises(ValueError, match=r"The 'loss' parameter .* must be"):
             MAMLRegressor(loss=loss).fit(X, Y, groups=TASK)
     with pytest.raises(ValueError, match=r"CrossEntropy is for class labels.*MAMLClassifier"):

@@ -34,11 +34,16 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         ``out_features`` if it takes parameters of these names and they are not given. An instance
         is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
         (n_rows, n_outputs).
-    loss : str or Loss, default="squared_error"
-        What inner steps and meta-training lower. An object of a subclass of
-        `sklearn_maml.targets.Loss` is a loss of one's own, with a domain of y and a link: a Poisson
-        regression for example. ``loss__*`` are its parameters. The Gaussian head and heads in
-        closed form are for squared error alone.
+    loss : {"squared_error", "absolute_error", "huber", "quantile", "poisson", "gamma"} or Loss, \
+            default="squared_error"
+        What inner steps and meta-training lower. "absolute_error" makes predictions medians,
+        "quantile" the quantile that `quantile` names; "huber" is linear in large errors. "poisson"
+        is for counts (y >= 0) and "gamma" for positive numbers: half the deviance, of a network
+        that gives logarithms of means. An object of a subclass of `sklearn_maml.targets.Loss` is
+        taken, too: ``Huber(delta=0.5)``, or a loss of your own, with a domain of y and a link;
+        ``loss__*`` are its parameters. Heads in closed form are for squared error alone.
+    quantile : float, default=None
+        Between 0 and 1: which quantile ``loss="quantile"`` is of. Other losses have no use for it.
     hidden_layer_sizes : int or sequence of int, default=(64, 64)
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
@@ -50,11 +55,10 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     beta_decay : float, default=0.3
         Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
         constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
-        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
-        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
+        with each fit; it moves once an epoch, of 50 updates, or with ``step_every="batch"``.
     max_grad_norm : float, default=1.0
-        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
-        a rule where the inner steps of a task diverge; a single one can undo many updates.
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. A single large one,
+        of a task whose inner steps diverge, can undo many updates.
     steps : int, default=10
         Inner steps. May be changed after `fit`.
     adapt_steps : int, default=None
@@ -65,8 +69,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         "second-order" is exact through the inner steps, "first-order" takes the inner gradients
         as constants, "implicit" differentiates the solution of an inner problem with a proximal
         term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
-        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
-        `Reptile` in `sklearn_maml.meta_gradients`.
+        adapted to all rows of an episode. See `sklearn_maml.meta_gradients`.
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
@@ -111,8 +114,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         of them.
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
-        training rows, for a `loss` that allows it. Predictions are in the units of y. If False,
-        `alpha` has to suit these units: steps of the default rate diverge on targets of hundreds.
+        training rows; those of "poisson" and "gamma" are divided by their mean. A `loss` of your
+        own says whether it allows either. Predictions are in the units of y. If False, `alpha` has
+        to suit these units: steps of the default rate diverge on targets of hundreds.
     center_y : bool, default=False
         Whether to subtract, in each task, the mean target of its support rows (weighted by
         `sample_weight`) from its targets, in meta-training as in `adapt`; predictions have it
@@ -123,9 +127,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         Outer optimiser; ``optimizer__*`` are its parameters.
     checkpoint_steps : bool, default=False
         Whether second-order meta-gradients keep only the parameters of each inner step and
-        compute its graph anew when they get to it: the same gradient for less memory, which grows
-        by one copy of the adapted parameters of each task with every step, and more time. Other
-        meta-gradients keep no graphs of the steps.
+        compute its graph anew when they get to it: the same gradient for less memory and more time.
     max_tasks_in_memory : int, default=None
         Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
         meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
@@ -221,11 +223,8 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise support rows with the statistics of the support set, at the
-    parameters of each inner step, and query rows as `batch_norm` says. With "inductive" the
-    meta-gradient is that of the loss of what `predict` computes, through the support set's
-    statistics too. With "transductive" a prediction uses the other query rows of its task, which
-    the published scores of [1]_ do; a score then is of sets of rows, and depends on their size and
-    their mix of classes or values. Running averages are not used.
+    parameters of each inner step, and query rows as `batch_norm` says: "transductive" predictions
+    use the other query rows of their task, as the published scores of [1]_ do.
 
     References
     ----------
@@ -261,6 +260,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         module: Any = None,
         *,
         loss: Any = "squared_error",
+        quantile: float | None = None,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         alpha: float = 0.03,
@@ -297,6 +297,7 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
     ) -> None:
         self.module = module
         self.loss = loss
+        self.quantile = quantile
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.alpha = alpha
@@ -407,7 +408,9 @@ class MAMLRegressor(RegressorMixin, BaseMAML):
         return self._score(X, y, groups, sample_weight, r2_score)
 
     def _make_targets(self) -> RealTargets:
-        return RealTargets(resolve_loss(self.loss), self.normalize_y, bool(self.center_y))
+        return RealTargets(
+            resolve_loss(self.loss, self.quantile), self.normalize_y, bool(self.center_y)
+        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -206,8 +206,12 @@ class Kernel:
     Parameters
     ----------
     layout : Layout
-    classification : bool
-        Cross-entropy of logits, instead of the squared error.
+    loss : int
+        Which of the losses of `LossOfRow` in mlp.cpp.
+    parameter : float
+        Of the loss, if it has one.
+    integers : bool
+        Whether its targets are positions of classes.
     dtype : torch.dtype
     n_threads : int
         Among which large batches are divided; the results do not depend on it.
@@ -221,17 +225,23 @@ class Kernel:
     """
 
     def __init__(
-        self, layout: Layout, classification: bool, dtype: torch.dtype, n_threads: int = 1
+        self,
+        layout: Layout,
+        loss: int,
+        parameter: float,
+        integers: bool,
+        dtype: torch.dtype,
+        n_threads: int = 1,
     ) -> None:
         self.instructions = instruction_set()
         self._level = instruction_sets().index(self.instructions)
         self.layout = layout
         self.dtype = dtype
-        self.classification = classification
+        self.integers = integers
         self.n_outputs = layout.sizes[-1][1]
-        flat = [int(classification), *(number for size in layout.sizes for number in size)]
+        flat = [loss, *(number for size in layout.sizes for number in size)]
         self._sizes = _integers([len(layout.sizes), *flat])
-        self._slopes = (ctypes.c_double * len(layout.slopes))(*layout.slopes)
+        self._slopes = (ctypes.c_double * (len(layout.slopes) + 1))(*layout.slopes, parameter)
         self._counts = [
             int(torch.Size(shape).numel()) if name else 0
             for name, shape in zip(layout.tensors, layout.shapes, strict=True)
@@ -249,8 +259,8 @@ class Kernel:
 
     def takes(self, *sets: Rows) -> bool:
         """Whether sets of rows have the types and shapes that the kernels are for."""
-        y_type = torch.int64 if self.classification else self.dtype
-        tail = () if self.classification else (self.n_outputs,)
+        y_type = torch.int64 if self.integers else self.dtype
+        tail = () if self.integers else (self.n_outputs,)
         return all(
             self.takes_inputs(rows.X)
             and rows.y.device.type == "cpu"

@@ -332,6 +332,81 @@ static const Maps maps[N_ACTIVATIONS] = {{0, 0, 0},     MAPS(Relu), MAPS(Leaky),
                                          MAPS(Elu),     MAPS(Selu), MAPS(Gelu),  MAPS(Silu), MAPS(Softplus),
                                          MAPS(Softsign)};
 
+// ---- losses of numbers -------------------------------------------------------------------------
+
+// in the order of LOSSES of engine/rungs/native.py
+enum LossOfRow { SQUARED_ERROR, CROSS_ENTROPY, ABSOLUTE_ERROR, HUBER, QUANTILE, POISSON, GAMMA, BINARY, N_LOSSES };
+
+// each returns the value, and sets the first and the second derivative by the output
+struct SquaredError {
+    static inline real at(real o, real y, real, real &d1, real &d2) {
+        real e = o - y;
+        d1 = 2 * e, d2 = 2;
+        return e * e;
+    }
+};
+struct AbsoluteError {
+    static inline real at(real o, real y, real, real &d1, real &d2) {
+        real e = o - y;
+        d1 = e > 0 ? 1 : e < 0 ? -1 : e; // NaN stays
+        d2 = 0 * e;
+        return F(__builtin_fabs)(e);
+    }
+};
+struct Huber {
+    static inline real at(real o, real y, real a, real &d1, real &d2) {
+        real e = o - y;
+        d1 = e > a ? a : e < -a ? -a : e;
+        d2 = F(__builtin_fabs)(e) <= a;
+        return d1 * (e - (real)0.5 * d1);
+    }
+};
+struct Quantile {
+    static inline real at(real o, real y, real a, real &d1, real &d2) {
+        real value = AbsoluteError::at(o, y, a, d1, d2), tilt = a - (real)0.5;
+        d1 = (real)0.5 * d1 - tilt;
+        return (real)0.5 * value + tilt * (y - o);
+    }
+};
+struct Poisson {
+    static inline real at(real o, real y, real, real &d1, real &d2) {
+        d2 = elementary::exp(o);
+        d1 = d2 - y;
+        return d2 - y * o;
+    }
+};
+struct Gamma {
+    static inline real at(real o, real y, real, real &d1, real &d2) {
+        d2 = y * elementary::exp(-o);
+        d1 = 1 - d2;
+        return o + d2;
+    }
+};
+struct Binary { // of logits
+    static inline real at(real o, real y, real, real &d1, real &d2) {
+        real e = elementary::exp(o < 0 ? o : -o), p = (o < 0 ? e : 1) / (1 + e);
+        d1 = p - y;
+        d2 = e / ((1 + e) * (1 + e));
+        return (o > 0 ? o : 0) + elementary::log1p_of_unit(e) - y * o;
+    }
+};
+
+// loss and derivatives of one row, the second ones in `curve`
+typedef real (*RowLoss)(i64 n, real a, real w, const real *o, const real *y, real *g, real *curve);
+template <class F>
+static real row_loss(i64 n, real a, real w, const real *o, const real *y, real *g, real *curve) {
+    real total = 0;
+    for (i64 j = 0; j < n; j++) {
+        real d1, d2;
+        total += F::at(o[j], y[j], a, d1, d2);
+        g[j] = w * d1;
+        curve[j] = w * d2;
+    }
+    return w * total;
+}
+static const RowLoss row_losses[N_LOSSES] = {row_loss<SquaredError>, 0, row_loss<AbsoluteError>, row_loss<Huber>,
+                                             row_loss<Quantile>, row_loss<Poisson>, row_loss<Gamma>, row_loss<Binary>};
+
 // ---- the network -------------------------------------------------------------------------------
 
 struct Layer {
@@ -343,6 +418,8 @@ struct Layer {
 };
 struct Net {
     i64 n_layers, packed, turned, scratch; // sizes of packed parameters, their transposes, a transpose
+    i64 loss;
+    real parameter; // of the loss
     bool classes;
     Layer layer[MAX_LAYERS];
     const Layer &last() const { return layer[n_layers - 1]; }
@@ -351,10 +428,13 @@ struct Net {
 static i64 weight_rows(const Layer &l) { return l.by_input ? l.in : l.out; }
 static i64 weight_stride(const Layer &l) { return l.by_input ? l.op : l.ip; }
 
-// sizes: n_layers, whether classification, then (in, out, activation, has_bias) of each layer
+// sizes: n_layers, the loss, then (in, out, activation, has_bias) of each layer; the parameter of
+// the loss follows the slopes
 static void describe(const i64 *sizes, const double *slopes, Net &net) {
     net.n_layers = sizes[0];
-    net.classes = sizes[1];
+    net.loss = sizes[1];
+    net.parameter = (real)slopes[net.n_layers];
+    net.classes = net.loss == CROSS_ENTROPY;
     net.scratch = 0;
     i64 at = 0, turned = 0;
     for (i64 l = 0; l < net.n_layers; l++) {
@@ -428,7 +508,8 @@ struct Arena {
 
 // what one pass over a set of rows leaves behind; index l is the output of layer l
 struct Pass {
-    real *x[MAX_LAYERS + 1], *z[MAX_LAYERS + 1], *dz[MAX_LAYERS + 1], *dx[MAX_LAYERS + 1], *prob;
+    real *x[MAX_LAYERS + 1], *z[MAX_LAYERS + 1], *dz[MAX_LAYERS + 1], *dx[MAX_LAYERS + 1];
+    real *curve; // of the loss: probabilities of classes, or weighted second derivatives
     // `changes`: holds derivatives of another pass along a direction
     void place(const Net &net, i64 rows, bool changes, Arena &arena) {
         for (i64 l = 1; l <= net.n_layers; l++) {
@@ -438,7 +519,7 @@ struct Pass {
             dz[l] = arena.take(rows * y.op);
             dx[l] = is_curved(y.act) ? arena.take(rows * y.op) : dz[l];
         }
-        prob = net.classes ? arena.take(rows * net.last().op) : 0;
+        curve = changes ? 0 : arena.take(rows * net.last().op);
     }
 };
 
@@ -529,24 +610,20 @@ static inline real largest(const real *o, i64 n) {
     return top;
 }
 
-// loss of the set and its derivative by the outputs; classes' probabilities go to `prob`
-static real loss(const Net &net, const Set &set, const real *out, real *prob, real *d) {
+// loss of the set and its derivative by the outputs; what `loss_change` needs goes to `curve`
+static real loss(const Net &net, const Set &set, const real *out, real *curve, real *d) {
     const Layer &y = net.last();
     real total = 0, even = (real)1 / set.rows, share = (real)1 / y.out;
     if (!net.classes) {
         for (i64 i = 0; i < set.rows; i++) {
-            const real *o = out + i * y.op, *t = set.y + i * y.out;
-            real w = set.weight ? set.weight[i] : even, *g = d + i * y.op, square = 0;
+            real w = set.weight ? set.weight[i] : even, *g = d + i * y.op;
             store(g + y.op - V, (vec){});
-            for (i64 j = 0; j < y.out; j++) {
-                real e = o[j] - t[j];
-                square += e * e;
-                g[j] = 2 * w * share * e;
-            }
-            total += w * share * square;
+            total += row_losses[net.loss](y.out, net.parameter, w * share, out + i * y.op, set.y + i * y.out, g,
+                                          curve + i * y.op);
         }
         return total;
     }
+    real *prob = curve;
     for (i64 i = 0; i < set.rows; i++) {
         const real *o = out + i * y.op;
         real top = largest(o, y.out);
@@ -573,25 +650,25 @@ static real loss(const Net &net, const Set &set, const real *out, real *prob, re
 }
 
 // change of that derivative when the outputs change by r
-static void loss_change(const Net &net, const Set &set, const real *prob, const real *r, real *d) {
+static void loss_change(const Net &net, const Set &set, const real *curve, const real *r, real *d) {
     const Layer &y = net.last();
-    real even = (real)1 / set.rows, share = (real)1 / y.out;
+    real even = (real)1 / set.rows;
     for (i64 i = 0; i < set.rows; i++) {
-        const real *p = prob + i * y.op, *q = r + i * y.op;
+        const real *p = curve + i * y.op, *q = r + i * y.op;
         real w = set.weight ? set.weight[i] : even, *g = d + i * y.op, mean = 0;
         store(g + y.op - V, (vec){});
         if (net.classes) {
             for (i64 j = 0; j < y.out; j++) mean += p[j] * q[j];
             for (i64 j = 0; j < y.out; j++) g[j] = w * p[j] * (q[j] - mean);
         } else
-            for (i64 j = 0; j < y.out; j++) g[j] = 2 * w * share * q[j];
+            for (i64 j = 0; j < y.out; j++) g[j] = p[j] * q[j];
     }
 }
 
 // gradient at theta, after `forward`; returns the loss
 static real backward(const Net &net, const Theta &theta, const Set &set, Pass &pass, real *grad) {
     i64 n = net.n_layers;
-    real value = loss(net, set, pass.x[n], pass.prob, pass.dx[n]);
+    real value = loss(net, set, pass.x[n], pass.curve, pass.dx[n]);
     for (i64 l = n; l >= 1; l--) {
         const Layer &y = net.layer[l - 1];
         if (y.act != IDENTITY)
@@ -612,7 +689,7 @@ static void add_curvature(const Net &net, const Theta &theta, const Theta &u, co
         apply(y, rows, l == 1 ? set.stride : y.ip, pass.x[l - 1], u, l > 1 ? r.x[l - 1] : 0, theta, r.z[l]);
         if (y.act != IDENTITY) maps[y.act].scale(rows * y.op, y.slope, pass.z[l], pass.x[l], r.z[l], r.x[l]);
     }
-    loss_change(net, set, pass.prob, r.x[n], r.dx[n]);
+    loss_change(net, set, pass.curve, r.x[n], r.dx[n]);
     for (i64 l = n; l >= 1; l--) {
         const Layer &y = net.layer[l - 1];
         if (is_curved(y.act))

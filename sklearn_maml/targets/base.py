@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
@@ -29,10 +30,15 @@ class Loss(BaseEstimator, ABC):
     standardises : bool
         Whether y may be standardised: `rows` then sees targets of mean 0 and variance 1 where
         `normalize_y` is set. By default targets are as they are.
+    scales : bool
+        Whether y, of 0 or more, may be divided by its mean in `fit` where `normalize_y` is set. It
+        is for losses with a logarithmic link, where that takes a constant from the outputs: those
+        of data of thousands, or thousandths, then begin near 0, too.
     """
 
     name: ClassVar[str]
     standardises: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,9 +62,47 @@ class Loss(BaseEstimator, ABC):
     def check(self, y: np.ndarray) -> None:
         """Refuse targets (n_rows, n_outputs), in the units of y, that the loss is not for."""
 
-    def predict(self, output: np.ndarray) -> np.ndarray:
-        """Return predictions for outputs (n_rows, n_outputs): the inverse link, here none."""
+    def inverse_link(self, output: Tensor) -> Tensor:
+        """Return predictions for outputs (n_rows, n_outputs), in torch; by default the outputs."""
         return output
+
+    def predict(self, output: np.ndarray) -> np.ndarray:
+        """Return predictions for outputs (n_rows, n_outputs), by default by `inverse_link`.
+
+        A loss that computes them in numpy overrides this one; `adapted_module`, which is of torch
+        alone, then refuses it.
+        """
+        return self.inverse_link(torch.from_numpy(output)).numpy()
+
+    def derivatives(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first two derivatives of `rows` by each output.
+
+        Parameters
+        ----------
+        output : Tensor of shape (..., n_outputs)
+        y : Tensor of shape (..., n_outputs), or int64 (...) for classes
+
+        Returns
+        -------
+        first, second : Tensor of shape (..., n_outputs)
+            Of a row by its own outputs; `second` is the diagonal. They are differentiable where
+            `output` is.
+        """
+        at = output if output.requires_grad else output.detach().requires_grad_()
+        with torch.enable_grad():
+            first = torch.autograd.grad(self.rows(at, y).sum(), at, create_graph=True)[0]
+            second = torch.zeros_like(first)
+            if first.requires_grad:  # not where it is constant
+                parts = [
+                    torch.autograd.grad(
+                        column.sum(), at, create_graph=True, materialize_grads=True
+                    )[0][..., j]
+                    for j, column in enumerate(first.unbind(-1))
+                ]
+                second = torch.stack(parts, -1)
+        if output.requires_grad and torch.is_grad_enabled():
+            return first, second
+        return first.detach(), second.detach()
 
 
 @dataclass(kw_only=True)

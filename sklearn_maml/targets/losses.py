@@ -1,4 +1,4 @@
-"""The losses of the library: squared error of numbers, and cross-entropy of classes."""
+"""The losses of the library: of numbers, which may be counts, of classes, and of labels."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.special import softmax
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from sklearn_maml._validation import is_number
 from sklearn_maml.targets.base import Loss
 
 __all__ = [
     "LOSSES",
+    "AbsoluteError",
+    "BinaryCrossEntropy",
     "CrossEntropy",
+    "Gamma",
+    "Huber",
+    "Poisson",
+    "Quantile",
     "SquaredError",
     "cross_entropy_rows",
     "has_closed_forms",
     "resolve_loss",
     "squared_error_rows",
 ]
+
+# The compiled kernels know a loss by the function `rows`, see `engine.rungs.native`: what is
+# differentiated here twice by autograd is written out there.
 
 
 def squared_error_rows(output: Tensor, y: Tensor) -> Tensor:
@@ -32,13 +43,141 @@ def cross_entropy_rows(output: Tensor, y: Tensor) -> Tensor:
     return -output.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
+def _size(error: Tensor) -> Tensor:
+    """Absolute values, whose second derivative is none: that of torch cannot be traced."""
+    return error * error.detach().sign()
+
+
 class SquaredError(Loss):
     """Squared error, averaged over the targets."""
 
     name: ClassVar[str] = "mean squared error"
     standardises: ClassVar[bool] = True
-    # functions, by which the compiled kernels know what they have derivatives of
     rows = staticmethod(squared_error_rows)
+
+
+class AbsoluteError(Loss):
+    """Absolute error, averaged over the targets: predictions are medians.
+
+    Its derivative is the sign of the error, and 0 where there is none; the second one is 0.
+    """
+
+    name: ClassVar[str] = "mean absolute error"
+    standardises: ClassVar[bool] = True
+
+    @staticmethod
+    def rows(output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        return _size(output - y).mean(-1)
+
+
+class Huber(Loss):
+    """Half the squared error of small errors, linear in larger ones (Huber 1964).
+
+    Parameters
+    ----------
+    delta : float, default=1.0
+        Errors above it count linearly. In units of the targets as the loss sees them: standard
+        deviations of y with ``normalize_y=True``, else units of y.
+    """
+
+    name: ClassVar[str] = "Huber loss"
+    standardises: ClassVar[bool] = True
+
+    def __init__(self, delta: float = 1.0) -> None:
+        self.delta = delta
+
+    def rows(self, output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        error = output - y
+        near = error.clamp(-self.delta, self.delta)
+        return (near * (error - 0.5 * near)).mean(-1)
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse a `delta` that is not positive."""
+        if not (is_number(self.delta) and 0 < self.delta < np.inf):
+            raise ValueError(
+                f"delta of the loss Huber must be positive and finite; got {self.delta!r}."
+            )
+
+
+class Quantile(Loss):
+    """Pinball loss, averaged over the targets: predictions are quantiles (Koenker & Bassett 1978).
+
+    Its second derivative is 0; the derivative of no error is in the middle of those beside it.
+
+    Parameters
+    ----------
+    quantile : float, default=0.5
+        Which one, between 0 and 1.
+    """
+
+    name: ClassVar[str] = "pinball loss"
+    standardises: ClassVar[bool] = True
+
+    def __init__(self, quantile: float = 0.5) -> None:
+        self.quantile = quantile
+
+    def rows(self, output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        error = y - output
+        return (0.5 * _size(error) + (self.quantile - 0.5) * error).mean(-1)
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse a `quantile` that is none."""
+        if not (is_number(self.quantile) and 0 < self.quantile < 1):
+            raise ValueError(
+                f"loss='quantile' needs a quantile between 0 and 1; got {self.quantile!r}. Set "
+                "quantile=0.5 for the median, say."
+            )
+
+
+class _LogLink(Loss):
+    """Base of losses whose outputs are logarithms of means."""
+
+    scales: ClassVar[bool] = True
+
+    def inverse_link(self, output: Tensor) -> Tensor:
+        """Return means."""
+        return output.exp()
+
+
+class Poisson(_LogLink):
+    """Half the Poisson deviance, up to a constant: predictions are rates of counts."""
+
+    name: ClassVar[str] = "Poisson loss"
+
+    @staticmethod
+    def rows(output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        return (output.exp() - y * output).mean(-1)
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse targets below 0."""
+        if not (y >= 0).all():
+            raise ValueError(
+                f"loss='poisson' is for targets of 0 or more, but y has {y.min():g}. Leave such "
+                "rows out, or use another loss, such as 'squared_error'."
+            )
+
+
+class Gamma(_LogLink):
+    """Half the gamma deviance, up to a constant: predictions are means of positive numbers."""
+
+    name: ClassVar[str] = "gamma loss"
+
+    @staticmethod
+    def rows(output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        return (output + y * (-output).exp()).mean(-1)
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse targets that are not above 0."""
+        if not (y > 0).all():
+            raise ValueError(
+                f"loss='gamma' is for targets above 0, but y has {y.min():g}. Leave such rows out, "
+                "or use another loss, such as 'poisson', which takes 0."
+            )
 
 
 class CrossEntropy(Loss):
@@ -61,13 +200,46 @@ class CrossEntropy(Loss):
         return p
 
 
-LOSSES: dict[str, type[Loss]] = {"squared_error": SquaredError}
+class BinaryCrossEntropy(Loss):
+    """Cross-entropy of labels that are 0 or 1, each by itself, averaged; outputs are logits."""
+
+    name: ClassVar[str] = "binary cross-entropy"
+
+    @staticmethod
+    def rows(output: Tensor, y: Tensor) -> Tensor:
+        """See `Loss`."""
+        return ((1 - y) * output - logsigmoid(output)).mean(-1)
+
+    def inverse_link(self, output: Tensor) -> Tensor:
+        """Return the probability of each label."""
+        return output.sigmoid()
+
+    def check(self, y: np.ndarray) -> None:
+        """Refuse targets that are neither 0 nor 1."""
+        other = y[(y != 0) & (y != 1)]
+        if len(other):
+            raise ValueError(
+                f"The loss BinaryCrossEntropy is for labels 0 and 1, but y has {other[0]:g}. Give "
+                "one column of 0 and 1 for each label."
+            )
 
 
-def resolve_loss(value: Any) -> Loss:
-    """Return the loss of numbers that `loss` names."""
+LOSSES: dict[str, type[Loss]] = {
+    "squared_error": SquaredError,
+    "absolute_error": AbsoluteError,
+    "huber": Huber,
+    "quantile": Quantile,
+    "poisson": Poisson,
+    "gamma": Gamma,
+}
+
+
+def resolve_loss(value: Any, quantile: float | None = None) -> Loss:
+    """Return the loss of numbers that `loss` names; `quantile` is for the loss of this name."""
     if isinstance(value, Loss):
         return value
+    if value == "quantile":
+        return Quantile(quantile)  # type: ignore[arg-type]  # checked with the targets
     if isinstance(value, str) and value in LOSSES:
         return LOSSES[value]()
     raise ValueError(

@@ -87,6 +87,14 @@ class RealTargets(Targets):
             _warn_of_outliers(y, y - center, rows)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
+        if self.loss.scales:
+            level = np.average(y, axis=0, weights=sample_weight)
+            if not (level > 0).all():
+                raise ValueError(
+                    f"All targets{' of an output' if y.shape[1] > 1 else ''} are 0, to which the "
+                    f"{self.loss.name} has no finite fit. Leave them out, or use another loss."
+                )
+            self.y_scale_ = level if self.normalize_y else self.y_scale_
 
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
@@ -145,10 +153,10 @@ class RealTargets(Targets):
         if type(self.loss).predict is not Loss.predict:
             raise TypeError(
                 f"The loss {self.loss.name} makes predictions of outputs in numpy (its method "
-                "predict), which no torch module can have. Use a loss without one."
+                "predict), which no torch module can have. Give it inverse_link, in torch, instead."
             )
         mean = self.y_mean_ if coding.center is None else coding.center[task]
-        return _Units(self.y_scale_, mean, self._y_is_1d)
+        return _Units(self.loss, self.y_scale_, mean, self._y_is_1d)
 
     def decode_std(self, std: np.ndarray) -> np.ndarray:
         """Return standard deviations of targets in the units of y."""
@@ -183,15 +191,16 @@ class _Units(nn.Module):
     scale: Tensor
     mean: Tensor
 
-    def __init__(self, scale: np.ndarray, mean: np.ndarray, is_1d: bool) -> None:
+    def __init__(self, loss: Loss, scale: np.ndarray, mean: np.ndarray, is_1d: bool) -> None:
         super().__init__()
+        self.loss = loss
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("mean", torch.tensor(mean))
         self.is_1d = is_1d
         self.apart = _are_apart(np.float32, mean, scale)
 
     def forward(self, outputs: Tensor) -> Tensor:
-        values = outputs * self.scale + self.mean
+        values = self.loss.inverse_link(outputs) * self.scale + self.mean
         values = values.to(outputs.dtype) if self.apart else values
         return values[:, 0] if self.is_1d else values
 

@@ -15,11 +15,41 @@ from sklearn_maml.engine.rungs.stacked import Stacked
 from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
 from sklearn_maml.native import Kernel, NativeUnavailableError
-from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
+from sklearn_maml.targets.losses import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+    cross_entropy_rows,
+    squared_error_rows,
+)
 from sklearn_maml.theta import Params, Theta, name_in_module, name_in_rule
 from sklearn_maml.update_rules import has_linear_rates
 
 __all__ = ["Native"]
+
+# losses that the kernels have derivatives of, in the order of `LossOfRow` of mlp.cpp
+LOSSES: tuple[Any, ...] = (
+    squared_error_rows,
+    cross_entropy_rows,
+    AbsoluteError.rows,
+    Huber.rows,
+    Quantile.rows,
+    Poisson.rows,
+    Gamma.rows,
+    BinaryCrossEntropy.rows,
+)
+
+
+def _loss_of_kernels(row_loss: Any) -> tuple[int, float] | None:
+    """Which of `LOSSES` a loss of rows is, and its parameter; None: another."""
+    function = getattr(row_loss, "__func__", row_loss)  # of a method: what it is of any object
+    if function not in LOSSES:
+        return None
+    values = [] if function is row_loss else [*row_loss.__self__.get_params().values()]
+    return LOSSES.index(function), float(values[0]) if values else 0.0
 
 
 class Native(Rung):
@@ -62,7 +92,7 @@ class Native(Rung):
     def refuses(cls, spec: Spec) -> str | None:
         """See `Rung`."""
         covered = (
-            spec.row_loss in (squared_error_rows, cross_entropy_rows)
+            _loss_of_kernels(spec.row_loss) is not None
             and type(spec.meta_gradient) in (SecondOrder, FirstOrder)
             and has_linear_rates(spec.rule)
             and next(spec.module.parameters()).dtype in (torch.float32, torch.float64)
@@ -112,10 +142,12 @@ class Native(Rung):
 
     def climb(self) -> None:
         """See `Rung`."""
-        classification = self.spec.row_loss is cross_entropy_rows
+        known = _loss_of_kernels(self.spec.row_loss)
+        assert known is not None
+        integers = self.spec.row_loss is cross_entropy_rows
         dtype = next(self.spec.module.parameters()).dtype
         try:
-            self._kernel = Kernel(self.layout, classification, dtype, self._n_threads)
+            self._kernel = Kernel(self.layout, *known, integers, dtype, self._n_threads)
         except NativeUnavailableError as error:
             raise CannotClimbError(
                 "The compiled kernels for multilayer perceptrons cannot be used, so fits take "

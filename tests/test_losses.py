@@ -1,0 +1,255 @@
+"""The losses of numbers: their values and derivatives on every rung, domains, links and units."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import SIZES, flat, has_kernels, make_batch, make_engine, make_meta_params, make_mlp
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.ensemble import HistGradientBoostingRegressor
+from torch import nn
+
+from sklearn_maml import MAMLRegressor
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.targets import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+    SquaredError,
+)
+from sklearn_maml.targets.losses import LOSSES, resolve_loss
+
+SMOOTH = [SquaredError(), Poisson(), Gamma(), BinaryCrossEntropy()]
+KINKED = [AbsoluteError(), Huber(0.5), Quantile(0.8)]
+RUNGS = ["vmap", "stacked", "traced", *(["native"] if has_kernels() else [])]
+BY_NAME = {"ids": lambda value: type(value).__name__}
+
+
+def in_domain(loss, y):
+    """Targets that a loss is for, made of real numbers; some are 0 where that may be."""
+    if isinstance(loss, Poisson):
+        return np.floor(np.exp(y))
+    if isinstance(loss, Gamma):
+        return np.exp(y)
+    return (y > 0).astype(y.dtype) if isinstance(loss, BinaryCrossEntropy) else y
+
+
+def batch_for(loss, sizes, **options):
+    batch = make_batch(sizes, weighted=sizes == "ragged", **options)
+    for rows in (batch.support, batch.query):
+        rows.y.copy_(torch.from_numpy(in_domain(loss, rows.y.numpy())))
+    return batch
+
+
+def meta_step(engine, params, batch, steps=3):
+    """A meta-step; one that is traced comes after those that trace it."""
+    for _ in range(3):
+        step = engine.meta_step(params, batch, alpha=0.1, steps=steps)
+    return step
+
+
+# --- derivatives
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("loss", SMOOTH[1:] + KINKED, **BY_NAME)
+def test_every_rung_gives_the_numbers_of_the_loop(loss, sizes, order):
+    module, batch = make_mlp(), batch_for(loss, sizes)
+    params = make_meta_params(module)
+    engine = make_engine(module, order=order, row_loss=loss.rows)
+    expected = meta_step(engine, params, batch)
+    adapted = engine.adapt(params, batch.support, alpha=0.1, steps=3)
+    for rung in RUNGS:
+        engine = make_engine(module, rung, order=order, row_loss=loss.rows)
+        step = meta_step(engine, params, batch)
+        assert_allclose(step.losses, expected.losses, rtol=1e-12)
+        assert_allclose(flat(step.grads), flat(expected.grads), rtol=1e-10, atol=1e-14)
+        again = engine.adapt(params, batch.support, alpha=0.1, steps=3)
+        assert_allclose(flat(again.params), flat(adapted.params), rtol=1e-11)
+    other = make_engine(module, order=3 - order, row_loss=loss.rows)
+    assert (flat(meta_step(other, params, batch).grads) - flat(expected.grads)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("loss", SMOOTH, **BY_NAME)
+def test_the_meta_gradient_is_that_of_finite_differences(loss, sizes):
+    module, batch = make_mlp(), batch_for(loss, sizes)
+    params = make_meta_params(module)
+    engine = make_engine(module, RUNGS[-1], row_loss=loss.rows)
+    g = torch.Generator().manual_seed(0)
+    direction = {n: torch.randn(p.shape, generator=g).double() for n, p in params.items()}
+
+    def value(shift):
+        moved = {name: p + shift * direction[name] for name, p in params.items()}
+        return engine.evaluate(moved, batch, alpha=0.1, steps=3)[0].mean().item()
+
+    slope = (value(1e-5) - value(-1e-5)) / 2e-5
+    got = float(flat(meta_step(engine, params, batch).grads) @ flat(direction))
+    assert got == pytest.approx(slope, rel=1e-7)
+
+
+# f(x) = theta x at x = 1, from theta = 0 with alpha = .1.
+# Poisson, y = 3: the gradient exp(theta) - 3 makes it .2, and d theta_1 / d theta is
+# 1 - .1 exp(0) = .9; the query loss exp(theta) - theta (y = 1) has the gradient exp(.2) - 1.
+# Gamma, y = 3: the gradient 1 - 3 exp(-theta) makes it .2, and the factor 1 - .1 * 3 = .7; the
+# query loss theta + exp(-theta) has the gradient 1 - exp(-.2).
+# Quantile .8, y = 3: the gradient -.8 makes it .08, and the factor is 1, as the second derivative
+# is 0; the query loss .8 (1 - theta) has the gradient -.8.
+# Huber, delta = 1: error -3 counts linearly, the gradient -1 makes it .1, and the factor is 1; the
+# query loss (1 - theta)^2 / 2 has the gradient -.9.
+BY_HAND = [
+    (Poisson(), 0.2, np.exp(0.2) - 0.2, np.exp(0.2) - 1, 0.9),
+    (Gamma(), 0.2, 0.2 + np.exp(-0.2), 1 - np.exp(-0.2), 0.7),
+    (Quantile(0.8), 0.08, 0.8 * 0.92, -0.8, 1.0),
+    (Huber(), 0.1, 0.405, -0.9, 1.0),
+    (AbsoluteError(), 0.1, 0.9, -1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("rung", ["loop", *RUNGS])
+@pytest.mark.parametrize(
+    ("loss", "theta", "value", "slope", "factor"), BY_HAND, ids=lambda v: type(v).__name__
+)
+def test_one_meta_step_by_hand(loss, theta, value, slope, factor, rung):
+    module = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(module.weight)
+    one = torch.ones(2, 1, 1, dtype=torch.float64)
+    batch = EpisodeBatch(Rows(one, 3 * one), Rows(one, one))
+    for order in (1, 2):
+        engine = make_engine(module, rung, order=order, row_loss=loss.rows)
+        step = meta_step(engine, {"module.weight": module.weight.detach()}, batch, 1)
+        expected = slope * (factor if order == 2 else 1)
+        assert step.grads["module.weight"].item() == pytest.approx(expected, rel=1e-12)
+        assert step.losses.tolist() == pytest.approx([value] * 2, rel=1e-12)
+        assert step.outputs.flatten().tolist() == pytest.approx([theta] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("rung", ["loop", *RUNGS])
+def test_no_error_is_no_reason_to_move_a_median(rung):
+    module = nn.Linear(1, 1, bias=False).double()
+    one = torch.ones(1, 3, 1, dtype=torch.float64)
+    rows = Rows(one, one * module.weight.detach().item())
+    params = {"module.weight": module.weight.detach()}
+    for loss, move in ((AbsoluteError(), 0.0), (Quantile(0.8), 0.03)):
+        engine = make_engine(module, rung, row_loss=loss.rows)
+        adapted = engine.adapt(params, rows, alpha=0.1, steps=1).params["weight"].item()
+        assert adapted == pytest.approx(module.weight.item() + move, abs=1e-15)
+
+
+@pytest.mark.parametrize("loss", [*SMOOTH, *KINKED, CrossEntropy()], **BY_NAME)
+def test_derivatives_by_the_outputs_are_those_of_the_rows(loss):
+    g = torch.Generator().manual_seed(0)
+    output = torch.randn(4, 5, 3, generator=g).double()
+    y = torch.from_numpy(in_domain(loss, torch.randn(4, 5, 3, generator=g).double().numpy()))
+    if isinstance(loss, CrossEntropy):
+        y = torch.randint(0, 3, (4, 5), generator=g)
+    with torch.no_grad():
+        first, second = loss.derivatives(output, y)
+        assert not first.requires_grad
+        for j in range(3):
+            at = [output.clone() for _ in range(3)]
+            at[1][..., j] += 1e-4
+            at[2][..., j] -= 1e-4
+            middle, above, below = (loss.rows(o, y) for o in at)
+            assert_allclose(first[..., j], (above - below) / 2e-4, atol=1e-7)
+            assert_allclose(second[..., j], (above + below - 2 * middle) / 1e-8, atol=1e-6)
+
+
+def test_derivatives_are_differentiable_where_outputs_are():
+    theta = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
+    first, second = Poisson().derivatives(2 * theta, torch.ones(1, 1).double())
+    for value, expected in ((first, 2 * np.exp(0.6)), (second, 2 * np.exp(0.6))):
+        (slope,) = torch.autograd.grad(value.sum(), theta, retain_graph=True)
+        assert slope.item() == pytest.approx(expected)
+
+
+# --- domains, links and units
+
+
+def collection(n_tasks=8, n_rows=12, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n_tasks * n_rows, 2))
+    task = np.repeat(np.arange(n_tasks), n_rows)
+    mean = np.exp(rng.uniform(0, 1.5, n_tasks)[task] + 0.4 * X[:, 0])
+    return X, rng.poisson(mean).astype(float), task
+
+
+X, Y, TASK = collection()
+SMALL = {
+    "hidden_layer_sizes": (6,),
+    "steps": 2,
+    "meta_batch_size": 4,
+    "max_iter": 5,
+    "random_state": 0,
+}
+
+
+def regressor(loss, **params):
+    if loss == "quantile":
+        params.setdefault("quantile", 0.9)
+    return MAMLRegressor(**{**SMALL, "loss": loss, **params})
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("call", ["fit", "adapt", "score"])
+def test_targets_outside_of_the_domain_are_refused_everywhere(loss, call):
+    above = Y + (loss == "gamma")
+    bad = np.where(np.arange(len(Y)) == 13, 0.0 if loss == "gamma" else -2.0, above)
+    reg = regressor(loss)
+    if call != "fit":
+        reg.fit(X, above, groups=TASK)
+    with pytest.raises(ValueError, match=rf"loss='{loss}' is for targets .* has (0|-2). Leave"):
+        getattr(reg, call)(X, bad, groups=TASK)
+    with pytest.raises(ValueError, match=loss):  # as there
+        HistGradientBoostingRegressor(loss=loss).fit(X, bad)
+
+
+def test_counts_of_nothing_have_no_fit_but_a_task_may_have_them():
+    with pytest.raises(ValueError, match=r"All targets are 0.*Poisson loss has no finite fit"):
+        regressor("poisson").fit(X, 0 * Y, groups=TASK)
+    both = np.column_stack([Y, 0 * Y])
+    with pytest.raises(ValueError, match="All targets of an output are 0"):
+        regressor("poisson").fit(X, both, groups=TASK)
+    reg = regressor("poisson").fit(X, Y, groups=TASK)
+    before = reg.set_params(adapt_steps=0).adapt(X[:5], 0 * Y[:5]).predict(X)
+    after = reg.set_params(adapt_steps=5).adapt(X[:5], 0 * Y[:5]).predict(X)
+    assert 0 < after[:5].mean() < before[:5].mean()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_rates_are_in_units_of_y_whatever_these_are(loss, dtype):
+    y = Y + (loss == "gamma")
+    predictions = []
+    for unit in (1.0, 1024.0, 2.0**-20):
+        reg = regressor(loss).fit(X.astype(dtype), unit * y, groups=TASK)
+        assert_allclose(reg.y_scale_, [unit * y.mean()])
+        predictions.append(reg.adapt(X[:9].astype(dtype), unit * y[:9]).predict(X.astype(dtype)))
+        assert predictions[-1].dtype == dtype
+        assert_array_equal(predictions[-1] / unit, predictions[0])
+    as_they_are = regressor(loss, normalize_y=False).fit(X, y, groups=TASK)
+    assert_array_equal(as_they_are.y_scale_, [1.0])
+
+
+@pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])
+def test_the_quantile_has_to_be_one(quantile):
+    with pytest.raises(ValueError, match="quantile"):
+        MAMLRegressor(**SMALL, loss="quantile", quantile=quantile).fit(X, Y, groups=TASK)
+    with pytest.raises(ValueError, match=r"needs a quantile between 0 and 1; got 2"):
+        MAMLRegressor(**SMALL, loss=Quantile(2)).fit(X, Y, groups=TASK)
+    with pytest.raises(ValueError, match=r"delta of the loss Huber must be positive.*got -1"):
+        MAMLRegressor(**SMALL, loss=Huber(-1)).fit(X, Y, groups=TASK)
+
+
+def test_losses_have_the_names_of_scikit_learn():
+    assert {"squared_error", "absolute_error", "quantile", "poisson", "gamma"} < set(LOSSES)
+    for name in LOSSES:
+        assert type(resolve_loss(name, 0.5)) is LOSSES[name]
+    allowed = HistGradientBoostingRegressor._parameter_constraints["loss"][0].options
+    assert allowed <= set(LOSSES)
