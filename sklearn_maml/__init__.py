@@ -11,6 +11,7 @@ with collection_paused():
         NumberedClasses,
         adapt,
         register_container,
+        suggest_rows,
     )
     from sklearn_maml.evaluation import (
         adapt_predict,
@@ -41,6 +42,7 @@ __all__ = [
     "register_container",
     "save",
     "show_versions",
+    "suggest_rows",
     "task_cross_val_predict",
     "task_scorer",
     "task_scores",

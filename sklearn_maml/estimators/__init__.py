@@ -3,6 +3,7 @@
 from sklearn_maml.estimators.classifier import MAMLClassifier
 from sklearn_maml.estimators.containers import adapt, register_container
 from sklearn_maml.estimators.few_shot import FewShotClassifier, FewShotRegressor
+from sklearn_maml.estimators.labelling import suggest_rows
 from sklearn_maml.estimators.numbered import NumberedClasses
 from sklearn_maml.estimators.regressor import MAMLRegressor
 
@@ -14,4 +15,5 @@ __all__ = [
     "NumberedClasses",
     "adapt",
     "register_container",
+    "suggest_rows",
 ]

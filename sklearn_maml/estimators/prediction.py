@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -28,6 +29,29 @@ from sklearn_maml.threads import one_thread
 __all__ = ["Predicting", "PredictingClasses"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """Rows without targets, and what tells their tasks.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (n_rows, *feature_shape)
+    groups : array-like of shape (n_rows,) or None
+    name : str
+        Where the groups come from, for messages.
+    lengths : list of int or None
+        Rows of each part of a list, or of each block of a stack.
+    shape_like : callable
+        Shapes what was found for each row as the rows came.
+    """
+
+    rows: np.ndarray
+    groups: Any
+    name: str
+    lengths: list[int] | None
+    shape_like: Callable[[np.ndarray], Any]
+
+
 class Predicting(Adapting):
     """Finds the task of each query row, and predicts it."""
 
@@ -35,6 +59,13 @@ class Predicting(Adapting):
         self, X: Any, groups: Any
     ) -> tuple[State, np.ndarray, np.ndarray, Callable[[np.ndarray], Any]]:
         """Validate query rows; return the task of each and how to shape the answer like X."""
+        queries = self._read_queries(X, groups)
+        n_rows = len(queries.rows)
+        state, tasks, codes = self._find_tasks(queries.groups, n_rows, queries.name)
+        return state, queries.rows, tasks[codes], queries.shape_like
+
+    def _read_queries(self, X: Any, groups: Any, asker: str = "predict") -> Queries:
+        """Validate query rows, in any spelling."""
         check_is_fitted(self)
         refuse_graphs(X=X, groups=groups)
         if isinstance(groups, (bool, np.bool_)):
@@ -45,14 +76,14 @@ class Predicting(Adapting):
         X = as_frame(X)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"
-        n_sets: int | None = None
+        lengths: list[int] | None = None
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
             if groups is not None:
                 raise ValueError(
                     "Got a list of query sets and groups: the tasks are given twice. Leave one of "
                     "the two out."
                 )
-            n_sets, lengths = len(X), [len(part) for part in X]
+            lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             name = "a list of query sets (task ids 0, 1, ...)"
             cuts = np.cumsum(lengths)[:-1]
@@ -61,7 +92,8 @@ class Predicting(Adapting):
         elif (
             groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
         ):
-            n_tasks, n_rows = n_sets, _ = X.shape[:2]
+            n_tasks, n_rows = X.shape[:2]
+            lengths = [n_rows] * n_tasks
             groups = np.repeat(np.arange(n_tasks), n_rows)
             X = np.asarray(X).reshape(-1, *X.shape[2:])
             shape_like = _Stack(n_tasks, n_rows)
@@ -82,15 +114,19 @@ class Predicting(Adapting):
             dtype=self._dtype,
         )
         self._check_features(rows)
-        if n_sets is not None:
-            _check_places(self.__dict__.get("_state"), n_sets)
-        state, codes = self._find_tasks(groups, len(rows), name)
-        return state, self._reshape(rows), codes, shape_like
+        if lengths is not None:
+            _check_places(self.__dict__.get("_state"), len(lengths), asker)
+        return Queries(self._reshape(rows), groups, name, lengths, shape_like)
 
-    def _find_tasks(self, groups: Any, n_rows: int, name: str) -> tuple[State, np.ndarray]:
-        """Return what was adapted, and the position of each row's task in it."""
+    def _find_tasks(
+        self, groups: Any, n_rows: int, name: str, asker: str = "predict"
+    ) -> tuple[State, np.ndarray, np.ndarray]:
+        """Return what was adapted, the position in it of each task asked for, and rows' tasks.
+
+        Of tasks that were not adapted to, `suggest_rows` always starts from the prior.
+        """
         state = self.__dict__.get("_state")
-        knows_prior = self.unseen_tasks == "prior"
+        knows_prior = self.unseen_tasks == "prior" or asker != "predict"
         if state is None and not knows_prior:
             raise NotAdaptedError(
                 f"This {type(self).__name__} is meta-fitted but not adapted to a task yet. Call "
@@ -103,15 +139,16 @@ class Predicting(Adapting):
             if state is not None and state.n_tasks > 1:
                 raise ValueError(
                     f"{type(self).__name__} is adapted to {state.n_tasks} tasks: pass "
-                    "groups (the task id of each row) to predict."
+                    f"groups (the task id of each row) to {asker}."
                 )
-            return state or self._prior_state(), np.zeros(n_rows, dtype=np.intp)
+            one = np.zeros(1, dtype=np.intp)
+            return state or self._prior_state(), one, np.zeros(n_rows, dtype=np.intp)
         ids, codes = encode_ids(groups, n_rows, name)
         if state is None:
-            return self._prior_state(), np.zeros(n_rows, dtype=np.intp)
+            return self._prior_state(), np.zeros(len(ids), dtype=np.intp), codes
         if state.ids is None:
             raise ValueError(
-                f"predict got {name}, but the estimator was adapted to one task without an id. "
+                f"{asker} got {name}, but the estimator was adapted to one task without an id. "
                 "Give the rows of that task alone, or call adapt(X_support, y_support, "
                 "groups=...). To score new tasks, use score(X, y, groups=...) or "
                 "sklearn_maml.task_scorer."
@@ -129,7 +166,7 @@ class Predicting(Adapting):
                 )
             positions = np.where(unknown, state.n_tasks, positions)
             state = state.followed_by(self._prior_state())
-        return state, positions[codes]
+        return state, positions, codes
 
     def adapted_module(self, task: Any = None) -> nn.Module:
         """Return what `predict` computes for one task as a plain torch module.
@@ -162,7 +199,7 @@ class Predicting(Adapting):
         """
         check_is_fitted(self)
         ids = None if task is None else [task]
-        state, (position,) = self._find_tasks(ids, 1, "a task")
+        state, (position,), _ = self._find_tasks(ids, 1, "a task")
         return PlainModel(
             state.adapted.module(int(position), self._running()),
             self.targets_.decoder(int(position), state),
@@ -274,19 +311,19 @@ class PredictingClasses(Predicting):
         return shape_like(self._decision(state, rows, codes))
 
 
-def _check_places(state: State | None, n_sets: int) -> None:
+def _check_places(state: State | None, n_sets: int, asker: str) -> None:
     """Refuse query sets whose places in a list do not tell their tasks."""
     if state is None or state.ids is None:
         return
     if state.named:
         raise ValueError(
-            f"predict got {n_sets} query sets, and adapt got task ids, such as "
+            f"{asker} got {n_sets} query sets, and adapt got task ids, such as "
             f"{show_ids(state.ids)}: the place of a query set does not tell its task. Pass the "
             "rows together, with groups (or the task column) for the task of each."
         )
     if n_sets != state.n_tasks:
         raise ValueError(
-            f"predict got {n_sets} query sets, and adapt got {state.n_tasks} tasks without ids. "
+            f"{asker} got {n_sets} query sets, and adapt got {state.n_tasks} tasks without ids. "
             "Pass a query set of each task, in the order of adapt."
         )
 

@@ -11,13 +11,14 @@ from sklearn.metrics import r2_score
 
 from sklearn_maml._types import Tasks
 from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.targets.losses import resolve_loss
 from sklearn_maml.targets.real import RealTargets
 
 __all__ = ["MAMLRegressor"]
 
 
-class MAMLRegressor(RegressorMixin, BaseMAML):
+class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
     r"""Regressor that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and

@@ -58,7 +58,28 @@ class Adapted(ABC):
 
     def std(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs, and the standard deviations (n_rows, n_outputs) of the targets."""
-        raise ValueError(no_std(type(self).__name__))
+        raise ValueError(no_std(type(self).__name__, "return_std=True"))
+
+    def telling_rows(
+        self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
+    ) -> np.ndarray:
+        """Rows whose labels would take most variance away from predictions of their pool.
+
+        Parameters
+        ----------
+        rows : ndarray of shape (n_rows, ...)
+        pools : int ndarray of shape (n_rows,)
+            Pool of each row; each has at least `n`.
+        tasks : int ndarray of shape (n_pools,)
+            Task of each pool.
+        n : int
+
+        Returns
+        -------
+        chosen : int ndarray of shape (n_pools, n)
+            Positions in `rows`, in the order in which they are to be labelled.
+        """
+        raise ValueError(no_std(type(self).__name__, "suggest_rows"))
 
     def module(self, task: int, how: Any) -> Any:
         """Make a torch module that maps rows of one task to their outputs."""
@@ -96,6 +117,23 @@ class Several(Adapted):
         outputs, std = self._each(rows, codes, lambda part, *its: part.std(*its, how))
         return outputs, std
 
+    def telling_rows(
+        self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
+    ) -> np.ndarray:
+        """See `Adapted`."""
+        n_first = self.first.n_tasks
+        chosen = np.empty((len(tasks), n), dtype=np.intp)
+        for part, shift, own in (
+            (self.first, 0, tasks < n_first),
+            (self.second, n_first, tasks >= n_first),
+        ):
+            if own.any():
+                place = np.flatnonzero(own[pools])
+                of_part = np.cumsum(own)[pools[place]] - 1
+                found = part.telling_rows(rows[place], of_part, tasks[own] - shift, n)
+                chosen[own] = place[found]
+        return chosen
+
     def _each(
         self,
         rows: np.ndarray,
@@ -128,10 +166,10 @@ class Several(Adapted):
         return {"kind": "several", "parts": [self.first.state(), self.second.state()]}
 
 
-def no_std(what: str) -> str:
+def no_std(what: str, needed_by: str) -> str:
     """Say why there are no standard deviations."""
     return (
-        f"return_std=True needs a learner that knows how sure it is, and {what} has none: "
+        f"{needed_by} needs a learner that knows how sure it is, and {what} does not: "
         "update_rule='sgd' and the other rules by name take gradient steps alone. Fit with "
         "update_rule='gaussian-head', or 'auto' where it gets a share (see learner_weights_)."
     )

@@ -10,10 +10,11 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
-from sklearn_maml.learners.base import Adapted, Support, padded
+from sklearn_maml.learners.base import Adapted, Support, alike, padded
 from sklearn_maml.learners.bodies import ModuleBody
-from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
 from sklearn_maml.learners.plain import PlainHead
+from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
 __all__ = ["MARGIN", "Calibration", "Conditioned", "row_marks"]
@@ -151,39 +152,83 @@ class Conditioned(Adapted):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs and standard deviations: noise, and doubt about the task."""
         means, within = self._moments(rows, codes)
-        factor = np.tile(self.calibration.factor, (len(rows), 1))
-        if self.calibration.seen is not None:
-            factor[~np.isin(row_marks(rows), self.calibration.seen)] = (
-                self.calibration.factor_unseen
-            )
-        std = np.sqrt(factor**2 * within.mean(0) + means.var(0))
+        std = np.sqrt(self._factor(rows) ** 2 * within.mean(0) + means.var(0))
         return self.bounded(means.mean(0), codes), std
+
+    def _factor(self, rows: np.ndarray) -> np.ndarray:
+        """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
+        shape = (len(rows), self.head.n_outputs)
+        factor = np.broadcast_to(self.calibration.factor, shape).copy()
+        if self.calibration.seen is not None:
+            unseen = ~np.isin(row_marks(rows), self.calibration.seen)
+            factor[unseen] = self.calibration.factor_unseen
+        return factor
+
+    def telling_rows(
+        self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
+    ) -> np.ndarray:
+        """See `Adapted`; variances are those of `std`, the members' disagreement apart."""
+        run, n_noises = _exact(self.head), self.head.log_noise.shape[1]
+        given = _Given(self.head, run, self.support, tasks)
+        order = np.argsort(pools, kind="stable")
+        sizes = np.bincount(pools, minlength=len(tasks))
+        first = np.cumsum(sizes) - sizes
+        n_columns = self.head.n_columns
+        entries = self.head.n_members * n_columns
+        most_tasks = max(MOST_ENTRIES // (entries * n_noises * n_columns), 1)
+        chosen = np.empty((len(tasks), n), dtype=np.intp)
+
+        def columns(of_pools: np.ndarray) -> Tensor:
+            return run.of_tasks(*_tensors(self.head, rows[of_pools]))[1]
+
+        with torch.no_grad():
+            for batch in alike(sizes, most_tasks, MOST_ENTRIES // entries):
+                number = np.arange(sizes[batch].max())
+                free = number < sizes[batch][:, None]
+                place = order[np.where(free, first[batch][:, None] + number, 0)]
+                posterior = given.posterior(batch)
+                weight = self._weight(run, posterior, rows, place, free)
+                kind = Dense if place.shape[1] <= n_columns else LowRank
+                S = Columns(columns, place, entries)
+                model = kind(S, run.covariance(posterior), run.noise(), weight)
+                found = greedy(model, run.noise(), free, n)
+                chosen[batch] = np.take_along_axis(place, found, 1)
+        return chosen
+
+    def _weight(
+        self,
+        run: HeadFunctions,
+        posterior: Posterior,
+        rows: np.ndarray,
+        place: np.ndarray,
+        present: np.ndarray,
+    ) -> Tensor:
+        """Return what variances (n_members, n_tasks, n_noises, n_rows) count in those of `std`."""
+        factor = self._factor(rows[place.ravel()]).reshape(*place.shape, -1)
+        (weight,) = _tensors(self.head, factor**2 * present[..., None])
+        weight = (weight * run.amplitude_of_tasks() ** 2).mT
+        if self.calibration.freedom is not None:
+            (freedom,) = _tensors(self.head, self.calibration.freedom)
+            weight = weight * run.spread(posterior, freedom).unsqueeze(-1)
+        if run.noise().shape[1] == 1:
+            weight = weight.sum(-2, keepdim=True)
+        return weight.expand(self.head.n_members, -1, -1, -1)
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance (n_members, n_rows, n_outputs) of each member."""
         if self.head.classification:
             raise TypeError("classes have probabilities in place of standard deviations")
-        run, support = _exact(self.head), self.support
+        run = _exact(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
-        of_query = of_query.reshape(-1)
-        used = np.isin(support.codes, asked)
-        S_X, S_y = support.X[used], support.y[used].astype(np.float64)
-        position = np.searchsorted(asked, support.codes[used])
-        root = np.ones(len(S_X)) if support.weight is None else np.sqrt(_mean_one(support)[used])
-        order = np.argsort(position, kind="stable")
-        sizes = np.bincount(position, minlength=len(asked))
-        first = np.cumsum(sizes) - sizes
+        given = _Given(self.head, run, self.support, asked)
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         freedom = self.calibration.freedom
         prior = None if freedom is None else _tensors(self.head, freedom)[0]
         with torch.no_grad():
-            for tasks, place, present in padded(of_query, len(asked), sizes):
-                number = np.arange(sizes[tasks].max())
-                real = number < sizes[tasks][:, None]
-                at = order[np.where(real, first[tasks][:, None] + number, 0)]
-                given = run.condition(*_tensors(self.head, S_X[at], S_y[at], real * root[at]))
-                mean, variance = run.query(_tensors(self.head, rows[place])[0], given, prior)
+            for some, place, present in padded(of_query.reshape(-1), len(asked), given.sizes):
+                query = _tensors(self.head, rows[place])[0]
+                mean, variance = run.query(query, given.posterior(some), prior)
                 assert variance is not None
                 means[:, place[present]] = mean.cpu().numpy()[:, present]
                 variances[:, place[present]] = variance.cpu().numpy()[:, present]
@@ -211,6 +256,34 @@ class Conditioned(Adapted):
         """Make what `state` described."""
         shift, low, high = (state[name] for name in ("shift", "low", "high"))
         return cls(head, calibration, shift, low, high, Support(**state["support"]))
+
+
+class _Given:
+    """Posteriors of tasks, some of them at a time.
+
+    `sizes` are the support rows of each of the tasks `asked`, of which one may come repeatedly.
+    """
+
+    def __init__(
+        self, head: GaussianHead, run: HeadFunctions, support: Support, asked: np.ndarray
+    ) -> None:
+        self.head, self.run, self.support = head, run, support
+        n_rows = np.bincount(support.codes, minlength=support.n_tasks)
+        self.sizes = n_rows[asked]
+        self.first = (np.cumsum(n_rows) - n_rows)[asked]
+        self.order = np.argsort(support.codes, kind="stable")
+        self.root = (
+            np.ones(len(support.X)) if support.weight is None else np.sqrt(_mean_one(support))
+        )
+
+    def posterior(self, some: np.ndarray) -> Posterior:
+        """Condition on the support sets of these positions in `asked`."""
+        sizes, support = self.sizes[some][:, None], self.support
+        number = np.arange(sizes.max())
+        real = number < sizes
+        at = self.order[np.where(real, self.first[some][:, None] + number, 0)]
+        y = support.y[at].astype(np.float64)
+        return self.run.condition(*_tensors(self.head, support.X[at], y, real * self.root[at]))
 
 
 def _exact(head: GaussianHead) -> HeadFunctions:

@@ -295,7 +295,7 @@ class HeadFunctions:
         root : Tensor of shape (n_tasks, n_support) or (n_members, n_tasks, n_support), optional
             Square roots of the rows' weights, which are 1 on average; 0 for padding.
         """
-        prior, S = self._of_tasks(X)
+        prior, S = self.of_tasks(X)
         if root is None:
             root = S.new_ones(1, *X.shape[:2])
         m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
@@ -337,7 +337,7 @@ class HeadFunctions:
             1 for rows to learn from.
         k : int
         """
-        prior, S = self._of_tasks(X)
+        prior, S = self.of_tasks(X)
         m: Tensor | float = 1.0
         if mask is not None:
             m = mask.to(S.dtype).unsqueeze(-1)
@@ -384,7 +384,8 @@ class HeadFunctions:
         a = self.amplitude()
         return a.unsqueeze(1) if isinstance(a, Tensor) else a
 
-    def _of_tasks(self, X: Tensor) -> tuple[Tensor, Tensor]:
+    def of_tasks(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `columns` of rows (n_tasks, n_rows, ...), each by task."""
         prior, S = self.columns(X.flatten(0, 1))
         shape = (len(S), *X.shape[:2])
         return prior.reshape(*shape, prior.shape[-1]), S.reshape(*shape, S.shape[-1])
@@ -397,16 +398,28 @@ class HeadFunctions:
         With a `freedom` (n_outputs,) the variances are scaled task by task, as of a scale that has
         an inverse gamma prior with so many degrees of freedom (Gelman et al. 2013, sec. 3.3).
         """
-        prior, S = self._of_tasks(X)
+        prior, S = self.of_tasks(X)
         a = self.amplitude_of_tasks()
         mean = a * (prior + S @ given.shift)
         if self.head.classification:
             return mean, None
         variance = self._variance(S, given)
         if freedom is not None:
-            misfit, n_rows = self.misfit(given)
-            variance = variance * ((freedom + misfit) / (freedom + n_rows)).unsqueeze(2)
+            variance = variance * self.spread(given, freedom).unsqueeze(2)
         return mean, a**2 * variance
+
+    def spread(self, given: Posterior, freedom: Tensor) -> Tensor:
+        """Factor (n_members, n_tasks, n_outputs) of the variances, see `query`."""
+        misfit, n_rows = self.misfit(given)
+        return (freedom + misfit) / (freedom + n_rows)
+
+    def covariance(self, given: Posterior) -> Tensor:
+        """Covariance (n_members, n_tasks, n_noises, n_columns, n_columns) of w."""
+        if not given.dual:
+            noise = self.noise()[:, None, :, None, None]
+            return noise * torch.cholesky_inverse(given.factor)
+        half = torch.linalg.solve_triangular(given.factor, given.S.unsqueeze(2), upper=False)
+        return torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.mT @ half
 
     def _variance(self, S: Tensor, given: Posterior) -> Tensor:
         """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""

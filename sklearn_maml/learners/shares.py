@@ -152,6 +152,12 @@ class Mixed(Adapted):
         steps_off = (mixed - head) ** 2
         return mixed, np.sqrt(std**2 + steps_off)
 
+    def telling_rows(
+        self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
+    ) -> np.ndarray:
+        """See `Adapted`: those that tell the head most."""
+        return self.head.telling_rows(rows, pools, tasks, n)
+
     def module(self, task: int, how: Any) -> PlainMixture:
         """See `Adapted`."""
         scales = (self.steps_scale, self.scale) if self.classification else None
