@@ -25,10 +25,13 @@ from sklearn_maml.learners.base import padded
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import Joint, clip_members
+from sklearn_maml.learners.likelihoods import Classes, Normal
 from sklearn_maml.learners.shares import choose_share, mix
 from sklearn_maml.learners.start import start_of_numbers
+from sklearn_maml.targets import CrossEntropy, SquaredError
 
 RNG = np.random.RandomState
+NORMAL, CLASSES = Normal(SquaredError()), Classes(CrossEntropy())
 HEAD, STEPS = "gaussian-head", "gradient-steps"
 
 
@@ -62,8 +65,9 @@ def random_head(classification=False, n_features=3, n_outputs=1, seed=0, n_membe
         )
         for _ in range(n_members)
     ]
+    likelihood = CLASSES if classification else NORMAL
     head = GaussianHead(
-        body, starts, rng.randn(n_features), 1 + rng.rand(n_features), classification=classification
+        body, starts, rng.randn(n_features), 1 + rng.rand(n_features), likelihood=likelihood
     ).double()
     with torch.no_grad():
         head.mean[:, 1 + n_features :] = 0.1 * torch.randn(
@@ -334,11 +338,12 @@ def of_tasks(classification, n_tasks=12):
 @pytest.mark.parametrize("classification", [False, True])
 def test_steps_get_a_share_where_held_out_tasks_show_a_gain(classification):
     target, good, bad, codes = of_tasks(classification)
+    likelihood = CLASSES if classification else NORMAL
     task = np.arange(12)
-    assert choose_share(good, bad, target, codes, task, classification) == 0.0
-    assert choose_share(bad, good, target, codes, task, classification) == 0.9
+    assert choose_share(good, bad, target, codes, task, likelihood) == 0.0
+    assert choose_share(bad, good, target, codes, task, likelihood) == 0.9
     if not classification:  # errors of opposite signs cancel
-        assert choose_share(target + 1, target - 1, target, codes, task, False) == 0.5
+        assert choose_share(target + 1, target - 1, target, codes, task, NORMAL) == 0.5
 
 
 def test_steps_without_proof_or_that_explode_get_none():
@@ -348,11 +353,11 @@ def test_steps_without_proof_or_that_explode_get_none():
     noise = 0.1 * rng.randn(*target.shape)
     gain = np.repeat(np.where(np.arange(12) % 2, 0.9, 1.09), 20)[:, None]
     # better in half of the tasks, and a little so in the mean
-    assert choose_share(target + noise, target + gain * noise, target, codes, task, False) == 0.0
+    assert choose_share(target + noise, target + gain * noise, target, codes, task, NORMAL) == 0.0
     better = target + 0.1 * noise
-    assert choose_share(target + noise, better, target, codes, task, False) > 0
+    assert choose_share(target + noise, better, target, codes, task, NORMAL) > 0
     better[0] = 1e30  # of one task
-    assert choose_share(target + noise, better, target, codes, task, False) == 0.0
+    assert choose_share(target + noise, better, target, codes, task, NORMAL) == 0.0
 
 
 def test_where_tasks_do_not_differ_adapting_does_no_harm():
@@ -433,9 +438,9 @@ def test_few_held_out_tasks_train_no_steps_and_give_them_no_share():
     rng = RNG(0)
     head, target = rng.randn(90, 1), np.zeros((90, 1))
     codes = np.repeat(np.arange(9), 10)
-    assert choose_share(head, target, target, codes, np.arange(9), False) == 0
+    assert choose_share(head, target, target, codes, np.arange(9), NORMAL) == 0
     assert choose_share(*(np.r_[a, a] for a in (head, target, target)),
-                        np.repeat(np.arange(18), 10), np.arange(18), False) == 0.9  # fmt: skip
+                        np.repeat(np.arange(18), 10), np.arange(18), NORMAL) == 0.9  # fmt: skip
 
 
 def test_the_start_is_left_only_where_held_out_tasks_show_a_gain():

@@ -26,6 +26,8 @@ from sklearn_maml.learners.base import Several, Support
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.conditioned import Calibration, Conditioned, row_marks
 from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.likelihoods import Normal
+from sklearn_maml.targets import SquaredError
 
 RNG = np.random.RandomState
 
@@ -42,7 +44,9 @@ def random_head(n_outputs=1, seed=0, n_members=2):
         )
         for _ in range(n_members)
     ]
-    return GaussianHead(body, starts, rng.randn(3), 1 + rng.rand(3), classification=False).double()
+    return GaussianHead(
+        body, starts, rng.randn(3), 1 + rng.rand(3), likelihood=Normal(SquaredError())
+    ).double()
 
 
 def calibration(n_outputs=1, **options):

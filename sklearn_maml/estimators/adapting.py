@@ -145,7 +145,6 @@ class Adapting(Building):
             head,
             steps,
             self.learner_weights_[GRADIENT_STEPS],
-            self.targets_.are_classes,
             calibration.steps_scale,
             calibration.scale,
         )

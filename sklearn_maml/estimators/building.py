@@ -15,9 +15,15 @@ from sklearn_maml.estimators.networks import Networks
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.heads import SymmetricHead
 from sklearn_maml.learners.bodies import ModuleBody
-from sklearn_maml.learners.building import build_head, module_body, why_no_head
+from sklearn_maml.learners.building import (
+    build_head,
+    kind_of_head,
+    module_body,
+    why_no_head,
+)
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.learner import Learner, Problem
+from sklearn_maml.learners.likelihoods import find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import (
@@ -98,14 +104,20 @@ class Building(Parameters):
             if own is not None:
                 learner.head = self._build_network(own, None)
             elif of_head:
-                learner.head = GaussianHead.like(
-                    of_head,
-                    self._head_body(),
-                    self.targets_.n_outputs,
-                    activation=ACTIVATIONS[self.activation](),
-                    classification=self.targets_.are_classes,
-                    same_classes=self.targets_.n_ways is not None,
-                ).to(TORCH_DTYPES[self._dtype])
+                likelihood = find_likelihood(self.targets_.loss)
+                assert likelihood is not None
+                learner.head = (
+                    kind_of_head(likelihood)
+                    .like(
+                        of_head,
+                        self._head_body(),
+                        self.targets_.n_outputs,
+                        activation=ACTIVATIONS[self.activation](),
+                        likelihood=likelihood,
+                        same_classes=self.targets_.n_ways is not None,
+                    )
+                    .to(TORCH_DTYPES[self._dtype])
+                )
         if not any(name.startswith(name_in_module("")) for name in weights):
             learner.without_steps()
         return learner
@@ -130,9 +142,8 @@ class Building(Parameters):
         of_tasks = isinstance(source, CollectionSource) and not source.pooled
         if of_tasks and source.n_tasks < LEAST_TASKS:
             return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
-        if not has_closed_forms(self.targets_.loss):
-            loss = self.targets_.loss.name
-            return f"is for squared error and cross-entropy, but the loss is {loss}"
+        if find_likelihood(self.targets_.loss) is None:
+            return f"has no likelihood for the loss {self.targets_.loss.name}"
         if self.targets_.center_y:  # by support rows: an error that it would not know of
             return "learns how the levels of tasks differ itself, but center_y is set"
         if self.module is None:
@@ -155,6 +166,8 @@ class Building(Parameters):
         if rows is not None:
             tasks = tasks.take_rows(rows)
             visible = None if visible is None else visible[:, rows]
+        likelihood = find_likelihood(self.targets_.loss)
+        assert likelihood is not None
         head = build_head(
             tasks.X,
             tasks.y,
@@ -165,7 +178,7 @@ class Building(Parameters):
             hidden=self.hidden_layer_sizes,
             activation=self.activation,
             n_outputs=self.targets_.n_outputs,
-            classification=self.targets_.are_classes,
+            likelihood=likelihood,
             same_classes=self.targets_.n_ways is not None,
         )
         return head.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)

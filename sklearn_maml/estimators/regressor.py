@@ -42,7 +42,7 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         is for counts (y >= 0) and "gamma" for positive numbers: half the deviance, of a network
         that gives logarithms of means. An object of a subclass of `sklearn_maml.targets.Loss` is
         taken, too: ``Huber(delta=0.5)``, or a loss of your own, with a domain of y and a link;
-        ``loss__*`` are its parameters. Heads in closed form are for squared error alone.
+        ``loss__*`` are its parameters. "ridge-head" is for squared error alone.
     quantile : float, default=None
         Between 0 and 1: which quantile ``loss="quantile"`` is of. Other losses have no use for it.
     hidden_layer_sizes : int or sequence of int, default=(64, 64)

@@ -156,7 +156,7 @@ class Training(Planning):
             return
         tasks, head = plan.source.encoded, self._learner.head
         meta_params = self._learner.meta_params()
-        edges = population_range(tasks.y, head.n_outputs, head.classification)
+        edges = population_range(tasks.y, head.n_outputs, head.likelihood)
         known = 0.0
         if before is not None:
             known = before["learner_weights_"].get(GRADIENT_STEPS, 0.0)
@@ -175,7 +175,7 @@ class Training(Planning):
                     steps=self._n_adapt_steps(),
                 )
                 share, calibration = choose(
-                    outputs, plan.episodes.task_of_episode, calibration, head.classification, known
+                    outputs, plan.episodes.task_of_episode, calibration, head.likelihood, known
                 )
         if known > 0 and share == 0:
             warnings.warn(

@@ -12,10 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.start import start_of_classes, start_of_numbers
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood
+from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
 from sklearn_maml.modules import ACTIVATIONS, check_head_is_last
 
-__all__ = ["build_head", "module_body", "population_range", "why_no_head"]
+__all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why_no_head"]
 
 # features up to which rows are a part of the columns themselves
 LARGEST_TABLE = 500
@@ -71,7 +73,7 @@ def build_head(
     hidden: Any,
     activation: str,
     n_outputs: int,
-    classification: bool,
+    likelihood: Likelihood,
     same_classes: bool,
 ) -> GaussianHead:
     """Make a head that starts as a mixed model of the rows that its members may see.
@@ -85,7 +87,7 @@ def build_head(
     body : ModuleBody or None
         None builds multilayer perceptrons of `hidden` and `activation`.
     n_outputs : int
-    classification, same_classes : bool
+    likelihood, same_classes : Likelihood, bool
         See `GaussianHead`.
     """
     table = X.ndim == 2 and X.shape[1] <= LARGEST_TABLE
@@ -97,18 +99,23 @@ def build_head(
         center, scale = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
         scale = np.where(scale > 1e-12 * np.abs(center), scale, 1.0)
         Z = np.clip((X.astype(np.float64) - center) / scale, -1e4, 1e4)
-    starts = []
+    starts: list[Any] = []
+    options: dict[str, Any] = {}
+    if not likelihood.are_classes:
+        y = y.reshape(-1, n_outputs).astype(np.float64)
+    if isinstance(likelihood, NewtonLikelihood):
+        options = {"units": likelihood.unit(y), "level": y.mean(0)}
     for j in range(n_members):
         rows = slice(None) if visible is None else visible[j]
         if same_classes:
             scales = np.r_[0.5, np.full(n_linear, 0.5 / np.sqrt(max(n_linear, 1)))]
             start = (np.zeros((1 + n_linear, n_outputs)), np.diag(scales), np.ones(1), np.ones(1))
-        elif classification:
+        elif likelihood.are_classes:
             start = start_of_classes(Z[rows], y[rows], n_outputs)
+        elif isinstance(likelihood, NewtonLikelihood):
+            start = start_of_outputs(Z[rows], y[rows], codes[rows], likelihood, options["units"])
         else:
-            start = start_of_numbers(
-                Z[rows], y[rows].reshape(-1, n_outputs).astype(np.float64), codes[rows]
-            )
+            start = start_of_numbers(Z[rows], y[rows], codes[rows])
         starts.append(start)
     if body is None:
         sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
@@ -117,14 +124,18 @@ def build_head(
         made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
     else:
         made = body
-    return GaussianHead(
-        made, starts, center, scale, classification=classification, same_classes=same_classes
+    return kind_of_head(likelihood)(
+        made, starts, center, scale, likelihood=likelihood, same_classes=same_classes, **options
     )
 
 
-def population_range(y: np.ndarray, n_outputs: int, classification: bool) -> Any:
-    """Lowest and highest targets (n_outputs,) of meta-training."""
-    if classification:
+def kind_of_head(likelihood: Likelihood) -> type[GaussianHead]:
+    """Class of the heads of a likelihood."""
+    return LaplaceHead if isinstance(likelihood, NewtonLikelihood) else GaussianHead
+
+
+def population_range(y: np.ndarray, n_outputs: int, likelihood: Likelihood) -> Any:
+    """Lowest and highest outputs (n_outputs,) that targets of meta-training call for."""
+    if likelihood.are_classes:
         return np.zeros(n_outputs), np.ones(n_outputs)
-    y = y.reshape(len(y), -1).astype(np.float64)
-    return y.min(0), y.max(0)
+    return likelihood.edges(y.reshape(len(y), -1).astype(np.float64))

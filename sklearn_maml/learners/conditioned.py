@@ -13,6 +13,8 @@ from torch import Tensor
 from sklearn_maml.learners.base import Adapted, Support, alike, padded
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
+from sklearn_maml.learners.laplace import LaplaceFunctions, LaplacePosterior
+from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
@@ -105,6 +107,7 @@ class Conditioned(Adapted):
                     root *= np.sqrt(weight[place])
                 parts = _tensors(head, support.X[place], y[place], root)
                 shift[:, tasks] = run.condition(*parts).shift.cpu().numpy()
+        y = head.likelihood.latent(y, calibration.low)
         # between the targets of meta-training and of the support set, and a little beyond
         low, high = (
             np.repeat(edge[None], n_tasks, 0) for edge in (calibration.low, calibration.high)
@@ -122,6 +125,8 @@ class Conditioned(Adapted):
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
+        if isinstance(self.head.likelihood, NewtonLikelihood):
+            return self.bounded(self._average(self._moments(rows, codes)[0]), codes)
         mean: np.ndarray = self.member_outputs(rows, codes).mean(0)
         if self.head.classification:  # a mean of probabilities would not be sharp enough
             mean = log_softmax(self.calibration.factor * mean, axis=1)
@@ -152,8 +157,18 @@ class Conditioned(Adapted):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs and standard deviations: noise, and doubt about the task."""
         means, within = self._moments(rows, codes)
-        std = np.sqrt(self._factor(rows) ** 2 * within.mean(0) + means.var(0))
-        return self.bounded(means.mean(0), codes), std
+        loss = self.head.likelihood.loss
+        between = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
+        std = np.sqrt(self._factor(rows) ** 2 * within.mean(0) + between.var(0))
+        return self.bounded(self._average(means), codes), std
+
+    def _average(self, means: np.ndarray) -> np.ndarray:
+        """Put outputs of all members together."""
+        likelihood = self.head.likelihood
+        if isinstance(likelihood, NewtonLikelihood):
+            return likelihood.average(torch.from_numpy(means)).numpy()
+        averaged: np.ndarray = means.mean(0)
+        return averaged
 
     def _factor(self, rows: np.ndarray) -> np.ndarray:
         """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
@@ -168,6 +183,12 @@ class Conditioned(Adapted):
         self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
     ) -> np.ndarray:
         """See `Adapted`; variances are those of `std`, the members' disagreement apart."""
+        if isinstance(self.head.likelihood, NewtonLikelihood):
+            raise ValueError(
+                "suggest_rows is for loss='squared_error': how sure a label makes predictions "
+                f"depends on the label with {self.head.likelihood.loss.name}. Take the rows of the "
+                "largest std of predict(..., return_std=True), or fit a transformed target."
+            )
         run, n_noises = _exact(self.head), self.head.log_noise.shape[1]
         given = _Given(self.head, run, self.support, tasks)
         order = np.argsort(pools, kind="stable")
@@ -215,7 +236,7 @@ class Conditioned(Adapted):
         return weight.expand(self.head.n_members, -1, -1, -1)
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance (n_members, n_rows, n_outputs) of each member."""
+        """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
         if self.head.classification:
             raise TypeError("classes have probabilities in place of standard deviations")
         run = _exact(self.head)
@@ -238,7 +259,19 @@ class Conditioned(Adapted):
         """See `Adapted`."""
         shift, low, high = _tensors(self.head, self.shift[:, task], self.low[task], self.high[task])
         of_logits = float(self.calibration.factor) if self.head.classification else 1.0
-        return PlainHead(self.head, shift, low, high, of_logits)
+        return PlainHead(self.head, shift, low, high, of_logits, self._root(task))
+
+    def _root(self, task: int) -> Tensor | None:
+        """Root of the covariance of the weights of a task, where outputs depend on it."""
+        run = _exact(self.head)
+        if not isinstance(run, LaplaceFunctions):
+            return None
+        with torch.no_grad():
+            given = _Given(self.head, run, self.support, np.array([task])).posterior(
+                np.zeros(1, int)
+            )
+            assert isinstance(given, LaplacePosterior)
+            return given.root()[:, 0]
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""

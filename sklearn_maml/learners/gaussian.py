@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
+from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.start import NOISE_FLOOR
 
 __all__ = ["GaussianHead", "HeadFunctions", "Posterior"]
@@ -42,7 +43,7 @@ class GaussianHead(nn.Module):
         Of each member, see `start`; of a linear block of 1 + n_linear columns.
     center, scale : ndarrays of shape (n_linear,)
         Mean and standard deviation of the features; empty where rows are no tables.
-    classification : bool
+    likelihood : Likelihood
     same_classes : bool
         Whether the prior has to be the same for all classes, because labels are local to tasks.
 
@@ -63,17 +64,17 @@ class GaussianHead(nn.Module):
         center: np.ndarray,
         scale: np.ndarray,
         *,
-        classification: bool,
+        likelihood: Likelihood,
         same_classes: bool = False,
     ) -> None:
         super().__init__()
         self.body = body
-        self.classification = classification
+        self.likelihood = likelihood
         self.same_classes = same_classes
         means, factors, amplitudes, noises = (np.stack(part) for part in zip(*starts, strict=True))
         ratio = noises / amplitudes**2 if amplitudes.shape == noises.shape else noises
         # small for all outputs: that of a column of noise would drown the others
-        of_net = 0.3 * np.ones(len(starts)) if classification else 0.3 * np.sqrt(ratio.min(1))
+        of_net = 0.3 * np.ones(len(starts)) if self.classification else 0.3 * np.sqrt(ratio.min(1))
         wide = np.zeros((len(starts), body.width, means.shape[2]))
         if not same_classes:
             self.mean = _parameter(np.concatenate([means, wide], axis=1))
@@ -81,12 +82,17 @@ class GaussianHead(nn.Module):
         self.factor = _parameter(factors)
         self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
         self.log_noise = _parameter(0.5 * np.log(ratio))
-        if classification:
+        if self.classification:
             self.log_code = _parameter(np.full((len(starts), 1), math.log(CODE)))
         if amplitudes.shape[1] > 1:
             self.log_amplitude = _parameter(np.log(amplitudes[:, 1:]))
         self.register_buffer("center", torch.tensor(center, dtype=torch.float64))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    @property
+    def classification(self) -> bool:
+        """Whether targets are classes."""
+        return self.likelihood.are_classes
 
     @property
     def n_members(self) -> int:

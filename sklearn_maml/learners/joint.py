@@ -15,6 +15,7 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine, MetaStep
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.threads import threads_for
 
@@ -194,6 +195,9 @@ class HeadTrainer:
             weight = _of_rows(_present(batch.query), mean)
             if self.head.classification:
                 errors = (run.error_rows(mean, y) * weight).sum(-1)
+            elif isinstance(self.head.likelihood, NewtonLikelihood):
+                excess = self.head.likelihood.excess(mean, y.to(mean).expand_as(mean))
+                errors = self.head.likelihood.task_error((excess * weight).sum(-1))
             else:  # a geometric mean: outputs that are noise do not choose for the others
                 squares = ((y - mean).square() * weight.unsqueeze(-1)).sum(2)
                 errors = (0.5 * squares.clamp_min(1e-30).log().mean(-1)).exp()

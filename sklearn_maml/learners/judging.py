@@ -14,6 +14,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine
 from sklearn_maml.learners.conditioned import MARGIN, Calibration
 from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.learners.likelihoods import Likelihood, Normal
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, mix
 
 __all__ = ["choose", "held_out_outputs", "judge_head"]
@@ -60,7 +61,8 @@ def judge_head(
         for member, batch, _ in trainer.validation
     ]
     known = _Deviations.joined([part for hidden, part in held if not hidden])
-    freedom = known.freedom()
+    # of a likelihood that takes Newton steps, the dispersion is the same for all tasks
+    freedom = known.freedom() if type(trainer.head.likelihood) is Normal else None
     plain = dataclasses.replace(plain, factor=known.factor(freedom), freedom=freedom)
     unseen = [part for hidden, part in held if hidden]
     if not unseen:
@@ -96,7 +98,12 @@ class _Deviations:
         """Those of the query rows of a batch."""
         mean, variance, y = trainer.outputs(meta_params, member, batch)
         assert variance is not None
-        misfit, n_rows = (t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
+        likelihood = trainer.head.likelihood
+        if type(likelihood) is Normal:
+            misfit, n_rows = (t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
+        else:
+            mean = torch.from_numpy(likelihood.loss.predict(mean.cpu().numpy())).to(mean)
+            misfit = n_rows = mean.new_ones(())
         values = ((mean - y).abs(), variance.sqrt(), misfit, n_rows)
         return cls(*(batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values))
 
@@ -106,8 +113,10 @@ class _Deviations:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    def scaled(self, freedom: np.ndarray | float) -> np.ndarray:
+    def scaled(self, freedom: np.ndarray | float | None) -> np.ndarray:
         """Return standard deviations under a prior of so many degrees of freedom."""
+        if freedom is None:
+            return self.std
         scale: np.ndarray = np.sqrt((freedom + self.misfit) / (freedom + self.n_rows))
         return self.std * scale
 
@@ -122,7 +131,7 @@ class _Deviations:
             losses.append(np.log(std).mean(0) + np.log((self.error / std).mean(0)))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
-    def factor(self, freedom: np.ndarray) -> np.ndarray:
+    def factor(self, freedom: np.ndarray | None) -> np.ndarray:
         """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
         quantile = np.quantile(self.error / self.scaled(freedom), LEVEL, axis=0)
         result: np.ndarray = np.clip(quantile / DEVIATIONS, *FACTORS)
@@ -170,7 +179,7 @@ def choose(
     held_out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     task: np.ndarray,
     calibration: Calibration,
-    classification: bool,
+    likelihood: Likelihood,
     known: float = 0.0,
 ) -> tuple[float, Calibration]:
     """Share of gradient steps, and how confident steps and mixture may be.
@@ -178,15 +187,15 @@ def choose(
     `task` has the task of each episode; `known` is the share that an earlier fit has found.
     """
     head, steps, target, codes = held_out
-    if not classification:
+    if not likelihood.are_classes:
         beyond = MARGIN * (calibration.high - calibration.low)
         head, steps = (
             np.clip(o, calibration.low - beyond, calibration.high + beyond) for o in (head, steps)
         )
-        return choose_share(head, steps, target, codes, task, False, known), calibration
+        return choose_share(head, steps, target, codes, task, likelihood, known), calibration
     scale = find_logit_scale(steps, target)
     logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]
-    share = choose_share(logs[0], logs[1], target, codes, task, True, known)
+    share = choose_share(logs[0], logs[1], target, codes, task, likelihood, known)
     mixed = mix(logs[0], logs[1], share, True)
     # a mean of calibrated probabilities is not confident enough
     of_mixture = find_logit_scale(mixed, target) if 0 < share < 1 else 1.0

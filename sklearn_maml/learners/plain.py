@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sklearn_maml.data.episodes import Rows
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.laplace import LaplaceFunctions
 
 __all__ = ["PlainHead", "PlainLearner", "PlainMixture", "PlainModel", "column"]
 
@@ -34,14 +35,23 @@ class PlainHead(nn.Module):
         Predictions end there.
     factor : float
         Of the logits.
+    root : Tensor of shape (n_members, n_outputs, n_columns, n_columns), optional
+        Root of the covariance of w, where outputs depend on it.
     """
 
     shift: Tensor
     low: Tensor
     high: Tensor
+    root: Tensor | None
 
     def __init__(
-        self, head: GaussianHead, shift: Tensor, low: Tensor, high: Tensor, factor: float
+        self,
+        head: GaussianHead,
+        shift: Tensor,
+        low: Tensor,
+        high: Tensor,
+        factor: float,
+        root: Tensor | None = None,
     ) -> None:
         super().__init__()
         head = copy.deepcopy(head)
@@ -54,12 +64,17 @@ class PlainHead(nn.Module):
         self.factor = factor
         for name, values in {"shift": shift, "low": low, "high": high}.items():
             self.register_buffer(name, values.double().clone())
+        self.register_buffer("root", None if root is None else root.double().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return means of targets, or logarithms of probabilities."""
         run = self.head.functions(dict(self.head.named_parameters()))
-        prior, S = run.columns(x)
-        mean = (run.amplitude() * (prior + S @ self.shift)).mean(0)
+        if isinstance(run, LaplaceFunctions):
+            assert self.root is not None
+            mean = run.plain(x, self.shift, self.root)
+        else:
+            prior, S = run.columns(x)
+            mean = (run.amplitude() * (prior + S @ self.shift)).mean(0)
         if self.head.classification:
             return (self.factor * mean).log_softmax(-1)
         return torch.minimum(torch.maximum(mean, self.low), self.high)

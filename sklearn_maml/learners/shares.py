@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 
 from sklearn_maml.learners.base import Adapted
 from sklearn_maml.learners.conditioned import Conditioned
+from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.plain import PlainMixture
 
 __all__ = ["LEAST_HELD_OUT", "Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
@@ -20,7 +21,7 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EVIDENCE, LEAST_HELD_OUT = 2.0, 10
 
 
-def mix(head: np.ndarray, steps: np.ndarray, share: float, classification: bool) -> np.ndarray:
+def mix(head: np.ndarray, steps: np.ndarray, share: float, are_classes: bool) -> np.ndarray:
     """Mix outputs (n_rows, n_outputs) of the Gaussian head and of gradient steps.
 
     `share` is that of the steps. Of classes, probabilities are mixed, and both arguments and the
@@ -30,7 +31,7 @@ def mix(head: np.ndarray, steps: np.ndarray, share: float, classification: bool)
         return head
     if share == 1:
         return steps
-    if not classification:
+    if not are_classes:
         mixed: np.ndarray = (1 - share) * head + share * steps
         return mixed
     logs: np.ndarray = np.logaddexp(head + np.log(1 - share), steps + np.log(share))
@@ -38,15 +39,11 @@ def mix(head: np.ndarray, steps: np.ndarray, share: float, classification: bool)
 
 
 def task_errors(
-    outputs: np.ndarray, target: np.ndarray, codes: np.ndarray, classification: bool
+    outputs: np.ndarray, target: np.ndarray, codes: np.ndarray, likelihood: Likelihood
 ) -> np.ndarray:
-    """Root mean squared error (n_tasks,) of each task, or its cross-entropy."""
-    n_rows = np.bincount(codes)
+    """Error (n_tasks,) of each task, as the likelihood measures it."""
     with np.errstate(over="ignore", invalid="ignore"):  # gradient steps may have diverged
-        if classification:
-            found: np.ndarray = np.bincount(codes, -(target * outputs).sum(1)) / n_rows
-            return found
-        return np.sqrt(np.bincount(codes, ((outputs - target) ** 2).mean(1)) / n_rows)
+        return likelihood.task_errors(outputs, target, codes)
 
 
 def choose_share(
@@ -55,7 +52,7 @@ def choose_share(
     target: np.ndarray,
     codes: np.ndarray,
     task: np.ndarray,
-    classification: bool,
+    likelihood: Likelihood,
     known: float = 0.0,
 ) -> float:
     """Share of gradient steps with the smallest error on held-out tasks, if they show a gain.
@@ -75,7 +72,8 @@ def choose_share(
     seen = n_episodes > 0
 
     def of_tasks(share: float) -> np.ndarray:
-        errors = task_errors(mix(head, steps, share, classification), target, codes, classification)
+        mixed = mix(head, steps, share, likelihood.are_classes)
+        errors = task_errors(mixed, target, codes, likelihood)
         means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
         return means
 
@@ -106,7 +104,6 @@ class Mixed(Adapted):
     steps : Adapted
     share : float
         Of the steps.
-    classification : bool
     steps_scale, scale : float
         Factors of the logits of the steps, and of the mixture.
     """
@@ -116,14 +113,13 @@ class Mixed(Adapted):
         head: Conditioned,
         steps: Adapted,
         share: float,
-        classification: bool,
         steps_scale: float = 1.0,
         scale: float = 1.0,
     ) -> None:
         self.head = head
         self.steps = steps
         self.share = share
-        self.classification = classification
+        self.likelihood = head.head.likelihood
         self.steps_scale = steps_scale
         self.scale = scale
 
@@ -134,7 +130,7 @@ class Mixed(Adapted):
 
     def _mix(self, head: np.ndarray, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
         steps = self.steps.outputs(rows, codes, how)
-        if not self.classification:
+        if not self.likelihood.are_classes:
             # beyond the targets that were seen, steps know no more than the head does
             return mix(head, self.head.bounded(steps, codes), self.share, False)
         steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
@@ -149,7 +145,8 @@ class Mixed(Adapted):
         """See `Adapted`; what the two ways differ in is added."""
         head, std = self.head.std(rows, codes, how)
         mixed = self._mix(head, rows, codes, how)
-        steps_off = (mixed - head) ** 2
+        loss = self.likelihood.loss
+        steps_off = (loss.predict(mixed) - loss.predict(head)) ** 2
         return mixed, np.sqrt(std**2 + steps_off)
 
     def telling_rows(
@@ -160,7 +157,7 @@ class Mixed(Adapted):
 
     def module(self, task: int, how: Any) -> PlainMixture:
         """See `Adapted`."""
-        scales = (self.steps_scale, self.scale) if self.classification else None
+        scales = (self.steps_scale, self.scale) if self.likelihood.are_classes else None
         head, steps = self.head.module(task, how), self.steps.module(task, how)
         return PlainMixture(head, steps, self.share, scales)
 

@@ -6,9 +6,12 @@ import math
 import warnings
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 
-__all__ = ["NOISE_FLOOR", "start_of_classes", "start_of_numbers"]
+from sklearn_maml.learners.likelihoods import NewtonLikelihood, scalars
+
+__all__ = ["NOISE_FLOOR", "start_of_classes", "start_of_numbers", "start_of_outputs"]
 
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 # features of a mixed model, a round of which is cubic in them; entries of all matrices of the tasks
@@ -16,6 +19,9 @@ LARGEST_MIXED, MIXED_ENTRIES = 100, 2**20
 ROUNDS = 40
 # rows that a pooled classifier sees
 POOLED_ROWS = 20_000
+
+# mixed models of working responses, in units of outputs that are logarithms, say
+WORKING_ROUNDS, FIRST_DISPERSION, LEAST_INFORMATION, LARGEST_STEP = 8, 0.1, 1e-6, 3.0
 
 Start = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -43,36 +49,45 @@ def start_of_numbers(X: np.ndarray, y: np.ndarray, codes: np.ndarray) -> Start:
     if n_features > LARGEST_MIXED:
         gram = X.T @ X + 0.01 * len(X) * np.eye(n_features)
         mean = np.concatenate([y.mean(0)[None], np.linalg.solve(gram, X.T @ y)])
-        scales = np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(n_features))]
-        return mean, np.diag(scales), np.ones(n_outputs), np.full(n_outputs, 0.25)
-    fits = [_mixed_model(X, y[:, k], codes) for k in range(n_outputs)]
+        return (
+            mean,
+            np.diag(_pooled_scales(n_features)),
+            np.ones(n_outputs),
+            np.full(n_outputs, 0.25),
+        )
+    fits = [_mixed_model(X, y[:, k], codes)[:3] for k in range(n_outputs)]
     means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
+    return means.T, *_shared(covs), noises
+
+
+def _shared(covs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Root of the covariance that outputs share, and amplitudes, of their covariances."""
     traces = np.trace(covs, axis1=1, axis2=2)
     amplitude = np.sqrt(traces / traces[0])
     cov = (covs / (amplitude**2)[:, None, None]).mean(0)
-    factor = np.linalg.cholesky(cov + 1e-6 * np.eye(1 + n_features))
-    return means.T, factor, amplitude, noises
+    return np.linalg.cholesky(cov + 1e-6 * np.eye(cov.shape[1])), amplitude
 
 
 def _mixed_model(
-    X: np.ndarray, y: np.ndarray, codes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean and covariance of the tasks' linear coefficients, and the noise, by ECME.
+    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """Mean and covariance of the tasks' linear coefficients, the noise, and fitted y, by ECME.
+
+    Rows with a `weight`, one over the variance of their noise, have a noise of 1 then.
 
     The mean is the generalised least-squares solution under the covariance at hand (Liu & Rubin
     1994): where slopes hardly differ, EM takes hundreds of rounds to it.
     """
     ones = np.c_[np.ones(len(X)), X]
     n_columns = ones.shape[1]
-    order = np.argsort(codes, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    # some of very many tasks tell as much
-    parts = parts[:: -(-len(parts) * n_columns**2 // MIXED_ENTRIES)]
-    used = y[np.concatenate(parts)]
-    gram = np.stack([ones[rows].T @ ones[rows] for rows in parts])
-    moment = np.stack([ones[rows].T @ y[rows] for rows in parts])
+    parts = _tasks(codes, n_columns)
+    rows_of_all = np.concatenate(parts)
+    used = y[rows_of_all]
+    left_of = ones if weight is None else ones * weight[:, None]
+    gram = np.stack([left_of[rows].T @ ones[rows] for rows in parts])
+    moment = np.stack([left_of[rows].T @ y[rows] for rows in parts])
     eye = np.eye(n_columns)
-    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5
+    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5 if weight is None else 1.0
     for _ in range(ROUNDS):
         precision = np.linalg.inv(cov)
         posterior = np.linalg.inv(precision + gram / noise)
@@ -84,10 +99,75 @@ def _mixed_model(
         deviation = means - mean
         cov = posterior.mean(0) + deviation.T @ deviation / len(parts)
         cov = (cov + cov.T) / 2 + 1e-8 * eye
+        if weight is not None:
+            continue
         error = used @ used - 2 * (means * moment).sum()
         error += np.einsum("tp,tpq,tq->", means, gram, means) + noise * np.einsum("tpp->", shrunk)
         noise = max(float(error) / used.size, NOISE_FLOOR)
-    return mean, cov, noise
+    fitted = np.full(len(y), np.nan)
+    for rows, coef in zip(parts, means, strict=True):
+        fitted[rows] = ones[rows] @ coef
+    return mean, cov, noise, fitted
+
+
+def _tasks(codes: np.ndarray, n_columns: int) -> list[np.ndarray]:
+    """Rows of each task, or of some of very many, which tell as much."""
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    return parts[:: -(-len(parts) * n_columns**2 // MIXED_ENTRIES)]
+
+
+def start_of_outputs(
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    likelihood: NewtonLikelihood,
+    units: np.ndarray,
+) -> Start:
+    """As `start_of_numbers`, for targets whose noise is not normal.
+
+    By mixed models of the responses that Newton steps work with, which is known as penalised
+    quasi-likelihood (Breslow & Clayton 1993); the noise is the dispersion.
+    """
+    used = np.concatenate(_tasks(codes, 1 + X.shape[1]))
+    X, y, codes = X[used], y[used], codes[used]
+    fits = [_working_model(X, y[:, k], codes, likelihood, units[k]) for k in range(y.shape[1])]
+    means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
+    factor, amplitude = _shared(covs)
+    return means.T, factor, amplitude, noises
+
+
+def _working_model(
+    X: np.ndarray, y: np.ndarray, codes: np.ndarray, likelihood: NewtonLikelihood, unit: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean and covariance of coefficients, and dispersion, of one output."""
+    y_ = torch.from_numpy(np.ascontiguousarray(y))
+    working, variance = (
+        part.expand_as(y_).numpy() for part in likelihood.guess(y_, scalars(FIRST_DISPERSION, unit))
+    )
+    mean, cov, fitted = _working_fit(X, working, codes, 1 / variance)
+    for _ in range(WORKING_ROUNDS):
+        shape = scalars(likelihood.dispersion(fitted, y, unit), unit)
+        _, first, second = likelihood.derivatives(torch.from_numpy(fitted), y_, shape)
+        variance = 1 / np.maximum(second.numpy(), LEAST_INFORMATION)
+        step = np.clip(first.numpy() * variance, -LARGEST_STEP, LARGEST_STEP)
+        mean, cov, fitted = _working_fit(X, fitted - step, codes, 1 / variance)
+    return mean, cov, likelihood.dispersion(fitted, y, unit)
+
+
+def _working_fit(
+    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and covariance of coefficients, and fitted y, of weighted rows."""
+    n_features = X.shape[1]
+    if n_features <= LARGEST_MIXED:
+        mean, cov, _, fitted = _mixed_model(X, y, codes, weight)
+        return mean, cov, fitted
+    ones = np.c_[np.ones(len(X)), X]
+    left = ones.T * weight
+    ridge = 0.01 * weight.sum() * np.diag(np.r_[0.0, np.ones(n_features)])
+    mean = np.linalg.solve(left @ ones + ridge, left @ y)
+    return mean, np.diag(_pooled_scales(n_features) ** 2), ones @ mean
 
 
 def start_of_classes(X: np.ndarray, labels: np.ndarray, n_classes: int) -> Start:
@@ -109,5 +189,10 @@ def start_of_classes(X: np.ndarray, labels: np.ndarray, n_classes: int) -> Start
         if len(coef) == 1:  # the logit of the second of two classes
             coef = np.concatenate([-coef, coef]) / 2
         mean[:, pooled.classes_] = coef.T
-    scales = np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(n_features))]
-    return mean, np.diag(scales), np.ones(1), np.full(1, 2.0)
+    return mean, np.diag(_pooled_scales(n_features)), np.ones(1), np.full(1, 2.0)
+
+
+def _pooled_scales(n_features: int) -> np.ndarray:
+    """Spread of the coefficients of tasks, which a pooled model does not tell."""
+    scales: np.ndarray = np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(max(n_features, 1)))]
+    return scales

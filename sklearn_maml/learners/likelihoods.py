@@ -1,0 +1,292 @@
+"""What targets are like, given the output of a Gaussian head: one class for each kind of loss.
+
+Conditioning on numbers with normal noise, or on the codes of classes, is one linear system.
+Other likelihoods are conditioned on by Newton steps to the mode of the posterior, and a normal
+distribution about it (Laplace's approximation; Rasmussen & Williams 2006, sec. 3.4). They have to
+be log-concave: there is one mode then.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from sklearn_maml.targets.base import Loss
+from sklearn_maml.targets.losses import CrossEntropy, Gamma, Poisson, SquaredError
+
+__all__ = [
+    "Classes",
+    "Counts",
+    "Likelihood",
+    "NewtonLikelihood",
+    "Normal",
+    "Positive",
+    "find_likelihood",
+    "scalars",
+]
+
+FLAT = 30.0  # variances of outputs, above which their exponentials are cut off
+# logarithms below the mean at which predictions of counts end
+LOWEST = 12.0
+# dispersions, and units of targets that are no multiples of one, from which fits start
+DISPERSIONS, UNITS = np.geomspace(1e-4, 10, 21), np.geomspace(1e-4, 10, 21)
+TINY = float(np.finfo(np.float32).tiny)
+PRECISE = 1e-3  # targets are multiples of a unit up to this part of it
+
+
+class Likelihood:
+    """Distribution of the targets of a row given the outputs of a head.
+
+    Parameters
+    ----------
+    loss : Loss
+        What predictions are for.
+
+    Attributes
+    ----------
+    are_classes : bool
+    """
+
+    are_classes: ClassVar[bool] = False
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
+        """Return the best outputs for targets (n_rows, n_outputs); `lowest` if infinite."""
+        return y
+
+    def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Range of the outputs (n_outputs,) that targets of meta-training call for."""
+        return y.min(0), y.max(0)
+
+    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Root mean squared error (n_tasks,) of each task."""
+        squares = ((outputs - target) ** 2).mean(1)
+        errors: np.ndarray = np.sqrt(np.bincount(codes, squares) / np.bincount(codes))
+        return errors
+
+
+class Normal(Likelihood):
+    """Numbers with normal noise."""
+
+
+class Classes(Likelihood):
+    """Classes, given their logits; targets are 1 for the class of a row and 0 for the others."""
+
+    are_classes: ClassVar[bool] = True
+
+    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Cross-entropy (n_tasks,) of each task; outputs are logarithms of probabilities."""
+        errors: np.ndarray = np.bincount(codes, -(target * outputs).sum(1)) / np.bincount(codes)
+        return errors
+
+
+class NewtonLikelihood(Likelihood):
+    """A likelihood that is conditioned on by Newton steps.
+
+    Its `shape` is the pair (dispersion, unit): what the head learns in place of the variance of
+    the noise, and a constant of the targets. Both are broadcast with the outputs.
+    """
+
+    Shape = tuple[Tensor, Tensor]
+
+    @abstractmethod
+    def derivatives(self, output: Tensor, y: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+        """Negative log likelihood of targets up to a constant, and its first two derivatives.
+
+        By the output, each of the shape of `output`; the second is above 0.
+        """
+
+    @abstractmethod
+    def predictive(
+        self, mean: Tensor, variance: Tensor, shape: Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return outputs, variance of the targets, and dispersion where outputs are uncertain.
+
+        `mean` and `variance` are those of the outputs.
+        """
+
+    @abstractmethod
+    def surprise(self, output: Tensor, y: Tensor, shape: Shape) -> Tensor:
+        """Negative log likelihood of targets, with what depends on the dispersion."""
+
+    @abstractmethod
+    def guess(self, y: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return outputs that targets alone would suggest, and the variance of the suggestion."""
+
+    @abstractmethod
+    def unit(self, y: np.ndarray) -> np.ndarray:
+        """Constant (n_outputs,) of the targets of meta-training."""
+
+    def dispersion(self, output: np.ndarray, y: np.ndarray, unit: float) -> float:
+        """Dispersion under which targets (n_rows,) are likeliest, given their outputs."""
+        at, seen = (torch.from_numpy(np.ascontiguousarray(values)) for values in (output, y))
+        found = [float(self.surprise(at, seen, scalars(d, unit)).mean()) for d in DISPERSIONS]
+        return float(DISPERSIONS[int(np.argmin(found))])
+
+    def average(self, outputs: Tensor) -> Tensor:
+        """Put outputs of all members (n_members, n_rows, n_outputs) together."""
+        return outputs.mean(0)
+
+    def excess(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Loss of rows above that of the best outputs: half the deviance, say."""
+        best = torch.from_numpy(self.latent(y.cpu().numpy(), math.log(TINY))).to(y)
+        return self.loss.rows(outputs, y) - self.loss.rows(best, y)
+
+    def task_error(self, excess: Tensor) -> Tensor:
+        """Error of tasks of this mean excess: its root, as few large ones would decide for all."""
+        return excess.clamp_min(0).sqrt()
+
+    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """See `task_error`."""
+        excess = self.excess(torch.from_numpy(outputs), torch.from_numpy(target)).numpy()
+        means = torch.from_numpy(np.bincount(codes, excess) / np.bincount(codes))
+        errors: np.ndarray = self.task_error(means).numpy()
+        return errors
+
+
+class _LogLink(NewtonLikelihood):
+    """Base of likelihoods of targets whose mean is the exponential of the output."""
+
+    def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
+        """See `Likelihood`."""
+        outputs: np.ndarray = np.where(y > 0, np.log(np.maximum(y, TINY)), lowest)
+        return outputs
+
+    def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Likelihood`; the lowest are far below the mean, as no count says little."""
+        return np.log(y.mean(0)) - LOWEST, np.log(y.max(0))
+
+    def average(self, outputs: Tensor) -> Tensor:
+        """Logarithms of the mean of the means."""
+        return outputs.logsumexp(0) - math.log(len(outputs))
+
+
+class Counts(_LogLink):
+    """Counts with more variance than Poisson's: ``unit * mean + dispersion * mean**2``.
+
+    That is the negative binomial distribution of targets in units of `unit`, the smallest step
+    between them (Lawless 1987). Doubt about the logarithm of the mean adds to the dispersion.
+    """
+
+    def derivatives(
+        self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        dispersion, unit = shape
+        count, size = y / unit, 1 / dispersion
+        u = output + (dispersion / unit).log()
+        p, total = u.sigmoid(), count + size
+        return total * softplus(u) - count * u, total * p - count, total * p * (-u).sigmoid()
+
+    def surprise(self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape) -> Tensor:
+        """See `NewtonLikelihood`."""
+        count, size = y / shape[1], 1 / shape[0]
+        constant = size.lgamma() + (count + 1).lgamma() - (count + size).lgamma()
+        return self.derivatives(output, y, shape)[0] + constant
+
+    def predictive(
+        self, mean: Tensor, variance: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        dispersion, unit = shape
+        variance = variance.clamp(0, FLAT)
+        more = variance.expm1() + dispersion * variance.exp()
+        output = mean + variance / 2
+        level = output.exp()
+        return output, unit * level + more * level.square(), more
+
+    def guess(self, y: Tensor, shape: NewtonLikelihood.Shape) -> tuple[Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        dispersion, unit = shape
+        level = y + unit / 2
+        return level.log(), dispersion + unit / level
+
+    def unit(self, y: np.ndarray) -> np.ndarray:
+        """Smallest target above 0 where others are its multiples, else what suits all of them."""
+        return np.array([_unit_of_counts(self, column) for column in y.T])
+
+
+class Positive(_LogLink):
+    """Numbers above 0, of the variance ``dispersion * mean**2``: the gamma distribution."""
+
+    def derivatives(
+        self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        size = 1 / shape[0]
+        ratio = y * (-output).exp()
+        return size * (ratio + output), size * (1 - ratio), size * ratio
+
+    def surprise(self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape) -> Tensor:
+        """See `NewtonLikelihood`; padding has targets of 0."""
+        size = 1 / shape[0]
+        logs = y.clamp_min(TINY).log()
+        constant = size.lgamma() - size * size.log() - (size - 1) * logs
+        return self.derivatives(output, y, shape)[0] + constant
+
+    def predictive(
+        self, mean: Tensor, variance: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        variance = variance.clamp(0, FLAT)
+        more = variance.expm1() + shape[0] * variance.exp()
+        output = mean + variance / 2
+        return output, more * (2 * output).exp(), more
+
+    def guess(self, y: Tensor, shape: NewtonLikelihood.Shape) -> tuple[Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        return y.clamp_min(TINY).log(), shape[0]
+
+    def unit(self, y: np.ndarray) -> np.ndarray:
+        """Nothing: one."""
+        return np.ones(y.shape[1])
+
+
+def scalars(dispersion: float, unit: float) -> tuple[Tensor, Tensor]:
+    """Shape of a single output."""
+    return torch.tensor(dispersion, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64)
+
+
+def _unit_of_counts(likelihood: Counts, y: np.ndarray) -> float:
+    """Find the unit of targets (n_rows,)."""
+    positive = y[y > 0]
+    if not len(positive):
+        return 1.0
+    least = float(positive.min())
+    count = positive / least
+    if (np.abs(count - count.round()) < PRECISE + 1e-6 * count).all():
+        return least
+    # no counts: of 0 there is a probability, of all others a density
+    level, y_ = float(y.mean()), torch.from_numpy(np.ascontiguousarray(y, dtype=np.float64))
+    output = torch.full_like(y_, math.log(level))
+    part = len(positive) / len(y)
+
+    def surprise(unit: float, dispersion: float) -> float:
+        shape = scalars(dispersion, level * unit)
+        return float(likelihood.surprise(output, y_, shape).mean()) + part * math.log(unit)
+
+    return level * float(min(UNITS, key=lambda unit: min(surprise(unit, d) for d in DISPERSIONS)))
+
+
+# of each loss; those of subclasses may be another
+_LIKELIHOODS: dict[type[Loss], Callable[[Loss], Likelihood]] = {
+    SquaredError: Normal,
+    CrossEntropy: Classes,
+    Poisson: Counts,
+    Gamma: Positive,
+}
+
+
+def find_likelihood(loss: Loss) -> Likelihood | None:
+    """Return the likelihood that a Gaussian head has for a loss, or None."""
+    kind = _LIKELIHOODS.get(type(loss))
+    return None if kind is None else kind(loss)

@@ -1,0 +1,315 @@
+"""Gaussian heads of counts and positive numbers: Newton steps, predictions and intervals."""
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, stats
+from torch import nn
+
+from sklearn_maml import MAMLRegressor
+from sklearn_maml.learners.bodies import MLPBody
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.likelihoods import Counts, Positive
+from sklearn_maml.targets import Gamma, Poisson
+
+RNG = np.random.RandomState
+LIKELIHOODS = {"poisson": Counts(Poisson()), "gamma": Positive(Gamma())}
+SMALL = {"hidden_layer_sizes": (8,), "max_iter": 30, "random_state": 0}
+
+
+def counts(n_tasks=30, n_rows=20, seed=0, level=1.0, spread=0.6):
+    """Counts of tasks with rates and slopes of their own."""
+    rng = RNG(seed)
+    X = rng.uniform(-1, 1, (n_tasks, n_rows, 2))
+    coef = np.array([level, 0.8, -0.5]) + spread * rng.randn(n_tasks, 3)
+    rate = np.exp(coef[:, :1] + np.einsum("trp,tp->tr", X, coef[:, 1:]))
+    y = rng.poisson(rate * rng.gamma(10, 0.1, rate.shape)).astype(float)
+    return X.reshape(-1, 2), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
+
+
+def deviance(y, mean):
+    logs = np.where(y > 0, y * np.log(np.where(y > 0, y, 1) / mean), 0)
+    return 2 * np.mean(logs - (y - mean))
+
+
+def random_head(likelihood, n_outputs=1, n_members=2, seed=0):
+    rng, generator = RNG(seed), torch.Generator().manual_seed(seed)
+    body = MLPBody(n_members, [2, 5], nn.Tanh(), generator)
+    starts = [
+        (
+            0.3 * rng.randn(3, n_outputs),
+            np.tril(0.5 * rng.randn(3, 3)),
+            1 + rng.rand(n_outputs),
+            0.1 + rng.rand(n_outputs),
+        )
+        for _ in range(n_members)
+    ]
+    units = 0.5 + rng.rand(n_outputs)
+    head = LaplaceHead(
+        body, starts, np.zeros(2), np.ones(2), likelihood=likelihood, units=units
+    ).double()
+    with torch.no_grad():
+        head.mean[:, 3:] = 0.1 * torch.randn(n_members, 5, n_outputs, generator=generator).double()
+    return head
+
+
+def draw(loss, rng, shape, unit=1.0):
+    y = rng.poisson(3, shape) if loss == "poisson" else rng.gamma(2.0, 1.5, shape)
+    return y * unit
+
+
+def functions(head):
+    return head.functions({name: p.detach() for name, p in head.named_parameters()})
+
+
+def log_density(loss, y, output, dispersion, unit):
+    """Of scipy."""
+    mean = np.exp(output)
+    if loss == "gamma":
+        return stats.gamma.logpdf(y, 1 / dispersion, scale=mean * dispersion)
+    size = 1 / dispersion
+    return stats.nbinom.logpmf(np.round(y / unit, 9), size, size / (size + mean / unit))
+
+
+# -- algebra -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("n_support", [1, 4, 60])  # fewer and more rows than columns
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_posterior_is_the_mode_that_scipy_finds_and_the_curvature_there(loss, n_support, n_outputs):
+    head, rng = random_head(LIKELIHOODS[loss], n_outputs), RNG(1)
+    run, units = functions(head), head.unit.numpy()
+    X, y = rng.randn(n_support, 2), draw(loss, rng, (n_support, n_outputs), units)
+    weight = 0.5 + rng.rand(n_support)
+    X_new = rng.randn(3, 2)
+    given = run.condition(*(torch.as_tensor(v[None]) for v in (X, y, np.sqrt(weight))))
+    outputs, variance = run.query(torch.as_tensor(X_new[None]), given)
+    amplitude = np.ones((2, n_outputs)) * (
+        run.amplitude().numpy()[:, 0] if n_outputs > 1 else np.ones((2, 1))
+    )
+    prior, S = (part.numpy() for part in run.columns(torch.as_tensor(X)))
+    prior_new, S_new = (part.numpy() for part in run.columns(torch.as_tensor(X_new)))
+    for j, k in itertools.product(range(2), range(n_outputs)):
+        a = amplitude[j, k]
+        dispersion = a**2 * (np.exp(2 * head.log_noise[j, k].item()) + 1e-5)
+        mode = given.shift[j, 0, :, k].numpy()
+        objective = functools.partial(
+            _objective, loss, y[:, k], weight, a, prior[j, :, k], S[j], dispersion, units[k]
+        )
+        found = optimize.minimize(objective, np.zeros(len(mode)), tol=1e-12).x
+        assert objective(mode) <= objective(found) + 1e-9
+        np.testing.assert_allclose(mode, found, atol=2e-5)  # as differences are no more exact
+        slope, curvature = _differences(objective, mode)
+        np.testing.assert_allclose(slope, 0, atol=2e-5)
+        doubt = a**2 * np.einsum("rp,pq,rq->r", S_new[j], np.linalg.inv(curvature), S_new[j])
+        mean = a * (prior_new[j, :, k] + S_new[j] @ mode)
+        np.testing.assert_allclose(outputs[j, 0, :, k], mean + doubt / 2, rtol=1e-4, atol=1e-4)
+        level = np.exp(mean + doubt / 2)
+        expected = (np.exp(doubt) * (1 + dispersion) - 1) * level**2
+        if loss == "poisson":
+            expected += units[k] * level
+        np.testing.assert_allclose(variance[j, 0, :, k], expected, rtol=2e-3)
+
+
+def _objective(loss, y, weight, a, prior, S, dispersion, unit, w):
+    logs = log_density(loss, y, a * (prior + S @ w), dispersion, unit)
+    return -(weight * logs).sum() + w @ w / 2
+
+
+def _differences(f, at, h=1e-4):
+    """First and second derivatives."""
+    steps = h * np.eye(len(at))
+    slope = [(f(at + p) - f(at - p)) / (2 * h) for p in steps]
+    curvature = [
+        [
+            (f(at + p + q) - f(at + p - q) - f(at - p + q) + f(at - p - q)) / (4 * h**2)
+            for q in steps
+        ]
+        for p in steps
+    ]
+    return np.array(slope), np.array(curvature)
+
+
+def test_a_poisson_task_is_solved_as_by_hand():
+    # one row without features, y = 3 and a prior N(0, 1) of the log rate: w + exp(w) = 3
+    head = random_head(Counts(Poisson()), n_members=1)
+    with torch.no_grad():
+        head.mean.zero_()
+        head.factor.copy_(torch.diag(torch.tensor([1.0, 0.0, 0.0]))[None])
+        head.log_scale.fill_(-30.0)
+        head.log_noise.fill_(-30.0)
+        head.unit.fill_(1.0)
+    run = functions(head)
+    rows = torch.zeros(1, 1, 2, dtype=torch.float64)
+    given = run.condition(rows, torch.full((1, 1, 1), 3.0, dtype=torch.float64))
+    by_hand = optimize.brentq(lambda w: w + np.exp(w) - 3, 0, 3, xtol=1e-14)
+    # but for the least dispersion that there is
+    assert given.shift[0, 0, 0, 0].item() == pytest.approx(by_hand, abs=2e-4)
+    size = 1e5
+    exactly = optimize.brentq(
+        lambda w: w + (3 + size) / (1 + size * np.exp(-w)) - 3, 0, 3, xtol=1e-14
+    )
+    dispersion = 1 / (np.exp(-60.0) + 1e-5)
+    assert dispersion == pytest.approx(size)
+    assert given.shift[0, 0, 0, 0].item() == pytest.approx(exactly, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_the_mode_is_found_from_far_away(loss):
+    head, rng = random_head(LIKELIHOODS[loss]), RNG(0)
+    X = torch.as_tensor(rng.randn(4, 6, 2))
+    y = torch.as_tensor(draw(loss, rng, (4, 6, 1)))
+    y[0], y[1] = 1e6 * y[0], 1e-6 * y[1]
+    y[2, :3] = 1e5 * y[2, :3]
+    if loss == "poisson":
+        y[3] = 0
+    run = functions(head)
+    given = run.condition(X, y)
+    prior, S = run.of_tasks(X)
+    _, first, _ = run.likelihood.derivatives(prior + S @ given.shift, y, run.shape())
+    slope = S.mT @ first + given.shift
+    assert slope.abs().max() < 1e-6 * max(1, float(given.A.square().sum(-2).max()))
+    assert all(torch.isfinite(part).all() for part in run.query(X, given))
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("k", [0, 3, 12])
+def test_the_loss_has_the_derivatives_of_its_differences(loss, k):
+    head, rng = random_head(LIKELIHOODS[loss], n_outputs=2), RNG(2)
+    X = torch.as_tensor(rng.randn(2, k + 3, 2))
+    y = torch.as_tensor(draw(loss, rng, (2, k + 3, 2), head.unit.numpy()))
+    mask = torch.ones(2, 2, k + 3, dtype=torch.bool)
+    mask[0, 1, -1] = False
+    if k:
+        mask[:, 0, 0] = False
+        y[0, 0] = 0.0  # padding
+    names = [name for name, _ in head.named_parameters()]
+    values = [p.detach().clone() for p in head.parameters()]
+
+    def loss_of(*values):
+        return head.functions(dict(zip(names, values, strict=True))).loss(X, y, mask, k)[0].sum()
+
+    leaves = [v.requires_grad_() for v in values]
+    assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+def test_derivatives_of_likelihoods_are_those_of_scipy():
+    rng = RNG(0)
+    for loss, likelihood in LIKELIHOODS.items():
+        y, output = draw(loss, rng, 50), rng.randn(50)
+        shape = tuple(torch.tensor(v, dtype=torch.float64) for v in (0.7, 1.0))
+        parts = torch.as_tensor(output), torch.as_tensor(y).double()
+        surprise = likelihood.surprise(*parts, shape).numpy()
+        np.testing.assert_allclose(surprise, -log_density(loss, y, output, 0.7, 1.0), rtol=1e-9)
+        value, first, second = likelihood.derivatives(*parts, shape)
+        constant = surprise - value.numpy()
+        h = 1e-4
+        up, down = (
+            -log_density(loss, y, output + sign * h, 0.7, 1.0) - constant for sign in (1, -1)
+        )
+        np.testing.assert_allclose(first, (up - down) / (2 * h), atol=1e-6)
+        np.testing.assert_allclose(second, (up + down - 2 * value.numpy()) / h**2, atol=1e-5)
+        assert (second > 0).all()
+
+
+# -- fits ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_fit():
+    X, y, task = counts(60)
+    return MAMLRegressor(loss="poisson", **SMALL, unseen_tasks="prior").fit(X, y, groups=task)
+
+
+@pytest.fixture
+def fitted(first_fit):
+    return copy.deepcopy(first_fit)
+
+
+def test_counts_have_a_head_by_default_and_learn_a_task_from_few_rows(fitted):
+    assert fitted.learner_weights_["gaussian-head"] > 0
+    X, y, task = counts(40, 25, seed=1)
+    support = np.arange(len(X)) % 25 < 5
+    before = fitted.predict(X[~support])
+    fitted.adapt(X[support], y[support], groups=task[support])
+    mean, std = fitted.predict(X[~support], groups=task[~support], return_std=True)
+    assert deviance(y[~support], mean) < 0.8 * deviance(y[~support], before)
+    of_task = np.bincount(task[support], y[support]) / 5
+    assert deviance(y[~support], mean) < 0.8 * deviance(y[~support], of_task[task[~support]] + 0.1)
+    assert 0.86 < (np.abs(y[~support] - mean) < 1.645 * std).mean() < 0.95
+
+
+def test_what_was_learned_of_counts_is_saved_and_exported(fitted, tmp_path):
+    X, y, task = counts(3, 30, seed=2)
+    fitted.adapt(X[::4], y[::4], groups=task[::4])
+    mean, std = fitted.predict(X, groups=task, return_std=True)
+    fitted.save(tmp_path / "model")
+    again = MAMLRegressor.load(tmp_path / "model").predict(X, groups=task, return_std=True)
+    np.testing.assert_allclose(again, (mean, std), rtol=1e-6)
+    module = fitted.adapted_module(1)
+    own = task == 1
+    np.testing.assert_allclose(module(torch.as_tensor(X[own])), mean[own], rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_units_of_counts_do_not_matter(factor):
+    X, y, task = counts()
+    params = {**SMALL, "loss": "poisson", "update_rule": "gaussian-head"}
+    one, other = (MAMLRegressor(**params).fit(X, f * y, groups=task) for f in (1.0, factor))
+    rows = task == 3
+    a, b = (
+        m.adapt(X[rows][:5], f * y[rows][:5]).predict(X[rows], return_std=True)
+        for m, f in ((one, 1.0), (other, factor))
+    )
+    np.testing.assert_allclose(np.stack(b) / factor, a, rtol=1e-3)
+
+
+def test_positive_numbers_have_a_head():
+    X, y, task = counts()
+    y = RNG(3).gamma(4, np.exp(0.3 * y) / 4)
+    model = MAMLRegressor(loss="gamma", **SMALL).fit(X, y, groups=task)
+    assert model.learner_weights_["gaussian-head"] > 0
+    rows = task == 0
+    mean, std = model.adapt(X[rows][:8], y[rows][:8]).predict(X[rows], return_std=True)
+    assert (mean > 0).all()
+    assert (std > 0).all()
+    assert np.isfinite(std).all()
+
+
+def test_two_counts_a_row():
+    X, y, task = counts()
+    both = np.stack([y, 3 * y[::-1]], 1)
+    model = MAMLRegressor(loss="poisson", **SMALL, update_rule="gaussian-head")
+    model.fit(X, both, groups=task)
+    model.adapt(X[:5], both[:5])
+    mean, std = model.predict(X, return_std=True)
+    assert mean.shape == std.shape == both.shape
+    rows = torch.as_tensor(X)
+    np.testing.assert_allclose(model.adapted_module()(rows), mean, rtol=1e-4)
+
+
+def test_a_task_without_any_count_and_one_of_huge_counts_are_learned(fitted):
+    X, _, _ = counts(1, 10, seed=5)
+    for y in (np.zeros(10), np.full(10, 1e6)):
+        mean, std = fitted.adapt(X, y).predict(X, return_std=True)
+        assert np.isfinite([mean, std]).all()
+        assert (mean > 0).all()
+        assert deviance(y, mean) < deviance(y, np.full(10, 3.0))
+
+
+def test_a_fit_of_counts_is_continued():
+    X, y, task = counts()
+    model = MAMLRegressor(loss="poisson", **SMALL, warm_start=True).fit(X, y, groups=task)
+    model.fit(X, y, groups=task)
+    assert model.n_iter_ > 30
+    assert np.isfinite(model.adapt(X[:5], y[:5]).predict(X)).all()
+
+
+def test_rows_to_label_are_refused_with_a_reason(fitted):
+    with pytest.raises(ValueError, match="suggest_rows is for loss='squared_error'"):
+        fitted.suggest_rows(counts()[0][:20], 2)
