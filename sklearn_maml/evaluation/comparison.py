@@ -68,7 +68,8 @@ def compare_baselines(
     Tasks are shuffled and some of them held out. The others train every method; of each held-out
     task all methods get the same support rows and predict the same query rows. Features, and
     targets in regression, are standardised with the statistics of the training tasks for all
-    methods alike.
+    methods alike; a `MAMLRegressor` that does so itself (`normalize_y`), or whose `loss` is of
+    targets as they are, gets them so.
 
     Parameters
     ----------

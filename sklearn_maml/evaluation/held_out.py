@@ -177,7 +177,10 @@ def check_split(split: Any, tasks: TaskCollection) -> tuple[np.ndarray, dict[int
 
 @dataclasses.dataclass
 class SplitData:
-    """Standardised rows of a split; `train` and `episodes` are row positions."""
+    """Standardised rows of a split; `train` and `episodes` are row positions.
+
+    `center` and `scale` are what numbers are standardised with.
+    """
 
     X: np.ndarray
     y: np.ndarray
@@ -187,6 +190,8 @@ class SplitData:
     classes: np.ndarray | None
     names: list[Any] | None
     n_ways: int | None = None
+    center: Any = 0.0
+    scale: Any = 1.0
 
     @property
     def n_classes(self) -> int:
@@ -204,6 +209,11 @@ class SplitData:
     def numbers(self) -> np.ndarray:
         """Targets as baselines take them: standardised, or positions of classes."""
         return self.y if self.classes is None else np.searchsorted(self.classes, self.y)
+
+    @property
+    def own(self) -> np.ndarray:
+        """Targets in their own units."""
+        return self.tasks.y.reshape(self.y.shape)
 
     def local(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], y: np.ndarray
@@ -237,12 +247,12 @@ class SplitData:
         X = ((X - mean) / np.where(spread > 0, spread, 1)).astype(tasks.X.dtype)
         if not classification:
             y = tasks.y.astype(np.float64)
-            spread_y = y[train].std(0)
-            if not np.all(spread_y > 0):
-                raise ValueError("All targets of the training tasks are equal: nothing to learn.")
-            y = (y - y[train].mean(0)) / spread_y
             y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-            return cls(X, y, tasks, train, episodes, None, names)
+            center, scale = y[train].mean(0), y[train].std(0)
+            if not np.all(scale > 0):
+                raise ValueError("All targets of the training tasks are equal: nothing to learn.")
+            y = (y - center) / scale
+            return cls(X, y, tasks, train, episodes, None, names, None, center, scale)
         if n_ways is not None:
             every = np.unique(tasks.y)
             return cls(X, tasks.y, tasks, train, episodes, every, names, n_ways)

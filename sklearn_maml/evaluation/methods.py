@@ -22,6 +22,7 @@ from sklearn_maml.evaluation.baselines.base import Baseline, Episode, TrainingTa
 from sklearn_maml.evaluation.held_out import SplitData
 from sklearn_maml.exceptions import SmallTaskWarning
 from sklearn_maml.learners.plan import GAUSSIAN_HEAD
+from sklearn_maml.targets.losses import resolve_loss
 
 BEFORE = "before adaptation"
 # standard deviations on either side of the mean that hold nine in ten of a normal distribution
@@ -241,17 +242,22 @@ class _MetaLearner:
         maml.set_params(task_column=None)
         if getattr(maml, "n_ways", None) is None:
             maml.set_params(unseen_tasks="prior")
+        # losses of counts, say, are not of standardised targets, and a search may be over losses
+        own = not data.n_classes and (
+            maml.normalize_y or not resolve_loss(maml.loss, maml.quantile).standardises
+        )
+        self.y = data.own if own else data.y
         groups = {} if data.pooled else {"groups": data.tasks.codes[data.train]}
         with sklearn.config_context(enable_metadata_routing=True), warnings.catch_warnings():
             warnings.simplefilter("ignore", SmallTaskWarning)  # of the held-out ones there is one
-            self.model = model.fit(data.rows(data.train), data.y[data.train], **groups)
+            self.model = model.fit(data.rows(data.train), self.y[data.train], **groups)
 
     def predict(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], steps: int | None
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Predict the query rows of all held-out tasks at once; with a std, if there is one."""
         data = self.data
-        y = np.concatenate([part for part, _ in data.local(pairs, data.y)])
+        y = np.concatenate([part for part, _ in data.local(pairs, self.y)])
         (support, of_support), (query, of_query) = (
             (np.concatenate(parts), np.repeat(np.arange(len(pairs)), list(map(len, parts))))
             for parts in zip(*pairs, strict=True)
@@ -267,9 +273,13 @@ class _MetaLearner:
                 values, std = adapted.predict(**given, return_std=True)
             else:
                 values = adapted.predict(**given)
+        values = np.asarray(values, dtype=np.float64)
+        if self.y is not data.y:
+            values = (values - data.center) / data.scale
+            std = None if std is None else std / data.scale
         cuts = np.cumsum([len(q) for _, q in pairs])[:-1]
         stds = [None] * len(pairs) if std is None else np.split(std.astype(np.float64), cuts)
-        return list(zip(np.split(np.asarray(values, dtype=np.float64), cuts), stds, strict=True))
+        return list(zip(np.split(values, cuts), stds, strict=True))
 
 
 def _of_classes(p: np.ndarray, n_classes: int) -> np.ndarray:

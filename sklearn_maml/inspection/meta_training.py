@@ -131,7 +131,11 @@ class MetaTrainingDisplay:
         # until they are given up
         of_steps = column("steps_valid_loss")
         loss = maml.targets_.loss
-        standardised = loss.standardises and maml.normalize_y
+        units = ""
+        if maml.normalize_y and (loss.standardises or loss.scales):
+            units = (
+                f", {'standardised targets' if loss.standardises else 'targets over their mean'}"
+            )
         display = cls(
             n_updates=n_updates,
             train_loss=column("train_loss"),
@@ -139,7 +143,7 @@ class MetaTrainingDisplay:
             valid_loss_before=None if valid is None else column("valid_loss_before"),
             non_finite=np.nan_to_num(column("non_finite")).astype(int),
             kept=kept,
-            loss_name=f"Query loss ({loss.name}{', standardised targets' if standardised else ''})",
+            loss_name=f"Query loss ({loss.name}{units})",
             steps_valid_loss=of_steps if np.isfinite(of_steps).any() else None,
             learners=shares_in_words(maml),
         )

@@ -368,18 +368,18 @@ struct Quantile {
         return (real)0.5 * value + tilt * (y - o);
     }
 };
-struct Poisson {
+struct Poisson { // half of the deviance, of the logarithm of the rate
     static inline real at(real o, real y, real, real &d1, real &d2) {
         d2 = elementary::exp(o);
         d1 = d2 - y;
-        return d2 - y * o;
+        return d1 - y * (y == 0 ? o : o - F(log)(y));
     }
 };
-struct Gamma {
+struct Gamma { // likewise, of the logarithm of the mean
     static inline real at(real o, real y, real, real &d1, real &d2) {
         d2 = y * elementary::exp(-o);
         d1 = 1 - d2;
-        return o + d2;
+        return o - F(log)(y) - d1;
     }
 };
 struct Binary { // of logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy.special import softmax
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -143,14 +144,14 @@ class _LogLink(Loss):
 
 
 class Poisson(_LogLink):
-    """Half the Poisson deviance, up to a constant: predictions are rates of counts."""
+    """Half the Poisson deviance, averaged over the targets: predictions are rates of counts."""
 
-    name: ClassVar[str] = "Poisson loss"
+    name: ClassVar[str] = "half Poisson deviance"
 
     @staticmethod
     def rows(output: Tensor, y: Tensor) -> Tensor:
         """See `Loss`."""
-        return (output.exp() - y * output).mean(-1)
+        return (output.exp() - y - y * output + torch.xlogy(y, y)).mean(-1)
 
     def check(self, y: np.ndarray) -> None:
         """Refuse targets below 0."""
@@ -162,14 +163,14 @@ class Poisson(_LogLink):
 
 
 class Gamma(_LogLink):
-    """Half the gamma deviance, up to a constant: predictions are means of positive numbers."""
+    """Half the gamma deviance, averaged over the targets: predictions are means above 0."""
 
-    name: ClassVar[str] = "gamma loss"
+    name: ClassVar[str] = "half gamma deviance"
 
     @staticmethod
     def rows(output: Tensor, y: Tensor) -> Tensor:
         """See `Loss`."""
-        return (output + y * (-output).exp()).mean(-1)
+        return (y * (-output).exp() - 1 + output - y.log()).mean(-1)
 
     def check(self, y: np.ndarray) -> None:
         """Refuse targets that are not above 0."""

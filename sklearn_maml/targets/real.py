@@ -132,6 +132,8 @@ class RealTargets(Targets):
         """Centred targets in units of those of meta-training."""
         with np.errstate(over="ignore"):
             encoded = (y / self.y_scale_).astype(dtype)
+        if self.loss.scales:  # what is above 0 stays so in float32
+            encoded[(encoded == 0) & (y > 0)] = np.finfo(dtype).tiny
         if not np.isfinite(encoded).all():
             raise ValueError(
                 f"y has values of up to {np.abs(y).max():g}, too large for {np.dtype(dtype)} in "
