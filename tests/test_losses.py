@@ -200,6 +200,7 @@ def collection(n_tasks=8, n_rows=12, seed=0):
 
 X, Y, TASK = collection()
 SMALL = {
+    "update_rule": "sgd",
     "hidden_layer_sizes": (6,),
     "steps": 2,
     "meta_batch_size": 4,
