@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from numpy.typing import ArrayLike
 
-__all__ = ["PathLike", "TaskDistribution", "Tasks"]
+__all__ = ["PathLike", "TaskDistribution", "Tasks", "Weights"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -22,3 +22,5 @@ class TaskDistribution(Protocol):
 
 # rows, or a list of tasks; frames of pandas and polars are array-likes
 Tasks: TypeAlias = ArrayLike | Sequence[Any]
+# of rows, or of tasks by their ids
+Weights: TypeAlias = ArrayLike | Sequence[Any] | Mapping[Any, float] | None

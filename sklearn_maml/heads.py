@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,20 @@ class SymmetricHead:
                 grad.copy_(projected)
             else:
                 grads[name] = projected.contiguous()
+
+    def check(self, module: nn.Module, rows: Tensor) -> None:
+        """Refuse a module whose outputs for some rows still differ between the classes."""
+        probe = copy.deepcopy(module).eval()
+        self.project({name_in_module(name): p for name, p in probe.named_parameters()})
+        with torch.no_grad():
+            outputs = probe(rows)
+        if not torch.allclose(outputs, outputs[:, :1]):
+            head = "zero" if self.zero else "shared"
+            raise ValueError(
+                f"head={head!r} found a last layer in {type(module).__name__} that does not "
+                "make its outputs alone: they differ between classes with equal rows. Give the "
+                "module a torch.nn.Linear at its end, all of it trainable, or use head='free'."
+            )
 
 
 def find_head(

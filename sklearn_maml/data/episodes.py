@@ -22,10 +22,12 @@ __all__ = [
     "centered",
     "gathered",
     "joined_rows",
+    "normalised",
     "pad_rows",
     "pick",
     "put_back",
     "to_device",
+    "totals",
     "with_prepared",
 ]
 
@@ -39,7 +41,9 @@ class Rows:
     X : Tensor of shape (n_tasks, n_rows, *feature_shape)
     y : Tensor of shape (n_tasks, n_rows, n_outputs) or int64 (n_tasks, n_rows)
     weight : Tensor of shape (n_tasks, n_rows) or None
-        Weights that sum to one in each task, 0 for padding; None for equal weights.
+        Weights that sum to one in each task, 0 for padding; None for equal weights. Of query rows
+        in a meta-training with weights, they sum to what the episode counts in the outer loss, 1
+        on average.
     lengths : int ndarray of shape (n_tasks,) or None
         Number of real rows of each task; None where no task is padded. A task without rows has one
         of weight 0, so that whatever runs rows has one to run.
@@ -217,6 +221,7 @@ def pad_rows(
     sample_weight: np.ndarray | None = None,
     dtype: Any = None,
     names: np.ndarray | None = None,
+    normalise: bool = True,
 ) -> Rows:
     """Gather rows of several tasks into one padded tensor.
 
@@ -227,12 +232,14 @@ def pad_rows(
         Row positions, those of the first task first.
     counts : int ndarray of shape (n_tasks,)
         Number of rows of each task. One without rows gets a row without weight.
-    sample_weight : ndarray of shape (n_rows,), default=None
-        Weight of each row of X; normalised to sum to one in each task.
+    sample_weight : ndarray of the length of `rows`, default=None
+        Weight of each of them.
     dtype : dtype, default=None
         That of the weights; None takes that of X.
     names : int ndarray of shape (n_rows,), default=None
         Becomes `Rows.index`.
+    normalise : bool, default=True
+        Whether weights are to sum to one in each task; otherwise they do where they are 1.
     """
     dtype = X.dtype if dtype is None else dtype
     if len(X) == 0:
@@ -249,10 +256,9 @@ def pad_rows(
         index = rows.reshape(n_tasks, width)
     weight = None
     if sample_weight is not None and len(sample_weight):
-        weight = sample_weight[index].astype(dtype, copy=False)
-        if short:
-            weight = np.where(filled, weight, 0)
-        total = weight.sum(1, keepdims=True)
+        weight = np.zeros((n_tasks, width), dtype)
+        weight[np.arange(width) < counts[:, None]] = sample_weight
+        total = weight.sum(1, keepdims=True) if normalise else counts[:, None].astype(dtype)
         weight = weight / np.where(counts[:, None] > 0, total, 1)
     elif short:
         weight = (filled / np.maximum(counts, 1)[:, None]).astype(dtype)
@@ -314,6 +320,19 @@ def gathered(
     return [_exchange(batch, new) for batch in batches]
 
 
+def totals(weight: Tensor) -> Tensor:
+    """Return sums over the last axis, exactly 1 where that is what they are to rounding."""
+    total = weight.sum(-1)
+    rounding = weight.shape[-1] * torch.finfo(weight.dtype).eps
+    return torch.where((total - 1).abs() <= rounding, torch.ones_like(total), total)
+
+
+def normalised(weight: Tensor) -> Tensor:
+    """Scale weights so that they sum to 1 over the last axis, or to 0 where all are 0."""
+    total = totals(weight)
+    return weight / torch.where(total > 0, total, torch.ones_like(total)).unsqueeze(-1)
+
+
 def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatches: int = 1) -> Rows:
     """Support and query rows of each task together.
 
@@ -342,6 +361,7 @@ def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatche
     ]
     X, y = torch.cat([support.X, query.X], 1), torch.cat([support.y, query.y], 1)
     weighted = support.weight is not None or query.weight is not None
+    weights = [part.weight if part.weight is None else normalised(part.weight) for part in sets]
     if batch_size is None and not weighted:
         return Rows(X, y)
     total = sizes[0] + sizes[1]
@@ -371,9 +391,9 @@ def joined_rows(batch: EpisodeBatch, batch_size: int | None = None, n_minibatche
         filled = np.arange(index.shape[1]) < counts[:, None]
         of_rows = [
             X.new_ones(n_tasks, width)
-            if part.weight is None
-            else part.weight * torch.from_numpy(size).to(X.device)[:, None]  # 1 on average
-            for part, width, size in zip(sets, widths, sizes, strict=True)
+            if part is None
+            else part * torch.from_numpy(size).to(X.device)[:, None]  # 1 on average
+            for part, width, size in zip(weights, widths, sizes, strict=True)
         ]
         weight = torch.cat(of_rows, 1)[task, where]
         weight = weight * torch.from_numpy(filled).to(X.device).view(

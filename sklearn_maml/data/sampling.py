@@ -151,6 +151,9 @@ class EpisodeSampler:
         Sizes of support sets with ``n_shots=None``.
     keep_index : bool, default=False
         Whether batches keep the positions of their rows.
+    as_they_come : bool, default=False
+        Whether query rows that are drawn by class count as if they were as frequent as in their
+        task, where rows have weights.
     """
 
     def __init__(
@@ -166,12 +169,14 @@ class EpisodeSampler:
         by_class: bool = True,
         support_range: tuple[int, int] = SUPPORT_RANGE,
         keep_index: bool = False,
+        as_they_come: bool = False,
     ) -> None:
         self.center_y = center_y
         self.at_most_half = at_most_half
         self.by_class = by_class and classification
         self.support_range = support_range
         self.keep_index = keep_index
+        self.as_they_come = as_they_come
         self._resident: tuple[Tensor, Tensor] | None = None  # X and y on a device
         self.tasks = tasks
         self.classification = classification
@@ -229,9 +234,38 @@ class EpisodeSampler:
         """Draw batches of what `X` and `y` have for each row."""
         draw = self.split(which.ravel(), rng, len(which))
         labels = [None, None] if self.n_ways is None else self._permuted_labels(draw, rng)
-        support = self._gather(X, y, draw.support, draw.n_support, labels[0], len(which))
-        query = self._gather(X, y, draw.query, draw.n_query, labels[1], len(which))
+        weight = self.tasks.weight
+        of_query = weight if weight is None else weight[draw.query] * self._frequency(which, draw)
+        support = self._gather(
+            X,
+            y,
+            draw.support,
+            draw.n_support,
+            labels[0],
+            len(which),
+            weight if weight is None else weight[draw.support],
+        )
+        query = self._gather(
+            X, y, draw.query, draw.n_query, labels[1], len(which), of_query, normalise=False
+        )
         return [EpisodeBatch(*sets) for sets in zip(support, query, strict=True)]
+
+    def _frequency(self, which: np.ndarray, draw: Split) -> np.ndarray | float:
+        """How often the class of each query row is in its task, over how often it was drawn."""
+        if not self.as_they_come or not self.by_class or self.tasks.in_query is not None:
+            return 1.0
+        in_task = np.bincount(
+            self.tasks.codes * self.n_labels + self.tasks.y,
+            minlength=self.tasks.n_tasks * self.n_labels,
+        ).reshape(-1, self.n_labels)
+        episode = np.repeat(np.arange(len(draw.n_query)), draw.n_query)
+        labels = self.tasks.y[draw.query]
+        drawn = np.zeros((len(draw.n_query), self.n_labels))
+        np.add.at(drawn, (episode, labels), 1)
+        could = np.where(drawn > 0, in_task[which.ravel()], 0)
+        factor = could / np.maximum(drawn, 1) * (draw.n_query / could.sum(1))[:, None]
+        of_rows: np.ndarray = factor[episode, labels]
+        return of_rows
 
     def bytes_of_episode(self) -> int:
         """Rough memory that drawing an episode takes, at most."""
@@ -356,6 +390,8 @@ class EpisodeSampler:
         counts: np.ndarray,
         labels: np.ndarray | None,
         n_batches: int,
+        weight: np.ndarray | None,
+        normalise: bool = True,
     ) -> list[Rows]:
         dtype = self.tasks.X.dtype
         names = np.arange(len(X)) if self.keep_index else None
@@ -363,18 +399,25 @@ class EpisodeSampler:
             names = rows if self.keep_index else None
             X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
         if _is_constant(counts) and counts[0]:  # nothing to pad: gathered at once, then cut
-            whole = pad_rows(X, y, rows, counts, names=names)
+            whole = pad_rows(
+                X, y, rows, counts, weight, dtype=dtype, names=names, normalise=normalise
+            )
             length = len(counts) // n_batches
             parts = whole.X.split(length)
             targets = parts if whole.y is whole.X else whole.y.split(length)
-            index = [None] * n_batches if whole.index is None else whole.index.split(length)
+            weights, index = (
+                [None] * n_batches if part is None else part.split(length)
+                for part in (whole.weight, whole.index)
+            )
             return [
-                Rows(x, y, index=place) for x, y, place in zip(parts, targets, index, strict=True)
+                Rows(x, y, w, index=place)
+                for x, y, w, place in zip(parts, targets, weights, index, strict=True)
             ]
         ends = np.cumsum(counts.reshape(n_batches, -1).sum(1))[:-1]
+        weights = [None] * n_batches if weight is None else np.split(weight, ends)
         return [
-            pad_rows(X, y, *part, dtype=dtype, names=names)
-            for part in zip(np.split(rows, ends), np.split(counts, n_batches), strict=True)
+            pad_rows(X, y, *part, dtype=dtype, names=names, normalise=normalise)
+            for part in zip(np.split(rows, ends), np.split(counts, n_batches), weights, strict=True)
         ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from sklearn_maml.data.ids import show_id
@@ -59,10 +57,7 @@ def hold_out(
         return tasks.select(kept), tasks.select(held)
     parts = []
     for classes in (kept, held):
-        rows = np.isin(tasks.y, classes)
-        parts.append(
-            dataclasses.replace(tasks, X=tasks.X[rows], y=tasks.y[rows], codes=tasks.codes[rows])
-        )
+        parts.append(tasks.at(np.isin(tasks.y, classes)))
     return parts[0], parts[1]
 
 

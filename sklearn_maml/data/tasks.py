@@ -36,6 +36,8 @@ class TaskCollection:
         For tasks given as `(X_support, y_support, X_query, y_query)`: which rows are query rows.
     spelling : {"groups", "column", "list", "stack", "single"}
         How the caller gave the tasks.
+    weight : ndarray of shape (n_rows,) or None
+        Weights of the rows in meta-training, positive; None: all are equal.
     """
 
     X: np.ndarray
@@ -44,6 +46,7 @@ class TaskCollection:
     ids: np.ndarray
     in_query: np.ndarray | None
     spelling: str
+    weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         counts = np.bincount(self.codes, minlength=len(self.ids))
@@ -74,19 +77,22 @@ class TaskCollection:
         """Copy with other targets (encoded labels, standardised values)."""
         return dataclasses.replace(self, y=y)
 
+    def at(self, kept: np.ndarray) -> TaskCollection:
+        """Copy with some rows alone; the tasks stay."""
+        parts = {
+            name: getattr(self, name)[kept]
+            for name in ("X", "y", "codes", "in_query", "weight")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **parts)
+
     def select(self, tasks: np.ndarray) -> TaskCollection:
         """Sub-collection of the tasks at these positions."""
         position = np.full(self.n_tasks, -1)
         position[tasks] = np.arange(len(tasks))
         keep = np.flatnonzero(position[self.codes] >= 0)
-        return dataclasses.replace(
-            self,
-            X=self.X[keep],
-            y=self.y[keep],
-            codes=position[self.codes[keep]],
-            ids=self.ids[tasks],
-            in_query=None if self.in_query is None else self.in_query[keep],
-        )
+        part = self.at(keep)
+        return dataclasses.replace(part, codes=position[part.codes], ids=self.ids[tasks])
 
     def leveled(self) -> np.ndarray | None:
         """Return positions of rows among which no task drowns the others; None: all.
@@ -104,14 +110,14 @@ class TaskCollection:
     def take_rows(self, kept: np.ndarray, least: int = 1) -> TaskCollection:
         """Sub-collection of some rows, without the tasks that have fewer than `least` of them."""
         sizes = np.bincount(self.codes[kept], minlength=self.n_tasks)
-        part = dataclasses.replace(
-            self,
-            X=self.X[kept],
-            y=self.y[kept],
-            codes=self.codes[kept],
-            in_query=None if self.in_query is None else self.in_query[kept],
-        )
-        return part.select(np.flatnonzero(sizes >= least))
+        return self.at(kept).select(np.flatnonzero(sizes >= least))
+
+    def balanced(self) -> TaskCollection:
+        """Copy whose weights are 1 in the mean over tasks of their means over rows."""
+        if self.weight is None:
+            return self
+        means = np.bincount(self.codes, self.weight, self.n_tasks) / np.maximum(self.sizes, 1)
+        return dataclasses.replace(self, weight=self.weight / means[self.sizes > 0].mean())
 
     def fingerprints(self) -> dict[Hashable, int]:
         """Checksum of the rows of each named task by the key of its id.

@@ -54,10 +54,7 @@ class Adapting(Building):
         if sample_weight is not None and (sample_weight == 0).any():
             # as good as absent: for batch statistics, and for the classes of an episode, too
             kept = sample_weight > 0
-            tasks = dataclasses.replace(
-                tasks, X=tasks.X[kept], y=tasks.y[kept], codes=tasks.codes[kept]
-            )
-            sample_weight = sample_weight[kept]
+            tasks, sample_weight = tasks.at(kept), sample_weight[kept]
         state = self._adapted_state(tasks, sample_weight)
         with _STATE_LOCK:
             self._state = state
@@ -78,7 +75,8 @@ class Adapting(Building):
         if tasks.n_tasks == 0:  # groups without rows name no task: there is still a population
             tasks = dataclasses.replace(tasks, ids=np.zeros(1, dtype=np.intp))
         y, coding = self.targets_.encode_support(tasks, sample_weight)
-        support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, sample_weight)
+        weight = self.targets_.weights(y, sample_weight)
+        support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, weight)
         adapted = self._learn(support, steps)
         return State(adapted=adapted, ids=ids, named=tasks.named, **vars(coding))
 

@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._compat import with_callbacks
-from sklearn_maml._types import TaskDistribution, Tasks
+from sklearn_maml._types import TaskDistribution, Tasks, Weights
 from sklearn_maml._validation import keeps_state_on_error
 from sklearn_maml.data.spellings import is_task_distribution
 from sklearn_maml.data.tasks import TaskCollection
@@ -62,6 +62,7 @@ class BaseMAML(Training, Stored, Scoring):
         X: Tasks | TaskDistribution,
         y: ArrayLike | None = None,
         groups: ArrayLike | None = None,
+        sample_weight: Weights = None,
     ) -> Self:
         """Meta-train on a collection of tasks.
 
@@ -79,6 +80,14 @@ class BaseMAML(Training, Stored, Scoring):
             Task id of each row: numbers, texts, dates, or several of them that together are the
             id. Ids of one value are one task in every later call, whichever library they come
             from.
+        sample_weight : array-like of shape (n_rows,) or dict, default=None
+            Weights of the rows, 0 or more; or a dict with the weight of each task by its id. They
+            act on support and query losses, on the standardisation of y, in the Gaussian head, and
+            on what held-out tasks decide. Only their ratios matter: within a task those of its
+            rows, and between tasks the means of their rows, as all tasks count alike without
+            weights. A row of weight 0 is left out. For a list or an array of tasks also one item
+            for each task, with the weights of its rows (for tasks of four parts those of the
+            support rows, then those of the query rows) or a number.
 
         Returns
         -------
@@ -130,10 +139,10 @@ class BaseMAML(Training, Stored, Scoring):
             self.device_ = resolve_device(self.device)
             source: DistributionSource | CollectionSource
             if is_task_distribution(X):
-                if y is not None or groups is not None:
+                if not (y is None and groups is None and sample_weight is None):
                     raise ValueError(
-                        "Got a task distribution and y or groups: the tasks it samples bring their "
-                        "own targets. Leave y and groups out."
+                        "Got a task distribution and y, groups or sample_weight: the tasks it "
+                        "samples bring their own targets. Leave these out."
                     )
                 source = DistributionSource(
                     X,
@@ -144,18 +153,19 @@ class BaseMAML(Training, Stored, Scoring):
                     learns=not continued,
                 )
             else:
-                source = self._collect(X, y, groups, targets, seed, continued)
+                source = self._collect(X, y, groups, targets, seed, continued, sample_weight)
             if not continued:
                 self._take_targets(targets)
             self._score_seed = seed
             self.__dict__.pop("_state", None)
-            metadata = {} if groups is None else {"groups": groups}
+            routed = {"groups": groups, "sample_weight": sample_weight}
+            metadata = {name: value for name, value in routed.items() if value is not None}
             plan = self._plan(source, seed, continued)
             joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
             self._choose_learners(plan, joint, before)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
-            self._adapt_to(source.tasks, None)
+            self._adapt_to(source.tasks, source.tasks.weight)
         return self
 
     def _take_targets(self, targets: Targets) -> None:
@@ -168,7 +178,7 @@ class BaseMAML(Training, Stored, Scoring):
         X: Tasks,
         y: ArrayLike | None = None,
         groups: ArrayLike | None = None,
-        sample_weight: ArrayLike | None = None,
+        sample_weight: Weights = None,
     ) -> Self:
         """Adapt to the support sets of one or many new tasks.
 
@@ -187,7 +197,8 @@ class BaseMAML(Training, Stored, Scoring):
         groups : array-like of shape (n_support,), default=None
             Task id of each row, to adapt to many tasks in one call; None: one task.
         sample_weight : array-like of shape (n_support,), default=None
-            Weights of the rows in the support loss; only their ratios within a task matter.
+            Weights of the rows in the support loss; only their ratios within a task matter. For
+            lists and arrays of tasks they are spelt as in `fit`.
 
         Returns
         -------

@@ -173,6 +173,7 @@ class Building(Parameters):
             tasks.y,
             tasks.codes,
             visible,
+            tasks.weight,
             n_members=self._n_members(),
             body=self._head_body(),
             hidden=self.hidden_layer_sizes,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 
-from sklearn_maml._types import Tasks
+from sklearn_maml._types import Tasks, Weights
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.prediction import PredictingClasses
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
 from sklearn_maml.targets.classes import ClassTargets
-from sklearn_maml.theta import name_in_module
 
 __all__ = ["MAMLClassifier"]
 
@@ -93,6 +90,10 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         characters of an alphabet); every episode draws this many classes of a task, or of the
         whole pool of classes when there is no task information, and assigns them to the outputs
         at random.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of classes that the tasks share: factors of the weights of rows, in `fit` and in
+        `adapt`. "balanced" is inverse to the frequency among all rows of `fit`; probabilities are
+        then too high for rare classes, as if all were equally frequent.
     head : {"free", "shared", "zero"}, default="free"
         Initialisation of the last layer, a `torch.nn.Linear` with one row for each class.
         "shared" meta-learns one weight vector and bias for all classes, so that the order in which
@@ -184,6 +185,8 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
     classes_ : ndarray of shape (n_classes,)
         Class labels, in the order of the columns of `predict_proba`. With `n_ways`: those of the
         training pool after `fit`, those of the support sets after `adapt`.
+    class_weight_ : ndarray of shape (n_classes,) or None
+        Weight of each class, if `class_weight` is not None.
     learner_weights_ : dict of str to float
         Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
         trained.
@@ -271,6 +274,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         update_rule: Any = "auto",
         adapted: Any = "all",
         n_ways: int | None = None,
+        class_weight: Any = None,
         head: str = "free",
         n_shots: int | None = None,
         n_queries: int | None = 10,
@@ -306,6 +310,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         self.update_rule = update_rule
         self.adapted = adapted
         self.n_ways = n_ways
+        self.class_weight = class_weight
         self.head = head
         self.n_shots = n_shots
         self.n_queries = n_queries
@@ -358,7 +363,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         X: Tasks,
         y: ArrayLike | None = None,
         groups: ArrayLike | None = None,
-        sample_weight: ArrayLike | None = None,
+        sample_weight: Weights = None,
     ) -> float:
         """Return the accuracy after adaptation, query rows pooled.
 
@@ -373,7 +378,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         X, y, groups : tasks
             As in `fit`.
         sample_weight : array-like of shape (n_rows,), default=None
-            Weights of the rows in the metric.
+            Weights of the rows in the metric; of lists and arrays of tasks spelt as in `fit`.
 
         Returns
         -------
@@ -383,7 +388,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         return self._score(X, y, groups, sample_weight, accuracy_score)
 
     def _make_targets(self) -> ClassTargets:
-        return ClassTargets(self._integer("n_ways"))
+        return ClassTargets(self._integer("n_ways"), self.class_weight)
 
     def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
         if self.head == "free":
@@ -404,17 +409,8 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
         head = find_head(
             module, self.head, rule, adapted_names(module, self.adapted), self.targets_.n_outputs
         )
-        probe = copy.deepcopy(module).eval()
-        head.project({name_in_module(name): p for name, p in probe.named_parameters()})
-        p = next(probe.parameters())
-        with torch.no_grad():
-            outputs = probe(self._reshape(p.new_zeros(1, *self.feature_shape_)))
-        if not torch.allclose(outputs, outputs[:, :1]):
-            raise ValueError(
-                f"head={self.head!r} found a last layer in {type(module).__name__} that does not "
-                "make its outputs alone: they differ between classes with equal rows. Give the "
-                "module a torch.nn.Linear at its end, all of it trainable, or use head='free'."
-            )
+        p = next(module.parameters())
+        head.check(module, self._reshape(p.new_zeros(1, *self.feature_shape_)))
         return head
 
     def __sklearn_tags__(self) -> Any:

@@ -96,6 +96,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         "max_grad_norm": [Interval(numbers.Real, 0, None, closed="neither"), None],
         "steps": [Interval(numbers.Integral, 0, None, closed="left")],
         "adapt_steps": [Interval(numbers.Integral, 0, None, closed="left"), None],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
         "n_ways": [Interval(numbers.Integral, 2, None, closed="left"), None],
         "n_shots": [Interval(numbers.Integral, 1, None, closed="left"), None],
         "n_queries": [Interval(numbers.Integral, 1, None, closed="left"), None],
@@ -237,7 +238,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
         now = self._settings(self._learner.module if everything else None)
-        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y", "loss"]
+        names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y", "loss", "class_weight"]
         if everything:  # a fit goes on with the meta-gradient of now
             names = [name for name in now if name != PROXIMAL]
         for name in names:

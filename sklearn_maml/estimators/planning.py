@@ -181,7 +181,12 @@ class Planning(Building):
         if not plan.with_head:
             return engine
         episodes = plan.episodes
-        trainer = HeadTrainer(learner.head, episodes.visible, episodes.member_validation)
+        trainer = HeadTrainer(
+            learner.head,
+            episodes.visible,
+            episodes.member_validation,
+            weighted=plan.source.encoded.weight is not None,
+        )
         weights = getattr(self, "learner_weights_", {}) if continued else {}
         return Joint(trainer, engine, has_share=weights.get(GRADIENT_STEPS, 0.0) > 0)
 

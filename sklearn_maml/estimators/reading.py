@@ -6,19 +6,19 @@ import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.utils.validation import _check_sample_weight
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
-from sklearn_maml.data.spellings import FLOATS, collect_tasks, refuse_graphs
+from sklearn_maml.data.spellings import FLOATS, collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.data.weights import check_weights, merged, spread_weights, weighted
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
 
-__all__ = ["SEVERAL_TASKS", "Reading", "check_weights"]
+__all__ = ["SEVERAL_TASKS", "Reading"]
 
 
 # as many times the rows of a task are those of several
@@ -74,14 +74,25 @@ class Reading(Parameters):
         return tasks
 
     def _collect(
-        self, X: Any, y: Any, groups: Any, targets: Targets, seed: int, continued: bool
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        targets: Targets,
+        seed: int,
+        continued: bool,
+        sample_weight: Any = None,
     ) -> CollectionSource:
         tasks = self._read_tasks(X, y, groups, reset=not continued)
+        tasks = weighted(tasks, sample_weight)
+        n_shots = self._integer("n_shots")
+        if tasks.spelling == "single" and targets.n_ways is None and n_shots is None:
+            tasks = merged(tasks)
         stacklevel = 6 if HAS_SKLEARN_CALLBACKS else 5
         if not continued:
-            targets.learn(tasks)
+            targets.learn(tasks, tasks.weight)
         module = self._new_module(targets)
-        tasks = self._usable(tasks, targets, self._integer("n_shots"), module, stacklevel + 1)
+        tasks = self._usable(tasks, targets, n_shots, module, stacklevel + 1)
         if tasks.spelling == "single" and targets.n_ways is None:
             warnings.warn(
                 f"{type(self).__name__}.fit got no task information and treats all "
@@ -115,9 +126,8 @@ class Reading(Parameters):
     def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
         if sample_weight is None or not len(tasks.X):
             return None
-        weights = check_weights(
-            sample_weight, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True
-        )
+        given = spread_weights(sample_weight, tasks)
+        weights = check_weights(given, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True)
         totals = np.bincount(tasks.codes, weights=weights, minlength=tasks.n_tasks)
         empty = (totals == 0) & (tasks.sizes > 0)
         if empty.any():
@@ -126,16 +136,3 @@ class Reading(Parameters):
                 "support set(s). Give at least one row of each task a positive weight."
             )
         return weights
-
-
-def check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
-    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
-
-    Only their ratios matter; a power of two scales them exactly.
-    """
-    refuse_graphs(sample_weight=sample_weight)
-    # a number that is too large for the dtype is refused with a message of its own
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights = _check_sample_weight(sample_weight, X, **options)
-    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
-    return scaled

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import RegressorMixin
 from sklearn.metrics import r2_score
 
-from sklearn_maml._types import Tasks
+from sklearn_maml._types import Tasks, Weights
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.targets.losses import resolve_loss
@@ -385,7 +385,7 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         X: Tasks,
         y: ArrayLike | None = None,
         groups: ArrayLike | None = None,
-        sample_weight: ArrayLike | None = None,
+        sample_weight: Weights = None,
     ) -> float:
         """Return the coefficient of determination after adaptation, query rows pooled.
 
@@ -399,7 +399,7 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         X, y, groups : tasks
             As in `fit`.
         sample_weight : array-like of shape (n_rows,), default=None
-            Weights of the rows in the metric.
+            Weights of the rows in the metric; of lists and arrays of tasks spelt as in `fit`.
 
         Returns
         -------

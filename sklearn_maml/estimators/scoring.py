@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,8 +15,9 @@ from sklearn_maml.data.ids import show_ids
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import is_task_distribution, is_task_list, n_axes, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.data.weights import check_weights, spread_weights
 from sklearn_maml.estimators.prediction import Predicting
-from sklearn_maml.estimators.reading import SEVERAL_TASKS, Reading, check_weights
+from sklearn_maml.estimators.reading import SEVERAL_TASKS, Reading
 from sklearn_maml.estimators.task_model import Scored, TaskModel
 from sklearn_maml.exceptions import SeenTaskWarning
 
@@ -74,6 +76,7 @@ class Scoring(Reading, Predicting):
         n_repeats: int = 1,
         random_state: Any = None,
         steps: tuple[int | None, ...] = (None,),
+        sample_weight: Any = None,
     ) -> Scored:
         """Split each task into support and query rows and adapt to the support rows."""
         check_is_fitted(self)
@@ -84,6 +87,9 @@ class Scoring(Reading, Predicting):
             X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
         self._check_unchanged()
         tasks = self._read_tasks(X, y, groups)
+        if sample_weight is not None:
+            given = spread_weights(sample_weight, tasks)
+            tasks = dataclasses.replace(tasks, weight=check_weights(given, tasks.X))
         self._warn_if_seen(tasks)
         self._warn_if_pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0])
         n_shots = self._integer("n_shots") if n_shots is None else n_shots
@@ -140,14 +146,14 @@ class Scoring(Reading, Predicting):
             if sample_weight is not None:
                 sample_weight = check_weights(sample_weight, predicted)
             return float(metric(y, predicted, sample_weight=sample_weight))
-        scored = self._split_and_adapt(X, y, groups)
+        scored = self._split_and_adapt(X, y, groups, sample_weight=sample_weight)
         rows = scored.rows
         predicted = self._decide(
             scored.states[0], self._reshape(scored.tasks.X[rows]), scored.codes
         )
-        if sample_weight is not None:
-            sample_weight = check_weights(sample_weight, scored.tasks.X)[rows]
-        return float(metric(scored.tasks.y[rows], predicted, sample_weight=sample_weight))
+        weight = scored.tasks.weight
+        of_rows = weight if weight is None else weight[rows]
+        return float(metric(scored.tasks.y[rows], predicted, sample_weight=of_rows))
 
 
 def _check_query_labels(tasks: TaskCollection) -> None:

@@ -115,6 +115,7 @@ class Training(Planning):
         tasks = source.tasks
         processes.compare(
             the_tasks_in_X_y_and_groups=(tasks.X, tasks.y, tasks.codes, tasks.ids),
+            the_weights_of_the_rows=source.encoded.weight,
             the_seeds_from_random_state=seed,
             the_parameters_of_the_estimator=self._comparable_params(),
             the_initial_weights_of_the_module=[
@@ -127,6 +128,7 @@ class Training(Planning):
     ) -> None:
         """Compare what a checkpoint has with this fit."""
         source, tasks = plan.source, plan.source.tasks
+        weight = source.encoded.weight
         checkpoint.compare(
             params=self.get_params(deep=False),
             seed=seed,
@@ -137,6 +139,7 @@ class Training(Planning):
                 tasks.ids,
                 tasks.in_query,
                 source.single,
+                *([] if weight is None else [weight]),
             ],
             the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
             the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]

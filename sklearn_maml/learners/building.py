@@ -67,6 +67,7 @@ def build_head(
     y: np.ndarray,
     codes: np.ndarray,
     visible: np.ndarray | None,
+    weight: np.ndarray | None = None,
     *,
     n_members: int,
     body: ModuleBody | None,
@@ -83,6 +84,8 @@ def build_head(
     X, y, codes : ndarrays
         Rows, their encoded targets, and tasks.
     visible : bool ndarray of shape (n_members, n_rows) or None
+    weight : ndarray of shape (n_rows,), default=None
+        Of the rows.
     n_members : int
     body : ModuleBody or None
         None builds multilayer perceptrons of `hidden` and `activation`.
@@ -96,7 +99,7 @@ def build_head(
     center, scale = np.empty(0), np.empty(0)
     Z = np.empty((len(X), 0))
     if table:
-        center, scale = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+        center, scale = _moments(X, weight)
         scale = np.where(scale > 1e-12 * np.abs(center), scale, 1.0)
         Z = np.clip((X.astype(np.float64) - center) / scale, -1e4, 1e4)
     starts: list[Any] = []
@@ -104,18 +107,21 @@ def build_head(
     if not likelihood.are_classes:
         y = y.reshape(-1, n_outputs).astype(np.float64)
     if isinstance(likelihood, NewtonLikelihood):
-        options = {"units": likelihood.unit(y), "level": y.mean(0)}
+        options = {"units": likelihood.unit(y), "level": np.average(y, axis=0, weights=weight)}
     for j in range(n_members):
         rows = slice(None) if visible is None else visible[j]
+        of_rows = weight if weight is None else weight[rows]
         if same_classes:
             scales = np.r_[0.5, np.full(n_linear, 0.5 / np.sqrt(max(n_linear, 1)))]
             start = (np.zeros((1 + n_linear, n_outputs)), np.diag(scales), np.ones(1), np.ones(1))
         elif likelihood.are_classes:
-            start = start_of_classes(Z[rows], y[rows], n_outputs)
+            start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         elif isinstance(likelihood, NewtonLikelihood):
-            start = start_of_outputs(Z[rows], y[rows], codes[rows], likelihood, options["units"])
+            start = start_of_outputs(
+                Z[rows], y[rows], codes[rows], likelihood, options["units"], of_rows
+            )
         else:
-            start = start_of_numbers(Z[rows], y[rows], codes[rows])
+            start = start_of_numbers(Z[rows], y[rows], codes[rows], of_rows)
         starts.append(start)
     if body is None:
         sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
@@ -127,6 +133,15 @@ def build_head(
     return kind_of_head(likelihood)(
         made, starts, center, scale, likelihood=likelihood, same_classes=same_classes, **options
     )
+
+
+def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the features."""
+    if weight is None:
+        return X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+    share = weight / weight.sum()
+    center = share @ X
+    return center, np.sqrt(share @ (X - center) ** 2)
 
 
 def kind_of_head(likelihood: Likelihood) -> type[GaussianHead]:

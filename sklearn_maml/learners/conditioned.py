@@ -10,6 +10,7 @@ import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
+from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.base import Adapted, Support, alike, padded
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
@@ -19,7 +20,7 @@ from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
-__all__ = ["MARGIN", "Calibration", "Conditioned", "row_marks"]
+__all__ = ["MARGIN", "Calibration", "Conditioned"]
 
 MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
@@ -344,11 +345,3 @@ def _mean_one(support: Support) -> np.ndarray:
     n_rows = np.bincount(support.codes, minlength=support.n_tasks)
     scaled: np.ndarray = support.weight * (n_rows / np.where(total > 0, total, 1))[support.codes]
     return scaled
-
-
-def row_marks(X: np.ndarray) -> np.ndarray:
-    """Checksum (n_rows,) of each row of features."""
-    bits = np.ascontiguousarray(X.reshape(len(X), -1), dtype=np.float64).view(np.uint64)
-    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
-    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
-    return marks.view(np.int64)

@@ -340,17 +340,20 @@ class HeadFunctions:
             The first `k` rows are the support set.
         y : Tensor of shape (n_tasks, n_rows, n_outputs)
         mask : Tensor of shape (n_members or 1, n_tasks, n_rows), optional
-            1 for rows to learn from.
+            Weights of the rows, 0 for those not to learn from: one of weight 2 is a row that is
+            there twice.
         k : int
         """
         prior, S = self.of_tasks(X)
         m: Tensor | float = 1.0
+        of_query: Tensor | float = 1.0
         if mask is not None:
-            m = mask.to(S.dtype).unsqueeze(-1)
+            m = mask.to(S.dtype).sqrt().unsqueeze(-1)
             S = S * m
+            of_query = torch.where(m > 0, m, torch.ones_like(m))[:, :, k:]
         residual = (self._coded(y) - prior) * m
         if self.head.classification:
-            mean = prior[:, :, k:] + self._moved(S, residual, k)
+            mean = prior[:, :, k:] + self._moved(S, residual, k) / of_query
             rows = -(y[:, k:] * mean.log_softmax(-1)).sum(-1)
             rows = rows if mask is None else rows * mask[..., k:]
             return rows.sum(-1), mean
@@ -366,7 +369,7 @@ class HeadFunctions:
             n_real = float(X.shape[1] - k) if mask is None else mask[..., k:].to(S.dtype).sum(-1)
             nll = nll + n_real * a.log().sum(-1).flatten(1)
         moved = gram[:, :, k:, :k] @ u.mT if k else 0.0
-        return nll, a * (prior[:, :, k:] + moved)
+        return nll, a * (prior[:, :, k:] + moved / of_query)
 
     @staticmethod
     def _per_output(values: Tensor, n_outputs: int) -> Tensor:

@@ -82,7 +82,8 @@ class GradientSteps:
 
         def rows_of(tasks: np.ndarray) -> Rows:
             place = np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in tasks])
-            rows = pad_rows(support.X, support.y, place, sizes[tasks], support.weight)
+            weight = None if support.weight is None else support.weight[place]
+            rows = pad_rows(support.X, support.y, place, sizes[tasks], weight)
             return rows.to(self.how.device)
 
         for chosen in pieces:

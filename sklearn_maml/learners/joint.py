@@ -12,7 +12,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
@@ -73,6 +73,8 @@ class HeadTrainer:
         Rows of the collection that each member learns from. The tasks of the others are its
         held-out ones.
     validation : list of HeldOut
+    weighted : bool, default=False
+        Whether the weights of rows are more than padding.
 
     Attributes
     ----------
@@ -87,8 +89,10 @@ class HeadTrainer:
         head: GaussianHead,
         visible: np.ndarray | None,
         validation: Sequence[HeldOut],
+        weighted: bool = False,
     ) -> None:
         self.head = head
+        self.weighted = weighted
         device = head.factor.device
         self._classes = torch.arange(head.n_outputs, device=device)
         self.visible: Tensor | None = None
@@ -133,6 +137,8 @@ class HeadTrainer:
             y = torch.cat([self._targets(support), self._targets(query)], 1)
             mask = _joined(self._mask(support), self._mask(query), X)
             nll, mean = run.loss(X, y, mask, k)
+            if self.weighted and query.weight is not None:  # what the tasks count
+                nll = nll * totals(query.weight)
             loss = nll.sum() / (len(batch) * (X.shape[1] - k))
             grads = torch.autograd.grad(
                 loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
@@ -140,7 +146,7 @@ class HeadTrainer:
         n_query = query.X.shape[1]
         mean = mean.detach()[:, :, -n_query:]
         errors = run.error_rows(mean, y[:, -n_query:]).mean(0, keepdim=True)
-        losses = (errors * _of_rows(_present(query), mean)).sum(-1)[0]
+        losses = (errors * self._of_rows(query, mean)).sum(-1)[0]
         return MetaStep(losses, dict(zip(names, grads, strict=True)), mean.mean(0).to(query.X))
 
     @torch.no_grad()
@@ -150,7 +156,7 @@ class HeadTrainer:
         run = self.functions(meta_params)
         mean, _, y = self._run(run, batch, self._mask(batch.support))
         errors = run.error_rows(mean, y).mean(0, keepdim=True)
-        losses = (errors * _of_rows(_present(batch.query), mean)).sum(-1)[0]
+        losses = (errors * self._of_rows(batch.query, mean)).sum(-1)[0]
         return MetaStep(losses, {}, mean.mean(0).to(batch.query.X))
 
     def _run(
@@ -158,7 +164,7 @@ class HeadTrainer:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         support, query = (self._targets(rows) for rows in (batch.support, batch.query))
         given = run.condition(
-            batch.support.X, support, None if mask is None else mask.to(support.dtype)
+            batch.support.X, support, None if mask is None else mask.to(support.dtype).sqrt()
         )
         mean, variance = run.query(batch.query.X, given)
         return mean, variance, query
@@ -170,13 +176,35 @@ class HeadTrainer:
         return (rows.y.unsqueeze(-1) == self._classes).float()
 
     def _mask(self, rows: Rows) -> Tensor | None:
-        """Rows (n_members or 1, n_tasks, n_rows) that the members may see."""
-        present = _present(rows)
+        """Weights (n_members or 1, n_tasks, n_rows) of the rows that the members may see."""
+        present = self._present(rows)
         if self.visible is None or rows.index is None:
             return present
         seen = self.visible.index_select(1, rows.index.flatten()) > 0
         seen = seen.view(-1, *rows.index.shape)
-        return seen if present is None else seen & present
+        return seen if present is None else seen * present
+
+    def _present(self, rows: Rows) -> Tensor | None:
+        """Weights (1, n_tasks, n_rows) that are 1 on average, 0 for padding; None: no padding."""
+        if rows.weight is None or not self.weighted:
+            return None if rows.weight is None else (rows.weight > 0).unsqueeze(0)
+        return (normalised(rows.weight) * _counts(rows).unsqueeze(1)).unsqueeze(0)
+
+    def _of_rows(self, rows: Rows, like: Tensor) -> Tensor:
+        """Weights (1, n_tasks, n_rows) of query rows in the loss of their task."""
+        if self.weighted and rows.weight is not None:
+            return rows.weight.to(like.dtype).unsqueeze(0)
+        if rows.weight is None:
+            return like.new_full((1, *like.shape[1:3]), 1 / like.shape[2])
+        weight = (rows.weight > 0).to(like.dtype).unsqueeze(0)
+        return weight / weight.sum(-1, keepdim=True).clamp_min(1)
+
+    def weights(self, rows: Rows) -> np.ndarray | None:
+        """Weights of real query rows, 1 on average over all tasks; None: all are equal."""
+        if not self.weighted or rows.weight is None:
+            return None
+        weight = rows.real(rows.weight * _counts(rows).unsqueeze(1))
+        return weight.double().cpu().numpy()
 
     # -- held-out tasks --------------------------------------------------------------------------
 
@@ -191,8 +219,11 @@ class HeadTrainer:
         self.head.eval()
         for (member, batch, _), place in zip(self.validation, self._places, strict=True):
             run = self.functions(meta_params, member)
-            mean, _, y = self._run(run, batch, _present(batch.support))
-            weight = _of_rows(_present(batch.query), mean)
+            mean, _, y = self._run(run, batch, self._present(batch.support))
+            weight = self._of_rows(batch.query, mean)
+            of_task = totals(weight) if self.weighted else None
+            if of_task is not None:
+                weight = weight / of_task.unsqueeze(-1)
             if self.head.classification:
                 errors = (run.error_rows(mean, y) * weight).sum(-1)
             elif isinstance(self.head.likelihood, NewtonLikelihood):
@@ -201,6 +232,8 @@ class HeadTrainer:
             else:  # a geometric mean: outputs that are noise do not choose for the others
                 squares = ((y - mean).square() * weight.unsqueeze(-1)).sum(2)
                 errors = (0.5 * squares.clamp_min(1e-30).log().mean(-1)).exp()
+            if of_task is not None:
+                errors = errors * of_task
             total.index_add_(0, place, errors.mean(0).to(total))
             count.index_add_(0, place, torch.ones_like(errors[0]).to(total))
         return total / count
@@ -212,18 +245,18 @@ class HeadTrainer:
         """Mean (n_tasks, n_query, n_outputs) of a member, or the first, its variance; targets."""
         self.head.eval()
         run = self.functions(meta_params, member or 0)
-        mean, variance, y = self._run(run, batch, _present(batch.support))
+        mean, variance, y = self._run(run, batch, self._present(batch.support))
         return mean[0], None if variance is None else variance[0], y
 
     @torch.no_grad()
     def misfits(self, meta_params: Params, member: int | None, batch: EpisodeBatch) -> Any:
         """Misfit (n_tasks, n_outputs) of the support sets, and their rows (n_tasks, 1)."""
         run = self.functions(meta_params, member or 0)
-        root = _present(batch.support)
+        weight = self._present(batch.support)
         given = run.condition(
             batch.support.X,
             self._targets(batch.support),
-            None if root is None else root.to(batch.support.X.dtype),
+            None if weight is None else weight.to(batch.support.X.dtype).sqrt(),
         )
         misfit, n_rows = run.misfit(given)
         return misfit[0], n_rows[0]
@@ -233,10 +266,10 @@ class HeadTrainer:
         """Errors (n_tasks,) of the first member before and after adapting, and its outputs."""
         self.head.eval()
         run = self.functions(meta_params, 0)
-        mean, _, y = self._run(run, batch, _present(batch.support))
+        mean, _, y = self._run(run, batch, self._present(batch.support))
         nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
         before, _, _ = self._run(run, batch, nothing)
-        weight = _of_rows(_present(batch.query), mean)
+        weight = self._of_rows(batch.query, mean)
         both = [(run.error_rows(values, y) * weight).sum(-1)[0] for values in (before, mean)]
         return both[0], both[1], mean[0].to(batch.query.X)
 
@@ -259,17 +292,11 @@ def _of_member(name: str, p: Tensor, member: int) -> Tensor:
     return p if name.startswith(f"{PREFIX}body.members.") else p[member : member + 1]
 
 
-def _present(rows: Rows) -> Tensor | None:
-    """Rows (1, n_tasks, n_rows) that are no padding; None: all."""
-    return None if rows.weight is None else (rows.weight > 0).unsqueeze(0)
-
-
-def _of_rows(mask: Tensor | None, like: Tensor) -> Tensor:
-    """Weights (n_members or 1, n_tasks, n_rows) of rows, which sum to one where there are any."""
-    if mask is None:
-        return like.new_full((1, *like.shape[1:3]), 1 / like.shape[2])
-    weight = mask.to(like.dtype)
-    return weight / weight.sum(-1, keepdim=True).clamp_min(1)
+def _counts(rows: Rows) -> Tensor:
+    """Numbers (n_tasks,) of real rows, as floats."""
+    if rows.lengths is None:
+        return rows.X.new_full((len(rows),), rows.X.shape[1])
+    return torch.as_tensor(rows.lengths, dtype=rows.X.dtype, device=rows.X.device)
 
 
 def clip_members(grads: Params) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def judge_head(
             for member, batch, _ in trainer.validation
         ]
         outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets))
+        weight = _joined([trainer.weights(batch.query) for _, batch, _ in trainer.validation])
+        return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets, weight))
     last = trainer.head.n_members - 1
     held = [
         (
@@ -80,12 +82,15 @@ class _Deviations:
     ----------
     error, std, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
         See `HeadFunctions.misfit` for the last two.
+    weight : ndarray of shape (n_values,) or None
+        Of the rows.
     """
 
     error: np.ndarray
     std: np.ndarray
     misfit: np.ndarray
     n_rows: np.ndarray
+    weight: np.ndarray | None
 
     @classmethod
     def of(
@@ -105,13 +110,16 @@ class _Deviations:
             mean = torch.from_numpy(likelihood.loss.predict(mean.cpu().numpy())).to(mean)
             misfit = n_rows = mean.new_ones(())
         values = ((mean - y).abs(), variance.sqrt(), misfit, n_rows)
-        return cls(*(batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values))
+        error, std, misfit, n_rows = (
+            batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values
+        )
+        return cls(error, std, misfit, n_rows, trainer.weights(batch.query))
 
     @classmethod
     def joined(cls, parts: Sequence[_Deviations]) -> _Deviations:
         """All of them."""
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return cls(*(_joined([getattr(part, name) for part in parts]) for name in names))
 
     def scaled(self, freedom: np.ndarray | float | None) -> np.ndarray:
         """Return standard deviations under a prior of so many degrees of freedom."""
@@ -128,14 +136,28 @@ class _Deviations:
         losses = []
         for freedom in FREEDOMS:
             std = self.scaled(freedom)
-            losses.append(np.log(std).mean(0) + np.log((self.error / std).mean(0)))
+            log_std = np.average(np.log(std), axis=0, weights=self.weight)
+            error = np.average(self.error / std, axis=0, weights=self.weight)
+            losses.append(log_std + np.log(error))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
     def factor(self, freedom: np.ndarray | None) -> np.ndarray:
         """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
-        quantile = np.quantile(self.error / self.scaled(freedom), LEVEL, axis=0)
+        errors = self.error / self.scaled(freedom)
+        if self.weight is None:
+            quantile = np.quantile(errors, LEVEL, axis=0)
+        else:
+            order = np.argsort(errors, axis=0)
+            share = np.cumsum(self.weight[order], axis=0) / self.weight.sum()
+            at = np.minimum((share < LEVEL).sum(0), len(errors) - 1)
+            quantile = np.take_along_axis(errors, order, 0)[at, np.arange(errors.shape[1])]
         result: np.ndarray = np.clip(quantile / DEVIATIONS, *FACTORS)
         return result
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Arrays one after another; None if that is what they are."""
+    return None if parts[0] is None else np.concatenate(parts)
 
 
 def _logits_and_targets(
@@ -155,10 +177,11 @@ def held_out_outputs(
     *,
     alpha: float,
     steps: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Return outputs of the first member and of gradient steps, targets and episodes of query rows.
 
-    Of tasks that neither of them has seen, in the units of the losses; logits, of classes.
+    Of tasks that neither of them has seen, in the units of the losses; logits, of classes. The last
+    of the results are the weights of the rows, None where they are equal.
     """
     own = {n: p for n, p in meta_params.items() if not n.startswith("head.")}
     parts: list[list[np.ndarray]] = [[], [], [], []]
@@ -172,11 +195,12 @@ def held_out_outputs(
         for values, part in zip((of_head, of_steps, y, episode), parts, strict=True):
             part.append(batch.query.real(values).cpu().double().numpy())
     head, of_steps_, target, codes = (np.concatenate(part) for part in parts)
-    return head, of_steps_.reshape(len(head), -1), target, codes.astype(np.intp)
+    weight = _joined([trainer.weights(batch.query) for batch in batches])
+    return head, of_steps_.reshape(len(head), -1), target, codes.astype(np.intp), weight
 
 
 def choose(
-    held_out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    held_out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None],
     task: np.ndarray,
     calibration: Calibration,
     likelihood: Likelihood,
@@ -186,17 +210,18 @@ def choose(
 
     `task` has the task of each episode; `known` is the share that an earlier fit has found.
     """
-    head, steps, target, codes = held_out
+    head, steps, target, codes, weight = held_out
     if not likelihood.are_classes:
         beyond = MARGIN * (calibration.high - calibration.low)
         head, steps = (
             np.clip(o, calibration.low - beyond, calibration.high + beyond) for o in (head, steps)
         )
-        return choose_share(head, steps, target, codes, task, likelihood, known), calibration
-    scale = find_logit_scale(steps, target)
+        share = choose_share(head, steps, target, codes, task, likelihood, known, weight)
+        return share, calibration
+    scale = find_logit_scale(steps, target, weight)
     logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]
-    share = choose_share(logs[0], logs[1], target, codes, task, likelihood, known)
+    share = choose_share(logs[0], logs[1], target, codes, task, likelihood, known, weight)
     mixed = mix(logs[0], logs[1], share, True)
     # a mean of calibrated probabilities is not confident enough
-    of_mixture = find_logit_scale(mixed, target) if 0 < share < 1 else 1.0
+    of_mixture = find_logit_scale(mixed, target, weight) if 0 < share < 1 else 1.0
     return share, dataclasses.replace(calibration, steps_scale=scale, scale=of_mixture)

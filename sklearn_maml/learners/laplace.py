@@ -215,7 +215,7 @@ class LaplaceFunctions(HeadFunctions):
         y = y.double()
         m = S.new_ones(1, *X.shape[:2]) if mask is None else mask.to(S.dtype)
         m = m.unsqueeze(-1)
-        given = self._posterior(prior[:, :, :k], S[:, :, :k], y[:, :k], m[:, :, :k])
+        given = self._posterior(prior[:, :, :k], S[:, :, :k], y[:, :k], m[:, :, :k].sqrt())
         output, _, dispersion = self._predicted(prior[:, :, k:], S[:, :, k:], given)
         rows = self.likelihood.surprise(output, y[:, k:], (dispersion, self.shape()[1]))
         return (rows * m[:, :, k:]).sum((2, 3)), output

@@ -182,6 +182,11 @@ class _Holder(nn.Module):
         return self.method(self.network, *args)
 
 
+def _rows_of(given: Support, which: np.ndarray, counts: np.ndarray) -> Rows:
+    weight = None if given.weight is None else given.weight[which]
+    return pad_rows(given.X, given.y, which, counts, weight)
+
+
 def _without_weight(rows: Rows) -> Rows:
     return dataclasses.replace(rows, weight=rows.X.new_zeros(rows.X.shape[:2]))
 
@@ -239,7 +244,7 @@ class AdaptedBySupport(Adapted):
         for tasks, place, present in padded(position.reshape(-1), len(asked), sizes[asked]):
             counts = sizes[asked[tasks]]
             own = np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in asked[tasks]])
-            support = pad_rows(given.X, given.y, own, counts, given.weight).to(how.device)
+            support = _rows_of(given, own, counts).to(how.device)
             if not self.known:
                 support = _without_weight(support)
             no_targets = np.zeros(len(rows), dtype=given.y.dtype)
@@ -255,7 +260,7 @@ class AdaptedBySupport(Adapted):
         """See `Adapted`."""
         given = self.support
         own = np.flatnonzero(given.codes == task)
-        support = pad_rows(given.X, given.y, own, np.array([len(own)]), given.weight).to(how.device)
+        support = _rows_of(given, own, np.array([len(own)])).to(how.device)
         if not self.known:
             support = _without_weight(support)
         return PlainLearner(self.network, self.learner.outputs, support)

@@ -67,10 +67,16 @@ class Likelihood:
         """Range of the outputs (n_outputs,) that targets of meta-training call for."""
         return y.min(0), y.max(0)
 
-    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    def task_errors(
+        self,
+        outputs: np.ndarray,
+        target: np.ndarray,
+        codes: np.ndarray,
+        weight: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Root mean squared error (n_tasks,) of each task."""
         squares = ((outputs - target) ** 2).mean(1)
-        errors: np.ndarray = np.sqrt(np.bincount(codes, squares) / np.bincount(codes))
+        errors: np.ndarray = np.sqrt(_means(squares, codes, weight))
         return errors
 
 
@@ -83,10 +89,15 @@ class Classes(Likelihood):
 
     are_classes: ClassVar[bool] = True
 
-    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    def task_errors(
+        self,
+        outputs: np.ndarray,
+        target: np.ndarray,
+        codes: np.ndarray,
+        weight: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Cross-entropy (n_tasks,) of each task; outputs are logarithms of probabilities."""
-        errors: np.ndarray = np.bincount(codes, -(target * outputs).sum(1)) / np.bincount(codes)
-        return errors
+        return _means(-(target * outputs).sum(1), codes, weight)
 
 
 class NewtonLikelihood(Likelihood):
@@ -126,10 +137,15 @@ class NewtonLikelihood(Likelihood):
     def unit(self, y: np.ndarray) -> np.ndarray:
         """Constant (n_outputs,) of the targets of meta-training."""
 
-    def dispersion(self, output: np.ndarray, y: np.ndarray, unit: float) -> float:
+    def dispersion(
+        self, output: np.ndarray, y: np.ndarray, unit: float, weight: np.ndarray | None = None
+    ) -> float:
         """Dispersion under which targets (n_rows,) are likeliest, given their outputs."""
         at, seen = (torch.from_numpy(np.ascontiguousarray(values)) for values in (output, y))
-        found = [float(self.surprise(at, seen, scalars(d, unit)).mean()) for d in DISPERSIONS]
+        found = [
+            np.average(self.surprise(at, seen, scalars(d, unit)).numpy(), weights=weight)
+            for d in DISPERSIONS
+        ]
         return float(DISPERSIONS[int(np.argmin(found))])
 
     def average(self, outputs: Tensor) -> Tensor:
@@ -145,10 +161,16 @@ class NewtonLikelihood(Likelihood):
         """Error of tasks of this mean excess: its root, as few large ones would decide for all."""
         return excess.clamp_min(0).sqrt()
 
-    def task_errors(self, outputs: np.ndarray, target: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    def task_errors(
+        self,
+        outputs: np.ndarray,
+        target: np.ndarray,
+        codes: np.ndarray,
+        weight: np.ndarray | None = None,
+    ) -> np.ndarray:
         """See `task_error`."""
         excess = self.excess(torch.from_numpy(outputs), torch.from_numpy(target)).numpy()
-        means = torch.from_numpy(np.bincount(codes, excess) / np.bincount(codes))
+        means = torch.from_numpy(_means(excess, codes, weight))
         errors: np.ndarray = self.task_error(means).numpy()
         return errors
 
@@ -249,6 +271,13 @@ class Positive(_LogLink):
     def unit(self, y: np.ndarray) -> np.ndarray:
         """Nothing: one."""
         return np.ones(y.shape[1])
+
+
+def _means(values: np.ndarray, codes: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    """Mean (n_tasks,) of the values of the rows of each task."""
+    total = values if weight is None else weight * values
+    means: np.ndarray = np.bincount(codes, total) / np.bincount(codes, weight)
+    return means
 
 
 def scalars(dispersion: float, unit: float) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,15 @@ def mix(head: np.ndarray, steps: np.ndarray, share: float, are_classes: bool) ->
 
 
 def task_errors(
-    outputs: np.ndarray, target: np.ndarray, codes: np.ndarray, likelihood: Likelihood
+    outputs: np.ndarray,
+    target: np.ndarray,
+    codes: np.ndarray,
+    likelihood: Likelihood,
+    weight: np.ndarray | None = None,
 ) -> np.ndarray:
     """Error (n_tasks,) of each task, as the likelihood measures it."""
     with np.errstate(over="ignore", invalid="ignore"):  # gradient steps may have diverged
-        return likelihood.task_errors(outputs, target, codes)
+        return likelihood.task_errors(outputs, target, codes, weight)
 
 
 def choose_share(
@@ -54,6 +58,7 @@ def choose_share(
     task: np.ndarray,
     likelihood: Likelihood,
     known: float = 0.0,
+    weight: np.ndarray | None = None,
 ) -> float:
     """Share of gradient steps with the smallest error on held-out tasks, if they show a gain.
 
@@ -67,13 +72,16 @@ def choose_share(
         Task of each episode, over whose means the standard error is.
     known : float, default=0.0
         Share that other tasks have shown before, which stays unless these show a gain over it.
+    weight : ndarray of shape (n_rows,), default=None
+        Of the rows; their mean in an episode is what its task counts.
     """
     n_episodes = np.bincount(task)
     seen = n_episodes > 0
+    each = 1.0 if weight is None else np.bincount(codes, weight) / np.bincount(codes)
 
     def of_tasks(share: float) -> np.ndarray:
         mixed = mix(head, steps, share, likelihood.are_classes)
-        errors = task_errors(mixed, target, codes, likelihood)
+        errors = each * task_errors(mixed, target, codes, likelihood, weight)
         means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
         return means
 
@@ -88,10 +96,13 @@ def choose_share(
     return best if gain.mean() > EVIDENCE * gain.std(ddof=1) / np.sqrt(len(gain)) else known
 
 
-def find_logit_scale(logits: np.ndarray, target: np.ndarray) -> float:
+def find_logit_scale(
+    logits: np.ndarray, target: np.ndarray, weight: np.ndarray | None = None
+) -> float:
     """Factor of logits (n_rows, n_classes) with the smallest cross-entropy (Guo et al. 2017)."""
     factors = np.geomspace(0.25, 4.0, 49)
-    losses = [-(target * log_softmax(f * logits, axis=1)).sum(1).mean() for f in factors]
+    rows = [-(target * log_softmax(f * logits, axis=1)).sum(1) for f in factors]
+    losses = [np.average(loss, weights=weight) for loss in rows]
     return float(factors[np.nanargmin(losses)]) if np.isfinite(losses).any() else 1.0
 
 

@@ -26,7 +26,9 @@ WORKING_ROUNDS, FIRST_DISPERSION, LEAST_INFORMATION, LARGEST_STEP = 8, 0.1, 1e-6
 Start = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def start_of_numbers(X: np.ndarray, y: np.ndarray, codes: np.ndarray) -> Start:
+def start_of_numbers(
+    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray | None = None
+) -> Start:
     """Mean, root of the covariance, and noise of linear coefficients across tasks.
 
     Parameters
@@ -36,6 +38,9 @@ def start_of_numbers(X: np.ndarray, y: np.ndarray, codes: np.ndarray) -> Start:
     y : ndarray of shape (n_rows, n_outputs)
         Standardised.
     codes : int ndarray of shape (n_rows,)
+    weight : ndarray of shape (n_rows,), default=None
+        Of the rows. Their mean in a task is how much it counts among the tasks; in units of it, 2
+        is a row that is there twice.
 
     Returns
     -------
@@ -47,15 +52,17 @@ def start_of_numbers(X: np.ndarray, y: np.ndarray, codes: np.ndarray) -> Start:
     """
     n_features, n_outputs = X.shape[1], y.shape[1]
     if n_features > LARGEST_MIXED:
-        gram = X.T @ X + 0.01 * len(X) * np.eye(n_features)
-        mean = np.concatenate([y.mean(0)[None], np.linalg.solve(gram, X.T @ y)])
+        left = X.T if weight is None else X.T * (weight / weight.mean())
+        gram = left @ X + 0.01 * len(X) * np.eye(n_features)
+        level = np.average(y, axis=0, weights=weight)
+        mean = np.concatenate([level[None], np.linalg.solve(gram, left @ y)])
         return (
             mean,
             np.diag(_pooled_scales(n_features)),
             np.ones(n_outputs),
             np.full(n_outputs, 0.25),
         )
-    fits = [_mixed_model(X, y[:, k], codes)[:3] for k in range(n_outputs)]
+    fits = [_mixed_model(X, y[:, k], codes, weight)[:3] for k in range(n_outputs)]
     means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
     return means.T, *_shared(covs), noises
 
@@ -69,11 +76,15 @@ def _shared(covs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed_model(
-    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray | None = None
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray | None,
+    information: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """Mean and covariance of the tasks' linear coefficients, the noise, and fitted y, by ECME.
 
-    Rows with a `weight`, one over the variance of their noise, have a noise of 1 then.
+    Rows with an `information`, one over the variance of their noise, have a noise of 1 then.
 
     The mean is the generalised least-squares solution under the covariance at hand (Liu & Rubin
     1994): where slopes hardly differ, EM takes hundreds of rounds to it.
@@ -82,28 +93,35 @@ def _mixed_model(
     n_columns = ones.shape[1]
     parts = _tasks(codes, n_columns)
     rows_of_all = np.concatenate(parts)
-    used = y[rows_of_all]
-    left_of = ones if weight is None else ones * weight[:, None]
+    each, root = _of_tasks(parts, weight)
+    n_rows = each @ [len(rows) for rows in parts]
+    of_task, of_matrix = each[:, None], each[:, None, None]
+    used, left_of = y[rows_of_all], ones if information is None else ones * information[:, None]
+    if root is not None:
+        used = used * (root[rows_of_all] * np.sqrt(each.repeat([*map(len, parts)])))
+        left_of = left_of * np.square(root)[:, None]
     gram = np.stack([left_of[rows].T @ ones[rows] for rows in parts])
     moment = np.stack([left_of[rows].T @ y[rows] for rows in parts])
     eye = np.eye(n_columns)
-    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5 if weight is None else 1.0
+    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5 if information is None else 1.0
     for _ in range(ROUNDS):
         precision = np.linalg.inv(cov)
         posterior = np.linalg.inv(precision + gram / noise)
         shrunk = posterior @ gram / noise
-        left = (gram - gram @ shrunk).sum(0) / noise
-        right = (moment - np.einsum("tpq,tq->tp", gram @ posterior, moment) / noise).sum(0) / noise
+        left = (of_matrix * (gram - gram @ shrunk)).sum(0) / noise
+        right = moment - np.einsum("tpq,tq->tp", gram @ posterior, moment) / noise
+        right = (of_task * right).sum(0) / noise
         mean = np.linalg.solve(left + 1e-8 * np.trace(left) / n_columns * eye, right)
         means = np.einsum("tpq,tq->tp", posterior, precision @ mean + moment / noise)
-        deviation = means - mean
-        cov = posterior.mean(0) + deviation.T @ deviation / len(parts)
+        deviation = np.sqrt(of_task) * (means - mean)
+        cov = (of_matrix * posterior).mean(0) + deviation.T @ deviation / len(parts)
         cov = (cov + cov.T) / 2 + 1e-8 * eye
-        if weight is not None:
+        if information is not None:
             continue
-        error = used @ used - 2 * (means * moment).sum()
-        error += np.einsum("tp,tpq,tq->", means, gram, means) + noise * np.einsum("tpp->", shrunk)
-        noise = max(float(error) / used.size, NOISE_FLOOR)
+        error = used @ used - 2 * (of_task * means * moment).sum()
+        error += np.einsum("tp,tpq,tq->", of_task * means, gram, means)
+        error += noise * np.einsum("tpp->", of_matrix * shrunk)
+        noise = max(float(error) / n_rows, NOISE_FLOOR)
     fitted = np.full(len(y), np.nan)
     for rows, coef in zip(parts, means, strict=True):
         fitted[rows] = ones[rows] @ coef
@@ -117,12 +135,26 @@ def _tasks(codes: np.ndarray, n_columns: int) -> list[np.ndarray]:
     return parts[:: -(-len(parts) * n_columns**2 // MIXED_ENTRIES)]
 
 
+def _of_tasks(
+    parts: list[np.ndarray], weight: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what tasks count, 1 on average, and roots of the weights of rows within tasks."""
+    if weight is None:
+        return np.ones(len(parts)), None
+    each = np.array([weight[rows].mean() for rows in parts])
+    root = np.sqrt(weight)
+    for rows, mean_weight in zip(parts, each, strict=True):
+        root[rows] /= math.sqrt(mean_weight)
+    return each / each.mean(), root
+
+
 def start_of_outputs(
     X: np.ndarray,
     y: np.ndarray,
     codes: np.ndarray,
     likelihood: NewtonLikelihood,
     units: np.ndarray,
+    weight: np.ndarray | None = None,
 ) -> Start:
     """As `start_of_numbers`, for targets whose noise is not normal.
 
@@ -131,46 +163,61 @@ def start_of_outputs(
     """
     used = np.concatenate(_tasks(codes, 1 + X.shape[1]))
     X, y, codes = X[used], y[used], codes[used]
-    fits = [_working_model(X, y[:, k], codes, likelihood, units[k]) for k in range(y.shape[1])]
+    weight = weight if weight is None else weight[used]
+    fits = [
+        _working_model(X, y[:, k], codes, weight, likelihood, units[k]) for k in range(y.shape[1])
+    ]
     means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
     factor, amplitude = _shared(covs)
     return means.T, factor, amplitude, noises
 
 
 def _working_model(
-    X: np.ndarray, y: np.ndarray, codes: np.ndarray, likelihood: NewtonLikelihood, unit: float
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray | None,
+    likelihood: NewtonLikelihood,
+    unit: float,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Mean and covariance of coefficients, and dispersion, of one output."""
     y_ = torch.from_numpy(np.ascontiguousarray(y))
     working, variance = (
         part.expand_as(y_).numpy() for part in likelihood.guess(y_, scalars(FIRST_DISPERSION, unit))
     )
-    mean, cov, fitted = _working_fit(X, working, codes, 1 / variance)
+    mean, cov, fitted = _working_fit(X, working, codes, weight, 1 / variance)
     for _ in range(WORKING_ROUNDS):
-        shape = scalars(likelihood.dispersion(fitted, y, unit), unit)
+        shape = scalars(likelihood.dispersion(fitted, y, unit, weight), unit)
         _, first, second = likelihood.derivatives(torch.from_numpy(fitted), y_, shape)
         variance = 1 / np.maximum(second.numpy(), LEAST_INFORMATION)
         step = np.clip(first.numpy() * variance, -LARGEST_STEP, LARGEST_STEP)
-        mean, cov, fitted = _working_fit(X, fitted - step, codes, 1 / variance)
-    return mean, cov, likelihood.dispersion(fitted, y, unit)
+        mean, cov, fitted = _working_fit(X, fitted - step, codes, weight, 1 / variance)
+    return mean, cov, likelihood.dispersion(fitted, y, unit, weight)
 
 
 def _working_fit(
-    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray | None,
+    information: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and covariance of coefficients, and fitted y, of weighted rows."""
+    """Mean and covariance of coefficients, and fitted y, of rows of known information."""
     n_features = X.shape[1]
     if n_features <= LARGEST_MIXED:
-        mean, cov, _, fitted = _mixed_model(X, y, codes, weight)
+        mean, cov, _, fitted = _mixed_model(X, y, codes, weight, information)
         return mean, cov, fitted
     ones = np.c_[np.ones(len(X)), X]
-    left = ones.T * weight
-    ridge = 0.01 * weight.sum() * np.diag(np.r_[0.0, np.ones(n_features)])
+    information = information if weight is None else information * weight / weight.mean()
+    left = ones.T * information
+    ridge = 0.01 * information.sum() * np.diag(np.r_[0.0, np.ones(n_features)])
     mean = np.linalg.solve(left @ ones + ridge, left @ y)
     return mean, np.diag(_pooled_scales(n_features) ** 2), ones @ mean
 
 
-def start_of_classes(X: np.ndarray, labels: np.ndarray, n_classes: int) -> Start:
+def start_of_classes(
+    X: np.ndarray, labels: np.ndarray, n_classes: int, weight: np.ndarray | None = None
+) -> Start:
     """Coefficients of a pooled logistic regression, with a prior of independent deviations.
 
     Parameters and results are as in `start_of_numbers`; `labels` are positions of classes.
@@ -178,13 +225,13 @@ def start_of_classes(X: np.ndarray, labels: np.ndarray, n_classes: int) -> Start
     n_features = X.shape[1]
     mean = np.zeros((1 + n_features, n_classes))
     rows = slice(None, None, -(-len(X) // POOLED_ROWS))
-    X, labels = X[rows], labels[rows]
+    X, labels, weight = X[rows], labels[rows], weight if weight is None else weight[rows]
     if labels.min() < labels.max():  # other classes may be in the tasks held out alone
         from sklearn.linear_model import LogisticRegression  # which not every process needs
 
         with warnings.catch_warnings():  # a start need not be exact
             warnings.simplefilter("ignore", ConvergenceWarning)
-            pooled = LogisticRegression(max_iter=100).fit(X, labels)
+            pooled = LogisticRegression(max_iter=100).fit(X, labels, weight)
         coef = np.c_[pooled.intercept_, pooled.coef_]
         if len(coef) == 1:  # the logit of the second of two classes
             coef = np.concatenate([-coef, coef]) / 2

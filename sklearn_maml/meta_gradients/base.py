@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
-from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.theta import Params, Parts, Theta
 
 __all__ = ["MetaGradient", "Problem", "Tensors"]
@@ -23,6 +23,7 @@ class Problem(Protocol):
     steps: int
     parts: Parts
     differentiator: Any
+    query: Rows
 
     @property
     def batched(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.data.episodes import EpisodeBatch, joined_rows
+from sklearn_maml.data.episodes import EpisodeBatch, joined_rows, totals
 from sklearn_maml.meta_gradients.base import MetaGradient, Problem
 from sklearn_maml.theta import Params, name_in_module
 
@@ -142,7 +142,11 @@ class Reptile(MetaGradient):
         with torch.no_grad():
             outcome = problem.query_loss(adapted)
             grads = {name: torch.zeros_like(p) for name, p in meta_params.items()}
+            weight = problem.query.weight
+            of_task = None if weight is None else totals(weight)
             for name, p in problem.start(meta_params).fast.items():
                 towards = p - adapted[name]
+                if of_task is not None:
+                    towards = towards * of_task.view(of_task.shape + (1,) * (p.ndim - of_task.ndim))
                 grads[name_in_module(name)] = towards.sum(0) if problem.batched else towards
         return grads, outcome

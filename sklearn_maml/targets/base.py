@@ -196,19 +196,28 @@ class Targets(ABC):
         """Options of `EpisodeSampler` for the support rows of each task in `score`."""
         return {"n_shots": n_shots}
 
+    def weights(self, y: np.ndarray, sample_weight: np.ndarray | None) -> np.ndarray | None:
+        """Return the weights of rows with the targets `encode` gives; here those of the caller."""
+        return sample_weight
+
     def attributes(self) -> dict[str, Any]:
         """Return what was learned."""
         return {name: getattr(self, name) for name in self.learned}
 
     def restore(self, attributes: dict[str, Any]) -> Self:
         """Take what was learned from `attributes`."""
-        vars(self).update({name: attributes[name] for name in self.learned})
+        vars(self).update({n: attributes[n] for n in self.learned if n in attributes})
         return self
 
     def settings(self) -> dict[str, Any]:
         """Parameters that what was meta-learned depends on."""
         loss = (type(self.loss), str(sorted(self.loss.get_params().items())))
-        return {"n_ways": self.n_ways, "center_y": self.center_y, "loss": loss}
+        return {
+            "n_ways": self.n_ways,
+            "center_y": self.center_y,
+            "loss": loss,
+            "class_weight": "None",
+        }
 
     def sampling(self) -> dict[str, Any]:
         """Options of `EpisodeSampler` that are up to the targets."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from sklearn_maml.data.sampling import VALIDATION_QUERIES_OF_CLASS
@@ -23,18 +25,22 @@ class ClassTargets(Targets):
     Parameters
     ----------
     n_ways : int or None
+    class_weight : dict, "balanced" or None, default=None
+        Of labels that tasks share.
     """
 
     are_classes: ClassVar[bool] = True
     word: ClassVar[str] = "class"
-    learned: ClassVar[tuple[str, ...]] = ("classes_",)
+    learned: ClassVar[tuple[str, ...]] = ("classes_", "class_weight_")
     validation_queries: ClassVar[int] = VALIDATION_QUERIES_OF_CLASS
 
     classes_: np.ndarray
+    class_weight_: np.ndarray | None = None
 
-    def __init__(self, n_ways: int | None) -> None:
+    def __init__(self, n_ways: int | None, class_weight: Any = None) -> None:
         super().__init__(CrossEntropy())
         self.n_ways = n_ways
+        self.class_weight = class_weight
 
     @property
     def n_outputs(self) -> int:
@@ -44,12 +50,45 @@ class ClassTargets(Targets):
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
         self.classes_ = np.unique(tasks.y)
+        self.class_weight_ = None
+        if self.class_weight is None:
+            return
+        if self.n_ways is not None:
+            raise ValueError(
+                f"class_weight={self.class_weight!r} is for labels that the tasks share, but "
+                f"n_ways={self.n_ways}: labels mean something inside their task only, and every "
+                "episode has as many rows of each class. Use class_weight=None."
+            )
+        weights = _class_weights(self.class_weight, self.classes_, tasks.y, sample_weight)
+        if not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise ValueError(
+                f"class_weight has to have positive numbers; got {weights.tolist()} for the "
+                f"classes {self.classes_.tolist()}. Leave out the rows of classes that are not to "
+                "count."
+            )
+        self.class_weight_ = weights
+
+    def weights(self, y: np.ndarray, sample_weight: np.ndarray | None) -> np.ndarray | None:
+        """See `Targets`: those of the classes are factors of them."""
+        of_class = self.class_weight_
+        if of_class is None or of_class.min() == of_class.max():
+            return sample_weight
+        return of_class[y] if sample_weight is None else of_class[y] * sample_weight
+
+    def settings(self) -> dict[str, Any]:
+        """See `Targets`."""
+        return {**super().settings(), "class_weight": str(self.class_weight)}
+
+    def sampling(self) -> dict[str, Any]:
+        """See `Targets`: the weights of classes are those of rows as they come."""
+        return {**super().sampling(), "as_they_come": self.class_weight_ is not None}
 
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
         if self.n_ways is not None:  # labels mean something inside their task only
             return tasks.with_y(np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
-        return tasks.with_y(self._positions(tasks.y))
+        y = self._positions(tasks.y)
+        return dataclasses.replace(tasks, y=y, weight=self.weights(y, tasks.weight))
 
     def _positions(self, y: np.ndarray) -> np.ndarray:
         if not len(y):  # of whatever type
@@ -144,6 +183,18 @@ class ClassTargets(Targets):
         if n_shots is None or n_queries is None:
             return rows
         return min(rows, (n_shots + n_queries) * len(np.unique(tasks.y)))
+
+
+def _class_weights(
+    given: Any, classes: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None
+) -> np.ndarray:
+    """Weight (n_classes,) of each class; "balanced" is over the weights of the rows."""
+    if isinstance(given, str) and sample_weight is not None:  # for scikit-learn before 1.7
+        total = np.bincount(np.searchsorted(classes, y), sample_weight, len(classes))
+        weights: np.ndarray = total.sum() / (len(classes) * total)
+        return weights
+    weights = compute_class_weight(given, classes=classes, y=y)
+    return weights.astype(np.float64)
 
 
 class _OfTask(nn.Module):

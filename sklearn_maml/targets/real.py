@@ -74,9 +74,10 @@ class RealTargets(Targets):
         self.n_outputs_ = y.shape[1]
         self.y_mean_ = np.zeros(y.shape[1])
         self.y_scale_ = np.ones(y.shape[1])
-        rows = tasks.leveled() if sample_weight is None else None
+        rows = tasks.leveled()
         if rows is not None:
             tasks, y = tasks.take_rows(rows), y[rows]
+            sample_weight = sample_weight if sample_weight is None else sample_weight[rows]
         if self.normalize_y and self.loss.standardises:
             self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
             center, level = self.y_mean_, np.abs(self.y_mean_)
@@ -84,7 +85,7 @@ class RealTargets(Targets):
                 means = _task_means(y, tasks, sample_weight)
                 center, level = means[tasks.codes], np.abs(means).max(0)
             spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
-            _warn_of_outliers(y, y - center, rows)
+            _warn_of_outliers(y, y - center, rows, sample_weight)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
         if self.loss.scales:
@@ -207,12 +208,19 @@ class _Units(nn.Module):
         return values[:, 0] if self.is_1d else values
 
 
-def _warn_of_outliers(y: np.ndarray, deviations: np.ndarray, rows: np.ndarray | None) -> None:
+def _warn_of_outliers(
+    y: np.ndarray,
+    deviations: np.ndarray,
+    rows: np.ndarray | None,
+    sample_weight: np.ndarray | None = None,
+) -> None:
     """Warn of a few targets, of `rows` or all, that make up nearly all of the variance."""
     few = int(FEW * len(y))
     if len(y) < MANY_ROWS:
         return
     squares = np.square(deviations - np.median(deviations, axis=0)).mean(1)
+    if sample_weight is not None:
+        squares *= sample_weight
     order = np.argsort(squares)
     far = order[len(order) - max(few, 1) :]
     far = far[squares[far] > FAR**2 * np.median(squares)]

@@ -12,7 +12,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.data.sampling import EpisodeSampler, draw_fixed
 from sklearn_maml.data.splitting import hold_out
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.learners.conditioned import row_marks
+from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.joint import HeldOut
 from sklearn_maml.targets.base import Targets
 
@@ -60,7 +60,7 @@ class EpisodeSettings:
 
     def encoded(self, tasks: TaskCollection, targets: Targets) -> TaskCollection:
         """Tasks as episodes are drawn from."""
-        return dataclasses.replace(targets.encode(tasks), X=self.reshape(tasks.X))
+        return dataclasses.replace(targets.encode(tasks), X=self.reshape(tasks.X)).balanced()
 
 
 class CollectionSource:

@@ -1,0 +1,142 @@
+"""Weights of rows and of tasks, in the spellings of a task collection."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from sklearn.utils.validation import _check_sample_weight
+
+from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
+from sklearn_maml.data.spellings import refuse_graphs
+from sklearn_maml.data.tasks import TaskCollection
+
+__all__ = ["check_weights", "merged", "row_marks", "spread_weights", "weighted"]
+
+
+def check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
+    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
+
+    Only their ratios matter; a power of two scales them exactly.
+    """
+    refuse_graphs(sample_weight=sample_weight)
+    # a number that is too large for the dtype is refused with a message of its own
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = _check_sample_weight(sample_weight, X, **options)
+    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
+    return scaled
+
+
+def spread_weights(sample_weight: Any, tasks: TaskCollection) -> Any:
+    """Make weights that are spelt by tasks one for each row; others are left as they are.
+
+    Parameters
+    ----------
+    sample_weight : dict, or array-like
+        The weight of each task by its id (or place in the list); for a list or an array of tasks
+        also an item for each task, which is the weight of the task or those of its rows.
+    tasks : TaskCollection
+    """
+    if isinstance(sample_weight, Mapping):
+        return _of_ids(sample_weight, tasks)[tasks.codes]
+    if tasks.spelling not in ("list", "stack") or not hasattr(sample_weight, "__len__"):
+        return sample_weight
+    if len(sample_weight) != tasks.n_tasks:
+        return sample_weight
+    if all(_is_number(part) for part in sample_weight):
+        return np.asarray(sample_weight)[tasks.codes]
+    parts = []
+    for j, (part, size) in enumerate(zip(sample_weight, tasks.sizes.tolist(), strict=True)):
+        refuse_graphs(sample_weight=part)
+        if tasks.in_query is not None and isinstance(part, (tuple, list)) and len(part) == 2:
+            part = np.concatenate([np.atleast_1d(half) for half in part])  # of support and query
+        part = np.asarray(part)
+        if part.shape != (size,):
+            raise ValueError(
+                f"sample_weight of task {j} has shape {part.shape}, and the task {size} row(s). "
+                "Give one weight for each row of every task, or one for each task."
+            )
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
+
+
+def _of_ids(weights: Mapping[Any, Any], tasks: TaskCollection) -> np.ndarray:
+    """Weight (n_tasks,) of each task, of those by id; there may be more of them."""
+    if tasks.spelling == "single":
+        raise ValueError(
+            "sample_weight is a dict of task ids, but there is no task information: got neither "
+            "groups nor task_column. Give them, or one weight for each row."
+        )
+    known, place = encode_ids(list(weights), len(weights), "the keys of sample_weight")
+    found = find_ids(tasks.ids, known)
+    if (found < 0).any():
+        missing = tasks.ids[found < 0]
+        raise ValueError(
+            f"sample_weight has no weight of {len(missing)} of the {tasks.n_tasks} tasks, such as "
+            f"{show_ids(missing)}; its keys are {show_ids(known)}. Give the weight of every task "
+            "by its id; 0 leaves a task out."
+        )
+    values = np.empty(len(known))
+    values[place] = [float(value) for value in weights.values()]
+    return values[found]
+
+
+def weighted(tasks: TaskCollection, sample_weight: Any) -> TaskCollection:
+    """Tasks of meta-training with weights, None where they are equal; rows of weight 0 are out."""
+    if sample_weight is None:
+        return tasks
+    given = spread_weights(sample_weight, tasks)
+    weights = check_weights(given, tasks.X, dtype=np.float64, ensure_non_negative=True)
+    if not weights.any():
+        raise ValueError(
+            "The sample weights are all zero. Give at least one row a positive weight."
+        )
+    if not weights.all():
+        kept = weights > 0
+        if tasks.in_query is not None:  # an episode needs query rows
+            kept &= (np.bincount(tasks.codes, kept & tasks.in_query) > 0)[tasks.codes]
+        tasks, weights = tasks.take_rows(np.flatnonzero(kept)), weights[kept]
+    if weights.min() == weights.max():
+        return tasks
+    return dataclasses.replace(tasks, weight=weights)
+
+
+def merged(tasks: TaskCollection) -> TaskCollection:
+    """Make one row of those that are identical, whose weight is the sum of theirs.
+
+    For splits of one task: a row that is there twice would be a support and a query row of the same
+    split, and is what one of weight 2 is. Rows of different weights come in an order that depends
+    on nothing but them.
+    """
+    marks = row_marks(tasks.X)
+    if tasks.y.dtype.kind == "f":
+        of_y = row_marks(tasks.y)
+    else:
+        of_y = np.unique(tasks.y, return_inverse=True)[1].reshape(-1)
+    both = row_marks(np.stack([marks, of_y], 1).view(np.float64))
+    key, first, place = np.unique(both, return_index=True, return_inverse=True)
+    same = first[place.reshape(-1)]
+    if (
+        len(key) < 2
+        or (len(key) == len(tasks.X) and tasks.weight is None)
+        or not (np.array_equal(tasks.X[same], tasks.X) and np.array_equal(tasks.y[same], tasks.y))
+    ):
+        return tasks
+    weight = np.bincount(place.reshape(-1), tasks.weight, len(key)).astype(np.float64)
+    if weight.min() == weight.max():
+        return dataclasses.replace(tasks.at(np.sort(first)), weight=None)
+    return dataclasses.replace(tasks.at(first), weight=weight)
+
+
+def row_marks(X: np.ndarray) -> np.ndarray:
+    """Checksum (n_rows,) of each row of features."""
+    bits = np.ascontiguousarray(X.reshape(len(X), -1), dtype=np.float64).view(np.uint64)
+    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
+    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
+    return marks.view(np.int64)
