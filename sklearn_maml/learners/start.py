@@ -94,7 +94,7 @@ def _mixed_model(
     parts = _tasks(codes, n_columns)
     rows_of_all = np.concatenate(parts)
     each, root = _of_tasks(parts, weight)
-    n_rows = each @ [len(rows) for rows in parts]
+    n_rows = float(each @ np.array([len(rows) for rows in parts]))
     of_task, of_matrix = each[:, None], each[:, None, None]
     used, left_of = y[rows_of_all], ones if information is None else ones * information[:, None]
     if root is not None:
