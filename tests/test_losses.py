@@ -41,6 +41,7 @@ from sklearn_maml.targets import (
     SquaredError,
 )
 from sklearn_maml.targets.losses import LOSSES, resolve_loss
+from sklearn_maml.targets.real import _medians as medians
 
 SMOOTH = [SquaredError(), Poisson(), Gamma(), BinaryCrossEntropy()]
 KINKED = [AbsoluteError(), Huber(0.5), Quantile(0.8)]
@@ -125,7 +126,7 @@ BY_HAND = [
     (Poisson(), 0.2, np.exp(0.2) - 1.2, np.exp(0.2) - 1, 0.9),
     (Gamma(), 0.2, np.exp(-0.2) - 0.8, 1 - np.exp(-0.2), 0.7),
     (Quantile(0.8), 0.08, 0.8 * 0.92, -0.8, 1.0),
-    (Huber(), 0.1, 0.405, -0.9, 1.0),
+    (Huber(1.0), 0.1, 0.405, -0.9, 1.0),
     (AbsoluteError(), 0.1, 0.9, -1.0, 1.0),
 ]
 
@@ -256,6 +257,33 @@ def test_rates_are_in_units_of_y_whatever_these_are(loss, dtype):
         assert_array_equal(predictions[-1] / unit, predictions[0])
     as_they_are = regressor(loss, normalize_y=False).fit(X, y, groups=TASK)
     assert_array_equal(as_they_are.y_scale_, [1.0])
+
+
+@pytest.mark.parametrize("loss", ["absolute_error", "huber", "quantile"])
+def test_gross_errors_do_not_move_the_units_of_robust_losses(loss):
+    glitch = np.where(np.arange(len(Y)) % 24 == 5, 1e6, Y)
+    reg = regressor(loss).fit(X, glitch, groups=TASK)
+    spread = 1.4826 * np.median(np.abs(glitch - np.median(glitch)))
+    assert_allclose((reg.y_mean_[0], reg.y_scale_[0]), (np.median(glitch), spread))
+    glitched, clean = (
+        clone(reg).fit(X, y, groups=TASK).adapt(X[:5], Y[:5]).predict(X) for y in (glitch, Y)
+    )
+    assert np.abs(glitched - clean).max() < 2 * Y.std()
+
+
+def test_units_where_most_targets_are_equal_are_standard_deviations():
+    rare = np.where(np.arange(len(Y)) % 4 == 0, Y, 0.0)
+    reg = regressor("absolute_error").fit(X, rare, groups=TASK)
+    assert_allclose((reg.y_mean_[0], reg.y_scale_[0]), (0, np.sqrt(np.mean(rare**2))))
+
+
+def test_medians_of_weighted_rows_are_those_of_rows_as_often():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 8):
+        y, often = rng.normal(size=(n, 2)), rng.integers(1, 4, n)
+        expected = np.median(np.repeat(y, often, axis=0), axis=0)
+        assert_allclose(medians(y, often.astype(float)), expected)
+        assert_allclose(medians(y, None), np.median(y, axis=0))
 
 
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])

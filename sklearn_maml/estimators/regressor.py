@@ -115,9 +115,10 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         of them.
     normalize_y : bool, default=True
         Whether to standardise the targets with the mean and the standard deviation of all
-        training rows; those of "poisson" and "gamma" are divided by their mean. A `loss` of your
-        own says whether it allows either. Predictions are in the units of y. If False, `alpha` has
-        to suit these units: steps of the default rate diverge on targets of hundreds.
+        training rows: robust ones for absolute, Huber and quantile losses; those of "poisson" and
+        "gamma" are divided by their mean; a `loss` of your own says what it allows. Predictions
+        are in the units of y. If False, `alpha` has to suit these units: steps of the default rate
+        diverge on targets of hundreds.
     center_y : bool, default=False
         Whether to subtract, in each task, the mean target of its support rows (weighted by
         `sample_weight`) from its targets, in meta-training as in `adapt`; predictions have it
@@ -184,8 +185,8 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
     n_outputs_ : int
         Number of targets.
     y_mean_, y_scale_ : ndarray of shape (`n_outputs_`,)
-        Mean and scale of the targets. With `center_y` the means of the tasks stand in for
-        `y_mean_`, and `y_scale_` is the standard deviation from them.
+        Mean and scale of the targets, robust ones for robust losses. With `center_y` the means of
+        the tasks stand in for `y_mean_`, and `y_scale_` is the standard deviation from them.
     learner_weights_ : dict of str to float
         Shares of predictions: of "gradient-steps" and of the "gaussian-head", whichever was
         trained.

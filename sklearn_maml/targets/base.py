@@ -30,6 +30,9 @@ class Loss(BaseEstimator, ABC):
     standardises : bool
         Whether y may be standardised: `rows` then sees targets of mean 0 and variance 1 where
         `normalize_y` is set. By default targets are as they are.
+    robust : bool
+        Whether that is by the median and the median absolute deviation (times 1.4826, of a normal
+        distribution the standard deviation), which a few gross errors do not move.
     scales : bool
         Whether y, of 0 or more, may be divided by its mean in `fit` where `normalize_y` is set. It
         is for losses with a logarithmic link, where that takes a constant from the outputs: those
@@ -38,6 +41,7 @@ class Loss(BaseEstimator, ABC):
 
     name: ClassVar[str]
     standardises: ClassVar[bool] = False
+    robust: ClassVar[bool] = False
     scales: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

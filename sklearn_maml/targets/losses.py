@@ -65,6 +65,7 @@ class AbsoluteError(Loss):
 
     name: ClassVar[str] = "mean absolute error"
     standardises: ClassVar[bool] = True
+    robust: ClassVar[bool] = True
 
     @staticmethod
     def rows(output: Tensor, y: Tensor) -> Tensor:
@@ -77,15 +78,17 @@ class Huber(Loss):
 
     Parameters
     ----------
-    delta : float, default=1.0
-        Errors above it count linearly. In units of the targets as the loss sees them: standard
-        deviations of y with ``normalize_y=True``, else units of y.
+    delta : float, default=0.3
+        Errors above it count linearly. In units of the targets as the loss sees them: with
+        ``normalize_y=True`` robust standard deviations of y over all tasks, which the errors
+        inside of a task are smaller than; else units of y.
     """
 
     name: ClassVar[str] = "Huber loss"
     standardises: ClassVar[bool] = True
+    robust: ClassVar[bool] = True
 
-    def __init__(self, delta: float = 1.0) -> None:
+    def __init__(self, delta: float = 0.3) -> None:
         self.delta = delta
 
     def rows(self, output: Tensor, y: Tensor) -> Tensor:
@@ -115,6 +118,7 @@ class Quantile(Loss):
 
     name: ClassVar[str] = "pinball loss"
     standardises: ClassVar[bool] = True
+    robust: ClassVar[bool] = True
 
     def __init__(self, quantile: float = 0.5) -> None:
         self.quantile = quantile

@@ -22,6 +22,8 @@ DIGITS = 1e-3
 # targets are warned of if so few of so many are so many times as far out as the median, and make
 # up so much of the variance
 FEW, MANY_ROWS, FAR, MOST = 0.005, 100, 20.0, 0.9
+# standard deviation of a normal distribution, in median absolute deviations
+DEVIATION = 1.4826
 # support rows of each task in `score` with n_shots=None: half of the rows, at most
 SCORED_SHOTS = 10
 
@@ -80,12 +82,18 @@ class RealTargets(Targets):
             sample_weight = sample_weight if sample_weight is None else sample_weight[rows]
         if self.normalize_y and self.loss.standardises:
             self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
+            if self.loss.robust:
+                self.y_mean_ = _medians(y, sample_weight)
             center, level = self.y_mean_, np.abs(self.y_mean_)
             if self.center_y:
                 means = _task_means(y, tasks, sample_weight)
                 center, level = means[tasks.codes], np.abs(means).max(0)
             spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
-            _warn_of_outliers(y, y - center, rows, sample_weight)
+            if self.loss.robust:
+                near = DEVIATION * _medians(np.abs(y - center), sample_weight)
+                spread = np.where(near > 0, near, spread)  # most targets may be equal
+            else:
+                _warn_of_outliers(y, y - center, rows, sample_weight)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
         if self.loss.scales:
@@ -236,6 +244,17 @@ def _warn_of_outliers(
         OutlierWarning,
         stacklevel=6,
     )
+
+
+def _medians(y: np.ndarray, sample_weight: np.ndarray | None) -> np.ndarray:
+    """Return the median of each column: half of the weight is on either side."""
+    weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    order = np.argsort(y, axis=0)
+    total = np.cumsum(weight[order], axis=0)
+    y, half = np.take_along_axis(y, order, 0), total[-1] / 2
+    # first row with half of the weight up to it, and first with more
+    ends = [(total >= half).argmax(0), (total > half).argmax(0)]
+    return np.mean([y[end, np.arange(y.shape[1])] for end in ends], axis=0)
 
 
 def _task_means(
