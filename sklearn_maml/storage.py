@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # raised with every change after which versions would misread each other's files
-FORMAT = 2
+FORMAT = 3
 # entries of the metadata
 DOCUMENT, VERSION, DIGEST = "sklearn_maml", "format", "sha256"
 _NO_DIGEST = "0" * 64

@@ -23,6 +23,7 @@ __all__ = [
     "encode_ids",
     "find_ids",
     "is_missing",
+    "join_ids",
     "keys_of",
     "show_id",
     "show_ids",
@@ -116,6 +117,13 @@ def find_ids(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
             at = on_the_wall.get(key, -1)
         found.append(at)
     return np.array(found, dtype=np.intp)
+
+
+def join_ids(known: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Ids of two calls, one behind the other, of whichever types."""
+    if known.dtype == more.dtype or known.dtype.kind == more.dtype.kind == "U":
+        return np.concatenate([known, more])
+    return _objects([*_values(known), *_values(more)])
 
 
 def keys_of(ids: np.ndarray) -> list[Hashable]:

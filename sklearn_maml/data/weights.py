@@ -13,19 +13,26 @@ from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["check_weights", "merged", "row_marks", "spread_weights", "weighted"]
+__all__ = ["NEAR", "check_weights", "merged", "row_marks", "spread_weights", "weighted"]
+
+# exponent of weights that can be compared between calls as they are
+NEAR = 50
 
 
-def check_weights(sample_weight: Any, X: np.ndarray, **options: Any) -> np.ndarray:
+def check_weights(sample_weight: Any, X: np.ndarray, near: int = 0, **options: Any) -> np.ndarray:
     """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
 
-    Only their ratios matter; a power of two scales them exactly.
+    Only their ratios matter; a power of two scales them exactly. Those of which the largest is
+    within a factor of ``2**near`` of 1 stay as they are.
     """
     refuse_graphs(sample_weight=sample_weight)
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
         weights = _check_sample_weight(sample_weight, X, **options)
-    scaled: np.ndarray = np.ldexp(weights, -np.frexp(np.abs(weights).max())[1])
+    exponent = np.frexp(np.abs(weights).max())[1]
+    if abs(exponent) <= near:
+        return weights
+    scaled: np.ndarray = np.ldexp(weights, -exponent)
     return scaled
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from sklearn_maml.data.ids import find_ids, join_ids, show_ids
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.building import Building
-from sklearn_maml.learners.base import Adapted, Several, Support
+from sklearn_maml.learners.base import NO_EXTENSION, Adapted, Several, Support
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
 from sklearn_maml.learners.gradient import AdaptedBySteps, GradientSteps, Running
 from sklearn_maml.learners.learner import AdaptedBySupport
@@ -33,6 +34,7 @@ class State(Coding):
     adapted: Adapted
     ids: np.ndarray | None  # None: one task without an id
     named: bool = False  # whether they are the caller's, rather than places in a list
+    scaled: bool = False  # whether weights were, which those of further rows cannot be compared to
 
     @property
     def n_tasks(self) -> int:
@@ -50,15 +52,29 @@ class State(Coding):
 class Adapting(Building):
     """Adapts whichever learners have a share of predictions."""
 
-    def _adapt_to(self, tasks: TaskCollection, sample_weight: np.ndarray | None) -> None:
-        if sample_weight is not None and (sample_weight == 0).any():
-            # as good as absent: for batch statistics, and for the classes of an episode, too
-            kept = sample_weight > 0
-            tasks, sample_weight = tasks.at(kept), sample_weight[kept]
-        state = self._adapted_state(tasks, sample_weight)
+    def _adapt_to(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None, scaled: bool = False
+    ) -> None:
+        state = self._adapted_state(*_of_weight(tasks, sample_weight))
+        state = dataclasses.replace(state, scaled=scaled)
         with _STATE_LOCK:
             self._state = state
             self._after_adapt()
+
+    def _extend_to(
+        self, tasks: TaskCollection, sample_weight: np.ndarray | None, scaled: bool
+    ) -> None:
+        """Add rows to the adapted tasks; what other threads add meanwhile is not lost."""
+        tasks, sample_weight = _of_weight(tasks, sample_weight)
+        while True:
+            before: State | None = self.__dict__.get("_state")
+            self._refuse_extension(before, scaled)
+            state = self._extended_state(before, tasks, sample_weight)
+            with _STATE_LOCK:
+                if self.__dict__.get("_state") is before:
+                    self._state = state
+                    self._after_adapt()
+                    return
 
     def _after_adapt(self) -> None:
         """Update what depends on the adapted tasks."""
@@ -79,6 +95,42 @@ class Adapting(Building):
         support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, weight)
         adapted = self._learn(support, steps)
         return State(adapted=adapted, ids=ids, named=tasks.named, **vars(coding))
+
+    @one_thread()
+    def _extended_state(
+        self, before: State | None, tasks: TaskCollection, sample_weight: np.ndarray | None
+    ) -> State:
+        """State after rows were added to `before`, of tasks in it and of new ones."""
+        if before is None or (before.ids is not None and not len(before.ids)):
+            state = self._adapted_state(tasks, sample_weight)
+            if type(state.adapted).extended is Adapted.extended:
+                raise ValueError(NO_EXTENSION)
+            return state
+        self._check_features(tasks.X)
+        positions, ids = _places(before, tasks)
+        y, _ = self.targets_.encode_support(tasks, sample_weight)
+        n_tasks = max(before.n_tasks, int(positions.max(initial=-1)) + 1)
+        X, codes = self._reshape(tasks.X), positions[tasks.codes]
+        more = Support(X, y, codes, n_tasks, sample_weight)
+        with torch.inference_mode(False):  # a caller may have it on
+            return dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
+
+    def _refuse_extension(self, before: State | None, scaled: bool) -> None:
+        """Refuse more rows where what was learned of earlier ones depends on which others come."""
+        reason = None
+        if self.targets_.n_ways is not None:
+            reason = "with n_ways the labels of a task stand for the classes of all of its rows"
+        elif self.targets_.center_y:
+            reason = "with center_y the mean of all its rows is taken from the targets of a task"
+        elif self.adapt_steps == 0:
+            reason = "with adapt_steps=0 the rows of a task are left out"
+        elif scaled or (before is not None and before.scaled):
+            reason = "weights so far from 1 are scaled, and compare with none of another call"
+        if reason is not None:
+            raise ValueError(
+                f"extend=True adds rows to what was learned of a task, but {reason}. Call adapt "
+                "with the old rows and the new ones together."
+            )
 
     def _prior_state(self) -> State:
         """State of a task without labelled rows."""
@@ -127,11 +179,8 @@ class Adapting(Building):
 
     def _condition(self, support: Support, prior: bool) -> Conditioned:
         """Adapt in closed form; `prior` leaves the support rows out."""
-        y = support.y
-        targets = self.targets_
-        y = np.eye(targets.n_outputs)[y] if targets.are_classes else y
         make = Conditioned.prior if prior else Conditioned.on
-        return make(self._learner.head, self._calibrated(), dataclasses.replace(support, y=y))
+        return make(self._learner.head, self._calibrated(), support)
 
     def _calibrated(self) -> Calibration:
         assert self.calibration_ is not None
@@ -163,3 +212,49 @@ class Adapting(Building):
             return Several(*map(self._adapted_from, state["parts"]))
         head = Conditioned.from_state(self._learner.head, self._calibrated(), state["head"])
         return self._mixed(head, self._adapted_from(state["steps"]))
+
+
+def _of_weight(
+    tasks: TaskCollection, sample_weight: np.ndarray | None
+) -> tuple[TaskCollection, np.ndarray | None]:
+    """Rows that have a weight, and it.
+
+    Others are as good as absent: for batch statistics, and for the classes of an episode, too.
+    """
+    if sample_weight is None or not (sample_weight == 0).any():
+        return tasks, sample_weight
+    kept = sample_weight > 0
+    return tasks.at(kept), sample_weight[kept]
+
+
+def _places(state: State, tasks: TaskCollection) -> tuple[np.ndarray, np.ndarray | None]:
+    """Position of each task among those of a state, new ones behind them, and the ids of all."""
+    if tasks.spelling == "single":
+        if state.n_tasks > 1:
+            raise ValueError(
+                f"extend=True got rows without task ids, but {state.n_tasks} tasks are adapted, "
+                "and their rows may be of any. Pass groups (the task id of each row)."
+            )
+        return np.zeros(1, dtype=np.intp), state.ids
+    if state.ids is None:
+        raise ValueError(
+            "extend=True got several tasks, but what is adapted is one task without an id. Give "
+            "rows of that task alone, or adapt anew, with groups."
+        )
+    if tasks.named != state.named or (not tasks.named and tasks.n_tasks != state.n_tasks):
+        before = (
+            f"task ids, such as {show_ids(state.ids)}"
+            if state.named
+            else f"{state.n_tasks} tasks without ids"
+        )
+        raise ValueError(
+            f"extend=True got {tasks.n_tasks} tasks {'with' if tasks.named else 'without'} ids, "
+            f"and adapt got {before} before: which is which is not known. Give ids in both, or "
+            "lists of the same tasks in the same order; those without new rows may be empty."
+        )
+    if not tasks.named:
+        return np.arange(tasks.n_tasks), state.ids
+    found = find_ids(tasks.ids, state.ids)
+    new = found < 0
+    found[new] = state.n_tasks + np.arange(new.sum())
+    return found, join_ids(state.ids, tasks.ids[new]) if new.any() else state.ids

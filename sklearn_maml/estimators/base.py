@@ -179,13 +179,16 @@ class BaseMAML(Training, Stored, Scoring):
         y: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         sample_weight: Weights = None,
+        *,
+        extend: bool = False,
     ) -> Self:
-        """Adapt to the support sets of one or many new tasks.
+        """Adapt to the support sets of one or many new tasks, or add rows to adapted ones.
 
-        Always starts from the meta-learned initialisation, which it does not change, and replaces
+        Starts from the meta-learned initialisation, which it does not change, and replaces
         what an earlier `adapt` left, at once and as a whole: of several threads that adapt one
         model the last one wins, and a prediction meanwhile is of one of them, never of a mix. Use
-        `sklearn_maml.adapt` for a model of its own in every thread.
+        `sklearn_maml.adapt` for a model of its own in every thread. With ``extend=True`` tasks
+        that are adapted stay, and threads add to what others have added.
 
         Parameters
         ----------
@@ -197,8 +200,15 @@ class BaseMAML(Training, Stored, Scoring):
         groups : array-like of shape (n_support,), default=None
             Task id of each row, to adapt to many tasks in one call; None: one task.
         sample_weight : array-like of shape (n_support,), default=None
-            Weights of the rows in the support loss; only their ratios within a task matter. For
-            lists and arrays of tasks they are spelt as in `fit`.
+            Weights of the rows in the support loss; only their ratios within a task matter,
+            those to the rows of earlier calls included. Rows without weights have a weight of 1.
+            For lists and arrays of tasks they are spelt as in `fit`.
+        extend : bool, default=False
+            Whether to add the rows to what was adapted before: tasks then are what they would be
+            after one call with all of their rows, those without new rows stay, and new ones are
+            adapted. For learners that need no earlier rows (a Gaussian head alone, see
+            `learner_weights_`) or keep them (a `Learner` of one's own); not with `n_ways` or
+            `center_y`.
 
         Returns
         -------
@@ -210,19 +220,25 @@ class BaseMAML(Training, Stored, Scoring):
         NotFittedError
             If the estimator is not meta-fitted.
         ValueError
-            If the data does not fit; what was adapted before is kept.
+            If the data does not fit, or the learner cannot add rows; what was adapted before is
+            kept.
 
         Warns
         -----
         SingleTaskWarning
             If rows without task ids are as many as those of several tasks of `fit`.
         """
-        tasks = self.__adapt_to_tasks__(X, y, groups, sample_weight)
+        tasks = self.__adapt_to_tasks__(X, y, groups, sample_weight, extend)
         self._warn_if_pooled(tasks, "adapt", SEVERAL_TASKS * self._sizes()[1])
         return self
 
     def __adapt_to_tasks__(
-        self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None
+        self,
+        X: Any,
+        y: Any,
+        groups: Any = None,
+        sample_weight: Any = None,
+        extend: bool = False,
     ) -> TaskCollection:
         """Adapt as `adapt` does, whose rows may look like those of more tasks than are meant."""
         check_is_fitted(self)
@@ -234,8 +250,11 @@ class BaseMAML(Training, Stored, Scoring):
                 "adapt takes support sets only: got tasks of four parts. Pass [(X_support, "
                 "y_support), ...] and give the query rows to predict."
             )
-        sample_weight = self._support_weights(sample_weight, tasks)
-        self._adapt_to(tasks, sample_weight)
+        weight, scaled = self._support_weights(sample_weight, tasks)
+        if extend:
+            self._extend_to(tasks, weight, scaled)
+        else:
+            self._adapt_to(tasks, weight, scaled)
         return tasks
 
     @torch.inference_mode(False)
@@ -244,7 +263,7 @@ class BaseMAML(Training, Stored, Scoring):
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
         self._validate_params()
         tasks = self._read_tasks(X, y, reset=True)
-        sample_weight = self._support_weights(sample_weight, tasks)
+        sample_weight, _ = self._support_weights(sample_weight, tasks)
         targets = self._make_targets()
         targets.learn(tasks, sample_weight)
         self._take_targets(targets)

@@ -116,6 +116,8 @@ def adapt(
     y: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
+    *,
+    extend: bool = False,
 ) -> M: ...
 
 
@@ -126,6 +128,8 @@ def adapt(
     y: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
+    *,
+    extend: bool = False,
 ) -> Any: ...
 
 
@@ -135,6 +139,8 @@ def adapt(
     y: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
+    *,
+    extend: bool = False,
 ) -> Any:
     """Adapt a copy of a meta-fitted model; the model itself is untouched.
 
@@ -155,6 +161,8 @@ def adapt(
         Task id of each row, to adapt to many tasks in one call.
     sample_weight : array-like of shape (n_support,), default=None
         Weights of the rows in the support loss.
+    extend : bool, default=False
+        Whether the rows are added to what `estimator` is adapted to; see `MAMLRegressor.adapt`.
 
     Returns
     -------
@@ -189,7 +197,7 @@ def adapt(
     >>> adapted.predict(X[10:20]).shape
     (10,)
     """
-    return Walk(groups, sample_weight)(estimator, X, y, required=True)
+    return Walk(groups, sample_weight, extend)(estimator, X, y, required=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +210,7 @@ class Walk:
 
     groups: Any = None
     sample_weight: Any = None
+    extend: bool = False
     one_task: bool = False
     rates: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -214,7 +223,9 @@ class Walk:
             if self.one_task:
                 model.__adapt_to_tasks__(X, y, sample_weight=self.sample_weight)
                 return model
-            return model.adapt(X, y, groups=self.groups, sample_weight=self.sample_weight)
+            return model.adapt(
+                X, y, groups=self.groups, sample_weight=self.sample_weight, extend=self.extend
+            )
         if not models_in(part):
             if required:
                 raise nothing_to_adapt(part)

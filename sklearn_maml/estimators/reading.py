@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.data.spellings import FLOATS, collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.data.weights import check_weights, merged, spread_weights, weighted
+from sklearn_maml.data.weights import NEAR, check_weights, merged, spread_weights, weighted
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning
 from sklearn_maml.targets.base import Targets
@@ -123,11 +123,15 @@ class Reading(Parameters):
         sizes = vars(self).get("_task_sizes")
         return (np.inf, np.inf) if sizes is None else sizes
 
-    def _support_weights(self, sample_weight: Any, tasks: TaskCollection) -> np.ndarray | None:
+    def _support_weights(
+        self, sample_weight: Any, tasks: TaskCollection
+    ) -> tuple[np.ndarray | None, bool]:
+        """Validate weights of support rows; also whether they had to be scaled."""
         if sample_weight is None or not len(tasks.X):
-            return None
+            return None, False
         given = spread_weights(sample_weight, tasks)
-        weights = check_weights(given, tasks.X, dtype=tasks.X.dtype, ensure_non_negative=True)
+        options: dict[str, Any] = {"dtype": tasks.X.dtype, "ensure_non_negative": True}
+        weights = check_weights(given, tasks.X, near=NEAR, **options)
         totals = np.bincount(tasks.codes, weights=weights, minlength=tasks.n_tasks)
         empty = (totals == 0) & (tasks.sizes > 0)
         if empty.any():
@@ -135,4 +139,4 @@ class Reading(Parameters):
                 f"Sample weights are all zero in {int(empty.sum())} of {len(totals)} "
                 "support set(s). Give at least one row of each task a positive weight."
             )
-        return weights
+        return weights, bool(weights.max() != np.asarray(given, dtype=weights.dtype).max())

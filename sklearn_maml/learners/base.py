@@ -9,10 +9,24 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Adapted", "Several", "Support", "alike", "no_std", "padded"]
+__all__ = [
+    "NO_EXTENSION",
+    "Adapted",
+    "Several",
+    "Support",
+    "alike",
+    "no_std",
+    "padded",
+    "refuse_unknown",
+]
 
 # tasks, and their padded rows, that are taken at a time
 TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536
+NO_EXTENSION = (
+    "extend=True adds rows to what was learned of a task, but gradient steps start from the "
+    "initialisation, with all rows of the task. Call adapt with the old rows and the new ones "
+    "together; with update_rule='gaussian-head' rows can be added."
+)
 # padded rows that gradient steps adapt to at a time
 MOST_ROWS = 2**18
 
@@ -38,6 +52,57 @@ class Support:
     codes: np.ndarray
     n_tasks: int
     weight: np.ndarray | None = None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each task."""
+        return np.bincount(self.codes, minlength=self.n_tasks)
+
+    def followed_by(self, more: Support) -> Support:
+        """Have more rows, of these tasks and of new ones, behind these; without weight they are 1.
+
+        `more.n_tasks` counts these tasks, too.
+        """
+        if not len(self.X):
+            return more
+        weight = None
+        if self.weight is not None or more.weight is not None:
+            both = (
+                np.ones(len(s.X), s.X.dtype) if s.weight is None else s.weight for s in (self, more)
+            )
+            weight = np.concatenate(list(both))
+        X, y, codes = (
+            np.concatenate([getattr(self, name), getattr(more, name)])
+            for name in ("X", "y", "codes")
+        )
+        return Support(X, y, codes, more.n_tasks, weight)
+
+    def of(self, tasks: np.ndarray) -> Support:
+        """Rows of some tasks, which are numbered by their places in `tasks`."""
+        if len(tasks) == self.n_tasks and (tasks == np.arange(self.n_tasks)).all():
+            return self
+        place = np.full(self.n_tasks, -1)
+        place[tasks] = np.arange(len(tasks))
+        codes = place[self.codes]
+        kept = codes >= 0
+        weight = None if self.weight is None else self.weight[kept]
+        return Support(self.X[kept], self.y[kept], codes[kept], len(tasks), weight)
+
+    def without(self, tasks: np.ndarray) -> Support:
+        """Rows of the other tasks; tasks keep their numbers."""
+        if not len(tasks):
+            return self
+        kept = ~np.isin(self.codes, tasks)
+        weight = None if self.weight is None else self.weight[kept]
+        return Support(self.X[kept], self.y[kept], self.codes[kept], self.n_tasks, weight)
+
+    def mean_one(self) -> np.ndarray:
+        """Weights that are 1 on average in each task."""
+        if self.weight is None:
+            return np.ones(len(self.X))
+        total = np.bincount(self.codes, self.weight, self.n_tasks)
+        scaled: np.ndarray = self.weight * (self.sizes / np.where(total > 0, total, 1))[self.codes]
+        return scaled
 
 
 class Adapted(ABC):
@@ -84,6 +149,13 @@ class Adapted(ABC):
     def module(self, task: int, how: Any) -> Any:
         """Make a torch module that maps rows of one task to their outputs."""
         raise TypeError(f"What {type(self).__name__} learns of a task cannot be given as a module.")
+
+    def extended(self, more: Support) -> Adapted:
+        """Learn more rows of these tasks, and new tasks behind them; this object stays as it is.
+
+        `more.n_tasks` counts all tasks, those of this object first.
+        """
+        raise ValueError(NO_EXTENSION)
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -187,12 +259,24 @@ def alike(sizes: np.ndarray, most_tasks: int, most_rows: int = MOST_ROWS) -> lis
     return parts
 
 
+def refuse_unknown() -> None:
+    """Refuse more rows of tasks that were adapted without theirs."""
+    raise ValueError(
+        "extend=True adds rows to those that adapt has seen, but with adapt_steps=0 it left them "
+        "out. Call adapt with all rows, after set_params(adapt_steps=None)."
+    )
+
+
 def padded(
-    codes: np.ndarray, n_tasks: int, beside: np.ndarray | None = None
+    codes: np.ndarray,
+    n_tasks: int,
+    beside: np.ndarray | None = None,
+    most_rows: int = PADDED_ROWS,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tasks of similar size together: their positions, rows (n, most), and which are real.
 
-    `beside` are numbers of other rows of the tasks, which are padded by the caller.
+    `beside` are numbers of other rows of the tasks, which are padded by the caller. At most
+    `most_rows` come at a time, or one task.
     """
     sizes = np.bincount(codes, minlength=n_tasks)
     order = np.argsort(codes, kind="stable")
@@ -202,7 +286,7 @@ def padded(
     stop = n_tasks
     while stop:  # a task with many rows takes few others along, as all are padded to its size
         most = int(larger[by_size[stop - 1]])
-        start = max(stop - min(TASKS_AT_A_TIME, max(PADDED_ROWS // max(most, 1), 1)), 0)
+        start = max(stop - min(TASKS_AT_A_TIME, max(most_rows // max(most, 1), 1)), 0)
         tasks = by_size[start:stop]
         stop = start
         number = np.arange(sizes[tasks].max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
-from sklearn_maml.learners.base import Adapted, Support, alike, padded
+from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
 from sklearn_maml.learners.laplace import LaplaceFunctions, LaplacePosterior
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.plain import PlainHead
+from sklearn_maml.learners.sums import CACHED_ROWS, Given, Sums, room_of_sums, sums_over, tensors
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
@@ -24,6 +26,8 @@ __all__ = ["MARGIN", "Calibration", "Conditioned"]
 
 MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
+# of a task that gets more: conditioning on so many takes about ten times as long as on their sums
+ROWS_PER_COLUMN = 4
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,13 @@ class Conditioned(Adapted):
     shift : ndarray of shape (n_members, n_tasks, n_columns, n_outputs)
         Mean of w, in the dtype of the rows.
     low, high : ndarrays of shape (n_tasks, n_outputs)
-        Predictions end there.
+        Range of the targets of meta-training and of the support set.
     support : Support
-        For the variance.
+        Rows of the tasks that have no sums: for the variance, and for what more rows make of them.
+    sums : dict of int to Sums
+        What the rows of other tasks said.
+    known : bool, default=True
+        Whether support sets counted; otherwise tasks are as before adaptation.
     """
 
     def __init__(
@@ -80,6 +88,8 @@ class Conditioned(Adapted):
         low: np.ndarray,
         high: np.ndarray,
         support: Support,
+        sums: dict[int, Sums],
+        known: bool = True,
     ) -> None:
         self.head = head
         self.calibration = calibration
@@ -87,6 +97,8 @@ class Conditioned(Adapted):
         self.low = low
         self.high = high
         self.support = support
+        self.sums = sums
+        self.known = known
 
     @property
     def n_tasks(self) -> int:
@@ -95,34 +107,75 @@ class Conditioned(Adapted):
 
     @classmethod
     def on(cls, head: GaussianHead, calibration: Calibration, support: Support) -> Conditioned:
-        """Condition on support sets; `support.y` is (n_rows, n_outputs), of classes 0 and 1."""
-        run = _exact(head)
-        weight = None if support.weight is None else _mean_one(support)
-        y, n_tasks = support.y.astype(np.float64), support.n_tasks
-        dtype = support.X.dtype
-        shift = np.empty((head.n_members, n_tasks, head.n_columns, head.n_outputs), dtype=dtype)
-        with torch.no_grad():
-            for tasks, place, present in padded(support.codes, n_tasks):
-                root = present.astype(np.float64)
-                if weight is not None:
-                    root *= np.sqrt(weight[place])
-                parts = _tensors(head, support.X[place], y[place], root)
-                shift[:, tasks] = run.condition(*parts).shift.cpu().numpy()
-        y = head.likelihood.latent(y, calibration.low)
-        # between the targets of meta-training and of the support set, and a little beyond
-        low, high = (
-            np.repeat(edge[None], n_tasks, 0) for edge in (calibration.low, calibration.high)
-        )
-        np.minimum.at(low, support.codes, y)
-        np.maximum.at(high, support.codes, y)
-        beyond = MARGIN * (high - low)
-        return cls(head, calibration, shift, low - beyond, high + beyond, support)
+        """Condition on support sets."""
+        return cls._of_none(head, calibration, support).with_rows(support, math.inf)
 
     @classmethod
     def prior(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
-        """Tasks without any labelled rows: population predictions."""
-        y = np.empty((0, head.n_outputs))
-        return cls.on(head, calibration, Support(like.X[:0], y, like.codes[:0], like.n_tasks))
+        """Tasks whose labelled rows do not count: population predictions."""
+        none = Support(like.X[:0], like.y[:0], like.codes[:0], like.n_tasks)
+        made = cls.on(head, calibration, none)
+        made.known = False
+        return made
+
+    @classmethod
+    def _of_none(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
+        """No tasks."""
+        shift = np.empty((head.n_members, 0, head.n_columns, head.n_outputs), like.X.dtype)
+        edge = np.empty((0, head.n_outputs))
+        support = Support(like.X[:0], like.y[:0], like.codes[:0], 0)
+        return cls(head, calibration, shift, edge, edge, support, {})
+
+    def extended(self, more: Support) -> Conditioned:
+        """See `Adapted`."""
+        if not self.known:
+            refuse_unknown()
+        return self.with_rows(more, ROWS_PER_COLUMN * self.head.n_columns)
+
+    @torch.no_grad()
+    def with_rows(self, more: Support, most_rows: float) -> Conditioned:
+        """Condition tasks on more rows, too.
+
+        Sums take the place of the rows of a task where they take less room, and where there are
+        more than `most_rows`, which would make the next extension slow.
+        """
+        head, run = self.head, _exact(self.head)
+        tasks = np.union1d(more.codes, np.arange(self.n_tasks, more.n_tasks))
+        rows = self.support.followed_by(more)
+        n_rows = rows.sizes[tasks]
+        row_bytes = sum(part[:1].nbytes for part in (more.X, more.y, more.codes))
+        less = (n_rows > head.n_columns) & (n_rows * row_bytes > room_of_sums(head))
+        enough = less | (n_rows > most_rows) | np.isin(tasks, list(self.sums))
+        summed = tasks[enough & run.has_sums]
+        sums = dict(self.sums)
+        for j, found in sums_over(run, rows.of(summed)).items():
+            task = int(summed[j])
+            sums[task] = sums[task] + found if task in sums else found
+        kept = rows.without(summed)
+        shape = (head.n_members, more.n_tasks, head.n_columns, head.n_outputs)
+        shift = np.empty(shape, dtype=self.shift.dtype)
+        shift[:, : self.n_tasks] = self.shift
+        given = Given(run, kept, sums, tasks)
+        for some in given.batches():
+            shift[:, tasks[some]] = given.posterior(some).shift.cpu().numpy()
+        low, high = self._range_with(more)
+        return Conditioned(head, self.calibration, shift, low, high, kept, sums)
+
+    def _range_with(self, more: Support) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest targets of all tasks, where there are more rows."""
+        n_new = more.n_tasks - self.n_tasks
+        low, high = (
+            np.concatenate([of_tasks, np.repeat(edge[None], n_new, 0)])
+            for of_tasks, edge in (
+                (self.low, self.calibration.low),
+                (self.high, self.calibration.high),
+            )
+        )
+        if not self.head.classification:
+            y = self.head.likelihood.latent(more.y.astype(np.float64), self.calibration.low)
+            np.minimum.at(low, more.codes, y)
+            np.maximum.at(high, more.codes, y)
+        return low, high
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
@@ -136,8 +189,14 @@ class Conditioned(Adapted):
 
     def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Cut outputs off a little beyond the range of targets that were seen."""
-        result: np.ndarray = np.clip(outputs, self.low[codes], self.high[codes])
+        low, high = self._edges()
+        result: np.ndarray = np.clip(outputs, low[codes], high[codes])
         return result
+
+    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where predictions of each task end."""
+        beyond = MARGIN * (self.high - self.low)
+        return self.low - beyond, self.high + beyond
 
     def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return outputs (n_members, n_rows, n_outputs) of each member."""
@@ -147,7 +206,7 @@ class Conditioned(Adapted):
         with torch.no_grad(), threads_for(work):
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 part = slice(start, start + ROWS_AT_A_TIME)
-                prior, S = run.columns(*_tensors(self.head, rows[part]))
+                prior, S = run.columns(*tensors(self.head, rows[part]))
                 shift = torch.from_numpy(self.shift[:, codes[part]]).to(S)
                 mean = prior + (S.unsqueeze(-2) @ shift).squeeze(-2)
                 means[:, part] = (run.amplitude() * mean).cpu().numpy()
@@ -191,7 +250,7 @@ class Conditioned(Adapted):
                 "largest std of predict(..., return_std=True), or fit a transformed target."
             )
         run, n_noises = _exact(self.head), self.head.log_noise.shape[1]
-        given = _Given(self.head, run, self.support, tasks)
+        given = Given(run, self.support, self.sums, tasks)
         order = np.argsort(pools, kind="stable")
         sizes = np.bincount(pools, minlength=len(tasks))
         first = np.cumsum(sizes) - sizes
@@ -201,7 +260,7 @@ class Conditioned(Adapted):
         chosen = np.empty((len(tasks), n), dtype=np.intp)
 
         def columns(of_pools: np.ndarray) -> Tensor:
-            return run.of_tasks(*_tensors(self.head, rows[of_pools]))[1]
+            return run.of_tasks(*tensors(self.head, rows[of_pools]))[1]
 
         with torch.no_grad():
             for batch in alike(sizes, most_tasks, MOST_ENTRIES // entries):
@@ -227,10 +286,10 @@ class Conditioned(Adapted):
     ) -> Tensor:
         """Return what variances (n_members, n_tasks, n_noises, n_rows) count in those of `std`."""
         factor = self._factor(rows[place.ravel()]).reshape(*place.shape, -1)
-        (weight,) = _tensors(self.head, factor**2 * present[..., None])
+        (weight,) = tensors(self.head, factor**2 * present[..., None])
         weight = (weight * run.amplitude_of_tasks() ** 2).mT
         if self.calibration.freedom is not None:
-            (freedom,) = _tensors(self.head, self.calibration.freedom)
+            (freedom,) = tensors(self.head, self.calibration.freedom)
             weight = weight * run.spread(posterior, freedom).unsqueeze(-1)
         if run.noise().shape[1] == 1:
             weight = weight.sum(-2, keepdim=True)
@@ -242,23 +301,32 @@ class Conditioned(Adapted):
             raise TypeError("classes have probabilities in place of standard deviations")
         run = _exact(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
-        given = _Given(self.head, run, self.support, asked)
+        given = Given(run, self.support, self.sums, asked)
+        of_query = of_query.reshape(-1)
+        n_queries = np.bincount(of_query)
+        order = np.argsort(of_query, kind="stable")
+        first = np.cumsum(n_queries) - n_queries
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         freedom = self.calibration.freedom
-        prior = None if freedom is None else _tensors(self.head, freedom)[0]
+        prior = None if freedom is None else tensors(self.head, freedom)[0]
         with torch.no_grad():
-            for some, place, present in padded(of_query.reshape(-1), len(asked), given.sizes):
-                query = _tensors(self.head, rows[place])[0]
-                mean, variance = run.query(query, given.posterior(some), prior)
-                assert variance is not None
-                means[:, place[present]] = mean.cpu().numpy()[:, present]
-                variances[:, place[present]] = variance.cpu().numpy()[:, present]
+            for some in given.batches(n_queries):
+                posterior, most = given.posterior(some), n_queries[some].max()
+                for start in range(0, most, CACHED_ROWS):
+                    number = np.arange(start, min(start + CACHED_ROWS, most))
+                    real = number < n_queries[some][:, None]
+                    at = order[np.where(real, first[some][:, None] + number, 0)]
+                    found = run.query(tensors(self.head, rows[at])[0], posterior, prior)
+                    for values, whole in zip(found, (means, variances), strict=True):
+                        assert values is not None
+                        whole[:, at[real]] = values.cpu().numpy()[:, real]
         return means, variances
 
     def module(self, task: int, how: Any = None) -> PlainHead:
         """See `Adapted`."""
-        shift, low, high = _tensors(self.head, self.shift[:, task], self.low[task], self.high[task])
+        low, high = (edge[task] for edge in self._edges())
+        shift, low, high = tensors(self.head, self.shift[:, task], low, high)
         of_logits = float(self.calibration.factor) if self.head.classification else 1.0
         return PlainHead(self.head, shift, low, high, of_logits, self._root(task))
 
@@ -268,19 +336,19 @@ class Conditioned(Adapted):
         if not isinstance(run, LaplaceFunctions):
             return None
         with torch.no_grad():
-            given = _Given(self.head, run, self.support, np.array([task])).posterior(
-                np.zeros(1, int)
-            )
-            assert isinstance(given, LaplacePosterior)
-            return given.root()[:, 0]
+            given = Given(run, self.support, self.sums, np.array([task]))
+            posterior = given.posterior(np.zeros(1, int))
+            assert isinstance(posterior, LaplacePosterior)
+            return posterior.root()[:, 0]
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""
-        names = ("shift", "low", "high")
+        names = ("shift", "low", "high", "known")
         return {
             "kind": "conditioned",
             **{name: getattr(self, name) for name in names},
             "support": dict(vars(self.support)),
+            "sums": Sums.state(self.sums),
         }
 
     @classmethod
@@ -289,35 +357,8 @@ class Conditioned(Adapted):
     ) -> Conditioned:
         """Make what `state` described."""
         shift, low, high = (state[name] for name in ("shift", "low", "high"))
-        return cls(head, calibration, shift, low, high, Support(**state["support"]))
-
-
-class _Given:
-    """Posteriors of tasks, some of them at a time.
-
-    `sizes` are the support rows of each of the tasks `asked`, of which one may come repeatedly.
-    """
-
-    def __init__(
-        self, head: GaussianHead, run: HeadFunctions, support: Support, asked: np.ndarray
-    ) -> None:
-        self.head, self.run, self.support = head, run, support
-        n_rows = np.bincount(support.codes, minlength=support.n_tasks)
-        self.sizes = n_rows[asked]
-        self.first = (np.cumsum(n_rows) - n_rows)[asked]
-        self.order = np.argsort(support.codes, kind="stable")
-        self.root = (
-            np.ones(len(support.X)) if support.weight is None else np.sqrt(_mean_one(support))
-        )
-
-    def posterior(self, some: np.ndarray) -> Posterior:
-        """Condition on the support sets of these positions in `asked`."""
-        sizes, support = self.sizes[some][:, None], self.support
-        number = np.arange(sizes.max())
-        real = number < sizes
-        at = self.order[np.where(real, self.first[some][:, None] + number, 0)]
-        y = support.y[at].astype(np.float64)
-        return self.run.condition(*_tensors(self.head, support.X[at], y, real * self.root[at]))
+        support, sums = Support(**state["support"]), Sums.from_state(state["sums"])
+        return cls(head, calibration, shift, low, high, support, sums, state["known"])
 
 
 def _exact(head: GaussianHead) -> HeadFunctions:
@@ -331,17 +372,3 @@ def _exact(head: GaussianHead) -> HeadFunctions:
         for name, p in head.named_parameters()
     }
     return head.functions(params, body)
-
-
-def _tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
-    own = (array if array.flags.writeable else array.copy() for array in arrays)
-    return [torch.from_numpy(array).to(head.factor.device) for array in own]
-
-
-def _mean_one(support: Support) -> np.ndarray:
-    """Weights that are 1 on average in each task."""
-    assert support.weight is not None
-    total = np.bincount(support.codes, support.weight, support.n_tasks)
-    n_rows = np.bincount(support.codes, minlength=support.n_tasks)
-    scaled: np.ndarray = support.weight * (n_rows / np.where(total > 0, total, 1))[support.codes]
-    return scaled

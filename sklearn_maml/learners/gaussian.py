@@ -12,9 +12,9 @@ so that a linear truth needs no training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.start import NOISE_FLOOR
 
-__all__ = ["GaussianHead", "HeadFunctions", "Posterior"]
+__all__ = ["GaussianHead", "HeadFunctions", "Information", "Posterior"]
 
 Params = dict[str, Tensor]
 
@@ -198,6 +198,37 @@ def _density(gram: Tensor, residual: Tensor, noise: Tensor) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
+class Information:
+    """What support sets say, as sums over their rows: those of further rows are added.
+
+    Attributes
+    ----------
+    gram : Tensor of shape (n_members, n_tasks, n_columns, n_columns)
+        Of the columns S.
+    cross : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
+        Columns with residuals: targets less the prior mean, by the amplitude.
+    square : Tensor of shape (n_members, n_tasks, n_outputs)
+        Of the residuals.
+    n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
+        Support rows, by their weights.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+    n_rows: Tensor
+
+    @classmethod
+    def over(cls, S: Tensor, residual: Tensor, n_rows: Tensor) -> Information:
+        """Sum over rows (n_members, n_tasks, n_rows, ...)."""
+        return cls(S.mT @ S, S.mT @ residual, residual.square().sum(2), n_rows)
+
+    def __add__(self, other: Information) -> Information:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Information(*(one + more for one, more in pairs))
+
+
+@dataclass(frozen=True)
 class Posterior:
     """What support sets made of the prior.
 
@@ -205,30 +236,33 @@ class Posterior:
     ----------
     shift : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
         Mean of w.
-    S : Tensor of shape (n_members, n_tasks, n_support, n_columns)
-        Columns of the support rows.
     factor : Tensor of shape (n_members, n_tasks, n_noises, n, n)
-        Root of the system that was solved; n is the smaller of n_support and n_columns.
-    residual : Tensor of shape (n_members, n_tasks, n_support, n_outputs)
-        Targets less the prior mean, by the amplitude.
+        Root of the system that was solved: of rows, or of columns where there are fewer of them.
+    unexplained : Tensor of shape (n_members, n_tasks, n_outputs)
+        Products of the residuals with what the shift leaves of them.
     n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
         Support rows, by their weights.
+    S : Tensor of shape (n_members, n_tasks, n_support, n_columns) or None
+        Columns of the support rows, if the system is one of rows.
     """
 
     shift: Tensor
-    S: Tensor
     factor: Tensor
-    residual: Tensor
+    unexplained: Tensor
     n_rows: Tensor
-
-    @property
-    def dual(self) -> bool:
-        """Whether the system is one of rows."""
-        return self.S.shape[-2] <= self.S.shape[-1]
+    S: Tensor | None
 
 
 class HeadFunctions:
-    """Functions of the values of a head's parameters, for all its members at once."""
+    """Functions of the values of a head's parameters, for all its members at once.
+
+    Attributes
+    ----------
+    has_sums : bool
+        Whether sums over the rows of a task say all that the rows do, see `Information`.
+    """
+
+    has_sums: ClassVar[bool] = True
 
     def __init__(self, head: GaussianHead, params: Params, body: Any) -> None:
         self.head = head
@@ -267,28 +301,21 @@ class HeadFunctions:
         others = self.params["log_amplitude"].exp()
         return torch.cat([torch.ones_like(others[:, :1]), others], 1).unsqueeze(1)
 
-    def _solver(self, S: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Make the map ``v -> S' (S S' + noise)^-1 v``, by the smaller system; and its root."""
+    def _root(self, gram: Tensor) -> Tensor:
+        """Cholesky factors (n_members, n_tasks, n_noises, n, n) of a Gram matrix and the noise."""
         noise = self.noise()
-        dual = S.shape[-2] <= S.shape[-1]
-        gram = S @ S.mT if dual else S.mT @ S
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         # a system that is not positive definite gives what is not finite, and a skipped update
         factor, failed = torch.linalg.cholesky_ex(
             gram.unsqueeze(2) + noise[:, None, :, None, None] * eye
         )
-        factor = factor.where((failed == 0)[..., None, None], torch.nan)
-        each = noise.shape[1] > 1  # every output has a system of its own
+        return factor.where((failed == 0)[..., None, None], torch.nan)
 
-        def solve(v: Tensor) -> Tensor:
-            v = v.mT.unsqueeze(-1) if each else v.unsqueeze(2)
-            if dual:
-                shift = S.mT.unsqueeze(2) @ torch.cholesky_solve(v, factor)
-            else:
-                shift = torch.cholesky_solve(S.mT.unsqueeze(2) @ v, factor)
-            return shift.squeeze(-1).mT if each else shift.squeeze(2)
-
-        return solve, factor
+    def _solve(self, factor: Tensor, v: Tensor) -> Tensor:
+        """Solve the systems of `_root` for v (n_members, n_tasks, n, n_outputs)."""
+        if factor.shape[2] > 1:  # every output has a system of its own
+            return torch.cholesky_solve(v.mT.unsqueeze(-1), factor).squeeze(-1).mT
+        return torch.cholesky_solve(v, factor.squeeze(2))
 
     def condition(self, X: Tensor, y: Tensor, root: Tensor | None = None) -> Posterior:
         """Condition on support sets.
@@ -301,22 +328,39 @@ class HeadFunctions:
         root : Tensor of shape (n_tasks, n_support) or (n_members, n_tasks, n_support), optional
             Square roots of the rows' weights, which are 1 on average; 0 for padding.
         """
+        S, residual, n_rows = self.weighted(X, y, root)
+        if S.shape[-2] > S.shape[-1]:
+            given = self.posterior(Information.over(S, residual, n_rows))
+            shift, factor, kept = given.shift, given.factor, None
+        else:
+            factor, kept = self._root(S @ S.mT), S
+            shift = S.mT @ self._solve(factor, residual)
+        unexplained = (residual * (residual - S @ shift)).sum(2)
+        return Posterior(shift, factor, unexplained, n_rows, kept)
+
+    def posterior(self, given: Information) -> Posterior:
+        """Condition on sums over the rows of support sets."""
+        factor = self._root(given.gram)
+        shift = self._solve(factor, given.cross)
+        unexplained = given.square - (given.cross * shift).sum(2)
+        return Posterior(shift, factor, unexplained, given.n_rows, None)
+
+    def weighted(
+        self, X: Tensor, y: Tensor, root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns, residuals and number of support rows by their weights; see `condition`."""
         prior, S = self.of_tasks(X)
         if root is None:
             root = S.new_ones(1, *X.shape[:2])
         m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
-        A = S * m
-        solve, factor = self._solver(A)
-        residual = m * (self._coded(y) - prior)
-        return Posterior(solve(residual), A, factor, residual, m.square().sum(2))
+        return S * m, m * (self._coded(y) - prior), m.square().sum(2)
 
     def misfit(self, given: Posterior) -> tuple[Tensor, Tensor]:
         """Squared Mahalanobis length (n_members, n_tasks, n_outputs) of the support targets.
 
         As long as the number of rows (1 or n_members, n_tasks, 1), the second result, on average.
         """
-        unexplained = given.residual - given.S @ given.shift
-        found = (given.residual * unexplained).sum(2) / self.noise()[:, None]
+        found = given.unexplained / self.noise()[:, None]
         return found.clamp_min(0), given.n_rows
 
     def _coded(self, y: Tensor) -> Tensor:
@@ -424,7 +468,7 @@ class HeadFunctions:
 
     def covariance(self, given: Posterior) -> Tensor:
         """Covariance (n_members, n_tasks, n_noises, n_columns, n_columns) of w."""
-        if not given.dual:
+        if given.S is None:
             noise = self.noise()[:, None, :, None, None]
             return noise * torch.cholesky_inverse(given.factor)
         half = torch.linalg.solve_triangular(given.factor, given.S.unsqueeze(2), upper=False)
@@ -433,7 +477,7 @@ class HeadFunctions:
     def _variance(self, S: Tensor, given: Posterior) -> Tensor:
         """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""
         noise = self.noise()[:, None, :, None]
-        if given.dual:
+        if given.S is not None:
             cross = (given.S @ S.mT).unsqueeze(2)
             half = torch.linalg.solve_triangular(given.factor, cross, upper=False)
             left = S.square().sum(-1).unsqueeze(2) - half.square().sum(-2)

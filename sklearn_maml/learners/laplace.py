@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -105,6 +105,7 @@ class LaplacePosterior:
 class LaplaceFunctions(HeadFunctions):
     """Functions of a `LaplaceHead`; in float64, whatever comes in, as information may be large."""
 
+    has_sums: ClassVar[bool] = False
     head: LaplaceHead
 
     @property

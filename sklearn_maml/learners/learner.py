@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
 from sklearn_maml.engine import MetaStep
-from sklearn_maml.learners.base import Adapted, Support, padded
+from sklearn_maml.learners.base import Adapted, Support, padded, refuse_unknown
 from sklearn_maml.learners.gradient import Running
 from sklearn_maml.learners.plain import PlainLearner
 from sklearn_maml.threads import threads_for
@@ -255,6 +255,12 @@ class AdaptedBySupport(Adapted):
             result[place[present]] = values
         assert result is not None
         return result
+
+    def extended(self, more: Support) -> AdaptedBySupport:
+        """See `Adapted`."""
+        if not self.known:
+            refuse_unknown()
+        return AdaptedBySupport(self.learner, self.network, self.support.followed_by(more))
 
     def module(self, task: int, how: Running) -> PlainLearner:
         """See `Adapted`."""
