@@ -687,7 +687,11 @@ def fuzz_fit(data: Any) -> None:
         else:
             call("set_params", lambda: model.set_params(**odd), {}, model, writes=True)
     n = data.draw(st.sampled_from([36, 36, 72, 12, 18, 6, 5, 2, 1]), "rows")
-    arguments = spoil(data_of(kind, n), data.draw(mutations(names), "changes"))
+    valid = data_of(kind, n)
+    valid["sample_weight"] = data.draw(st.sampled_from([None, None, np.ones(n), np.arange(n) % 4]))
+    if valid["sample_weight"] is not None:
+        names = (*names, "sample_weight")
+    arguments = spoil(valid, data.draw(mutations(names), "changes"))
     if call("fit", model.fit, arguments, model, writes=True) is not None:
         assert all(torch.isfinite(p).all() for p in model.module_.parameters())
         if "_state" in vars(model):

@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from skorch.callbacks import Callback
+from torch import nn
 
 from sklearn_maml import FewShotClassifier, MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
@@ -31,10 +32,12 @@ from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import HeadTrainer
 from sklearn_maml.learners.judging import _Deviations
-from sklearn_maml.learners.likelihoods import Classes, Normal
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.learner import Learner
+from sklearn_maml.learners.likelihoods import Classes, Normal, find_likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, task_errors
-from sklearn_maml.learners.start import start_of_classes, start_of_numbers
-from sklearn_maml.targets.losses import CrossEntropy, SquaredError
+from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
+from sklearn_maml.targets.losses import CrossEntropy, Gamma, Poisson, SquaredError
 from sklearn_maml.training.checkpoint import Checkpoint
 
 N_TASKS, N_ROWS = 12, 10
@@ -318,6 +321,65 @@ def test_weights_of_classes_are_of_rows_as_frequent_as_they_come():
     assert_allclose(weight.sum(), 1)
 
 
+@pytest.mark.parametrize("n_ways", [None, 2])
+def test_episodes_that_are_drawn_on_a_device_have_their_weights(n_ways):
+    y, weight = np.tile([0, 1, 2], 12), RNG.uniform(0.5, 2, 36)
+    tasks = TaskCollection(X[:36], y, np.arange(36) // 12, np.arange(3), None, "groups", weight)
+    draws = EpisodeSampler(tasks, classification=True, n_ways=n_ways, n_shots=1, n_queries=2)
+    which = np.array([[0, 1, 2], [2, 1, 0]])
+    here = draws.sample_batches(which, np.random.default_rng(0))
+    there = draws.sample_on(torch.device("cpu"), which, np.random.default_rng(0))
+    for mine, other in zip(here, there, strict=True):
+        for rows, same in ((mine.support, other.support), (mine.query, other.query)):
+            assert_array_equal(rows.weight, same.weight)
+            assert_array_equal(rows.X, same.X)
+
+
+def test_pools_of_classes_and_task_distributions_take_weights():
+    y, weight = np.tile(np.arange(6), 20), np.where(X[:, 0] > 0, 2.0, 1.0)
+    ways = {"n_ways": 2, "n_shots": 1, "n_queries": 2, "update_rule": "sgd"}
+    pool = MAMLClassifier(**SMALL, **ways).fit(X, y, sample_weight=weight)
+    plain = MAMLClassifier(**SMALL, **ways).fit(X, y)
+    new = X[:8], np.tile([0, 1], 4)
+    found, other = (model.adapt(*new).predict_proba(X) for model in (pool, plain))
+    assert not np.allclose(found, other)
+
+    class Halves:
+        def sample(self, n_tasks, random_state=None):
+            rng = np.random.default_rng(random_state)
+            rows = rng.normal(size=(n_tasks, 12, 3))
+            return [(A, (A[:, 0] > 0.8 + 0.1 * rng.normal()).astype(int)) for A in rows]
+
+    plain, balanced = (
+        MAMLClassifier(**SMALL, update_rule="sgd", class_weight=weight).fit(Halves())
+        for weight in (None, "balanced")
+    )
+    assert balanced.class_weight_[1] > 2 * balanced.class_weight_[0]
+    rare = [model.adapt(X[:7], LABELS[:7] == "rare").predict_proba(X)[:, 1].mean()
+            for model in (plain, balanced)]  # fmt: skip
+    assert rare[1] > rare[0]
+
+
+def test_a_learner_of_ones_own_is_trained_by_weights():
+    class Level(Learner):
+        """The mean of the support targets by their weights, less a constant that is learned."""
+
+        def build(self, problem):
+            return nn.Linear(1, problem.n_outputs)
+
+        def outputs(self, network, support, query):
+            weight = support.weight.unsqueeze(-1)
+            mean = (weight * support.y).sum(1, keepdim=True)
+            return (mean - network.bias).expand(*query.y.shape[:2], -1)
+
+    offsets = []
+    for heavy in (1.0 + 1e-9, 3.0):  # not all equal: the learner is told of weights
+        weight = np.where(Y > 0, heavy, 1.0)
+        model = MAMLRegressor(**{**SMALL, "update_rule": Level()})
+        offsets.append(model.fit(X, Y, groups=T, sample_weight=weight).module_.bias.item())
+    assert not np.allclose(*offsets)
+
+
 @pytest.mark.parametrize("gradient", ["second-order", "first-order", "implicit", "reptile"])
 @pytest.mark.parametrize("max_tasks", [None, 1])
 def test_a_task_counts_by_its_weight_in_every_meta_gradient(gradient, max_tasks):
@@ -394,6 +456,29 @@ def test_the_likelihood_of_a_head_takes_a_row_of_weight_two_as_two_rows(classifi
     assert_allclose(mean[0, 0], mean_repeated[0, 0][first])
 
 
+@pytest.mark.parametrize("loss", [Poisson(), Gamma()])
+def test_likelihoods_of_newton_steps_take_a_row_of_weight_two_as_two_rows(loss):
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(4, 1)), np.eye(4) / 3, np.ones(1), np.full(1, 0.3)
+    body = MLPBody(1, [3, 5], torch.tanh, torch.Generator().manual_seed(0))
+    head = LaplaceHead(
+        body,
+        [start],
+        np.zeros(3),
+        np.ones(3),
+        likelihood=find_likelihood(loss),
+        same_classes=False,
+    )
+    run = head.double().functions({n: p.detach() for n, p in head.named_parameters()})
+    A = torch.from_numpy(rng.normal(size=(1, 7, 3)))
+    b = torch.from_numpy(rng.poisson(3.0, size=(1, 7, 1)) + 1.0)
+    count = torch.tensor([[2.0, 1, 3, 1, 1, 2, 4]], dtype=torch.float64)
+    twice = torch.arange(7).repeat_interleave(count[0].long())
+    n_support = int(count[0, :3].sum())
+    nll, _ = run.loss(A, b, count[None], 3)
+    assert_allclose(nll, run.loss(A[:, twice], b[:, twice], None, n_support)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("classification", [False, True])
 def test_a_head_is_trained_and_judged_by_weights(classification):
     """Losses, errors and gradients of a batch are those of its tasks, by their weights."""
@@ -445,6 +530,18 @@ def test_a_mixed_model_takes_repeated_rows_and_weighs_tasks(n_outputs):
     some = np.where(np.arange(48) % 3 == 0, 1.0, 2.0) * weight
     parts = start_of_numbers(A[halves], b[halves], task[halves], np.repeat(some, 2))
     assert not np.allclose(parts[0], expected[0])
+
+
+def test_a_start_of_counts_takes_tasks_of_weight_two_as_two_tasks():
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(8), 6)
+    A, b = rng.normal(size=(48, 2)), rng.poisson(4.0, size=(48, 1)).astype(float)
+    doubled = np.r_[np.arange(48), np.flatnonzero(task == 1)]
+    options = find_likelihood(Poisson()), np.ones(1)
+    expected = start_of_outputs(A[doubled], b[doubled], np.r_[task, np.full(6, 8)], *options)
+    got = start_of_outputs(A, b, task, *options, np.where(task == 1, 2.0, 1.0))
+    for mine, value in zip(got, expected, strict=True):
+        assert_allclose(mine, value, rtol=1e-5, atol=1e-8)
 
 
 def test_a_pooled_start_of_classes_takes_repeated_rows():

@@ -18,6 +18,8 @@ __all__ = ["NEAR", "check_weights", "merged", "row_marks", "spread_weights", "we
 # exponent of weights that can be compared between calls as they are
 NEAR = 50
 
+BLOCK = 2**20  # numbers that are marked at a time
+
 
 def check_weights(sample_weight: Any, X: np.ndarray, near: int = 0, **options: Any) -> np.ndarray:
     """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
@@ -143,7 +145,13 @@ def merged(tasks: TaskCollection) -> TaskCollection:
 
 def row_marks(X: np.ndarray) -> np.ndarray:
     """Checksum (n_rows,) of each row of features."""
-    bits = np.ascontiguousarray(X.reshape(len(X), -1), dtype=np.float64).view(np.uint64)
-    odd = np.random.RandomState(0).randint(0, 2**63, bits.shape[1], dtype=np.uint64) * 2 + 1
-    marks: np.ndarray = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
+    flat = X.reshape(len(X), -1)
+    n_columns = flat.shape[1]
+    odd = np.random.RandomState(0).randint(0, 2**63, n_columns, dtype=np.uint64) * 2 + 1
+    marks = np.empty(len(X), dtype=np.uint64)
+    at_a_time = max(BLOCK // max(n_columns, 1), 1)  # copies of images would be large
+    for start in range(0, len(X), at_a_time):
+        part = slice(start, start + at_a_time)
+        bits = np.ascontiguousarray(flat[part], dtype=np.float64).view(np.uint64)
+        marks[part] = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
     return marks.view(np.int64)
