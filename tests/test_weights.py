@@ -661,6 +661,17 @@ def test_class_weights_are_weights_of_the_rows_of_a_support_set(rule):
     assert_array_equal(few, found)
 
 
+@pytest.mark.parametrize("weight", [None, W])
+def test_rows_that_are_added_have_the_weights_of_their_classes(weight):
+    model = fit("classification", "gaussian-head", class_weight={"common": 1.0, "rare": 4.0})
+    first, more = (None, None) if weight is None else (weight[:4], weight[4:9])
+    at_once = None if weight is None else weight[:9]
+    expected = copy.copy(model).adapt(X[:9], LABELS[:9], sample_weight=at_once).predict_proba(X)
+    model.adapt(X[:4], LABELS[:4], sample_weight=first)
+    model.adapt(X[4:9], LABELS[4:9], sample_weight=more, extend=True)
+    assert_allclose(model.predict_proba(X), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

@@ -111,7 +111,7 @@ class Adapting(Building):
         y, _ = self.targets_.encode_support(tasks, sample_weight)
         n_tasks = max(before.n_tasks, int(positions.max(initial=-1)) + 1)
         X, codes = self._reshape(tasks.X), positions[tasks.codes]
-        more = Support(X, y, codes, n_tasks, sample_weight)
+        more = Support(X, y, codes, n_tasks, self.targets_.weights(y, sample_weight))
         with torch.inference_mode(False):  # a caller may have it on
             return dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
 
