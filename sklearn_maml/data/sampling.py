@@ -18,6 +18,7 @@ from sklearn_maml.data.episodes import (
     EpisodeBatch,
     Rows,
     centered,
+    gather,
     gathered,
     pad_rows,
     to_device,
@@ -397,7 +398,7 @@ class EpisodeSampler:
         names = np.arange(len(X)) if self.keep_index else None
         if labels is not None:
             names = rows if self.keep_index else None
-            X, y, rows = X.take(rows, axis=0), labels, np.arange(len(rows))
+            X, y, rows = gather(X, rows), labels, np.arange(len(rows))
         if _is_constant(counts) and counts[0]:  # nothing to pad: gathered at once, then cut
             whole = pad_rows(
                 X, y, rows, counts, weight, dtype=dtype, names=names, normalise=normalise
