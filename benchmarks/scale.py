@@ -91,9 +91,8 @@ def save(folder: Path, kind: str, n_tasks: int, n_rows: int, n_features: int) ->
 
         columns = {f"x{j}": X[:, j].copy() for j in range(n_features)}
         table = pa.table({**columns, "task": task, "y": y})
-        with pa.OSFile(str(folder / "data.arrow"), "wb") as sink:
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+        with pa.ipc.new_file(str(folder / "data.arrow"), table.schema) as writer:
+            writer.write_table(table)
     else:
         for name, values in (("X", X), ("y", y), ("task", task)):
             np.save(folder / f"{name}.npy", values)

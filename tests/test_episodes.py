@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
 
-from sklearn_maml.data.episodes import Rows, pad_rows
+from sklearn_maml import MAMLRegressor
+from sklearn_maml.data.episodes import Rows, gather, pad_rows
 from sklearn_maml.data.sampling import (
+    MOST_VALIDATED,
     SUPPORT_RANGE,
     VALIDATION_EPISODES,
     EpisodeSampler,
     draw_fixed,
+    evenly,
 )
-from sklearn_maml.data.splitting import check_splittable, hold_out, usable
+from sklearn_maml.data.splitting import check_splittable, hold_out, part_of, usable
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.training import sources
 from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
 from sklearn_maml.training.stream import BatchLoader, FixedEpisodes, TaskStream, use_batch
 
@@ -544,7 +549,8 @@ def test_fixed_episodes_with_more_classes_than_ways_are_refused():
 
 def test_hold_out_splits_whole_tasks():
     tasks = make_tasks([3, 4, 5] * 7)
-    train, valid = hold_out(tasks, "auto", 0.2, seed=0)
+    kept, held = hold_out(tasks, "auto", 0.2, seed=0)
+    train, valid = (part_of(tasks, units, pool=False) for units in (kept, held))
     assert valid.n_tasks == 4
     assert train.n_tasks == 17
     assert sorted([*train.ids, *valid.ids]) == list(range(21))
@@ -553,19 +559,18 @@ def test_hold_out_splits_whole_tasks():
             rows = part.X[part.rows(j), 0].astype(int)
             assert sorted(rows) == sorted(tasks.rows(task))
     again = hold_out(tasks, "auto", 0.2, seed=0)[1]
-    assert again.ids.tolist() == valid.ids.tolist()
-    assert {tuple(hold_out(tasks, "auto", 0.2, seed=s)[1].ids) for s in range(5)} != {
-        tuple(valid.ids)
-    }
+    assert again.tolist() == held.tolist()
+    assert {tuple(hold_out(tasks, "auto", 0.2, seed=s)[1]) for s in range(5)} != {tuple(held)}
+    assert part_of(tasks, np.arange(tasks.n_tasks), pool=False) is tasks
 
 
 def test_hold_out_is_automatic_from_ten_tasks_on():
     assert hold_out(make_tasks([2] * 9), "auto", 0.5, seed=0)[1] is None
-    assert hold_out(make_tasks([2] * 10), "auto", 0.5, seed=0)[1].n_tasks == 5
-    assert hold_out(make_tasks([2] * 10), "auto", 0.01, seed=0)[1].n_tasks == 1
+    assert hold_out(make_tasks([2] * 10), "auto", 0.5, seed=0)[1].size == 5
+    assert hold_out(make_tasks([2] * 10), "auto", 0.01, seed=0)[1].size == 1
     assert hold_out(make_tasks([2] * 50), False, 0.5, seed=0)[1] is None
-    train, valid = hold_out(make_tasks([2, 2]), True, 0.9, seed=0)
-    assert train.n_tasks == valid.n_tasks == 1
+    kept, held = hold_out(make_tasks([2, 2]), True, 0.9, seed=0)
+    assert len(kept) == len(held) == 1
 
 
 def test_hold_out_that_is_asked_for_and_impossible_is_an_error():
@@ -578,7 +583,8 @@ def test_hold_out_that_is_asked_for_and_impossible_is_an_error():
 
 def test_hold_out_of_a_class_pool_splits_whole_classes():
     pool = make_classes([[3] * 20])
-    train, valid = hold_out(pool, True, 0.2, seed=0, n_ways_of_pool=5)
+    units = hold_out(pool, True, 0.2, seed=0, n_ways_of_pool=5)
+    train, valid = (part_of(pool, classes, pool=True) for classes in units)
     held, kept = set(np.unique(valid.y)), set(np.unique(train.y))
     assert len(held) == 5  # as many as an episode needs
     assert held | kept == set(range(20))
@@ -591,6 +597,29 @@ def test_hold_out_of_a_class_pool_splits_whole_classes():
         sampler = EpisodeSampler(part, classification=True, n_ways=5, n_shots=1)
         batch = sampler.sample(np.zeros(3, dtype=int), np.random.default_rng(0))
         assert batch.support.y.sort(1).values.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_some_of_very_many_tasks_are_looked_at():
+    assert evenly(3, 5).tolist() == [0, 1, 2]
+    assert evenly(11, 3).tolist() == [0, 5, 10]
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(9000, 1)), np.repeat(np.arange(3000), 3)
+    for rule in ("sgd", "gaussian-head"):
+        reg = MAMLRegressor(update_rule=rule, max_iter=1, hidden_layer_sizes=(2,), random_state=0)
+        with mock.patch.object(sources, "EpisodeSampler", side_effect=EpisodeSampler) as made:
+            reg.fit(X, X[:, 0] + task % 7, groups=task)
+        sizes = {call.args[0].n_tasks for call in made.call_args_list}
+        held_out = {"sgd": 2550, "gaussian-head": 3000}[rule]
+        assert sizes == {held_out, MOST_VALIDATED}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_are_gathered_from_any_layout(order):
+    values = np.asarray(np.random.default_rng(0).normal(size=(50, 3)), order=order)
+    index = np.array([[3, 0], [49, 3]])
+    found = gather(values, index)
+    np.testing.assert_array_equal(found, values[index])
+    assert found.flags.c_contiguous
 
 
 @pytest.mark.parametrize("n_tasks", [1, 3, 7, 100, 101, 250])

@@ -361,6 +361,24 @@ def test_what_is_no_id_of_each_row_is_refused(name):
         MAMLRegressor(**SMALL).fit(X[:3], Y[:3], groups=ids)
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([7, 3, 7, 5], dtype=np.uint8),
+        np.array([-2, 4, -2, 0, 1]),
+        np.array([10**15, -3, 10**15]),
+        np.array([2**64 - 1, 2**64 - 3, 2**64 - 1], dtype=np.uint64),
+        np.array([-(2**63), 2**63 - 1]),
+        np.array([], dtype=np.int64),
+    ],
+)
+def test_whole_numbers_are_told_apart_whether_they_are_close_together_or_not(ids):
+    distinct, codes = encode_ids(ids, len(ids))
+    expected, places = np.unique(ids, return_inverse=True)
+    assert distinct.tolist() == expected.tolist()
+    assert codes.tolist() == places.tolist()
+
+
 def test_a_missing_label_beside_texts_is_no_class():
     for y in (["a", np.nan, "b"], ["a", None, "b"], [("a"), float("nan"), "a"]):
         with pytest.raises(ValueError, match="y contains missing labels"):

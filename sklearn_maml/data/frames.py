@@ -27,7 +27,7 @@ def as_frame(X: Any) -> Any:
         raise TypeError("X is a LazyFrame, whose rows are not computed yet. Pass X.collect().")
     if type(X).__module__.startswith("pyarrow") and hasattr(X, "column_names"):
         try:
-            return X.to_pandas()
+            return X.to_pandas(split_blocks=True)  # which takes columns as they are
         except ImportError:
             import polars
 

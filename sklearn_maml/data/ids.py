@@ -239,7 +239,7 @@ def _encode_column(column: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         codes, distinct = _factorize(column)
         missing = False
     else:
-        distinct, codes = np.unique(column, return_inverse=True)
+        distinct, codes = _unique(column)
         missing = False
     if missing or _has_missing(distinct):
         raise _missing(name)
@@ -251,6 +251,18 @@ def _encode_column(column: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty(len(order), dtype=np.intp)
     rank[order] = np.arange(len(order))
     return distinct[order], rank[codes]
+
+
+def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct ids, and each one's position; by counting where they are close together."""
+    low, high = (int(ids.min()), int(ids.max())) if ids.dtype.kind in "iu" and ids.size else (0, -1)
+    if not 0 <= high - low <= 2 * ids.size or max(-low, high) > 2**62:
+        distinct, codes = np.unique(ids, return_inverse=True)
+        return distinct, codes
+    place = ids.astype(np.intp) - low
+    present = np.bincount(place, minlength=high - low + 1) > 0
+    distinct = (np.flatnonzero(present) + low).astype(ids.dtype)
+    return distinct, (np.cumsum(present) - 1)[place]
 
 
 def _has_missing(ids: np.ndarray) -> bool:

@@ -27,7 +27,7 @@ from sklearn_maml.data.episodes import (
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import free_memory
 
-__all__ = ["EpisodeSampler", "Split", "draw_fixed"]
+__all__ = ["MOST_VALIDATED", "EpisodeSampler", "Split", "draw_fixed", "evenly"]
 
 # With n_shots=None the support size varies from episode to episode, so that one model serves
 # small and large support sets; see docs/defaults.md for the measurement behind the range.
@@ -36,6 +36,8 @@ SUPPORT_RANGE = (5, 20)
 VALIDATION_QUERIES, VALIDATION_QUERIES_OF_CLASS = 100, 10
 # episodes of a validation, as far as the number of held-out tasks allows
 VALIDATION_EPISODES = 100
+# held-out tasks that are looked at, at most: more would tell little and take most of a fit
+MOST_VALIDATED = 400
 # rows of a cell from which on few of them are drawn one after another, not as a part of all in
 # random order
 LARGE_CELL = 4096
@@ -420,6 +422,11 @@ class EpisodeSampler:
             pad_rows(X, y, *part, dtype=dtype, names=names, normalise=normalise)
             for part in zip(np.split(rows, ends), np.split(counts, n_batches), weights, strict=True)
         ]
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """Positions of at most so many of n, at equal distances."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.intp))
 
 
 def draw_fixed(sampler: EpisodeSampler, seed: int) -> list[EpisodeBatch]:

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn_maml.data.ids import show_id
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["check_splittable", "hold_out", "name_of", "usable"]
+__all__ = ["check_splittable", "hold_out", "name_of", "part_of", "usable"]
 
 
 def hold_out(
@@ -16,8 +16,8 @@ def hold_out(
     fraction: float,
     seed: int,
     n_ways_of_pool: int | None = None,
-) -> tuple[TaskCollection, TaskCollection | None]:
-    """Split off tasks for validation.
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Choose tasks for validation.
 
     Parameters
     ----------
@@ -34,7 +34,8 @@ def hold_out(
 
     Returns
     -------
-    training, validation : TaskCollection, TaskCollection or None
+    kept, held : int ndarray, int ndarray or None
+        Positions of tasks, or classes of a pool, in ascending order.
     """
     pool = n_ways_of_pool is not None
     demanded = asked != "auto" and bool(asked)
@@ -47,18 +48,20 @@ def hold_out(
                 f"early_stopping=True holds out {what} for validation, but there are only {units} "
                 f"(at least {least} are needed). Set early_stopping=False."
             )
-        return tasks, None
+        return np.arange(units), None
     n_valid = min(max(round(fraction * units), 1), units - 1)
     if n_ways_of_pool is not None:
         n_valid = min(max(n_valid, n_ways_of_pool), units - n_ways_of_pool)
     order = np.random.default_rng((seed, 2)).permutation(units)
-    held, kept = np.sort(order[:n_valid]), np.sort(order[n_valid:])
+    return np.sort(order[n_valid:]), np.sort(order[:n_valid])
+
+
+def part_of(tasks: TaskCollection, units: np.ndarray, pool: bool) -> TaskCollection:
+    """Tasks at some positions, or the rows of some classes of a pool; all without a copy."""
     if not pool:
-        return tasks.select(kept), tasks.select(held)
-    parts = []
-    for classes in (kept, held):
-        parts.append(tasks.at(np.isin(tasks.y, classes)))
-    return parts[0], parts[1]
+        return tasks if len(units) == tasks.n_tasks else tasks.select(units)
+    rows = np.isin(tasks.y, units)
+    return tasks if rows.all() else tasks.at(rows)
 
 
 def name_of(tasks: TaskCollection, j: int) -> str:

@@ -94,13 +94,20 @@ class TaskCollection:
         part = self.at(keep)
         return dataclasses.replace(part, codes=position[part.codes], ids=self.ids[tasks])
 
-    def leveled(self) -> np.ndarray | None:
+    def leveled(self, most_tasks: int | None = None) -> np.ndarray | None:
         """Return positions of rows among which no task drowns the others; None: all.
 
         Of a task with very many more rows than others these are some, evenly spread: statistics of
-        the rows would be those of this task.
+        the rows would be those of this task. With `most_tasks` they are of no more tasks than that,
+        evenly spread, too.
         """
         most = int(LEVEL * max(np.median(self.sizes), 1))
+        if most_tasks is not None and self.n_tasks > most_tasks:
+            chosen = np.zeros(self.n_tasks, dtype=bool)
+            chosen[np.linspace(0, self.n_tasks - 1, most_tasks).astype(np.intp)] = True
+            rows = self.leveled()
+            rows = np.arange(len(self.codes)) if rows is None else rows
+            return rows[chosen[self.codes[rows]]]
         if self.sizes.max() <= most:
             return None
         number = np.arange(len(self.order)) - np.repeat(self.indptr[:-1], self.sizes)

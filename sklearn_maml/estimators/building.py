@@ -39,6 +39,9 @@ from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
 
 __all__ = ["Building"]
 
+# tasks that the start of a head is computed of, at most: more would tell little
+STARTING_TASKS = 2500
+
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
@@ -162,7 +165,7 @@ class Building(Parameters):
     def _make_head(self, plan: Plan) -> GaussianHead:
         """Gaussian head at its start."""
         tasks, visible = plan.source.encoded, plan.episodes.visible
-        rows = tasks.leveled()
+        rows = tasks.leveled(STARTING_TASKS)
         if rows is not None:
             tasks = tasks.take_rows(rows)
             visible = None if visible is None else visible[:, rows]

@@ -97,7 +97,7 @@ class HeadTrainer:
         self._classes = torch.arange(head.n_outputs, device=device)
         self.visible: Tensor | None = None
         if visible is not None:
-            self.visible = torch.from_numpy(visible.astype(np.int8)).to(device)
+            self.visible = torch.from_numpy(visible.view(np.int8)).to(device)
         self.validation = [
             HeldOut(held.member, held.episodes.to(device), held.task) for held in validation
         ]

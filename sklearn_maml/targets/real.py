@@ -229,12 +229,11 @@ def _warn_of_outliers(
     squares = np.square(deviations - np.median(deviations, axis=0)).mean(1)
     if sample_weight is not None:
         squares *= sample_weight
-    order = np.argsort(squares)
-    far = order[len(order) - max(few, 1) :]
-    far = far[squares[far] > FAR**2 * np.median(squares)]
+    far = np.flatnonzero(squares > FAR**2 * np.median(squares))
+    far = far[np.argsort(squares[far])][-max(few, 1) :]
     if squares[far].sum() <= MOST * squares.sum():
         return
-    row = int(order[-1])
+    row = int(far[-1])
     place = row if rows is None else int(rows[row])
     warnings.warn(
         f"{len(far)} of {len(y)} targets, such as {y[row].tolist()} in row {place}, are so far "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sklearn_maml.data.episodes import EpisodeBatch
-from sklearn_maml.data.sampling import EpisodeSampler, draw_fixed
-from sklearn_maml.data.splitting import hold_out
+from sklearn_maml.data.sampling import MOST_VALIDATED, EpisodeSampler, draw_fixed, evenly
+from sklearn_maml.data.splitting import hold_out, part_of
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.joint import HeldOut
@@ -68,11 +69,10 @@ class CollectionSource:
 
     Attributes
     ----------
-    draw : callable (task_positions, rng) -> list of EpisodeBatch
     n_train : int
         Tasks that `draw` knows.
-    validation : list of EpisodeBatch or None
-        Episodes of held-out tasks.
+    n_held_out : int
+        Tasks that validation looks at.
     held_out : int ndarray or None
         Positions of these tasks in the collection.
     """
@@ -93,28 +93,54 @@ class CollectionSource:
         )
         self.single = tasks.spelling == "single" and n_ways is None
         pool = n_ways if tasks.spelling == "single" else None
-        train, valid = hold_out(
+        self.pooled = pool is not None
+        self._kept, self._held = hold_out(
             encoded, settings.early_stopping, settings.validation_fraction, seed, pool
         )
-        options = {**targets.sampling(), "n_shots": n_shots}
-        self.encoded, self.options = encoded, options
-        training = EpisodeSampler(train, n_queries=n_queries, **options)
-        self.draw, self.draw_on = training.sample_batches, training.sample_on
-        self.bytes_of_episode = training.bytes_of_episode()
-        self.n_train = train.n_tasks
+        self.encoded, self.n_queries, self._seed = encoded, n_queries, seed
+        self.options = {**targets.sampling(), "n_shots": n_shots}
+        self._validation_queries = targets.validation_queries
+        self.n_train = 1 if self.pooled else len(self._kept)
         self.rows_per_task = targets.episode_rows(tasks, n_shots, n_queries)
-        self.validation: Any = None
-        self.pooled = pool is not None
-        self.n_queries = n_queries
-        self.n_held_out = 0 if valid is None else valid.n_tasks
+        self.n_held_out = 0
         # positions of the tasks held out; None too where classes are
         self.held_out: np.ndarray | None = None
-        if valid is not None and pool is None:
-            position = {task: j for j, task in enumerate(tasks.ids.tolist())}
-            self.held_out = np.array([position[task] for task in valid.ids.tolist()])
-        if valid is not None:
-            sampler = EpisodeSampler(valid, n_queries=targets.validation_queries, **options)
-            self.validation = draw_fixed(sampler, seed)
+        if self._held is not None:
+            self.n_held_out = 1 if self.pooled else min(len(self._held), MOST_VALIDATED)
+            self.held_out = None if self.pooled else self._held
+
+    # copies of the rows, which a fit of a Gaussian head does without
+
+    @functools.cached_property
+    def _training(self) -> EpisodeSampler:
+        tasks = part_of(self.encoded, self._kept, self.pooled)
+        return EpisodeSampler(tasks, n_queries=self.n_queries, **self.options)
+
+    @functools.cached_property
+    def validation(self) -> list[EpisodeBatch] | None:
+        """Episodes of held-out tasks."""
+        if self._held is None:
+            return None
+        held = self._held
+        if not self.pooled:
+            held = held[evenly(len(held), MOST_VALIDATED)]
+        tasks = part_of(self.encoded, held, self.pooled)
+        sampler = EpisodeSampler(tasks, n_queries=self._validation_queries, **self.options)
+        return draw_fixed(sampler, self._seed)
+
+    def draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
+        """Batches of episodes of the tasks at positions (n_batches, n_episodes)."""
+        return self._training.sample_batches(which, rng)
+
+    @property
+    def draw_on(self) -> Any:
+        """As `draw`, of rows that stay on a device."""
+        return self._training.sample_on
+
+    @property
+    def bytes_of_episode(self) -> int:
+        """Memory of an episode."""
+        return self._training.bytes_of_episode()
 
 
 class DistributionSource:
@@ -234,12 +260,20 @@ class CrossFitted:
         seed: int,
     ) -> None:
         self.source = source
-        self.n_train, self.rows_per_task = source.n_train, source.rows_per_task
+        self.rows_per_task = source.rows_per_task
+        self.visible: np.ndarray | None = None
+        self.shared_rows: np.ndarray | None = None
+        if isinstance(source, DistributionSource) or source.pooled:
+            self._take_all(source)
+        else:
+            self._cross_fit(source.encoded, n_members, with_steps, holds_out, fraction, seed)
+
+    def _take_all(self, source: DistributionSource | CollectionSource) -> None:
+        """Have all members learn from the episodes of the source."""
+        self.n_train = source.n_train
         self.draw, self.draw_on = source.draw, source.draw_on
         self.bytes_of_episode = source.bytes_of_episode
-        self.visible: np.ndarray | None = None
         self.validation: Any = source.validation
-        self.shared_rows: np.ndarray | None = None
         n_episodes = sum(map(len, source.validation or []))
         # of a pool of classes every episode is a task
         n_tasks = n_episodes if source.pooled else source.n_held_out
@@ -249,9 +283,18 @@ class CrossFitted:
             HeldOut(None, batch, self.task_of_episode[stop - len(batch) : stop])
             for batch, stop in zip(source.validation or [], stops, strict=True)
         ]
-        if isinstance(source, DistributionSource) or source.pooled:
-            return
-        tasks: TaskCollection = source.encoded
+
+    def _cross_fit(
+        self,
+        tasks: TaskCollection,
+        n_members: int,
+        with_steps: bool,
+        holds_out: bool,
+        fraction: float,
+        seed: int,
+    ) -> None:
+        """Have each member hold out tasks of its own."""
+        source = self.source
         rng = np.random.default_rng((seed, 2))
         in_turn = rng.permutation(tasks.n_tasks)
         size = min(max(round(fraction * tasks.n_tasks), 1), tasks.n_tasks - 1)
@@ -289,9 +332,13 @@ class CrossFitted:
         self.validation, self.member_validation = None, []
         if not holds_out:
             return
-        self.visible = np.stack([~np.isin(tasks.codes, fold) for fold in self.folds])
+        sees = np.ones((n_members, tasks.n_tasks), dtype=bool)
+        for own, fold in zip(sees, self.folds, strict=True):
+            own[fold] = False
+        self.visible = sees[:, tasks.codes]
         self._hide_rows(tasks, rng)
         for j, fold in enumerate(self.folds):
+            fold = fold[evenly(len(fold), MOST_VALIDATED)]
             batches, which = self._held_out_episodes(tasks, j, fold, seed)
             self.member_validation += [
                 HeldOut(j, batch, fold[task]) for batch, task in zip(batches, which, strict=True)
@@ -359,11 +406,14 @@ class CrossFitted:
         assert self.visible is not None
         if tasks.in_query is not None or tasks.X.ndim != 2:
             return
-        marks = row_marks(tasks.X)
-        distinct = np.unique(marks)
         n_unseen = int(UNSEEN * np.median(tasks.sizes))
-        if 2 * len(distinct) > len(marks) or n_unseen < min(HEAD_TESTED):
+        if n_unseen < min(HEAD_TESTED):
             return
+        marks = row_marks(tasks.X)
+        in_order = np.sort(marks)
+        if 2 * (1 + np.count_nonzero(in_order[1:] != in_order[:-1])) > len(marks):
+            return
+        distinct = np.unique(marks)
         hidden = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
         of_fold = ~self.visible[-1]
         sides = (of_fold & hidden, self.visible[-1] & ~hidden)
