@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from functools import partial
 
 import numpy as np
@@ -29,6 +30,7 @@ from sklearn_maml import (
     task_scores,
 )
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.targets import (
     AbsoluteError,
@@ -284,6 +286,25 @@ def test_medians_of_weighted_rows_are_those_of_rows_as_often():
         expected = np.median(np.repeat(y, often, axis=0), axis=0)
         assert_allclose(medians(y, often.astype(float)), expected)
         assert_allclose(medians(y, None), np.median(y, axis=0))
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_auto_clips_steps_whose_curvature_has_no_bound(loss):
+    level = np.where(TASK == 0, 1000.0, 1.0)  # a task with a steep loss
+    reg = regressor(loss, update_rule="auto", max_iter=20, alpha=0.5, steps=5, early_stopping=False)
+    assert reg._gradient_rule().max_grad_norm == 3
+    skipped = []
+    for norm in (3.0, None):
+        other = clone(reg).set_params(update_rule="sgd", update_rule__max_grad_norm=norm)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteStepWarning)
+            other.fit(X, level * (Y + 1), groups=TASK)
+        skipped.append(sum(other.history_[:, "non_finite"]))
+    assert skipped[0] == 0
+    assert (skipped[1] > 0) == (loss == "poisson")
+    own = clone(reg).set_params(update_rule__max_grad_norm=0.5)
+    assert own._gradient_rule().max_grad_norm == 0.5
+    assert clone(reg).set_params(loss="huber")._gradient_rule().max_grad_norm is None
 
 
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])

@@ -31,7 +31,7 @@ from sklearn_maml.engine.rungs import native as climbing_rung
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names
-from sklearn_maml.update_rules import SGD, MetaSGD
+from sklearn_maml.update_rules import SGD, MetaSGD, Momentum
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -272,6 +272,17 @@ OPTIONS = {
     "recomputed": {"checkpoint_steps": True, "steps": 4},
     "recomputed, rates": {"checkpoint_steps": True, "rule": MetaSGD(per="tensor")},
     "recomputed, first order": {"checkpoint_steps": True, "order": 1},
+    "clipped": {"rule": SGD(max_grad_norm=0.5)},
+    "clipped to what some exceed": {"rule": SGD(max_grad_norm=1.5), "steps": 5},
+    "clipped, first order": {"rule": SGD(max_grad_norm=0.5), "order": 1},
+    "clipped, head": {"rule": SGD(max_grad_norm=0.2), "adapted": "head"},
+    "clipped, rates": {"rule": MetaSGD(max_grad_norm=0.5)},
+    "clipped, rates, body": {"rule": MetaSGD(max_grad_norm=0.2), "adapted": "body"},
+    "clipped, recomputed": {"rule": SGD(max_grad_norm=0.5), "checkpoint_steps": True},
+    "clipped, recomputed, rates": {
+        "rule": MetaSGD(per="tensor", max_grad_norm=0.5),
+        "checkpoint_steps": True,
+    },
 }
 ROWS = {
     "equal": {},
@@ -288,6 +299,19 @@ def test_options(options, rows, classes):
     sizes = (3, 10, 6, 3)
     batch = make_batch(sizes, classes=classes, **ROWS[rows])
     assert_equals_loop(mlp(sizes), batch, classes=classes, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "clipped" in name])
+def test_clipping_makes_a_difference(name):
+    """Or the options above would not be about it."""
+    sizes, options = (3, 10, 6, 3), dict(OPTIONS[name])
+    module, batch = mlp(sizes), make_batch(sizes)
+    clipped = everything(module, batch, "native", **options)["predicted"]
+    options["rule"] = clone(options["rule"]).set_params(max_grad_norm=None)
+    free = everything(module, batch, "native", **options)["predicted"]
+    differs = (clipped - free).abs().flatten(1).amax(1) > 1e-6
+    assert differs.any()
+    assert differs.all() == (name != "clipped to what some exceed")
 
 
 def test_options_in_float32():
@@ -552,8 +576,8 @@ def test_modules_that_are_not_covered_run_elsewhere(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rule": Halved()}, {"rule": SGD(max_grad_norm=0.1)}, {"rule": MetaSGD(max_grad_norm=0.1)}],
-    ids=["a step of one's own", "clipped", "clipped rates"],
+    [{"rule": Halved()}, {"rule": Momentum(max_grad_norm=0.1)}],
+    ids=["a step of one's own", "momentum"],
 )
 def test_rules_that_are_not_covered_run_elsewhere(options):
     module, batch = mlp((3, 4, 2)), make_batch((3, 2))

@@ -163,8 +163,11 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         """Rule of the gradient steps."""
         if isinstance(self.update_rule, Learner):
             return resolve_update_rule("sgd", {})
-        rule = "sgd" if self._rule_name() in ("auto", "gaussian-head") else self.update_rule
-        return resolve_update_rule(rule, self._prefixed("update_rule"))
+        options = self._prefixed("update_rule")
+        if self._rule_name() not in ("auto", "gaussian-head"):
+            return resolve_update_rule(self.update_rule, options)
+        norm = self._make_targets().loss.max_grad_norm
+        return resolve_update_rule("sgd", {"max_grad_norm": norm, **options})
 
     def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         rows: Callable[[Tensor, Tensor], Tensor] = self.targets_.loss.rows

@@ -74,13 +74,14 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
-        get a share where they show a gain, and are given up early where they fall behind.
-        "gaussian-head" is the head alone: networks whose last layer has a Gaussian prior, learned
-        across tasks, which is adapted in closed form and knows how far to trust a support set
-        (ALPaCA [3]_). "sgd" is MAML as published [1]_ and nothing else. So are the other rules,
-        which say how an inner step moves the parameters: with rates that are learned ("meta-sgd",
-        "per-layer-per-step", "learned-alpha"), "momentum" or "adam". "ridge-head" solves for the
-        last layer in place of taking steps, and needs ``adapted="head"``. See
+        get a share where they show a gain, and are given up early where they fall behind; those of
+        Poisson and gamma losses clip the gradient of a task to a norm of 3. "gaussian-head" is the
+        head alone: networks whose last layer has a Gaussian prior, learned across tasks, which is
+        adapted in closed form and knows how far to trust a support set (ALPaCA [3]_). "sgd" is
+        MAML as published [1]_ and nothing else. So are the other rules, which say how an inner step
+        moves the parameters: with rates that are learned ("meta-sgd", "per-layer-per-step",
+        "learned-alpha"), "momentum" or "adam". "ridge-head" solves for the last layer in place of
+        taking steps, and needs ``adapted="head"``. See
         `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule. `alpha`,
         `steps`, `meta_gradient` and `adapted` are about gradient steps; the head takes `module`,
         too. With fewer than 4 tasks, without task information, with another `loss`, and for
@@ -128,8 +129,8 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
     optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
         Outer optimiser; ``optimizer__*`` are its parameters.
     checkpoint_steps : bool, default=False
-        Whether second-order meta-gradients keep only the parameters of each inner step and
-        compute its graph anew when they get to it: the same gradient for less memory and more time.
+        Whether second-order meta-gradients compute the graph of each inner step anew when they get
+        to it: the same gradient for less memory and more time.
     max_tasks_in_memory : int, default=None
         Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
         meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch

@@ -212,6 +212,8 @@ class Kernel:
         Of the loss, if it has one.
     integers : bool
         Whether its targets are positions of classes.
+    max_grad_norm : float or None
+        Norm that the gradient of a task is clipped to before each step.
     dtype : torch.dtype
     n_threads : int
         Among which large batches are divided; the results do not depend on it.
@@ -230,6 +232,7 @@ class Kernel:
         loss: int,
         parameter: float,
         integers: bool,
+        max_grad_norm: float | None,
         dtype: torch.dtype,
         n_threads: int = 1,
     ) -> None:
@@ -241,7 +244,8 @@ class Kernel:
         self.n_outputs = layout.sizes[-1][1]
         flat = [loss, *(number for size in layout.sizes for number in size)]
         self._sizes = _integers([len(layout.sizes), *flat])
-        self._slopes = (ctypes.c_double * (len(layout.slopes) + 1))(*layout.slopes, parameter)
+        numbers = [*layout.slopes, parameter, max_grad_norm or 0.0]
+        self._slopes = (ctypes.c_double * len(numbers))(*numbers)
         self._counts = [
             int(torch.Size(shape).numel()) if name else 0
             for name, shape in zip(layout.tensors, layout.shapes, strict=True)

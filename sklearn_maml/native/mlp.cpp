@@ -429,7 +429,7 @@ static i64 weight_rows(const Layer &l) { return l.by_input ? l.in : l.out; }
 static i64 weight_stride(const Layer &l) { return l.by_input ? l.op : l.ip; }
 
 // sizes: n_layers, the loss, then (in, out, activation, has_bias) of each layer; the parameter of
-// the loss follows the slopes
+// the loss follows the slopes, and the norm that gradients are clipped to
 static void describe(const i64 *sizes, const double *slopes, Net &net) {
     net.n_layers = sizes[0];
     net.loss = sizes[1];
@@ -735,7 +735,8 @@ struct Job {
     Rows support, query;
     real *theta, *rates; // packed; the last of n_rates serves all further steps
     i64 n_tasks, steps, n_rates, n_blocks;
-    bool second_order, recompute;
+    bool second_order, recompute, adapts[2 * MAX_LAYERS]; // adapts: which tensors have rates
+    real most; // norm that gradients are clipped to, or 0
     real *losses, *outputs;
     real *grads, *rate_grads; // packed, of each block; rate_grads may be null
     real *const *own;         // tensors of task j at own[t] + j * own_stride[t], or null
@@ -753,14 +754,46 @@ static void step(i64 n, const real *theta, const real *rate, const real *grad, r
     for (i64 i = 0; i < n; i += V) store(next + i, load(theta + i) - load(rate + i) * load(grad + i));
 }
 
+// scales the part of a gradient that adapts to a norm of at most job.most, in place, and drops the
+// rest; returns the factor
+static real clip(const Job &job, real *grad) {
+    const Net &net = job.net;
+    vec squares = {};
+    for (i64 t = 0; t < 2 * net.n_layers; t++) {
+        const Layer &y = net.layer[t / 2];
+        real *g = grad + (t % 2 ? y.bias : y.weight);
+        i64 n = t % 2 ? y.op : weight_rows(y) * weight_stride(y);
+        if (!job.adapts[t]) memset(g, 0, n * sizeof(real));
+        for (i64 i = 0; i < n; i += V) squares += load(g + i) * load(g + i);
+    }
+    real factor = job.most / F(sqrt)(sum(squares) + (real)1e-12); // as update_rules.steps.clip_gradient
+    if (factor >= 1) return 1;
+    for (i64 i = 0; i < net.packed; i += V) store(grad + i, factor * load(grad + i));
+    return factor;
+}
+
+// change of the clipped gradient `grad`, for a change u of the gradient that it was made of, in place
+static void clip_change(const Job &job, real factor, const real *grad, real *u) {
+    const i64 size = job.net.packed;
+    vec along = {};
+    for (i64 i = 0; i < size; i += V) along += load(grad + i) * load(u + i);
+    vec share = splat(sum(along) / (job.most * job.most));
+    for (i64 i = 0; i < size; i += V) store(u + i, factor * (load(u + i) - share * load(grad + i)));
+}
+
 static void write_rows(const Net &net, const Set &set, const real *x, real *out) {
     const Layer &y = net.last();
     for (i64 i = 0; i < set.rows; i++)
         for (i64 j = 0; j < y.out; j++) out[i * y.out + j] = x[i * y.op + j];
 }
 
+// whether the sweep needs the gradients of all steps
+static bool keeps_grads(const Job &job) {
+    return job.rate_grads || (job.most && job.second_order && !job.recompute);
+}
+
 struct MetaSpace {
-    real *Xs, *Xq, *kept, *v;
+    real *Xs, *Xq, *kept, *factor, *v;
     Theta *theta, u;
     Pass query, change, *passes;
     void place(const Job &job, i64 n_passes, Arena &a) {
@@ -773,7 +806,8 @@ struct MetaSpace {
             theta[k].packed = job.second_order || k == 0 ? a.take(net.packed) : theta[0].packed;
             theta[k].turned = again || k == 0 ? a.take(net.turned) : theta[0].turned;
         }
-        kept = a.take((job.rate_grads ? job.steps : 1) * net.packed);
+        kept = a.take((keeps_grads(job) ? job.steps : 1) * net.packed);
+        factor = a.take(job.steps);
         v = a.take(net.packed);
         u.packed = a.take(net.packed), u.turned = a.take(net.turned);
         for (i64 k = 0; k < n_passes; k++) passes[k].place(net, job.support.width, false, a);
@@ -810,10 +844,11 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
         }
         Set support = task(net, job.support, j, s.Xs), query = task(net, job.query, j, s.Xq);
         for (i64 k = 0; k < K; k++) {
-            real *grad = s.kept + (rate_total ? k * size : 0);
+            real *grad = s.kept + (keeps_grads(job) ? k * size : 0);
             Pass &pass = s.passes[k < n_passes ? k : 0];
             forward(net, s.theta[k], support, pass);
             backward(net, s.theta[k], support, pass, grad);
+            if (job.most) s.factor[k] = clip(job, grad);
             step(size, s.theta[k].packed, rate(job, k), grad, s.theta[k + 1].packed);
             turn_weights(net, s.theta[k + 1], FORWARD | BACKWARD);
         }
@@ -821,8 +856,9 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
         job.losses[j] = backward(net, s.theta[K], query, s.query, s.v);
         write_rows(net, query, s.query.x[net.n_layers], job.outputs + j * job.query.width * net.last().out);
         for (i64 k = K - 1; k >= 0; k--) {
+            real *grad = s.kept + (keeps_grads(job) ? k * size : 0);
             if (rate_total) {
-                real *to = rate_total + rate_number(job, k) * size, *grad = s.kept + k * size;
+                real *to = rate_total + rate_number(job, k) * size;
                 for (i64 i = 0; i < size; i += V) store(to + i, load(to + i) - load(s.v + i) * load(grad + i));
             }
             if (!job.second_order) continue;
@@ -832,9 +868,11 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
             if (job.recompute) {
                 turn_weights(net, at, FORWARD | BACKWARD);
                 forward(net, at, support, pass);
-                backward(net, at, support, pass, s.u.packed);
+                backward(net, at, support, pass, grad);
+                if (job.most) clip(job, grad);
             }
             for (i64 i = 0; i < size; i += V) store(s.u.packed + i, -load(r + i) * load(s.v + i));
+            if (job.most && s.factor[k] < 1) clip_change(job, s.factor[k], grad, s.u.packed);
             turn_weights(net, s.u, FORWARD | BACKWARD);
             add_curvature(net, at, s.u, support, pass, s.change, s.v);
         }
@@ -870,6 +908,7 @@ static bool adapt_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena) {
             turn_weights(net, theta, FORWARD | BACKWARD);
             forward(net, theta, support, pass);
             backward(net, theta, support, pass, grad);
+            if (job.most) clip(job, grad);
             step(size, theta.packed, rate(job, k), grad, theta.packed);
         }
         own_tensors(job, j, tensors);
@@ -952,6 +991,9 @@ static bool start(const i64 *a, Job &job) {
     job.support = rows_of(net, a + SUPPORT_X);
     job.query = rows_of(net, a + QUERY_X);
     job.n_tasks = a[N_TASKS], job.steps = a[STEPS], job.n_rates = a[N_RATES];
+    job.most = (real)((const double *)a[SLOPES])[net.n_layers + 1];
+    for (i64 t = 0; t < 2 * net.n_layers; t++)
+        job.adapts[t] = job.n_rates && ((const real *const *)a[RATES])[t];
     job.second_order = a[SECOND_ORDER], job.recompute = a[RECOMPUTE];
     job.losses = (real *)a[LOSSES], job.outputs = (real *)a[OUTPUTS];
     job.own = (real *const *)a[OWN], job.own_stride = (const i64 *)a[OWN_STRIDES];

@@ -37,12 +37,16 @@ class Loss(BaseEstimator, ABC):
         Whether y, of 0 or more, may be divided by its mean in `fit` where `normalize_y` is set. It
         is for losses with a logarithmic link, where that takes a constant from the outputs: those
         of data of thousands, or thousandths, then begin near 0, too.
+    max_grad_norm : float or None
+        Norm that gradient steps under ``update_rule="auto"`` clip the gradient of a task to, for a
+        loss whose curvature has no bound. By default they do not clip.
     """
 
     name: ClassVar[str]
     standardises: ClassVar[bool] = False
     robust: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    max_grad_norm: ClassVar[float | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

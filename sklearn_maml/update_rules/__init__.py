@@ -16,6 +16,7 @@ from sklearn_maml.update_rules.steps import (
     MetaSGD,
     Momentum,
     PerLayerPerStep,
+    norm_of_steps,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "RidgeHead",
     "UpdateRule",
     "has_linear_rates",
+    "norm_of_steps",
     "resolve_update_rule",
 ]

@@ -12,7 +12,15 @@ from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.theta import Params
 from sklearn_maml.update_rules.base import UpdateRule
 
-__all__ = ["SGD", "Adam", "LearnedAlpha", "MetaSGD", "Momentum", "PerLayerPerStep"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "LearnedAlpha",
+    "MetaSGD",
+    "Momentum",
+    "PerLayerPerStep",
+    "norm_of_steps",
+]
 
 
 def clip_gradient(grads: Params, max_norm: float, batched: bool) -> Params:
@@ -94,9 +102,7 @@ class _LinearRule(GradientRule):
         return 1
 
     def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
-        """Rates of the steps, unless gradients are clipped; see `UpdateRule.linear_rates`."""
-        if self.max_grad_norm is not None:
-            return None
+        """Rates of the steps; see `UpdateRule.linear_rates` and `norm_of_steps`."""
 
         def full(k: int) -> Params:
             rate = self._rates_of_step(k, params, alpha=alpha, rates=rates)
@@ -108,6 +114,11 @@ class _LinearRule(GradientRule):
             }
 
         return [full(k) for k in range(self._n_rates(rates))]
+
+
+def norm_of_steps(rule: UpdateRule) -> float | None:
+    """Norm that gradients are clipped to before `linear_rates`; a step of one's own clips none."""
+    return rule.max_grad_norm if type(rule).step is _LinearRule.step else None
 
 
 class SGD(_LinearRule):

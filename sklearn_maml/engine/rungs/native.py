@@ -26,7 +26,7 @@ from sklearn_maml.targets.losses import (
     squared_error_rows,
 )
 from sklearn_maml.theta import Params, Theta, name_in_module, name_in_rule
-from sklearn_maml.update_rules import has_linear_rates
+from sklearn_maml.update_rules import has_linear_rates, norm_of_steps
 
 __all__ = ["Native"]
 
@@ -147,7 +147,8 @@ class Native(Rung):
         integers = self.spec.row_loss is cross_entropy_rows
         dtype = next(self.spec.module.parameters()).dtype
         try:
-            self._kernel = Kernel(self.layout, *known, integers, dtype, self._n_threads)
+            norm = norm_of_steps(self.spec.rule)
+            self._kernel = Kernel(self.layout, *known, integers, norm, dtype, self._n_threads)
         except NativeUnavailableError as error:
             raise CannotClimbError(
                 "The compiled kernels for multilayer perceptrons cannot be used, so fits take "
