@@ -132,19 +132,16 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         Whether second-order meta-gradients compute the graph of each inner step anew when they get
         to it: the same gradient for less memory and more time.
     max_tasks_in_memory : int, default=None
-        Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
-        meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
-        at once, and in smaller chunks (with a warning) after it ran out of memory.
+        Largest number of tasks to run at once; larger meta-batches run in chunks, with the same
+        results to rounding. None makes chunks (with a warning) when memory has run out.
     precision : {"full", "tf32", "bf16"}, default="full"
         Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
-        float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
-        keeps parameters, losses and inner steps in those of X. float64 is never rounded.
+        float32 factors to 10 bits; "bf16" computes layers, not losses or steps, in bfloat16.
     batch_norm : {"inductive", "transductive"}, default="inductive"
-        Statistics that batch-norm layers normalise query rows with, in meta-training, validation
-        and predictions: "inductive" takes those of the task's support set, so that predictions do
-        not depend on which rows are predicted together; "transductive" takes those of the query
-        rows themselves, all rows of the task in one call of `predict` together. May be changed
-        after `fit`.
+        Statistics that batch-norm layers normalise query rows with: "inductive" takes those of the
+        task's support set, so that predictions do not depend on which rows are predicted together;
+        "transductive" takes those of the query rows themselves, all rows of the task in one call of
+        `predict` together. May be changed after `fit`.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
