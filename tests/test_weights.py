@@ -20,7 +20,13 @@ from sklearn.utils.class_weight import compute_sample_weight
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_maml import FewShotClassifier, MAMLClassifier, MAMLRegressor
+from sklearn_maml import (
+    FewShotClassifier,
+    MAMLClassifier,
+    MAMLRegressor,
+    task_scorer,
+    task_scores,
+)
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import collect_tasks
@@ -281,6 +287,39 @@ def test_a_search_over_a_list_of_tasks_cuts_their_weights():
     for weight in (list(W.reshape(N_TASKS, N_ROWS)), {j: 1.0 + j for j in range(N_TASKS)}):
         search.fit(tasks, sample_weight=weight)
         assert np.isfinite(search.best_score_)
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+def test_task_scorers_weigh_the_metric(average):
+    model = fit("regression")
+    scorer = task_scorer("neg_mean_squared_error", n_shots=4, average=average)
+    seen = scorer(model, X, Y, T)
+    assert scorer(model, X, Y, T, np.full(len(T), 2.0)) == pytest.approx(seen)
+    assert scorer(model, X, Y, T, {j: 1.0 for j in range(N_TASKS)}) == pytest.approx(seen)
+    one = np.where(T == 4, 1.0, 1e-12)
+    if average == "macro":
+        of_one = task_scores(model, X, Y, T, scoring="neg_mean_squared_error", n_shots=4).after[4]
+        assert scorer(model, X, Y, T, one) == pytest.approx(of_one)
+    assert scorer(model, X, Y, T, one) != pytest.approx(seen)
+    with sklearn.config_context(enable_metadata_routing=True):
+        asks = MAMLRegressor(**SMALL, update_rule="sgd").set_fit_request(sample_weight=True)
+        scorer.set_score_request(sample_weight=True)
+        search = GridSearchCV(
+            asks, {"alpha": [0.1]}, cv=GroupKFold(3), scoring=scorer, error_score="raise"
+        ).fit(X, Y, groups=T, sample_weight=W)
+        train, test = next(GroupKFold(3).split(X, Y, T))
+        by_hand = asks.set_params(alpha=0.1).fit(X[train], Y[train], T[train], W[train])
+        expected = scorer(by_hand, X[test], Y[test], T[test], W[test])
+        assert search.cv_results_["split0_test_score"][0] == expected
+    with pytest.raises(TypeError, match=r"expected some of .*sample_weight"):
+        scorer.set_score_request(weights=True)
+
+
+def test_scorers_of_probabilities_weigh_rows():
+    model, scorer = fit("classification"), task_scorer("neg_log_loss")
+    plain = scorer(model, X, LABELS, T)
+    assert scorer(model, X, LABELS, T, np.ones(len(T))) == pytest.approx(plain)
+    assert scorer(model, X, LABELS, T, W) != pytest.approx(plain)
 
 
 # -- episodes ------------------------------------------------------------------------------------

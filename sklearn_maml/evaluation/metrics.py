@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils import Bunch
 from sklearn.utils.metadata_routing import MetadataRequest
 
-from sklearn_maml._types import Tasks
+from sklearn_maml._types import Tasks, Weights
 from sklearn_maml.evaluation.scoring import (
     apply_scorer,
     check_counts,
@@ -47,10 +47,12 @@ def task_scorer(
 
     Returns
     -------
-    scorer : callable (estimator, X, y=None, groups=None) -> float
+    scorer : callable (estimator, X, y=None, groups=None, sample_weight=None) -> float
         For `scoring` in scikit-learn's tools. It requests `groups`, so it works with metadata
-        routing, and with a task column or lists of tasks without. scikit-learn's ScoringMonitor
-        takes it in a dict only: ``ScoringMonitor(scoring={"r2": task_scorer("r2")})``.
+        routing, and with a task column or lists of tasks without; weights of the rows are for the
+        metric, and routed after ``set_score_request(sample_weight=True)``. scikit-learn's
+        ScoringMonitor takes it in a dict only:
+        ``ScoringMonitor(scoring={"r2": task_scorer("r2")})``.
 
     Examples
     --------
@@ -83,6 +85,7 @@ class TaskScorer:
         self.n_repeats = n_repeats
         self.average = average
         self.random_state = random_state
+        self.requests: dict[str, Any] = {"groups": True, "sample_weight": None}
 
     def __repr__(self) -> str:
         return (
@@ -91,7 +94,7 @@ class TaskScorer:
         )
 
     def get_metadata_routing(self) -> MetadataRequest:
-        """Request `groups` from scikit-learn's metadata routing.
+        """Request `groups`, and weights where they are asked for, from metadata routing.
 
         Returns
         -------
@@ -99,26 +102,52 @@ class TaskScorer:
             Of the method `score`.
         """
         request = MetadataRequest(owner=self)
-        request.score.add_request(param="groups", alias=True)
+        for name, alias in self.requests.items():
+            request.score.add_request(param=name, alias=alias)
         return request
 
-    def __call__(self, estimator: Any, X: Any, y: Any = None, groups: Any = None) -> float:
+    def set_score_request(self, **requests: bool | str | None) -> TaskScorer:
+        """Ask for metadata, as the method of scikit-learn's scorers does.
+
+        Parameters
+        ----------
+        **requests : dict
+            `groups` and `sample_weight`: whether each is passed on, or by what name.
+
+        Returns
+        -------
+        self : object
+        """
+        unknown = requests.keys() - self.requests.keys()
+        if unknown:
+            raise TypeError(f"got {sorted(unknown)}; expected some of {sorted(self.requests)}.")
+        self.requests = {**self.requests, **requests}
+        return self
+
+    def __call__(
+        self,
+        estimator: Any,
+        X: Any,
+        y: Any = None,
+        groups: Any = None,
+        sample_weight: Weights = None,
+    ) -> float:
         """Adapt to a support split of each task and score the query rows.
 
         Parameters
         ----------
         estimator : estimator
             Meta-fitted, or a fitted pipeline or search that ends in a meta-fitted one.
-        X, y, groups : tasks
-            As in `MAMLRegressor.fit`.
+        X, y, groups, sample_weight : tasks
+            As in `MAMLRegressor.fit`; the weights are those of rows in the metric. Scores of tasks
+            are averaged by the means of theirs.
 
         Returns
         -------
         score : float
         """
-        maml, scored = score_tasks(
-            estimator, X, y, groups, self.n_shots, self.n_repeats, self.random_state, (None,)
-        )
+        given = (estimator, X, y, groups, self.n_shots, self.n_repeats, self.random_state)
+        maml, scored = score_tasks(*given, (None,), sample_weight)
         scorer = find_scorer(self.scoring)
         if self.average == "micro":
             every = np.ones(len(scored.rows), dtype=bool)
@@ -127,7 +156,11 @@ class TaskScorer:
             apply_scorer(scorer, maml, scored, scored.states[0], scored.task[scored.codes] == task)
             for task in range(scored.tasks.n_tasks)
         ]
-        return float(np.mean(scores))
+        tasks = scored.tasks
+        of_tasks = None
+        if tasks.weight is not None:
+            of_tasks = np.bincount(tasks.codes, tasks.weight, tasks.n_tasks) / tasks.sizes
+        return float(np.average(scores, weights=of_tasks))
 
 
 def task_scores(

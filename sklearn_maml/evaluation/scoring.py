@@ -63,6 +63,7 @@ def score_tasks(
     n_repeats: int,
     random_state: Any,
     steps: tuple[int | None, ...],
+    sample_weight: Any = None,
 ) -> tuple[Any, Any]:
     """Adapt to support splits of each task; return the MAML estimator and what was adapted."""
     maml, X = open_model(estimator, X)
@@ -74,6 +75,7 @@ def score_tasks(
         n_repeats=n_repeats,
         random_state=random_state,
         steps=steps,
+        sample_weight=sample_weight,
     )
     return maml, scored
 
@@ -83,9 +85,10 @@ def find_scorer(scoring: Any) -> Any:
     if isinstance(scoring, str) and scoring in LABELLED:
         metric, sign = LABELLED[scoring]
 
-        def score(estimator: Any, X: Any, y: Any) -> float:
+        def score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
             p = estimator.predict_proba(X)
-            return sign * float(metric(y, p, labels=estimator.classes_))
+            of_rows = {"labels": estimator.classes_, "sample_weight": sample_weight}
+            return sign * float(metric(y, p, **of_rows))
 
         return score
     return get_scorer(scoring)
@@ -100,7 +103,9 @@ def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarr
         # labels that mean something inside their task only are scored by their rank in it
         y = (state.labels[state.slots[codes]] == y[:, None]).argmax(1)
     kind = _ClassPredictor if is_classifier(maml) else _Predictor
-    score: float = scorer(kind(maml, state, codes, local), X, y)
+    weight = scored.tasks.weight
+    options = {} if weight is None else {"sample_weight": weight[rows]}
+    score: float = scorer(kind(maml, state, codes, local), X, y, **options)
     return score
 
 
