@@ -279,6 +279,18 @@ def test_adapted_tasks_go_on_and_others_start_anew(reg):
         assert (got[k] != anew.reshape(3, 4)[k]).any()
 
 
+def test_rows_that_were_added_count(reg):
+    X, y, task = slopes(n_tasks=2, n_rows=120, seed=1)
+    first = np.arange(240) % 120 < 3
+    second = ~first & (np.arange(240) < 220)
+    reg.adapt(X[first], y[first], groups=task[first])
+    reg.adapt(X[second], y[second], groups=task[second], extend=True)
+    anew = adapt(reg, X[:220], y[:220], groups=task[:220])
+    pool = np.tile(RNG(0).uniform(-1, 1, (9, 1)), (2, 1))
+    rows = reg.suggest_rows(pool, 5, groups=np.repeat([1, 0], 9))
+    assert (rows == anew.suggest_rows(pool, 5, groups=np.repeat([1, 0], 9))).all()
+
+
 def test_pools_of_lists_and_stacks_have_places_of_their_own(reg):
     stack = RNG(0).uniform(-1, 1, (3, 7, 1))
     of_stack = reg.suggest_rows(stack, 2)

@@ -56,7 +56,8 @@ class Suggesting(Predicting):
         ------
         ValueError
             If `n` is no positive integer or a pool has fewer rows; if gradient steps predict
-            alone, which know no variance; if several tasks are adapted to and `groups` is None.
+            alone, which know no variance, or a head of another `loss` than squared error, whose
+            variance depends on the labels; if several tasks are adapted to and `groups` is None.
         NotFittedError
             If the estimator is not meta-fitted.
 
