@@ -339,7 +339,7 @@ class Conditioned(Adapted):
             given = Given(run, self.support, self.sums, np.array([task]))
             posterior = given.posterior(np.zeros(1, int))
             assert isinstance(posterior, LaplacePosterior)
-            return posterior.root()[:, 0]
+            return posterior.covariance_root()[:, 0]
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""

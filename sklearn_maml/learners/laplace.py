@@ -25,7 +25,7 @@ Params = dict[str, Tensor]
 Shape = tuple[Tensor, Tensor]
 
 # Newton steps at most, and the change of outputs from which one more is exact; parts of a step
-MOST_STEPS, NEAR = 30, 1e-5
+MOST_STEPS, NEAR = 30, 1e-4
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
 
@@ -72,6 +72,69 @@ class LaplaceHead(GaussianHead):
         return LaplaceFunctions(self, params, self.body if body is None else body)
 
 
+class _Dual:
+    """Support sets in coordinates u of their rows, ``w = S'u``: for fewer rows than columns.
+
+    Parameters
+    ----------
+    gram : Tensor of shape (n_members, n_tasks, n_rows, n_rows)
+        S S'.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        self.gram = gram
+
+    def outputs(self, u: Tensor) -> Tensor:
+        """S w (n_members, n_tasks, n_rows, n_outputs)."""
+        return self.gram @ u
+
+    def length(self, u: Tensor) -> Tensor:
+        """Squared length (n_members, n_tasks, n_outputs) of w."""
+        return (u * (self.gram @ u)).sum(2)
+
+    def system(self, root: Tensor) -> Tensor:
+        """I + R S S' R for each output, with the roots of the rows' information in R."""
+        r = root.mT
+        return _with_one(self.gram.unsqueeze(2) * r.unsqueeze(-1) * r.unsqueeze(-2))
+
+    def solved(self, root: Tensor, moment: Tensor) -> Tensor:
+        """Solve (I + S'R R S) w = S' moment."""
+        right = (root * (self.gram @ moment)).mT.unsqueeze(-1)
+        of_rows = _inverse(self.system(root)) @ right
+        return moment - root * of_rows.squeeze(-1).mT
+
+
+class _Primal:
+    """Support sets in coordinates of w; see `_Dual`."""
+
+    def __init__(self, S: Tensor) -> None:
+        self.S = S
+
+    def outputs(self, w: Tensor) -> Tensor:
+        return self.S @ w
+
+    def length(self, w: Tensor) -> Tensor:
+        return w.square().sum(2)
+
+    def system(self, root: Tensor) -> Tensor:
+        A = self.S.unsqueeze(2) * root.mT.unsqueeze(-1)
+        return _with_one(A.mT @ A)
+
+    def solved(self, root: Tensor, moment: Tensor) -> Tensor:
+        right = (self.S.mT @ moment).mT.unsqueeze(-1)
+        return (_inverse(self.system(root)) @ right).squeeze(-1).mT
+
+
+def _with_one(gram: Tensor) -> Tensor:
+    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _inverse(system: Tensor) -> Tensor:
+    """Inverse, whose derivative is two products; what is not finite gives what is not finite."""
+    inverse, failed = torch.linalg.inv_ex(system)
+    return inverse.where((failed == 0)[..., None, None], torch.nan)
+
+
 @dataclass(frozen=True)
 class LaplacePosterior:
     """What support sets made of the prior: a normal distribution about the mode.
@@ -80,26 +143,33 @@ class LaplacePosterior:
     ----------
     shift : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
         Mode of w.
-    A : Tensor of shape (n_members, n_tasks, n_outputs, n_support, n_columns)
-        Columns of the support rows times roots of their information.
-    factor : Tensor of shape (n_members, n_tasks, n_outputs, n, n)
-        Root of the system that was solved; n is the smaller of n_support and n_columns.
+    S : Tensor of shape (n_members, n_tasks, n_support, n_columns)
+        Columns of the support rows.
+    root : Tensor of shape (n_members, n_tasks, n_support, n_outputs)
+        Roots of their information.
+    inverse : Tensor of shape (n_members, n_tasks, n_outputs, n, n)
+        That of the system that was solved; n is the smaller of n_support and n_columns.
     """
 
     shift: Tensor
-    A: Tensor
-    factor: Tensor
+    S: Tensor
+    root: Tensor
+    inverse: Tensor
 
     @property
     def dual(self) -> bool:
         """Whether the system is one of rows."""
-        return self.A.shape[-2] <= self.A.shape[-1]
+        return _is_dual(self.S)
 
-    def root(self) -> Tensor:
+    def covariance_root(self) -> Tensor:
         """Root R of the covariance of w, which is R'R; (..., n_columns, n_columns)."""
-        eye = torch.eye(self.A.shape[-1], dtype=self.A.dtype, device=self.A.device)
-        factor = torch.linalg.cholesky(eye + self.A.mT @ self.A) if self.dual else self.factor
+        factor = torch.linalg.cholesky(_Primal(self.S).system(self.root))
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+
+
+def _is_dual(S: Tensor) -> bool:
+    return S.shape[-2] <= S.shape[-1]
 
 
 class LaplaceFunctions(HeadFunctions):
@@ -127,76 +197,37 @@ class LaplaceFunctions(HeadFunctions):
         if root is None:
             root = S.new_ones(1, *X.shape[:2])
         m = (root if root.ndim == 3 else root[None]).double().unsqueeze(-1)
-        return self._posterior(prior, S, y.double(), m)
+        space = _Dual(S @ S.mT) if _is_dual(S) else _Primal(S)
+        at, of_rows, inverse = self._posterior(space, prior, y.double(), m)
+        return LaplacePosterior(S.mT @ at if _is_dual(S) else at, S, of_rows, inverse)
 
-    def _posterior(self, prior: Tensor, S: Tensor, y: Tensor, m: Tensor) -> LaplacePosterior:
-        parts = (prior, S, y, m, self.shape())
-        if S.shape[2] == 0:
-            shift = S.new_zeros(*S.shape[:2], S.shape[3], prior.shape[3])
-        else:
-            with torch.no_grad():
-                shift = self._mode(*parts)
-            shift = self._newton(shift, *parts)
-        # the information is that at the mode, of which it has the derivatives
-        _, _, curvature = self._derivatives(shift, *parts)
-        A = _weighted(S, curvature, m)
-        return LaplacePosterior(shift, A, _factor(A))
-
-    def _derivatives(
-        self, shift: Tensor, prior: Tensor, S: Tensor, y: Tensor, m: Tensor, shape: Shape
+    def _posterior(
+        self, space: _Dual | _Primal, prior: Tensor, y: Tensor, m: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Objective (n_members, n_tasks, n_outputs), and derivatives of rows by outputs / a."""
-        a = self.amplitude_of_tasks()
-        value, first, second = self.likelihood.derivatives(a * (prior + S @ shift), y, shape)
-        objective = (m.square() * value).sum(2) + shift.square().sum(2) / 2
-        return objective, a * first, a**2 * second
-
-    def _newton(
-        self, shift: Tensor, prior: Tensor, S: Tensor, y: Tensor, m: Tensor, shape: Shape
-    ) -> Tensor:
-        """One Newton step from w = `shift`."""
-        _, first, second = self._derivatives(shift, prior, S, y, m, shape)
-        return _solved(S, second, m, second * (S @ shift) - first)
-
-    def _mode(self, prior: Tensor, S: Tensor, y: Tensor, m: Tensor, shape: Shape) -> Tensor:
-        """Find w to near its mode: Newton steps, whose length is the best of a few."""
-        a = self.amplitude_of_tasks()
-        output, variance = self.likelihood.guess(y, shape)
-        information = (a**2 / variance).expand(len(S), *y.shape[:2], -1)
-        shift = _solved(S, information, m, information * (output / a - prior))
-        parts = (prior, S, y, m, shape)
-        for _ in range(MOST_STEPS):
-            step = self._newton(shift, *parts) - shift
-            tried = [self._derivatives(shift + t * step, *parts)[0] for t in LENGTHS]
-            best = torch.stack(tried).nan_to_num(torch.inf).argmin(0)
-            length = torch.tensor(LENGTHS, dtype=S.dtype, device=S.device)[best].unsqueeze(2)
-            shift = shift + length * step
-            if not (S @ step).abs().max() > NEAR:
-                break
-        return shift
+        """Mode in the coordinates of `space`, roots of the information there, and the inverse."""
+        problem = _Problem(self, space, prior, y, m)
+        with torch.no_grad():
+            at = problem.near_mode()
+        at = problem.newton(at, *problem.derivatives(at)[1:])
+        # the information is that at the mode, of which it has the derivatives
+        root = problem.root(problem.derivatives(at)[2])
+        return at, root, _inverse(space.system(root))
 
     def query(  # type: ignore[override]
         self, X: Tensor, given: LaplacePosterior, freedom: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return outputs, and variances of targets (n_members, n_tasks, n_query, n_outputs)."""
         prior, S = (part.double() for part in self.of_tasks(X))
-        output, variance, _ = self._predicted(prior, S, given)
+        if given.dual:
+            variance = _variance(given.inverse, given.root, given.S @ S.mT, S.square().sum(-1))
+        else:
+            of_query = S.unsqueeze(2)
+            variance = ((of_query @ given.inverse) * of_query).sum(-1).mT
+        output, variance, _ = self._predicted(prior + S @ given.shift, variance)
         return output, variance
 
-    def _predicted(
-        self, prior: Tensor, S: Tensor, given: LaplacePosterior
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return outputs, variance and dispersion of rows of S."""
-        columns = S.unsqueeze(2).mT
-        if given.dual:
-            half = torch.linalg.solve_triangular(given.factor, given.A @ columns, upper=False)
-            variance = S.square().sum(-1).unsqueeze(2) - half.square().sum(-2)
-        else:
-            half = torch.linalg.solve_triangular(given.factor, columns, upper=False)
-            variance = half.square().sum(-2)
-        return self._of_moments(prior + S @ given.shift, variance.mT)
-
-    def _of_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _predicted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return outputs, variance of targets and dispersion."""
         a = self.amplitude_of_tasks()
         return self.likelihood.predictive(a * mean, a**2 * variance.clamp_min(0), self.shape())
 
@@ -208,16 +239,22 @@ class LaplaceFunctions(HeadFunctions):
         prior, S = (part.double() for part in self.columns(X))
         variance = (root @ S.unsqueeze(1).mT).square().sum(-2)
         parts = (prior + S @ shift).unsqueeze(1), variance.mT.unsqueeze(1)
-        return self.likelihood.average(self._of_moments(*parts)[0].squeeze(1))
+        return self.likelihood.average(self._predicted(*parts)[0].squeeze(1))
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Negative log likelihood of query rows, each by itself; see `HeadFunctions`."""
-        prior, S = (part.double() for part in self.of_tasks(X))
-        y = y.double()
-        m = S.new_ones(1, *X.shape[:2]) if mask is None else mask.to(S.dtype)
+        prior, S = self.of_tasks(X)
+        # all that the rows have to do with each other
+        gram, prior, y = (S @ S.mT).double(), prior.double(), y.double()
+        m = prior.new_ones(1, *X.shape[:2]) if mask is None else mask.double()
         m = m.unsqueeze(-1)
-        given = self._posterior(prior[:, :, :k], S[:, :, :k], y[:, :k], m[:, :, :k].sqrt())
-        output, _, dispersion = self._predicted(prior[:, :, k:], S[:, :, k:], given)
+        cross = gram[:, :, :k, k:]
+        at, root, inverse = self._posterior(
+            _Dual(gram[:, :, :k, :k]), prior[:, :, :k], y[:, :k], m[:, :, :k].sqrt()
+        )
+        norm = gram.diagonal(dim1=-2, dim2=-1)[:, :, k:]
+        mean = prior[:, :, k:] + cross.mT @ at
+        output, _, dispersion = self._predicted(mean, _variance(inverse, root, cross, norm))
         rows = self.likelihood.surprise(output, y[:, k:], (dispersion, self.shape()[1]))
         return (rows * m[:, :, k:]).sum((2, 3)), output
 
@@ -226,29 +263,64 @@ class LaplaceFunctions(HeadFunctions):
         return self.likelihood.loss.rows(mean, y.to(mean.dtype).expand_as(mean))
 
 
-def _weighted(S: Tensor, information: Tensor, m: Tensor) -> Tensor:
-    """Columns times roots of the information (n_members, n_tasks, n_rows, n_outputs) of rows."""
-    # not of 0, where padding has information of 0: the root has no derivative there
-    root = m * information.clamp_min(torch.finfo(S.dtype).tiny).sqrt()
-    return S.unsqueeze(2) * root.mT.unsqueeze(-1)
+def _variance(inverse: Tensor, root: Tensor, cross: Tensor, norm: Tensor) -> Tensor:
+    """Variance (n_members, n_tasks, n_query, n_outputs) given rows of a dual system."""
+    weighted = root.mT.unsqueeze(-1) * cross.unsqueeze(2)
+    return (norm.unsqueeze(2) - (weighted * (inverse @ weighted)).sum(-2)).mT
 
 
-def _factor(A: Tensor) -> Tensor:
-    """Root of I + A A', or of I + A'A if that is smaller."""
-    gram = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A
-    gram = gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # what is not finite gives what is not finite, and a skipped update
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor.where((failed == 0)[..., None, None], torch.nan)
+@dataclass(frozen=True)
+class _Problem:
+    """Posterior of w: the likelihood of support rows, and a standard normal prior."""
 
+    run: LaplaceFunctions
+    space: _Dual | _Primal
+    prior: Tensor
+    y: Tensor
+    m: Tensor
 
-def _solved(S: Tensor, information: Tensor, m: Tensor, moment: Tensor) -> Tensor:
-    """Solve (I + S'H S) w = S' moment for each output, with H of the information of rows."""
-    right = (S.mT @ (m.square() * moment)).mT.unsqueeze(-1)
-    A = _weighted(S, information, m)
-    factor = _factor(A)
-    if A.shape[-2] <= A.shape[-1]:
-        solved = right - A.mT @ torch.cholesky_solve(A @ right, factor)
-    else:
-        solved = torch.cholesky_solve(right, factor)
-    return solved.squeeze(-1).mT
+    def derivatives(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Objective (n_members, n_tasks, n_outputs), and derivatives of rows by S w."""
+        a = self.run.amplitude_of_tasks()
+        output = a * (self.prior + self.space.outputs(at))
+        value, first, second = self.run.likelihood.derivatives(output, self.y, self.run.shape())
+        objective = (self.m.square() * value).sum(2) + self.space.length(at) / 2
+        return objective, a * first, a**2 * second
+
+    def root(self, information: Tensor) -> Tensor:
+        """Roots of the information of rows, of which padding has none."""
+        # not of 0: a root has no derivative there
+        return self.m * information.clamp_min(torch.finfo(information.dtype).tiny).sqrt()
+
+    def newton(self, at: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """One Newton step, given the derivatives there."""
+        moment = self.m.square() * (second * self.space.outputs(at) - first)
+        return self.space.solved(self.root(second), moment)
+
+    def near_mode(self) -> Tensor:
+        """Newton steps; where a whole one is too long, the best of some parts of it."""
+        a, shape = self.run.amplitude_of_tasks(), self.run.shape()
+        output, variance = self.run.likelihood.guess(self.y, shape)
+        information = (a**2 / variance).expand(self.prior.shape)
+        moment = self.m.square() * information * (output / a - self.prior)
+        at = self.space.solved(self.root(information), moment)
+        if not at.numel():
+            return at
+        objective, *of_rows = self.derivatives(at)
+        for _ in range(MOST_STEPS):
+            step = self.newton(at, *of_rows) - at
+            before, near = objective, self.space.outputs(step).abs().amax((2,)) < NEAR
+            objective, *of_rows = self.derivatives(at + step)
+            if near.all():
+                return at + step
+            if not ((objective <= before) | near).all():
+                step = step * self._length(at, step).unsqueeze(2)
+                objective, *of_rows = self.derivatives(at + step)
+            at = at + step
+        return at
+
+    def _length(self, at: Tensor, step: Tensor) -> Tensor:
+        """Find the best of a few parts (n_members, n_tasks, n_outputs) of a step."""
+        tried = torch.stack([self.derivatives(at + t * step)[0] for t in LENGTHS])
+        best = tried.nan_to_num(torch.inf).argmin(0)
+        return torch.tensor(LENGTHS, dtype=at.dtype, device=at.device)[best]

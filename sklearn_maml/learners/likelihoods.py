@@ -32,7 +32,6 @@ __all__ = [
     "scalars",
 ]
 
-FLAT = 30.0  # variances of outputs, above which their exponentials are cut off
 # logarithms below the mean at which predictions of counts end
 LOWEST = 12.0
 # dispersions, and units of targets that are no multiples of one, from which fits start
@@ -192,6 +191,15 @@ class _LogLink(NewtonLikelihood):
         return outputs.logsumexp(0) - math.log(len(outputs))
 
 
+def _of_rate(variance: Tensor) -> Tensor:
+    """Squared coefficient of variation of a rate whose logarithm has this variance.
+
+    As of a gamma distribution, to which a logarithm of the rate that is normal is close where
+    doubt is small. Where it is large, the normal one has a tail of rates that no task has.
+    """
+    return (1 + 2 * variance).sqrt() - 1
+
+
 class Counts(_LogLink):
     """Counts with more variance than Poisson's: ``unit * mean + dispersion * mean**2``.
 
@@ -220,9 +228,9 @@ class Counts(_LogLink):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `NewtonLikelihood`."""
         dispersion, unit = shape
-        variance = variance.clamp(0, FLAT)
-        more = variance.expm1() + dispersion * variance.exp()
-        output = mean + variance / 2
+        doubt = _of_rate(variance)
+        more = doubt + dispersion * (1 + doubt)
+        output = mean + doubt / 2
         level = output.exp()
         return output, unit * level + more * level.square(), more
 
@@ -259,9 +267,9 @@ class Positive(_LogLink):
         self, mean: Tensor, variance: Tensor, shape: NewtonLikelihood.Shape
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `NewtonLikelihood`."""
-        variance = variance.clamp(0, FLAT)
-        more = variance.expm1() + shape[0] * variance.exp()
-        output = mean + variance / 2
+        doubt = _of_rate(variance)
+        more = doubt + shape[0] * (1 + doubt)
+        output = mean + doubt / 2
         return output, more * (2 * output).exp(), more
 
     def guess(self, y: Tensor, shape: NewtonLikelihood.Shape) -> tuple[Tensor, Tensor]:
