@@ -13,11 +13,15 @@ from torch import nn
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.laplace import LaplaceHead
-from sklearn_maml.learners.likelihoods import Counts, Positive
-from sklearn_maml.targets import Gamma, Poisson
+from sklearn_maml.learners.likelihoods import Counts, HeavyTails, Positive
+from sklearn_maml.targets import Gamma, Poisson, Quantile
 
 RNG = np.random.RandomState
-LIKELIHOODS = {"poisson": Counts(Poisson()), "gamma": Positive(Gamma())}
+LIKELIHOODS = {
+    "poisson": Counts(Poisson()),
+    "gamma": Positive(Gamma()),
+    "quantile": HeavyTails(Quantile(0.8)),
+}
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 30, "random_state": 0}
 
 
@@ -58,6 +62,8 @@ def random_head(likelihood, n_outputs=1, n_members=2, seed=0):
 
 
 def draw(loss, rng, shape, unit=1.0):
+    if loss == "quantile":
+        return rng.standard_t(2, shape)
     y = rng.poisson(3, shape) if loss == "poisson" else rng.gamma(2.0, 1.5, shape)
     return y * unit
 
@@ -68,6 +74,8 @@ def functions(head):
 
 def log_density(loss, y, output, dispersion, unit):
     """Of scipy."""
+    if loss == "quantile":
+        return stats.logistic.logpdf(y, output, np.sqrt(3 * dispersion) / np.pi)
     mean = np.exp(output)
     if loss == "gamma":
         return stats.gamma.logpdf(y, 1 / dispersion, scale=mean * dispersion)
@@ -78,7 +86,7 @@ def log_density(loss, y, output, dispersion, unit):
 # -- algebra -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("loss", LIKELIHOODS)
 @pytest.mark.parametrize("n_support", [1, 4, 60])  # fewer and more rows than columns
 @pytest.mark.parametrize("n_outputs", [1, 2])
 def test_posterior_is_the_mode_that_scipy_finds_and_the_curvature_there(loss, n_support, n_outputs):
@@ -108,6 +116,12 @@ def test_posterior_is_the_mode_that_scipy_finds_and_the_curvature_there(loss, n_
         np.testing.assert_allclose(slope, 0, atol=2e-5)
         doubt = a**2 * np.einsum("rp,pq,rq->r", S_new[j], np.linalg.inv(curvature), S_new[j])
         mean = a * (prior_new[j, :, k] + S_new[j] @ mode)
+        if loss == "quantile":
+            total = dispersion + doubt
+            np.testing.assert_allclose(variance[j, 0, :, k], total, rtol=1e-4)
+            quantiles = mean + units[k] * np.sqrt(total)
+            np.testing.assert_allclose(outputs[j, 0, :, k], quantiles, rtol=1e-4, atol=1e-4)
+            continue
         of_rate = np.sqrt(1 + 2 * doubt) - 1
         np.testing.assert_allclose(outputs[j, 0, :, k], mean + of_rate / 2, rtol=1e-4, atol=1e-4)
         level = np.exp(mean + of_rate / 2)
@@ -160,7 +174,7 @@ def test_a_poisson_task_is_solved_as_by_hand():
     assert given.shift[0, 0, 0, 0].item() == pytest.approx(exactly, abs=1e-9)
 
 
-@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("loss", LIKELIHOODS)
 def test_the_mode_is_found_from_far_away(loss):
     head, rng = random_head(LIKELIHOODS[loss]), RNG(0)
     X = torch.as_tensor(rng.randn(4, 6, 2))
@@ -178,7 +192,7 @@ def test_the_mode_is_found_from_far_away(loss):
     assert all(torch.isfinite(part).all() for part in run.query(X, given))
 
 
-@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+@pytest.mark.parametrize("loss", LIKELIHOODS)
 @pytest.mark.parametrize("k", [0, 3, 12])
 def test_the_loss_has_the_derivatives_of_its_differences(loss, k):
     head, rng = random_head(LIKELIHOODS[loss], n_outputs=2), RNG(2)
@@ -206,9 +220,14 @@ def test_derivatives_of_likelihoods_are_those_of_scipy():
         shape = tuple(torch.tensor(v, dtype=torch.float64) for v in (0.7, 1.0))
         parts = torch.as_tensor(output), torch.as_tensor(y).double()
         surprise = likelihood.surprise(*parts, shape).numpy()
-        np.testing.assert_allclose(surprise, -log_density(loss, y, output, 0.7, 1.0), rtol=1e-9)
+        expected = log_density(loss, y, output, 0.7, 1.0)
         value, first, second = likelihood.derivatives(*parts, shape)
-        constant = surprise - value.numpy()
+        constant = -expected - value.numpy()
+        if loss == "quantile":  # what all tasks tell is learned under another distribution
+            std = np.sqrt(0.7)
+            expected = stats.t.logpdf(y, 4, output - std, std / np.sqrt(2))
+            surprise -= stats.t.logpdf(0, 4, 0, 1 / np.sqrt(2))
+        np.testing.assert_allclose(surprise, -expected, rtol=1e-9)
         h = 1e-4
         up, down = (
             -log_density(loss, y, output + sign * h, 0.7, 1.0) - constant for sign in (1, -1)
@@ -301,6 +320,61 @@ def test_a_task_without_any_count_and_one_of_huge_counts_are_learned(fitted):
         assert np.isfinite([mean, std]).all()
         assert (mean > 0).all()
         assert deviance(y, mean) < deviance(y, np.full(10, 3.0))
+
+
+def lines(n_tasks=40, n_rows=24, seed=0, noise="normal"):
+    rng = RNG(seed)
+    X = rng.uniform(-1, 1, (n_tasks, n_rows, 2))
+    coef = np.array([1.0, 0.8, -0.5]) + 0.6 * rng.randn(n_tasks, 3)
+    y = coef[:, :1] + np.einsum("trp,tp->tr", X, coef[:, 1:])
+    y += 0.4 * (rng.exponential(1, y.shape) if noise == "skew" else rng.randn(*y.shape))
+    return X.reshape(-1, 2), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
+
+
+@pytest.mark.parametrize("loss", ["absolute_error", "huber"])
+def test_a_glitch_among_the_support_rows_does_not_destroy_a_task(loss):
+    X, y, task = lines()
+    model = MAMLRegressor(loss=loss, **SMALL).fit(X, y, groups=task)
+    assert model.learner_weights_["gaussian-head"] > 0
+    X, y, task = lines(seed=1)
+    support = np.arange(len(X)) % 24 < 6
+    errors = []
+    for glitch in (0, 1000):
+        y_s = y[support] + glitch * (np.arange(support.sum()) % 6 == 0)
+        mean = model.adapt(X[support], y_s, groups=task[support]).predict(X, groups=task)
+        errors.append(np.abs(y - mean)[~support].mean())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_glitches_in_meta_training_do_not_count():
+    X, y, task = lines()
+    X_new, y_new, new = lines(seed=1)
+    support = np.arange(len(X_new)) % 24 < 6
+    errors = []
+    for glitch in (0, 1000):
+        seen = y + glitch * (RNG(2).rand(len(y)) < 0.01)
+        model = MAMLRegressor(loss="absolute_error", **SMALL).fit(X, seen, groups=task)
+        model.adapt(X_new[support], y_new[support], groups=new[support])
+        errors.append(np.abs(y_new - model.predict(X_new, groups=new))[~support].mean())
+    assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("noise", ["normal", "skew"])
+@pytest.mark.parametrize("q", [0.1, 0.9])
+def test_a_quantile_has_its_part_of_new_targets_below_it(q, noise, tmp_path):
+    X, y, task = lines(60, noise=noise)
+    model = MAMLRegressor(loss="quantile", quantile=q, **SMALL).fit(X, y, groups=task)
+    X, y, task = lines(150, seed=1, noise=noise)
+    support = np.arange(len(X)) % 24 < 6
+    model.adapt(X[support], y[support], groups=task[support])
+    below = y <= model.predict(X, groups=task)
+    assert abs(below[~support].mean() - q) < 0.04
+    model.save(tmp_path / "model")
+    again = MAMLRegressor.load(tmp_path / "model").predict(X, groups=task)
+    np.testing.assert_allclose(again, model.predict(X, groups=task), rtol=1e-6)
+    own = task == 2
+    module = model.adapted_module(2)
+    np.testing.assert_allclose(module(torch.as_tensor(X[own])), again[own], rtol=1e-4, atol=1e-4)
 
 
 def test_a_fit_of_counts_is_continued():

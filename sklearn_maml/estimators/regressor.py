@@ -84,7 +84,7 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         taking steps, and needs ``adapted="head"``. See
         `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule. `alpha`,
         `steps`, `meta_gradient` and `adapted` are about gradient steps; the head takes `module`,
-        too. With fewer than 4 tasks, without task information, with another `loss`, and for
+        too. With fewer than 4 tasks, without task information, with a `loss` of your own, and for
         modules that have batch norm or do not end in a linear layer, "auto" takes gradient steps
         alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
@@ -354,7 +354,8 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         return_std : bool, default=False
             Whether to return the standard deviations of the targets, too: of a new observation,
             noise included. They come from the Gaussian head, calibrated on held-out tasks;
-            ``y +- 1.645 std`` is meant to hold nine targets in ten of a new task.
+            ``y +- 1.645 std`` is meant to hold nine targets in ten of a new task. With
+            ``loss="quantile"`` they are about the middle of the targets, not about the quantile.
 
         Returns
         -------

@@ -15,7 +15,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine
 from sklearn_maml.learners.conditioned import MARGIN, Calibration
 from sklearn_maml.learners.joint import HeadTrainer
-from sklearn_maml.learners.likelihoods import Likelihood, Normal
+from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood, Normal
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, mix
 
 __all__ = ["choose", "held_out_outputs", "judge_head"]
@@ -63,6 +63,7 @@ def judge_head(
         for member, batch, _ in trainer.validation
     ]
     known = _Deviations.joined([part for hidden, part in held if not hidden])
+    trainer.head.likelihood.learn_quantile(trainer.head, known.quantile)
     # of a likelihood that takes Newton steps, the dispersion is the same for all tasks
     freedom = known.freedom() if type(trainer.head.likelihood) is Normal else None
     plain = dataclasses.replace(plain, factor=known.factor(freedom), freedom=freedom)
@@ -76,7 +77,7 @@ def judge_head(
 
 @dataclasses.dataclass(frozen=True)
 class _Deviations:
-    """Absolute errors and standard deviations of held-out targets, and what support sets tell.
+    """Errors and standard deviations of held-out targets, and what support sets tell.
 
     Attributes
     ----------
@@ -107,9 +108,10 @@ class _Deviations:
         if type(likelihood) is Normal:
             misfit, n_rows = (t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
         else:
-            mean = torch.from_numpy(likelihood.loss.predict(mean.cpu().numpy())).to(mean)
+            assert isinstance(likelihood, NewtonLikelihood)
+            mean = likelihood.center(mean, variance, trainer.head)
             misfit = n_rows = mean.new_ones(())
-        values = ((mean - y).abs(), variance.sqrt(), misfit, n_rows)
+        values = (y - mean, variance.sqrt(), misfit, n_rows)
         error, std, misfit, n_rows = (
             batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values
         )
@@ -137,22 +139,31 @@ class _Deviations:
         for freedom in FREEDOMS:
             std = self.scaled(freedom)
             log_std = np.average(np.log(std), axis=0, weights=self.weight)
-            error = np.average(self.error / std, axis=0, weights=self.weight)
+            error = np.average(np.abs(self.error) / std, axis=0, weights=self.weight)
             losses.append(log_std + np.log(error))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
     def factor(self, freedom: np.ndarray | None) -> np.ndarray:
         """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
-        errors = self.error / self.scaled(freedom)
-        if self.weight is None:
-            quantile = np.quantile(errors, LEVEL, axis=0)
-        else:
-            order = np.argsort(errors, axis=0)
-            share = np.cumsum(self.weight[order], axis=0) / self.weight.sum()
-            at = np.minimum((share < LEVEL).sum(0), len(errors) - 1)
-            quantile = np.take_along_axis(errors, order, 0)[at, np.arange(errors.shape[1])]
+        quantile = _quantile(np.abs(self.error) / self.scaled(freedom), LEVEL, self.weight)
         result: np.ndarray = np.clip(quantile / DEVIATIONS, *FACTORS)
         return result
+
+    def quantile(self, level: float) -> np.ndarray:
+        """Find how many deviations (n_outputs,) from the center this part of targets is below."""
+        return _quantile(self.error / self.std, level, self.weight)
+
+
+def _quantile(values: np.ndarray, level: float, weight: np.ndarray | None) -> np.ndarray:
+    """Quantiles of the columns."""
+    if weight is None:
+        quantile: np.ndarray = np.quantile(values, level, axis=0)
+        return quantile
+    order = np.argsort(values, axis=0)
+    share = np.cumsum(weight[order], axis=0) / weight.sum()
+    at = np.minimum((share < level).sum(0), len(values) - 1)
+    found: np.ndarray = np.take_along_axis(values, order, 0)[at, np.arange(values.shape[1])]
+    return found
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -26,6 +26,7 @@ Shape = tuple[Tensor, Tensor]
 
 # Newton steps at most, and the change of outputs from which one more is exact; parts of a step
 MOST_STEPS, NEAR = 30, 1e-4
+FAR = 3.0  # standard deviations
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
 
@@ -88,6 +89,10 @@ class _Dual:
         """S w (n_members, n_tasks, n_rows, n_outputs)."""
         return self.gram @ u
 
+    def norms(self) -> Tensor:
+        """Squared length (n_members, n_tasks, n_rows) of the rows of S."""
+        return self.gram.diagonal(dim1=-2, dim2=-1)
+
     def length(self, u: Tensor) -> Tensor:
         """Squared length (n_members, n_tasks, n_outputs) of w."""
         return (u * (self.gram @ u)).sum(2)
@@ -112,6 +117,9 @@ class _Primal:
 
     def outputs(self, w: Tensor) -> Tensor:
         return self.S @ w
+
+    def norms(self) -> Tensor:
+        return self.S.square().sum(-1)
 
     def length(self, w: Tensor) -> Tensor:
         return w.square().sum(2)
@@ -301,8 +309,11 @@ class _Problem:
         """Newton steps; where a whole one is too long, the best of some parts of it."""
         a, shape = self.run.amplitude_of_tasks(), self.run.shape()
         output, variance = self.run.likelihood.guess(self.y, shape)
-        information = (a**2 / variance).expand(self.prior.shape)
-        moment = self.m.square() * information * (output / a - self.prior)
+        variance = variance / a**2
+        information = (1 / variance).expand(self.prior.shape)
+        # what the prior hardly expects is no place to begin from
+        far = FAR * (self.space.norms().unsqueeze(-1) + variance).sqrt()
+        moment = self.m.square() * information * (output / a - self.prior).clamp(-far, far)
         at = self.space.solved(self.root(information), moment)
         if not at.numel():
             return at

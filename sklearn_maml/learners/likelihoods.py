@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,11 +19,20 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from sklearn_maml.targets.base import Loss
-from sklearn_maml.targets.losses import CrossEntropy, Gamma, Poisson, SquaredError
+from sklearn_maml.targets.losses import (
+    AbsoluteError,
+    CrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+    SquaredError,
+)
 
 __all__ = [
     "Classes",
     "Counts",
+    "HeavyTails",
     "Likelihood",
     "NewtonLikelihood",
     "Normal",
@@ -65,6 +74,9 @@ class Likelihood:
     def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Range of the outputs (n_outputs,) that targets of meta-training call for."""
         return y.min(0), y.max(0)
+
+    def learn_quantile(self, head: Any, quantile: Callable[[float], np.ndarray]) -> None:
+        """Take where the quantile that is predicted was on held-out tasks, if there is one."""
 
     def task_errors(
         self,
@@ -147,6 +159,10 @@ class NewtonLikelihood(Likelihood):
         ]
         return float(DISPERSIONS[int(np.argmin(found))])
 
+    def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
+        """Middle of the targets, whose variance this is: what intervals are about."""
+        return torch.from_numpy(self.loss.predict(outputs.cpu().numpy())).to(outputs)
+
     def average(self, outputs: Tensor) -> Tensor:
         """Put outputs of all members (n_members, n_rows, n_outputs) together."""
         return outputs.mean(0)
@@ -157,8 +173,8 @@ class NewtonLikelihood(Likelihood):
         return self.loss.rows(outputs, y) - self.loss.rows(best, y)
 
     def task_error(self, excess: Tensor) -> Tensor:
-        """Error of tasks of this mean excess: its root, as few large ones would decide for all."""
-        return excess.clamp_min(0).sqrt()
+        """Error of tasks of this mean excess."""
+        return excess
 
     def task_errors(
         self,
@@ -176,6 +192,10 @@ class NewtonLikelihood(Likelihood):
 
 class _LogLink(NewtonLikelihood):
     """Base of likelihoods of targets whose mean is the exponential of the output."""
+
+    def task_error(self, excess: Tensor) -> Tensor:
+        """Root of half the deviance: few tasks with large ones would decide for all."""
+        return excess.clamp_min(0).sqrt()
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """See `Likelihood`."""
@@ -281,6 +301,69 @@ class Positive(_LogLink):
         return np.ones(y.shape[1])
 
 
+class HeavyTails(NewtonLikelihood):
+    """Numbers of which some are far off, as for losses that are linear in large errors.
+
+    Conditioning takes the logistic distribution, under which the pull of a row is bounded. What is
+    learned from all tasks, the noise first of all, takes Student's t with 4 degrees of freedom, of
+    the same variance: the logistic distribution would take few rows that are very far off for a
+    large noise. `unit` is the number of standard deviations that the predictions of a quantile are
+    above the middle; judging corrects it.
+    """
+
+    def derivatives(
+        self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        scale = shape[0].sqrt() * LOGISTIC_SCALE
+        r = (output - y) / scale
+        p = r.sigmoid()
+        value = r.abs() + 2 * softplus(-r.abs())
+        return value, (2 * p - 1) / scale, 2 * p * (-r).sigmoid() / scale.square()
+
+    def surprise(self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape) -> Tensor:
+        """See `NewtonLikelihood`; `output` is what `predictive` gives."""
+        std = shape[0].sqrt()
+        r = (output - shape[1] * std - y) / std
+        return 2.5 * (r.square() / 2).log1p() + std.log()
+
+    def predictive(
+        self, mean: Tensor, variance: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        total = shape[0] + variance
+        return mean + shape[1] * total.sqrt(), total, total
+
+    def guess(self, y: Tensor, shape: NewtonLikelihood.Shape) -> tuple[Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        return y, shape[0]
+
+    def dispersion(
+        self, output: np.ndarray, y: np.ndarray, unit: float, weight: np.ndarray | None = None
+    ) -> float:
+        """See `NewtonLikelihood`; of the middle of the targets."""
+        return super().dispersion(output, y, 0.0, weight)
+
+    def unit(self, y: np.ndarray) -> np.ndarray:
+        """Quantile of a logistic distribution of variance 1; 0 for the middle."""
+        q = self.level or 0.5
+        return np.full(y.shape[1], LOGISTIC_SCALE * math.log(q / (1 - q)))
+
+    @property
+    def level(self) -> float | None:
+        """The quantile that is predicted; None: the middle."""
+        return self.loss.quantile if isinstance(self.loss, Quantile) else None
+
+    def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
+        """See `NewtonLikelihood`."""
+        return outputs - head.unit * variance.sqrt()
+
+    def learn_quantile(self, head: Any, quantile: Callable[[float], np.ndarray]) -> None:
+        """See `Likelihood`."""
+        if self.level is not None:
+            head.unit.copy_(torch.from_numpy(quantile(self.level)))
+
+
 def _means(values: np.ndarray, codes: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
     """Mean (n_tasks,) of the values of the rows of each task."""
     total = values if weight is None else weight * values
@@ -314,12 +397,17 @@ def _unit_of_counts(likelihood: Counts, y: np.ndarray) -> float:
     return level * float(min(UNITS, key=lambda unit: min(surprise(unit, d) for d in DISPERSIONS)))
 
 
+LOGISTIC_SCALE = math.sqrt(3) / math.pi  # of variance 1
+
 # of each loss; those of subclasses may be another
 _LIKELIHOODS: dict[type[Loss], Callable[[Loss], Likelihood]] = {
     SquaredError: Normal,
     CrossEntropy: Classes,
     Poisson: Counts,
     Gamma: Positive,
+    AbsoluteError: HeavyTails,
+    Huber: HeavyTails,
+    Quantile: HeavyTails,
 }
 
 

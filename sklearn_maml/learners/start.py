@@ -22,6 +22,7 @@ POOLED_ROWS = 20_000
 
 # mixed models of working responses, in units of outputs that are logarithms, say
 WORKING_ROUNDS, FIRST_DISPERSION, LEAST_INFORMATION, LARGEST_STEP = 8, 0.1, 1e-6, 3.0
+FAR = 6.0  # median deviations, beyond which targets are not what a first fit is about
 
 Start = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -182,9 +183,12 @@ def _working_model(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Mean and covariance of coefficients, and dispersion, of one output."""
     y_ = torch.from_numpy(np.ascontiguousarray(y))
-    working, variance = (
+    guessed, variance = (
         part.expand_as(y_).numpy() for part in likelihood.guess(y_, scalars(FIRST_DISPERSION, unit))
     )
+    middle = np.median(guessed)
+    far = FAR * np.median(np.abs(guessed - middle))  # 0 where most are the same
+    working = np.clip(guessed, middle - far, middle + far) if far > 0 else guessed
     mean, cov, fitted = _working_fit(X, working, codes, weight, 1 / variance)
     for _ in range(WORKING_ROUNDS):
         shape = scalars(likelihood.dispersion(fitted, y, unit, weight), unit)
