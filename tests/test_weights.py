@@ -33,6 +33,7 @@ from sklearn_maml.data.spellings import collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.data.weights import merged, weighted
 from sklearn_maml.datasets import SinusoidTasks
+from sklearn_maml.engine import Engine
 from sklearn_maml.exceptions import SingleTaskWarning
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import GaussianHead
@@ -43,8 +44,10 @@ from sklearn_maml.learners.learner import Learner
 from sklearn_maml.learners.likelihoods import Classes, Normal, find_likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, task_errors
 from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
+from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.targets.losses import CrossEntropy, Gamma, Poisson, SquaredError
 from sklearn_maml.training.checkpoint import Checkpoint
+from sklearn_maml.update_rules import SGD
 
 N_TASKS, N_ROWS = 12, 10
 RNG = np.random.default_rng(0)
@@ -795,3 +798,37 @@ def test_a_continued_fit_takes_weights(kind):
     again.fit(X, y, groups=T, sample_weight=W)
     assert again.n_iter_ == model.n_iter_
     assert not np.allclose(answers(model), answers(again))
+
+
+@pytest.mark.parametrize("rung", ["vmap", "stacked", "native"])
+@pytest.mark.parametrize("kind_of_rows", ["even", "ragged"])
+def test_every_rung_gives_the_numbers_of_the_loop_for_weights_of_tasks(rung, kind_of_rows):
+    rng = np.random.default_rng(0)
+    A, b = (torch.from_numpy(rng.normal(size=(5, 8, n))) for n in (3, 1))
+    weight = torch.from_numpy(rng.uniform(0.2, 3, (5, 8)))
+    lengths = np.full(5, 4)
+    if kind_of_rows == "ragged":
+        lengths = np.array([4, 2, 3, 4, 1])
+        weight[torch.arange(8)[None] % 4 >= torch.from_numpy(lengths)[:, None]] = 0
+    given = weight[:, :4] / weight[:, :4].sum(1, keepdim=True)
+    long = None if kind_of_rows == "even" else lengths
+    batch = EpisodeBatch(
+        Rows(A[:, :4], b[:, :4], given, long), Rows(A[:, 4:], b[:, 4:], weight[:, 4:] / 4, long)
+    )
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    params = {f"module.{n}": p.detach() for n, p in module.named_parameters()}
+    steps = []
+    for name in ("loop", rung):
+        engine = Engine(
+            module,
+            row_loss=SquaredError.rows,
+            rule=SGD(),
+            meta_gradient=SecondOrder(),
+            adapted=[n for n, _ in module.named_parameters()],
+            rung=name,
+        )
+        steps.append(engine.meta_step(params, batch, alpha=0.1, steps=2))
+        assert engine.rung == name
+    assert_allclose(steps[1].losses, steps[0].losses, rtol=1e-10)
+    for name, grad in steps[0].grads.items():
+        assert_allclose(steps[1].grads[name], grad, rtol=1e-8, atol=1e-12)
