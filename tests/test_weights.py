@@ -45,7 +45,15 @@ from sklearn_maml.learners.likelihoods import Classes, Normal, find_likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale, task_errors
 from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
 from sklearn_maml.meta_gradients import SecondOrder
-from sklearn_maml.targets.losses import CrossEntropy, Gamma, Poisson, SquaredError
+from sklearn_maml.targets.losses import (
+    AbsoluteError,
+    CrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+    SquaredError,
+)
 from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.update_rules import SGD
 
@@ -498,7 +506,7 @@ def test_the_likelihood_of_a_head_takes_a_row_of_weight_two_as_two_rows(classifi
     assert_allclose(mean[0, 0], mean_repeated[0, 0][first])
 
 
-@pytest.mark.parametrize("loss", [Poisson(), Gamma()])
+@pytest.mark.parametrize("loss", [Poisson(), Gamma(), AbsoluteError(), Huber(), Quantile(0.8)])
 def test_likelihoods_of_newton_steps_take_a_row_of_weight_two_as_two_rows(loss):
     rng = np.random.default_rng(0)
     start = rng.normal(size=(4, 1)), np.eye(4) / 3, np.ones(1), np.full(1, 0.3)
