@@ -86,3 +86,43 @@ def test_a_user_script_passes_pyright():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 errors" in done.stdout
+
+
+# -- dask-ml -------------------------------------------------------------------------------------
+
+
+# its test set is one of rows
+@pytest.mark.filterwarnings(
+    "ignore::sklearn_maml.exceptions.SeenTaskWarning",
+    "ignore::sklearn_maml.exceptions.SmallTaskWarning",
+)
+def test_blocks_of_dask_are_learned_from_one_by_one():
+    array = pytest.importorskip("dask.array")
+    wrappers = pytest.importorskip("dask_ml.wrappers")
+    search = pytest.importorskip("dask_ml.model_selection")
+    distributed = pytest.importorskip("distributed")
+    X, y = unbalanced(n_tasks=40)
+    blocks = array.from_array(X, chunks=(200, 4)), array.from_array(y, chunks=200)
+    maml = MAMLClassifier(**SMALL, task_column=3)
+    classes = np.unique(y)
+    with distributed.Client(processes=False, dashboard_address=None, n_workers=1):
+        wrapped = wrappers.Incremental(maml, scoring=None, shuffle_blocks=False)
+        wrapped.fit(*blocks, classes=classes)
+        alone = MAMLClassifier(**SMALL, task_column=3)
+        for k in range(4):
+            part = slice(200 * k, 200 * (k + 1))
+            alone.partial_fit(X[part], y[part], classes=classes)
+        found = wrapped.estimator_
+        assert found.n_iter_ == alone.n_iter_ == 20
+        for one, other in zip(found.module_.parameters(), alone.module_.parameters(), strict=True):
+            assert_array_equal(one.detach().numpy(), other.detach().numpy())
+        grid = {"alpha": [0.01, 0.1], "beta": [1e-3, 1e-2]}
+        hyperband = search.HyperbandSearchCV(maml, grid, max_iter=3, random_state=0)
+        try:
+            hyperband.fit(*blocks, classes=classes)
+        except RuntimeError as error:
+            if "asynchronous Client" in str(error):  # of any estimator
+                pytest.skip("this dask_ml is too old for this dask")
+            raise
+        assert hyperband.best_estimator_.n_iter_ >= 5
+        assert 0 <= hyperband.best_score_ <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Self
 
 import torch
@@ -51,6 +52,7 @@ class BaseMAML(Training, Stored, Scoring):
     )
 
     __metadata_request__fit: ClassVar = {"groups": True}
+    __metadata_request__partial_fit: ClassVar = {"groups": True}
     __metadata_request__score: ClassVar = {"groups": True}
     __metadata_request__predict: ClassVar = {"groups": True}
 
@@ -114,15 +116,82 @@ class BaseMAML(Training, Stored, Scoring):
         with the same data; they share the tasks of each meta-batch and end with the same
         parameters, see `sklearn_maml.distributed`.
         """
+        return self._fit(X, y, groups, sample_weight, continued=bool(self.warm_start))
+
+    @one_thread()
+    @keeps_state_on_error
+    @with_callbacks
+    def partial_fit(
+        self,
+        X: Tasks | TaskDistribution,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        sample_weight: Weights = None,
+    ) -> Self:
+        """Go on with meta-training on more tasks, or begin it.
+
+        For tasks that come in parts, whatever `warm_start` says. One call makes 50 meta-updates,
+        an epoch of `history_`, or one pass over its tasks where that takes more, and at most
+        `max_iter`; a Gaussian head takes 6 in 10 of them, as in `fit`. They are of a constant rate
+        (`beta_decay` is not used), and the last parameters are kept, without early stopping. Tasks
+        that were adapted to are forgotten.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features), list of tasks, 3-D array, or distribution
+            Rows of some tasks, or tasks, as in `fit`. A task is better learned from whole than in
+            pieces; few tasks at a time will do where the first call had 4 or more.
+        y : array-like of shape (n_rows,) or (n_rows, n_outputs), default=None
+            Targets.
+        groups : array-like of shape (n_rows,) or (n_rows, n_parts), default=None
+            Task id of each row.
+        sample_weight : array-like of shape (n_rows,) or dict, default=None
+            Weights of the rows or tasks, as in `fit`.
+
+        Returns
+        -------
+        self : object
+            The meta-fitted estimator. `n_tasks_`, `tasks_` and what `score` knows of tasks that it
+            has seen are of the last call; `history_` has up to 1,000 epochs.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data is not valid; the estimator is left as it was.
+        MetaTrainingError
+            If most meta-steps were not finite.
+
+        Notes
+        -----
+        Features and targets are standardised as at the first call, or at the `fit` before it, and
+        what was trained then is trained on: with fewer than 4 tasks gradient steps alone. Held-out
+        tasks of a call change how confident predictions are, and the shares of the learners, where
+        there are 10 of them or more.
+        """
+        return self._fit(X, y, groups, sample_weight, continued=True, partial=True)
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        groups: Any,
+        sample_weight: Any,
+        *,
+        continued: bool,
+        partial: bool = False,
+        classes: Any = None,
+    ) -> Self:
+        """Meta-train; `continued` goes on from what was learned before, if anything was."""
         self._validate_params()
         self._check_parameter_names()
         processes = find_processes()
-        continued = bool(self.warm_start) and hasattr(self, "net_")
-        if self.warm_start and hasattr(self, "module_") and not continued:
+        if continued and hasattr(self, "module_") and not hasattr(self, "net_"):
             raise ValueError(
-                "warm_start=True continues a fit, but this model was saved without the state of "
-                "its optimiser. Save it with training=True, or fit anew with warm_start=False."
+                f"{'partial_fit' if partial else 'warm_start=True'} continues a fit, but this "
+                "model was saved without the state of its optimiser. Save it with training=True, "
+                "or fit anew with warm_start=False."
             )
+        continued = continued and hasattr(self, "net_")
         checkpoint = begin_checkpointed(self.callbacks, processes, describe)
         if continued:  # the same tasks are held out; episodes follow the count of updates
             seed = self._score_seed
@@ -136,6 +205,8 @@ class BaseMAML(Training, Stored, Scoring):
         before = dict(vars(self)) if continued else None
         with torch.inference_mode(False):  # a caller may have it on
             targets = self.targets_ if continued else self._make_targets()
+            if partial and not continued:
+                targets.declare(classes)
             self.device_ = resolve_device(self.device)
             source: DistributionSource | CollectionSource
             if is_task_distribution(X):
@@ -160,7 +231,7 @@ class BaseMAML(Training, Stored, Scoring):
             self.__dict__.pop("_state", None)
             routed = {"groups": groups, "sample_weight": sample_weight}
             metadata = {name: value for name, value in routed.items() if value is not None}
-            plan = self._plan(source, seed, continued)
+            plan = dataclasses.replace(self._plan(source, seed, continued), partial=partial)
             joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
             self._choose_learners(plan, joint, before)
         if source.single:

@@ -10,7 +10,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from sklearn_maml._types import Tasks, Weights
-from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.continuing import ContinuingClasses
 from sklearn_maml.estimators.prediction import PredictingClasses
 from sklearn_maml.heads import SymmetricHead, find_head
 from sklearn_maml.modules import adapted_names
@@ -19,7 +19,7 @@ from sklearn_maml.targets.classes import ClassTargets
 __all__ = ["MAMLClassifier"]
 
 
-class MAMLClassifier(ClassifierMixin, PredictingClasses, BaseMAML):
+class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
     r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and

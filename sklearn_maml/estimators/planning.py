@@ -42,7 +42,9 @@ class Planning(Building):
         asked = self._rule_name()
         if asked not in ("auto", "gaussian-head"):
             return Plan(source, source, with_steps=True, with_head=False)
-        reason = self._why_no_head(source)
+        if continued and not isinstance(self._learner.head, GaussianHead):
+            return Plan(source, source, with_steps=True, with_head=False)
+        reason = None if continued else self._why_no_head(source)
         if reason is not None:
             if asked == "gaussian-head":
                 raise ValueError(
@@ -55,6 +57,12 @@ class Planning(Building):
         # without held-out tasks nothing could tell how much steps are worth
         with_steps = asked == "auto" and holds_out and (of_tasks or source.validation is not None)
         if continued:
+            if source.single:
+                raise ValueError(
+                    "A Gaussian head was meta-learned, from how tasks differ, and these rows have "
+                    "no task information. Give groups or a task column, or fit anew with "
+                    "warm_start=False."
+                )
             with_steps = self._learner.module is not None
         episodes = CrossFitted(
             source,
@@ -69,15 +77,15 @@ class Planning(Building):
     def _new_net(self, plan: Plan, seed: int, continued: bool) -> tuple[Any, Any]:
         """Meta-parameters, and the net that trains them."""
         if continued:
+            from sklearn_maml.training.outcomes import shortened
+
             self._check_unchanged(everything=True)
             learner = copy.deepcopy(self._learner)
-            if isinstance(learner.head, GaussianHead) != plan.with_head:
-                raise ValueError(
-                    "warm_start=True continues a fit, but the Gaussian head of the last one and "
-                    "the tasks of this one do not go together. Fit anew with warm_start=False."
-                )
             net = self._make_net(learner)
-            net.continue_from(self.net_)
+            history = self.net_.history
+            net.continue_from(
+                self.net_, shortened(history) if plan.partial else copy.deepcopy(history)
+            )
             return learner, net
         with SeededTorch(self.device_, seed):
             module = self._networks().make()
@@ -194,6 +202,8 @@ class Planning(Building):
         """Tell the net how to train."""
         from skorch.callbacks import LRScheduler
 
+        from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
+
         source, engine = plan.source, plan.engine
         net.alpha, net.steps = self._alpha(), self._n_steps()
         net.eval_steps = self._n_adapt_steps()
@@ -228,5 +238,11 @@ class Planning(Building):
             )
         net.beta_decay = 0.0 if scheduled else self.beta_decay
         net.verbose = int(self.verbose)
+        net.partial = plan.partial
+        if plan.partial:
+            in_one_pass = -(-plan.episodes.n_train // net.batch_size)
+            net.max_iter = min(net.max_iter, max(UPDATES_PER_EPOCH, in_one_pass))
+            net.patience = None
+            return
         stops = self.early_stopping != "auto" and bool(self.early_stopping)
         net.patience = self._integer("n_iter_no_change") if stops else None

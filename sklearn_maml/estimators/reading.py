@@ -88,7 +88,7 @@ class Reading(Parameters):
         n_shots = self._integer("n_shots")
         if tasks.spelling == "single" and targets.n_ways is None and n_shots is None:
             tasks = merged(tasks)
-        stacklevel = 6 if HAS_SKLEARN_CALLBACKS else 5
+        stacklevel = 7 if HAS_SKLEARN_CALLBACKS else 6
         if not continued:
             targets.learn(tasks, tasks.weight)
         module = self._new_module(targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
+from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.modules import copy_buffers
 from sklearn_maml.training.checkpoint import CheckpointedFit, net_state
 from sklearn_maml.training.distributed import Processes
@@ -166,7 +168,11 @@ class Training(Planning):
             of_before = before["calibration_"]
             edges = np.minimum(edges[0], of_before.low), np.maximum(edges[1], of_before.high)
         with joint.threads(0):
-            calibration = judge_head(joint.trainer, meta_params, edges, plan.episodes.shared_rows)
+            if before is not None and joint.trainer.n_judges < LEAST_HELD_OUT:
+                calibration = dataclasses.replace(of_before, low=edges[0], high=edges[1])
+            else:
+                shared = plan.episodes.shared_rows
+                calibration = judge_head(joint.trainer, meta_params, edges, shared)
             share = 0.0 if joint.engine is None else known
             if joint.engine is not None and plan.episodes.validation:
                 outputs = held_out_outputs(
@@ -186,7 +192,7 @@ class Training(Planning):
                 "this continued fit: its held-out tasks did better without them. Fit on old and "
                 "new tasks together to keep what the old ones have shown.",
                 DroppedLearnerWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         self.calibration_ = calibration
         self.learner_weights_ = plan.weights(share)
@@ -233,7 +239,7 @@ class Training(Planning):
             f"do, try another alpha (now {self._alpha():g}), more steps (now {self._n_steps()}) or "
             f"more updates (now {self.max_iter}).",
             MemorizationWarning,
-            stacklevel=7 if HAS_SKLEARN_CALLBACKS else 6,
+            stacklevel=8 if HAS_SKLEARN_CALLBACKS else 7,
         )
 
 

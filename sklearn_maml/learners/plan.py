@@ -28,6 +28,8 @@ class Plan:
         What is trained in place of either.
     engine : Engine or None
         Of the gradient steps.
+    partial : bool
+        Whether more tasks will come: a few updates of a constant rate, the last of which is kept.
     """
 
     source: Any
@@ -36,6 +38,7 @@ class Plan:
     with_head: bool
     learner: Learner | None = None
     engine: Any = None
+    partial: bool = False
 
     def weights(self, share: float) -> dict[str, float]:
         """Shares of the learners in predictions; `share` is that of steps beside a head."""

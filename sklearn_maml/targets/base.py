@@ -170,6 +170,10 @@ class Targets(ABC):
         """Outputs of the network."""
 
     @abstractmethod
+    def declare(self, classes: Any) -> None:
+        """Learn what tasks to come have, from the first part of them on; labels, of classes."""
+
+    @abstractmethod
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """Learn from the targets of meta-training what the rest needs."""
 

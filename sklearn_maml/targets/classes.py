@@ -10,6 +10,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
+from sklearn_maml.data.ids import as_array
 from sklearn_maml.data.sampling import VALIDATION_QUERIES_OF_CLASS
 from sklearn_maml.data.splitting import name_of
 from sklearn_maml.data.tasks import TaskCollection
@@ -47,9 +48,21 @@ class ClassTargets(Targets):
         """Outputs of the network: one for each class, of all or of an episode."""
         return len(self.classes_) if self.n_ways is None else int(self.n_ways)
 
+    def declare(self, classes: Any) -> None:
+        """Tell the labels that tasks share before tasks with all of them have come."""
+        if self.class_weight == "balanced":
+            raise ValueError(
+                "class_weight='balanced' is about the rows of all tasks, and partial_fit gets some "
+                "of them. Use a dict of weights."
+            )
+        if classes is not None:
+            self.classes_ = np.unique(as_array(classes))
+
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
-        self.classes_ = np.unique(tasks.y)
+        declared = vars(self).get("classes_")
+        if declared is None or self.n_ways is not None:
+            self.classes_ = np.unique(tasks.y)
         self.class_weight_ = None
         if self.class_weight is None:
             return
@@ -98,7 +111,8 @@ class ClassTargets(Targets):
             raise ValueError(
                 f"y contains labels that were not seen in fit: {unseen[:5].tolist()}. Labels are "
                 f"shared by the tasks (n_ways=None), and fit saw {self.classes_[:10].tolist()}. "
-                "Meta-fit with n_ways if every task has labels of its own."
+                "Meta-fit with n_ways if every task has labels of its own; where tasks come in "
+                "parts, name all labels in partial_fit(..., classes=)."
             )
         return np.searchsorted(self.classes_, y)
 

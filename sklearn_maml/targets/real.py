@@ -60,6 +60,9 @@ class RealTargets(Targets):
         """Outputs of the network: one for each target."""
         return self.n_outputs_
 
+    def declare(self, classes: Any) -> None:
+        """See `Targets`; there is nothing."""
+
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
         self.loss = clone(self.loss)  # whose parameters the user may change

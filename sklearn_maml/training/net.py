@@ -81,6 +81,8 @@ class MetaNet(NeuralNet):
         Where the state of the fit is kept, and taken from.
     joint : Joint or None, default=None
         What `engine` is, or shares among processes, where a Gaussian head is trained.
+    partial : bool, default=False
+        Whether more calls will come: rates then are constant, and the last parameters are kept.
     **kwargs : dict
         Parameters of `skorch.NeuralNet`.
     """
@@ -104,11 +106,13 @@ class MetaNet(NeuralNet):
         epoch_hooks: Any = None,
         checkpoint: Any = None,
         joint: Any = None,
+        partial: bool = False,
         criterion: Any = nn.Identity,
         **kwargs: Any,
     ) -> None:
         self.engine = engine
         self.joint = joint
+        self.partial = partial
         self.alpha = alpha
         self.steps = steps
         self.eval_steps = eval_steps
@@ -168,10 +172,10 @@ class MetaNet(NeuralNet):
         named: Iterator[tuple[str, Any]] = self._uniquely_named_callbacks()
         return named
 
-    def continue_from(self, net: MetaNet) -> None:
-        """Take over history, counter and optimiser state of an earlier net (warm start)."""
+    def continue_from(self, net: MetaNet, history: Any) -> None:
+        """Take over counter and optimiser state of an earlier net, and its history."""
         self.initialize()
-        self.history_ = copy.deepcopy(net.history)
+        self.history_ = history
         self.update_ = net.update_
         if type(self.optimizer_) is type(net.optimizer_):
             settings = [
@@ -254,7 +258,7 @@ class MetaNet(NeuralNet):
         self.outer_step_.project(self)
         if self.checkpoint is not None:
             self.checkpoint.begin(self)
-        if self.parts_ is not None and self.update_ == self.first_update_:
+        if self.parts_ is not None and self.update_ == self.first_update_ and not self.partial:
             self.parts_.begin(self)
         left = self.max_iter - (self.update_ - self.first_update_)
         self.engine.expect(
@@ -371,6 +375,8 @@ class MetaNet(NeuralNet):
     def track_best(self) -> None:
         """Remember the best parameters by validation loss, and for how long none were better."""
         self.outer_step_.project(self)  # callbacks may have changed what is kept
+        if self.partial:
+            return
         loss = self.history[-1].get("valid_loss", math.nan)
         if self.parts_ is not None:
             loss = self.parts_.track(self)

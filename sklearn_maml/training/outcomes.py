@@ -12,10 +12,17 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.exceptions import MetaTrainingError, NonFiniteStepWarning
 
-__all__ = ["Outcomes", "current_row", "non_finite_error", "note_non_finite"]
+__all__ = ["Outcomes", "current_row", "non_finite_error", "note_non_finite", "shortened"]
 
+# epochs of the history that are kept of earlier calls of partial_fit
+MOST_EPOCHS = 1000
 # meta-steps seen before a majority of non-finite ones stops the fit
 PATIENCE_NON_FINITE = 20
+
+
+def shortened(history: Any) -> Any:
+    """Last epochs of a history, without their batches: it is bounded however many calls add to."""
+    return type(history)([{**row, "batches": []} for row in list(history)[-MOST_EPOCHS:]])
 
 
 def current_row(net: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def count_head_updates(n_updates: int) -> int:
 
 def decay_rate(net: Any) -> None:
     """Lower the rate of a net's optimiser towards the end of the fit."""
-    if not net.beta_decay:
+    if not net.beta_decay or net.partial:
         return
     done = net.update_ - net.first_update_
     factor = min((1.0 - done / net.max_iter) / net.beta_decay, 1.0)
@@ -41,5 +41,6 @@ def step_size(net: Any) -> float | None:
     """Size of the outer step of a net; None where the optimiser makes it."""
     if net.step_size_at is None:
         return None
-    size: float | None = net.step_size_at((net.update_ - net.first_update_) / net.max_iter)
+    done = 0 if net.partial else net.update_ - net.first_update_
+    size: float | None = net.step_size_at(done / net.max_iter)
     return size
