@@ -7,20 +7,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 from torch import nn
 
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.laplace import LaplaceHead
-from sklearn_maml.learners.likelihoods import Counts, HeavyTails, Positive
-from sklearn_maml.targets import Gamma, Poisson, Quantile
+from sklearn_maml.learners.likelihoods import Counts, HeavyTails, Labels, Positive
+from sklearn_maml.targets import BinaryCrossEntropy, Gamma, Poisson, Quantile
 
 RNG = np.random.RandomState
 LIKELIHOODS = {
     "poisson": Counts(Poisson()),
     "gamma": Positive(Gamma()),
     "quantile": HeavyTails(Quantile(0.8)),
+    "binary": Labels(BinaryCrossEntropy()),
 }
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 30, "random_state": 0}
 
@@ -64,6 +65,8 @@ def random_head(likelihood, n_outputs=1, n_members=2, seed=0):
 def draw(loss, rng, shape, unit=1.0):
     if loss == "quantile":
         return rng.standard_t(2, shape)
+    if loss == "binary":
+        return rng.randint(0, 2, shape).astype(float)
     y = rng.poisson(3, shape) if loss == "poisson" else rng.gamma(2.0, 1.5, shape)
     return y * unit
 
@@ -76,6 +79,8 @@ def log_density(loss, y, output, dispersion, unit):
     """Of scipy."""
     if loss == "quantile":
         return stats.logistic.logpdf(y, output, np.sqrt(3 * dispersion) / np.pi)
+    if loss == "binary":
+        return stats.bernoulli.logpmf(y, special.expit(output))
     mean = np.exp(output)
     if loss == "gamma":
         return stats.gamma.logpdf(y, 1 / dispersion, scale=mean * dispersion)
@@ -121,6 +126,11 @@ def test_posterior_is_the_mode_that_scipy_finds_and_the_curvature_there(loss, n_
             np.testing.assert_allclose(variance[j, 0, :, k], total, rtol=1e-4)
             quantiles = mean + units[k] * np.sqrt(total)
             np.testing.assert_allclose(outputs[j, 0, :, k], quantiles, rtol=1e-4, atol=1e-4)
+            continue
+        if loss == "binary":
+            p = special.expit(mean / np.sqrt(1 + np.pi * doubt / 8))
+            np.testing.assert_allclose(special.expit(outputs[j, 0, :, k].numpy()), p, rtol=1e-4)
+            np.testing.assert_allclose(variance[j, 0, :, k], p * (1 - p), rtol=1e-4)
             continue
         of_rate = np.sqrt(1 + 2 * doubt) - 1
         np.testing.assert_allclose(outputs[j, 0, :, k], mean + of_rate / 2, rtol=1e-4, atol=1e-4)
@@ -320,6 +330,29 @@ def test_a_task_without_any_count_and_one_of_huge_counts_are_learned(fitted):
         assert np.isfinite([mean, std]).all()
         assert (mean > 0).all()
         assert deviance(y, mean) < deviance(y, np.full(10, 3.0))
+
+
+def test_labels_of_a_task_are_learned_with_calibrated_probabilities():
+    def tasks(n_tasks, seed):
+        rng = RNG(seed)
+        X = rng.uniform(-1, 1, (n_tasks, 30, 2))
+        coef = 1.5 * rng.randn(n_tasks, 3, 2)
+        logit = coef[:, None, 0] + np.einsum("trp,tpo->tro", X, coef[:, 1:])
+        y = (rng.rand(*logit.shape) < special.expit(logit)).astype(float)
+        return X.reshape(-1, 2), y.reshape(-1, 2), np.repeat(np.arange(n_tasks), 30)
+
+    X, y, task = tasks(60, 0)
+    model = MAMLRegressor(loss=BinaryCrossEntropy(), **SMALL).fit(X, y, groups=task)
+    assert model.learner_weights_["gaussian-head"] > 0
+    X, y, task = tasks(60, 1)
+    support = np.arange(len(X)) % 30 < 10
+    model.adapt(X[support], y[support], groups=task[support])
+    p, y = model.predict(X, groups=task)[~support], y[~support]
+    entropy = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
+    assert entropy < 0.6  # of even odds: .69
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        among = (p >= low) & (p < low + 0.2)
+        assert abs(y[among].mean() - p[among].mean()) < 0.06
 
 
 def lines(n_tasks=40, n_rows=24, seed=0, noise="normal"):

@@ -21,6 +21,7 @@ from torch.nn.functional import softplus
 from sklearn_maml.targets.base import Loss
 from sklearn_maml.targets.losses import (
     AbsoluteError,
+    BinaryCrossEntropy,
     CrossEntropy,
     Gamma,
     Huber,
@@ -33,6 +34,7 @@ __all__ = [
     "Classes",
     "Counts",
     "HeavyTails",
+    "Labels",
     "Likelihood",
     "NewtonLikelihood",
     "Normal",
@@ -43,6 +45,7 @@ __all__ = [
 
 # logarithms below the mean at which predictions of counts end
 LOWEST = 12.0
+SURE = 10.0  # logits at which predictions of labels end
 # dispersions, and units of targets that are no multiples of one, from which fits start
 DISPERSIONS, UNITS = np.geomspace(1e-4, 10, 21), np.geomspace(1e-4, 10, 21)
 TINY = float(np.finfo(np.float32).tiny)
@@ -301,6 +304,51 @@ class Positive(_LogLink):
         return np.ones(y.shape[1])
 
 
+class Labels(NewtonLikelihood):
+    """Labels that are 0 or 1, given their logits; there is nothing for a dispersion to do."""
+
+    def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
+        """See `Likelihood`; these are finite."""
+        outputs: np.ndarray = SURE * (2 * y - 1)
+        return outputs
+
+    def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Likelihood`."""
+        return np.full(y.shape[1], -SURE), np.full(y.shape[1], SURE)
+
+    def derivatives(
+        self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`."""
+        p = output.sigmoid()
+        return softplus(output) - y * output, p - y, p * (-output).sigmoid()
+
+    def surprise(self, output: Tensor, y: Tensor, shape: NewtonLikelihood.Shape) -> Tensor:
+        """See `NewtonLikelihood`."""
+        return self.derivatives(output, y, shape)[0]
+
+    def predictive(
+        self, mean: Tensor, variance: Tensor, shape: NewtonLikelihood.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `NewtonLikelihood`; doubt makes logits smaller (MacKay 1992)."""
+        output = mean / (1 + math.pi / 8 * variance).sqrt()
+        return output, output.sigmoid() * (-output).sigmoid(), shape[0]
+
+    def guess(self, y: Tensor, shape: NewtonLikelihood.Shape) -> tuple[Tensor, Tensor]:
+        """See `NewtonLikelihood`: the first step from even odds."""
+        return 4 * y - 2, torch.full_like(shape[0], 4.0)
+
+    def dispersion(
+        self, output: np.ndarray, y: np.ndarray, unit: float, weight: np.ndarray | None = None
+    ) -> float:
+        """See `NewtonLikelihood`."""
+        return 1.0
+
+    def unit(self, y: np.ndarray) -> np.ndarray:
+        """Nothing: one."""
+        return np.ones(y.shape[1])
+
+
 class HeavyTails(NewtonLikelihood):
     """Numbers of which some are far off, as for losses that are linear in large errors.
 
@@ -408,6 +456,7 @@ _LIKELIHOODS: dict[type[Loss], Callable[[Loss], Likelihood]] = {
     AbsoluteError: HeavyTails,
     Huber: HeavyTails,
     Quantile: HeavyTails,
+    BinaryCrossEntropy: Labels,
 }
 
 
