@@ -20,10 +20,15 @@ from sklearn.metrics import (
     mean_pinball_loss,
     mean_poisson_deviance,
 )
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sklearn_maml import (
+    FewShotRegressor,
     MAMLRegressor,
+    adapt,
     compare_baselines,
     load,
     task_scorer,
@@ -390,6 +395,20 @@ def test_the_loss_of_a_fitted_model_stays(reg):
 
 def clone_of(reg):
     return pickle.loads(pickle.dumps(reg))
+
+
+def test_few_shot_estimators_pipelines_and_searches(reg):
+    expected = reg.predict(X)
+    y = Y + (reg.loss == "gamma")
+    assert_array_equal(FewShotRegressor(reg).fit(X[:9], y[:9]).predict(X), expected)
+    pipe = make_pipeline(StandardScaler(), clone(reg)).fit(X, y, mamlregressor__groups=TASK)
+    assert np.isfinite(adapt(pipe, X[:9], y[:9]).predict(X)).all()
+    grid = {"loss": ["squared_error", reg.loss], "quantile": [0.5]}
+    search = GridSearchCV(clone(reg), grid, cv=KFold(2))
+    search.fit([(X[j == TASK], y[j == TASK]) for j in range(8)])
+    scores = search.cv_results_["mean_test_score"]
+    assert np.isfinite(scores).all()
+    assert scores[0] != scores[1]
 
 
 def test_heads_and_their_intervals_refuse_losses_without_them(reg):

@@ -391,22 +391,6 @@ struct Binary { // of logits
     }
 };
 
-// loss and derivatives of one row, the second ones in `curve`
-typedef real (*RowLoss)(i64 n, real a, real w, const real *o, const real *y, real *g, real *curve);
-template <class F>
-static real row_loss(i64 n, real a, real w, const real *o, const real *y, real *g, real *curve) {
-    real total = 0;
-    for (i64 j = 0; j < n; j++) {
-        real d1, d2;
-        total += F::at(o[j], y[j], a, d1, d2);
-        g[j] = w * d1;
-        curve[j] = w * d2;
-    }
-    return w * total;
-}
-static const RowLoss row_losses[N_LOSSES] = {row_loss<SquaredError>, 0, row_loss<AbsoluteError>, row_loss<Huber>,
-                                             row_loss<Quantile>, row_loss<Poisson>, row_loss<Gamma>, row_loss<Binary>};
-
 // ---- the network -------------------------------------------------------------------------------
 
 struct Layer {
@@ -610,19 +594,36 @@ static inline real largest(const real *o, i64 n) {
     return top;
 }
 
+// loss of the set and its derivatives by the outputs, the second ones in `curve`
+typedef real (*LossOfSet)(const Net &, const Set &, const real *out, real *curve, real *d);
+template <class L>
+static real loss_of_set(const Net &net, const Set &set, const real *out, real *curve, real *d) {
+    const Layer &y = net.last();
+    const i64 n = y.out, stride = y.op;
+    real total = 0, even = (real)1 / set.rows, share = (real)1 / n;
+    for (i64 i = 0; i < set.rows; i++) {
+        const real *o = out + i * stride, *t = set.y + i * n;
+        real w = (set.weight ? set.weight[i] : even) * share, *g = d + i * stride, *c = curve + i * stride, row = 0;
+        store(g + stride - V, (vec){});
+        for (i64 j = 0; j < n; j++) {
+            real d1, d2;
+            row += L::at(o[j], t[j], net.parameter, d1, d2);
+            g[j] = w * d1;
+            c[j] = w * d2;
+        }
+        total += w * row;
+    }
+    return total;
+}
+static const LossOfSet losses[N_LOSSES] = {loss_of_set<SquaredError>, 0, loss_of_set<AbsoluteError>,
+                                           loss_of_set<Huber>, loss_of_set<Quantile>, loss_of_set<Poisson>,
+                                           loss_of_set<Gamma>, loss_of_set<Binary>};
+
 // loss of the set and its derivative by the outputs; what `loss_change` needs goes to `curve`
 static real loss(const Net &net, const Set &set, const real *out, real *curve, real *d) {
+    if (!net.classes) return losses[net.loss](net, set, out, curve, d);
     const Layer &y = net.last();
-    real total = 0, even = (real)1 / set.rows, share = (real)1 / y.out;
-    if (!net.classes) {
-        for (i64 i = 0; i < set.rows; i++) {
-            real w = set.weight ? set.weight[i] : even, *g = d + i * y.op;
-            store(g + y.op - V, (vec){});
-            total += row_losses[net.loss](y.out, net.parameter, w * share, out + i * y.op, set.y + i * y.out, g,
-                                          curve + i * y.op);
-        }
-        return total;
-    }
+    real total = 0, even = (real)1 / set.rows;
     real *prob = curve;
     for (i64 i = 0; i < set.rows; i++) {
         const real *o = out + i * y.op;
