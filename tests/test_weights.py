@@ -119,6 +119,17 @@ def test_weights_matter_and_their_scale_does_not(kind, rule):
     assert_array_equal(some, answers(fit(kind, rule, weight=W * 2.0**-40)))
 
 
+@pytest.mark.parametrize("least", [1e-300, 5e-324])
+def test_weights_may_differ_by_all_there_is(kind, rule, least):
+    weight = np.where((T == 2) | (np.arange(len(T)) % 3 > 0), least, 1.0)
+    cls, y = KINDS[kind]
+    model = cls(**SMALL, update_rule=rule)
+    model.fit(X.astype(np.float32), y, groups=T, sample_weight=weight)
+    assert np.isfinite(answers(model)).all()
+    history = [row["train_loss"] for row in model.history_]
+    assert np.isfinite(history).all()
+
+
 @pytest.mark.parametrize("cls", [MAMLRegressor, MAMLClassifier])
 def test_without_tasks_a_row_of_weight_two_is_a_row_that_is_there_twice(cls):
     """Exactly, in whatever order the rows come, and for rows that are there twice already."""

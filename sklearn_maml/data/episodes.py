@@ -268,10 +268,10 @@ def pad_rows(
         index = rows.reshape(n_tasks, width)
     weight = None
     if sample_weight is not None and len(sample_weight):
-        weight = np.zeros((n_tasks, width), dtype)
+        weight = np.zeros((n_tasks, width), sample_weight.dtype)
         weight[np.arange(width) < counts[:, None]] = sample_weight
-        total = weight.sum(1, keepdims=True) if normalise else counts[:, None].astype(dtype)
-        weight = weight / np.where(counts[:, None] > 0, total, 1)
+        total = weight.sum(1, keepdims=True) if normalise else counts[:, None]
+        weight = (weight / np.where(counts[:, None] > 0, total, 1)).astype(dtype, copy=False)
     elif short:
         weight = (filled / np.maximum(counts, 1)[:, None]).astype(dtype)
     lengths = np.maximum(counts, 1)

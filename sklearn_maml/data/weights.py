@@ -19,6 +19,7 @@ __all__ = ["NEAR", "check_weights", "merged", "row_marks", "spread_weights", "we
 NEAR = 50
 
 BLOCK = 2**20  # numbers that are marked at a time
+LEAST = 1e-20  # of the largest weight: sums of smaller ones may be 0 in float32
 
 
 def check_weights(sample_weight: Any, X: np.ndarray, near: int = 0, **options: Any) -> np.ndarray:
@@ -113,7 +114,7 @@ def weighted(tasks: TaskCollection, sample_weight: Any) -> TaskCollection:
         tasks, weights = tasks.take_rows(np.flatnonzero(kept)), weights[kept]
     if weights.min() == weights.max():
         return tasks
-    return dataclasses.replace(tasks, weight=weights)
+    return dataclasses.replace(tasks, weight=np.maximum(weights, LEAST))
 
 
 def merged(tasks: TaskCollection) -> TaskCollection:

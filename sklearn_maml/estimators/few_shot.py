@@ -273,10 +273,11 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     Parameters
     ----------
     prior : estimator, default=None
-        A meta-fitted `MAMLClassifier`, or a fitted pipeline or search that ends in one. It is
-        shared, never copied or changed; cloning this estimator keeps it. To search over priors,
-        wrap them in `sklearn.frozen.FrozenEstimator`. None starts from a random initialisation
-        and takes plain gradient steps: the baseline without meta-learning.
+        A meta-fitted `MAMLClassifier`, whose `class_weight` is that of the rows of the task, too,
+        or a fitted pipeline or search that ends in one. It is shared, never copied or changed;
+        cloning this estimator keeps it. To search over priors, wrap them in
+        `sklearn.frozen.FrozenEstimator`. None starts from a random initialisation and takes plain
+        gradient steps: the baseline without meta-learning.
     alpha : float, default=None
         Inner rate; None takes that of the prior (0.1 without one).
     steps : int, default=None

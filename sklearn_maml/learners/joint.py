@@ -223,7 +223,7 @@ class HeadTrainer:
             weight = self._of_rows(batch.query, mean)
             of_task = totals(weight) if self.weighted else None
             if of_task is not None:
-                weight = weight / of_task.unsqueeze(-1)
+                weight = normalised(weight)
             if self.head.classification:
                 errors = (run.error_rows(mean, y) * weight).sum(-1)
             elif isinstance(self.head.likelihood, NewtonLikelihood):
