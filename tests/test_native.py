@@ -25,12 +25,20 @@ from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, squared_error_rows
+from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
 from sklearn_maml.engine.rungs import base
 from sklearn_maml.engine.rungs import native as climbing_rung
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.meta_gradients import SecondOrder
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+)
 from sklearn_maml.update_rules import SGD, MetaSGD, Momentum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +179,44 @@ def test_activations(name, dtype, classes):
     module = mlp(sizes, ACTIVATIONS[name], dtype=dtype)
     batch = make_batch(sizes, classes=classes, dtype=dtype, ragged=True)
     assert_equals_loop(module, batch, classes=classes)
+
+
+LOSSES = [
+    (AbsoluteError(), lambda y: y),
+    (Huber(0.5), lambda y: y),
+    (Quantile(0.9), lambda y: y),
+    (Poisson(), lambda y: y.exp().floor()),
+    (Gamma(), torch.exp),
+    (BinaryCrossEntropy(), lambda y: (y > 0).to(y)),
+]
+
+
+@pytest.mark.parametrize("rows", [{}, {"ragged": True, "weighted": True}], ids=["plain", "both"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("loss", "made"), LOSSES, ids=lambda v: type(v).__name__)
+def test_losses(loss, made, dtype, rows, instructions):
+    batch = make_batch((3, 10, 3), dtype=dtype, **rows)
+    for part in (batch.support, batch.query):
+        part.y.copy_(made(part.y))
+    assert_equals_loop(mlp((3, 10, 3), dtype=dtype), batch, row_loss=loss.rows)
+
+
+def test_every_loss_of_the_kernels_is_tested():
+    tested = {getattr(loss.rows, "__func__", loss.rows) for loss, _ in LOSSES}
+    assert tested | {squared_error_rows, cross_entropy_rows} == set(climbing_rung.LOSSES)
+
+
+def test_a_loss_that_is_computed_otherwise_is_not_of_the_kernels():
+    class Twice(Huber):
+        def rows(self, output, y):
+            return 2 * super().rows(output, y)
+
+    spec = make_engine(mlp((3, 4, 2)), row_loss=Twice().rows).spec
+    assert climbing_rung.Native.refuses(spec) is not None
+    assert (
+        climbing_rung.Native.refuses(make_engine(mlp((3, 4, 2)), row_loss=Huber().rows).spec)
+        is None
+    )
 
 
 def test_an_activation_after_the_last_layer():
