@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["one_thread", "several_threads", "threads_for"]
+__all__ = ["n_threads_asked", "one_thread", "several_threads", "threads_for"]
 
 # multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
 # great deal more on a busy machine)
@@ -46,6 +46,12 @@ def one_thread() -> Iterator[None]:
             yield
     finally:
         _asked.threads = outer
+
+
+def n_threads_asked() -> int:
+    """Threads that torch had before any `one_thread`, for what starts and ends its own."""
+    n_threads: int = max(getattr(_asked, "threads", 1), torch.get_num_threads())
+    return n_threads
 
 
 @contextlib.contextmanager

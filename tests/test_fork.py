@@ -126,3 +126,26 @@ def test_no_public_call_on_a_small_network_leaves_threads_behind():
 
 def test_children_compute_after_a_fit_of_a_large_network():
     assert run(LARGE_NETWORKS) == ["True"]
+
+
+KERNELS = """
+import numpy as np
+from sklearn_maml import MAMLRegressor, native
+
+used = set()
+make = native.Kernel.__init__
+def noted(self, *args):
+    used.add(args[-1])
+    make(self, *args)
+native.Kernel.__init__ = noted
+
+X = np.random.default_rng(0).normal(size=(4, 10, 3))
+reg = MAMLRegressor(update_rule="sgd", max_iter=2, random_state=0).fit(X, X.sum(2))
+reg.adapt(X[:2], X[:2].sum(2)).predict(X[:2])
+print(used)
+"""
+
+
+def test_kernels_have_the_threads_of_the_caller_in_a_fit():
+    # they start their own in each call, and end them
+    assert run(KERNELS) == ["{2}"]

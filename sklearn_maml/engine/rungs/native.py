@@ -26,6 +26,7 @@ from sklearn_maml.targets.losses import (
     squared_error_rows,
 )
 from sklearn_maml.theta import Params, Theta, name_in_module, name_in_rule
+from sklearn_maml.threads import n_threads_asked
 from sklearn_maml.update_rules import has_linear_rates, norm_of_steps
 
 __all__ = ["Native"]
@@ -65,7 +66,7 @@ class Native(Rung):
         super().__init__(spec, below)
         assert spec.layout is not None
         self.layout = spec.layout
-        self._n_threads = torch.get_num_threads()  # before a fit of a small network limits it
+        self._n_threads = n_threads_asked()
         self._climbs_at: int | None = None
         self._forget()
 
@@ -74,7 +75,7 @@ class Native(Rung):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._n_threads = torch.get_num_threads()
+        self._n_threads = n_threads_asked()
         if self.ready:
             self.ready = False
             try:
