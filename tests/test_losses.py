@@ -312,6 +312,22 @@ def test_auto_clips_steps_whose_curvature_has_no_bound(loss):
     assert clone(reg).set_params(loss="huber")._gradient_rule().max_grad_norm is None
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("far", [1e4, 1e7])
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_a_glitch_in_a_support_set_gives_no_astronomic_rates(loss, far, dtype):
+    rows = X.astype(dtype)
+    reg = regressor(loss, alpha=0.1, steps=5, max_iter=30).fit(rows, Y + 1, groups=TASK)
+    y = np.where(np.arange(9) == 3, far, Y[:9] + 1)
+    with pytest.warns(NonFiniteStepWarning, match="diverged on 1 of 1 tasks"):
+        reg.adapt(rows[:9], y)
+    assert reg.predict(rows).max() < 10 * far
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usual = reg.adapt(rows[:9], Y[:9] + 1).predict(rows)
+    assert usual.max() < 10 * Y.max()
+
+
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])
 def test_the_quantile_has_to_be_one(quantile):
     with pytest.raises(ValueError, match="quantile"):

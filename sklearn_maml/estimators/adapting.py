@@ -160,6 +160,7 @@ class Adapting(Building):
         return head if share == 0 else self._mixed(head, self._steps_adapted(support, steps))
 
     def _steps_adapted(self, support: Support, steps: int | None) -> Adapted:
+        loss = self.targets_.loss
         learner = GradientSteps(
             self._learner.module,
             {n: p for n, p in self._learner.meta_params().items() if not n.startswith("head.")},
@@ -169,6 +170,7 @@ class Adapting(Building):
             self._running(),
             self._rung,
             quiet=getattr(self, "n_tasks_", 1) == 1,
+            link=loss.inverse_link if loss.scales else None,
         )
         adapted = learner.adapt(support)
         self._rung = learner.rung

@@ -55,6 +55,8 @@ class GradientSteps:
     quiet : bool
         Whether steps that were shortened go without a warning: of an ordinary estimator, that knows
         one task, they are a line search.
+    link : callable outputs -> predictions, or None
+        Of losses with a logarithmic one, which may lie far off in outputs at a small loss.
     """
 
     module: nn.Module
@@ -65,6 +67,7 @@ class GradientSteps:
     how: Running
     rung: str = "auto"
     quiet: bool = False
+    link: Callable[[Tensor], Tensor] | None = None
 
     def adapt(self, support: Support) -> AdaptedBySteps:
         """Adapt to every task."""
@@ -131,14 +134,14 @@ class GradientSteps:
         """
         with engine.threads(rows.X.shape[0] * rows.X.shape[1]):
             start = engine.adapt(self.meta_params, rows, alpha=self.alpha, steps=0)
-            before = self._losses(engine, start, rows)
+            outputs = engine.predict(start, rows, batch_norm=self.how.batch_norm)
+            before = self._sizes(engine, outputs, rows)
             # with batch norms the loss of predictions is not the one that the steps follow
             most = torch.full_like(before, torch.finfo(before.dtype).max)
             if not engine.spec.norms:
-                blind = engine.predict(start, rows, batch_norm=self.how.batch_norm)
-                blind = self._row_losses(engine, torch.zeros_like(blind), rows)
+                blind = self._sizes(engine, torch.zeros_like(outputs), rows)
                 most = GROWTH * torch.maximum(before, blind)
-            fails = ~(self._losses(engine, adapted.take(tasks), rows) <= most)
+            fails = self._grown(engine, adapted.take(tasks), rows, most)
             n_failed = int(fails.sum())
             for factor in SHORTER:
                 if not bool(fails.any()):
@@ -146,22 +149,28 @@ class GradientSteps:
                 again = engine.adapt(
                     self.meta_params, rows, alpha=factor * self.alpha, steps=self.steps
                 )
-                works = fails & (self._losses(engine, again, rows) <= most)
+                works = fails & ~self._grown(engine, again, rows, most)
                 _replace(adapted, tasks, again, works)
                 fails = fails & ~works
             _replace(adapted, tasks, start, fails)
         stopped = int(fails.sum())
         return n_failed - stopped, stopped
 
-    def _losses(self, engine: Engine, parameters: Parameters, rows: Rows) -> Tensor:
-        """Losses (n_tasks,) of rows."""
+    def _grown(self, engine: Engine, parameters: Parameters, rows: Rows, most: Tensor) -> Tensor:
+        """Which tasks (n_tasks,) have a loss, or predictions, beyond `most`."""
         outputs = engine.predict(parameters, rows, batch_norm=self.how.batch_norm)
-        return self._row_losses(engine, outputs, rows)
+        return ~(self._sizes(engine, outputs, rows) <= most).all(0)
 
-    @staticmethod
-    def _row_losses(engine: Engine, outputs: Tensor, rows: Rows) -> Tensor:
-        losses = engine.spec.row_loss(fit_outputs(outputs, rows.y), rows.y)
-        return mean_loss(losses, rows.weight)
+    def _sizes(self, engine: Engine, outputs: Tensor, rows: Rows) -> Tensor:
+        """Losses, and with a link the largest of predictions and targets, (1 or 2, n_tasks)."""
+        outputs = fit_outputs(outputs, rows.y)
+        sizes = [mean_loss(engine.spec.row_loss(outputs, rows.y), rows.weight)]
+        if self.link is not None:
+            reach = torch.maximum(self.link(outputs), rows.y)
+            if rows.weight is not None:  # 0 for padding
+                reach = reach.where(rows.weight[..., None] > 0, 0)
+            sizes.append(reach.flatten(1).amax(1))
+        return torch.stack(sizes)
 
 
 def _replace(adapted: Parameters, tasks: np.ndarray, other: Parameters, which: Tensor) -> None:
