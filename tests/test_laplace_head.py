@@ -377,6 +377,10 @@ def test_a_glitch_among_the_support_rows_does_not_destroy_a_task(loss):
         mean = model.adapt(X[support], y_s, groups=task[support]).predict(X, groups=task)
         errors.append(np.abs(y - mean)[~support].mean())
     assert errors[1] < 1.5 * errors[0]
+    # medians are those that return_std comes with, and what is exported
+    np.testing.assert_allclose(mean, model.predict(X, groups=task, return_std=True)[0], rtol=1e-4)
+    module, own = model.adapted_module(1), task == 1
+    np.testing.assert_allclose(module(torch.as_tensor(X[own])), mean[own], rtol=1e-4)
 
 
 def test_glitches_in_meta_training_do_not_count():

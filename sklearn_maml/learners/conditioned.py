@@ -179,7 +179,8 @@ class Conditioned(Adapted):
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
-        if isinstance(self.head.likelihood, NewtonLikelihood):
+        likelihood = self.head.likelihood
+        if isinstance(likelihood, NewtonLikelihood) and likelihood.uses_variance:
             return self.bounded(self._average(self._moments(rows, codes)[0]), codes)
         mean: np.ndarray = self.member_outputs(rows, codes).mean(0)
         if self.head.classification:  # a mean of probabilities would not be sharp enough
@@ -333,7 +334,7 @@ class Conditioned(Adapted):
     def _root(self, task: int) -> Tensor | None:
         """Root of the covariance of the weights of a task, where outputs depend on it."""
         run = _exact(self.head)
-        if not isinstance(run, LaplaceFunctions):
+        if not (isinstance(run, LaplaceFunctions) and run.likelihood.uses_variance):
             return None
         with torch.no_grad():
             given = Given(run, self.support, self.sums, np.array([task]))

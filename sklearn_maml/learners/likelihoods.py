@@ -117,11 +117,19 @@ class Classes(Likelihood):
 class NewtonLikelihood(Likelihood):
     """A likelihood that is conditioned on by Newton steps.
 
+    Attributes
+    ----------
+    uses_variance : bool
+        Whether outputs depend on the doubt about them, not on their mode alone.
+
+    Notes
+    -----
     Its `shape` is the pair (dispersion, unit): what the head learns in place of the variance of
     the noise, and a constant of the targets. Both are broadcast with the outputs.
     """
 
     Shape = tuple[Tensor, Tensor]
+    uses_variance: bool = True
 
     @abstractmethod
     def derivatives(self, output: Tensor, y: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,6 +409,11 @@ class HeavyTails(NewtonLikelihood):
     def level(self) -> float | None:
         """The quantile that is predicted; None: the middle."""
         return self.loss.quantile if isinstance(self.loss, Quantile) else None
+
+    @property
+    def uses_variance(self) -> bool:  # type: ignore[override]
+        """See `NewtonLikelihood`."""
+        return self.level is not None
 
     def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
         """See `NewtonLikelihood`."""

@@ -69,8 +69,8 @@ class PlainHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return means of targets, or logarithms of probabilities."""
         run = self.head.functions(dict(self.head.named_parameters()))
-        if isinstance(run, LaplaceFunctions):
-            assert self.root is not None
+        if self.root is not None:
+            assert isinstance(run, LaplaceFunctions)
             mean = run.plain(x, self.shift, self.root)
         else:
             prior, S = run.columns(x)
