@@ -453,6 +453,8 @@ HEADS = {
     "a module": (MAMLRegressor, X, Y, G, {"module": nn.Sequential(nn.Linear(3, 1))}),
     "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
     "one step outside": (MAMLRegressor, X, Y, G, {"meta_gradient": "reptile"}),
+    "counts": (MAMLRegressor, X, np.floor(Y**2), G, {"loss": "poisson"}),
+    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "quantile": 0.8}),
 }
 
 

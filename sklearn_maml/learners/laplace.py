@@ -26,6 +26,8 @@ Shape = tuple[Tensor, Tensor]
 
 # Newton steps at most, and the change of outputs from which one more is exact; parts of a step
 MOST_STEPS, NEAR = 30, 1e-4
+# as many, unasked, where the answer would have to be waited for; tasks take four to six
+STEPS_ON_DEVICE = 10
 FAR = 3.0  # standard deviations
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
 
@@ -317,21 +319,27 @@ class _Problem:
         at = self.space.solved(self.root(information), moment)
         if not at.numel():
             return at
+        if at.device.type != "cpu":  # to ask whether a step was good would be to wait for it
+            for _ in range(STEPS_ON_DEVICE):
+                at = self._best(at, self.newton(at, *self.derivatives(at)[1:]) - at)
+            return at
         objective, *of_rows = self.derivatives(at)
         for _ in range(MOST_STEPS):
             step = self.newton(at, *of_rows) - at
-            before, near = objective, self.space.outputs(step).abs().amax((2,)) < NEAR
+            before, near = objective, self.space.outputs(step).abs().amax(2) < NEAR
             objective, *of_rows = self.derivatives(at + step)
             if near.all():
                 return at + step
-            if not ((objective <= before) | near).all():
-                step = step * self._length(at, step).unsqueeze(2)
-                objective, *of_rows = self.derivatives(at + step)
-            at = at + step
+            if ((objective <= before) | near).all():
+                at = at + step
+            else:
+                at = self._best(at, step)
+                objective, *of_rows = self.derivatives(at)
         return at
 
-    def _length(self, at: Tensor, step: Tensor) -> Tensor:
-        """Find the best of a few parts (n_members, n_tasks, n_outputs) of a step."""
-        tried = torch.stack([self.derivatives(at + t * step)[0] for t in LENGTHS])
+    def _best(self, at: Tensor, step: Tensor) -> Tensor:
+        """Go the best of a few parts of a step, each output of a task for itself."""
+        places = torch.stack([at + t * step for t in LENGTHS])
+        tried = torch.stack([self.derivatives(place)[0] for place in places])
         best = tried.nan_to_num(torch.inf).argmin(0)
-        return torch.tensor(LENGTHS, dtype=at.dtype, device=at.device)[best]
+        return places.gather(0, best[None, :, :, None].expand(1, *at.shape))[0]
