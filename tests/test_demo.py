@@ -29,15 +29,17 @@ def test_demo_prints_its_tables_and_saves_its_figure(tmp_path, capsys):
         for part in (lines[:start], lines[start:])
     )
     assert len(error) == 8
-    assert len(accuracy) == 5
+    assert len(accuracy) == 6
     # adaptation helps on tasks never seen, already after a tenth of the meta-training
     assert error["MAMLRegressor()"] < 0.5 * error["MAMLRegressor() before adaptation"]
     assert error["MAMLRegressor()"] < error["ridge on the K rows"]
     assert error["MAML, gradient steps alone"] < error["MAMLRegressor() before adaptation"]
     # the one model that is drawn, scored and told of
     assert sum("held-out videos choose: gaussian-head" in line for line in lines) == 1
-    assert accuracy["MAML after adaptation"] > accuracy["nearest neighbour, pixels"] > 30
+    steps, closed = accuracy["MAML, gradient steps, after it"], accuracy["MAMLClassifier()"]
+    assert closed > steps > accuracy["nearest neighbour, pixels"] > 30
+    assert sum("gaussian-head 100%: " in line for line in lines) == 1
     assert 10 < accuracy["MAML before adaptation"] < 30
     progress = [line for line in lines if " updates " in line]
-    assert len(progress) == 4
+    assert len(progress) == 7
     assert not any("\r" in line for line in progress)

@@ -794,10 +794,15 @@ class TestEveryKindOfTasks:
         self.check(model, X, y)
 
 
+def normed(**options):
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, **options), nn.Linear(4, 1))
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"module": nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))}, "batch"),
+        ({"module": normed(track_running_stats=False)}, "without running averages"),
+        ({"module": normed(), "batch_norm": "transductive"}, "statistics of query rows"),
         ({"module": nn.Sequential(nn.Linear(2, 1), nn.Tanh())}, "linear"),
         ({"center_y": True}, "center_y"),
     ],

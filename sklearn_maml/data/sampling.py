@@ -76,6 +76,12 @@ def _draw(size: np.ndarray, count: np.ndarray, rng: np.random.Generator) -> np.n
     return np.minimum(draw, size[:, None] - 1) if size.min() < draw.shape[1] else draw
 
 
+def _draw_sizes(bounds: tuple[int, int], n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw numbers from the first of the bounds to the second, log-uniformly."""
+    low, high = bounds
+    return np.exp(rng.uniform(np.log(low), np.log(high + 1), n)).astype(np.intp)
+
+
 def _draw_few(size: np.ndarray, count: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw `count` of the first `size` numbers, in the order of Floyd's algorithm; -1 behind them.
 
@@ -152,6 +158,9 @@ class EpisodeSampler:
         Whether rows are drawn from each class, in classification; else as frequent as they are.
     support_range : (int, int), default=SUPPORT_RANGE
         Sizes of support sets with ``n_shots=None``.
+    shots_range : (int, int), default=None
+        Support rows of each class, drawn log-uniformly for each batch, in place of `n_shots`; at
+        most half of the rows of a class.
     keep_index : bool, default=False
         Whether batches keep the positions of their rows.
     as_they_come : bool, default=False
@@ -171,6 +180,7 @@ class EpisodeSampler:
         at_most_half: bool = False,
         by_class: bool = True,
         support_range: tuple[int, int] = SUPPORT_RANGE,
+        shots_range: tuple[int, int] | None = None,
         keep_index: bool = False,
         as_they_come: bool = False,
     ) -> None:
@@ -178,6 +188,7 @@ class EpisodeSampler:
         self.at_most_half = at_most_half
         self.by_class = by_class and classification
         self.support_range = support_range
+        self.shots_range = shots_range
         self.keep_index = keep_index
         self.as_they_come = as_they_come
         self._resident: tuple[Tensor, Tensor] | None = None  # X and y on a device
@@ -337,22 +348,25 @@ class EpisodeSampler:
         self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator, n_batches: int
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.by_class:
-            n_support = self._sizes_of_classes(size, episode, rng)
+            n_support = self._sizes_of_classes(size, episode, rng, n_batches)
         elif self.n_shots is not None:
             n_support = np.minimum(self.n_shots, size // 2 if self.at_most_half else size - 1)
         else:
-            low, high = self.support_range
-            drawn = np.exp(rng.uniform(np.log(low), np.log(high + 1), n_batches)).astype(np.intp)
+            drawn = _draw_sizes(self.support_range, n_batches, rng)
             # a cell is an episode here; a single row is a query row
             n_support = np.minimum(drawn.repeat(len(size) // n_batches), size // 2)
         left = size - n_support
         return n_support, left if self.n_queries is None else np.minimum(left, self.n_queries)
 
     def _sizes_of_classes(
-        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator
+        self, size: np.ndarray, episode: np.ndarray, rng: np.random.Generator, n_batches: int
     ) -> np.ndarray:
         """Support rows of each cell, a class of an episode; every episode keeps a query row."""
-        if self.n_shots is None:
+        if self.shots_range is not None:
+            drawn = _draw_sizes(self.shots_range, n_batches, rng)
+            drawn = drawn.repeat((episode[-1] + 1) // n_batches)[episode]
+            n_support, few = np.minimum(drawn, size // 2), size < 2
+        elif self.n_shots is None:
             n_support, few = np.minimum(size // 2, self.support_range[1]), size < 2
         else:
             n_support, few = np.full(len(size), self.n_shots), size <= self.n_shots

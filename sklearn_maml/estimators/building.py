@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
@@ -154,6 +155,13 @@ class Building(Parameters):
         with SeededTorch(self.device_, 0):
             module = self._networks().make()
         self._check_module(module)
+        if self.batch_norm == "transductive" and any(
+            isinstance(m, _BatchNorm) for m in module.modules()
+        ):
+            return (
+                "takes running averages for the module's batch norm, but "
+                "batch_norm='transductive' asks for the statistics of query rows"
+            )
         return why_no_head(module, self._networks().two_rows())
 
     def _head_body(self) -> ModuleBody | None:

@@ -77,8 +77,9 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
         ``adapted="head"``. See `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of
         the rule. `alpha`, `steps`, `meta_gradient`, `adapted` and `head` are about gradient steps;
         the Gaussian head takes `module`, too. With fewer than 4 tasks, without task information,
-        and for modules that have batch norm or do not end in a linear layer, "auto" takes gradient
-        steps alone.
+        and for modules that do not end in a linear layer or whose batch norm has no running
+        averages (or is "transductive"), "auto" takes gradient steps alone; with `n_ways`, the
+        Gaussian head alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the

@@ -56,6 +56,8 @@ class Planning(Building):
         holds_out = bool(self.early_stopping) and (not of_tasks or source.n_tasks >= LEAST_TASKS)
         # without held-out tasks nothing could tell how much steps are worth
         with_steps = asked == "auto" and holds_out and (of_tasks or source.validation is not None)
+        # with labels of their own, steps have added nothing to the head; see docs/defaults.md
+        with_steps = with_steps and self.targets_.n_ways is None
         if continued:
             if source.single:
                 raise ValueError(
@@ -193,6 +195,7 @@ class Planning(Building):
             learner.head,
             episodes.visible,
             episodes.member_validation,
+            n_ways=episodes.n_ways,
             weighted=plan.source.encoded.weight is not None,
         )
         weights = getattr(self, "learner_weights_", {}) if continued else {}

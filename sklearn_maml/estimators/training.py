@@ -93,7 +93,9 @@ class Training(Planning):
             processes or contextlib.nullcontext(),
         ):
             net.partial_fit(stream)
-            if not plan.with_head:
+            if plan.with_head:
+                learner.head.eval()
+            else:
                 copy_buffers(engine.module, learner.network)
         if HAS_SKLEARN_CALLBACKS:
             net.epoch_hooks.end_fit()

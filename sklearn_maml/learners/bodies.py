@@ -84,7 +84,11 @@ class MLPBody(nn.Module):
 
 
 class ModuleBody(nn.Module):
-    """A module without its last layer, once for each member."""
+    """A module without its last layer, once for each member.
+
+    Batch norms take the statistics of all rows of a meta-batch in training, and running averages
+    of these otherwise: the features of a row then depend on no other row.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], width: int) -> None:
         super().__init__()
@@ -99,7 +103,13 @@ class ModuleBody(nn.Module):
         for j, module in enumerate(self.members):
             prefix = f"members.{j}."
             own = {n[len(prefix) :]: p for n, p in params.items() if n.startswith(prefix)}
-            outputs.append(functional_call(module, own, (X,)).flatten(1))
+            held = dict(module.named_buffers())
+            # in the precision of the parameters at hand, as a layer needs them
+            cast = {n: b.to(X.dtype) if b.is_floating_point() else b for n, b in held.items()}
+            outputs.append(functional_call(module, {**own, **cast}, (X,)).flatten(1))
+            if self.training:
+                for n in [n for n in held if cast[n] is not held[n]]:
+                    held[n].copy_(cast[n])
         return torch.stack(outputs) * (2 / math.sqrt(self.width))
 
     def private(self) -> ModuleBody:

@@ -21,6 +21,9 @@ __all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why
 
 # features up to which rows are a part of the columns themselves
 LARGEST_TABLE = 500
+# classes from which a module learns better features than the rows themselves, where labels mean
+# something inside an episode only: pixels, say, only add noise to those
+MANY_CLASSES = 200
 # frequencies of a member, and features up to which they fill the space that rows are in; see
 # docs/defaults.md for what they bought
 N_WAVES, MOST_WAVED = 32, 20
@@ -31,8 +34,12 @@ def why_no_head(module: nn.Module, rows: Tensor) -> str | None:
 
     `rows` are a few rows as the module takes them.
     """
-    if any(isinstance(m, _BatchNorm) for m in module.modules()):
-        return "needs features of a row that depend on no other row, but the module has batch norm"
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if any(m.running_mean is None for m in norms):
+        return (
+            "needs features of a row that depend on no other row, but the module has batch norm "
+            "without running averages"
+        )
     layer = _last_linear(module)
     if layer is None:
         return "takes the place of the last torch.nn.Linear, but the module does not end in one"
@@ -94,6 +101,8 @@ def build_head(
         See `GaussianHead`.
     """
     table = X.ndim == 2 and X.shape[1] <= LARGEST_TABLE
+    if same_classes and body is not None and len(np.unique(y)) > MANY_CLASSES:
+        table = False
     flat = X.reshape(len(X), -1)
     n_linear = flat.shape[1] if table else 0
     center, scale = np.empty(0), np.empty(0)
@@ -112,8 +121,8 @@ def build_head(
         rows = slice(None) if visible is None else visible[j]
         of_rows = weight if weight is None else weight[rows]
         if same_classes:
-            scales = np.r_[0.5, np.full(n_linear, 0.5 / np.sqrt(max(n_linear, 1)))]
-            start = (np.zeros((1 + n_linear, n_outputs)), np.diag(scales), np.ones(1), np.ones(1))
+            zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
+            start = (zero, np.eye(1 + n_linear), one, one)
         elif likelihood.are_classes:
             start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         elif isinstance(likelihood, NewtonLikelihood):

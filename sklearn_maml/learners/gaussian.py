@@ -30,6 +30,7 @@ Params = dict[str, Tensor]
 
 BEYOND = 1e4  # standard deviations at which features are cut off
 CODE = 8.0  # of a class, before meta-training
+SPREAD = 1.5  # of what a standardised row adds to a logit, likewise
 
 
 class GaussianHead(nn.Module):
@@ -134,7 +135,8 @@ class GaussianHead(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """Return population predictions (n_rows, n_outputs): the mean of the prior means."""
-        return self.functions(dict(self.named_parameters())).columns(X)[0].mean(0)
+        mean = self.functions(dict(self.named_parameters())).columns(X)[0].mean(0)
+        return mean.expand(-1, self.n_outputs)
 
 
 def _parameter(values: np.ndarray) -> nn.Parameter:
@@ -282,10 +284,14 @@ class HeadFunctions:
         X = X.to(factor.dtype)
         if len(head.center):
             linear = torch.cat([linear, X], 1)
+        if head.same_classes and len(head.center):
+            # in units in which `factor` is about 1: else a step of the same size for all
+            # parameters would be a large one for it
+            linear = linear * (SPREAD / math.sqrt(max(linear.shape[1] - 1, 1)))
         h = self.body.features(self.of_body, X).to(factor.dtype)
         S = torch.cat([linear @ factor, h * p["log_scale"].exp().unsqueeze(1)], -1)
         if head.same_classes:
-            return S.new_zeros(*S.shape[:2], head.n_outputs), S
+            return S.new_zeros(*S.shape[:2], 1), S  # of any number of classes
         n_linear = linear.shape[1]
         mean = linear @ p["mean"][:, :n_linear] + h @ p["mean"][:, n_linear:]
         return mean, S

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep
+from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
@@ -44,7 +45,9 @@ CONFIDENCE = 0.95
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 2, 2.0, 0.1
-DECAY, DECAY_OF_CLASSES = 0.6, 0.1
+# of the weights; the last one where labels mean something inside an episode only, whose few
+# classes a network soon knows by heart
+DECAY, DECAY_OF_CLASSES, DECAY_OF_LOCAL = 0.6, 0.1, 2.0
 
 
 class HeldOut(NamedTuple):
@@ -75,6 +78,8 @@ class HeadTrainer:
     validation : list of HeldOut
     weighted : bool, default=False
         Whether the weights of rows are more than padding.
+    n_ways : int, default=None
+        Classes of the episodes of meta-training, where these are not one for each output.
 
     Attributes
     ----------
@@ -90,11 +95,13 @@ class HeadTrainer:
         visible: np.ndarray | None,
         validation: Sequence[HeldOut],
         weighted: bool = False,
+        n_ways: int | None = None,
     ) -> None:
         self.head = head
         self.weighted = weighted
         device = head.factor.device
-        self._classes = torch.arange(head.n_outputs, device=device)
+        self._classes = torch.arange(max(head.n_outputs, n_ways or 0), device=device)
+        self.n_ways = n_ways or head.n_outputs
         self.visible: Tensor | None = None
         if visible is not None:
             self.visible = torch.from_numpy(visible.view(np.int8)).to(device)
@@ -134,7 +141,7 @@ class HeadTrainer:
             k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
             support, query = batch.support, batch.query
             X = torch.cat([support.X, query.X], 1)
-            y = torch.cat([self._targets(support), self._targets(query)], 1)
+            y = torch.cat([self._targets(rows, self.n_ways) for rows in (support, query)], 1)
             mask = _joined(self._mask(support), self._mask(query), X)
             nll, mean = run.loss(X, y, mask, k)
             if self.weighted and query.weight is not None:  # what the tasks count
@@ -154,26 +161,31 @@ class HeadTrainer:
         """Errors and outputs of the query rows, as of `meta_step`, without a gradient."""
         self.head.eval()
         run = self.functions(meta_params)
-        mean, _, y = self._run(run, batch, self._mask(batch.support))
+        mean, _, y = self._run(run, batch, self._mask(batch.support), self.n_ways)
         errors = run.error_rows(mean, y).mean(0, keepdim=True)
         losses = (errors * self._of_rows(batch.query, mean)).sum(-1)[0]
         return MetaStep(losses, {}, mean.mean(0).to(batch.query.X))
 
     def _run(
-        self, run: HeadFunctions, batch: EpisodeBatch, mask: Tensor | None
+        self,
+        run: HeadFunctions,
+        batch: EpisodeBatch,
+        mask: Tensor | None,
+        n_ways: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        support, query = (self._targets(rows) for rows in (batch.support, batch.query))
+        support, query = (self._targets(rows, n_ways) for rows in (batch.support, batch.query))
         given = run.condition(
             batch.support.X, support, None if mask is None else mask.to(support.dtype).sqrt()
         )
         mean, variance = run.query(batch.query.X, given)
         return mean, variance, query
 
-    def _targets(self, rows: Rows) -> Tensor:
+    def _targets(self, rows: Rows, n_ways: int | None = None) -> Tensor:
         if not self.head.classification:
             return rows.y.float()
         # not F.one_hot: it may wait for a device to check the labels
-        return (rows.y.unsqueeze(-1) == self._classes).float()
+        classes = self._classes[: self.head.n_outputs if n_ways is None else n_ways]
+        return (rows.y.unsqueeze(-1) == classes).float()
 
     def _mask(self, rows: Rows) -> Tensor | None:
         """Weights (n_members or 1, n_tasks, n_rows) of the rows that the members may see."""
@@ -267,8 +279,11 @@ class HeadTrainer:
         self.head.eval()
         run = self.functions(meta_params, 0)
         mean, _, y = self._run(run, batch, self._present(batch.support))
-        nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
-        before, _, _ = self._run(run, batch, nothing)
+        if self.head.same_classes:  # no class is likelier than others
+            before = torch.zeros_like(mean)
+        else:
+            nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
+            before, _, _ = self._run(run, batch, nothing)
         weight = self._of_rows(batch.query, mean)
         both = [(run.error_rows(values, y) * weight).sum(-1)[0] for values in (before, mean)]
         return both[0], both[1], mean[0].to(batch.query.X)
@@ -354,6 +369,10 @@ class Joint:
     def module(self) -> Any:
         """Whatever has parameters."""
         return self.trainer.head
+
+    def running_averages(self) -> list[Tensor]:
+        """Return what meta-steps of the head write beside its parameters."""
+        return [b for b in self.trainer.head.body.buffers() if b.is_floating_point()]
 
     def threads(self, n_rows: int) -> Any:
         """As `Engine.threads`."""
@@ -441,11 +460,16 @@ class Joint:
         shrunk = [p for n, p in params.items() if n.startswith(f"{PREFIX}body.") and "weight" in n]
         if head.classification:
             decay = DECAY_OF_CLASSES
+            if head.same_classes and not isinstance(head.body, ModuleBody):
+                decay = DECAY_OF_LOCAL
             shrunk += [p[:, n_linear:] for n, p in params.items() if n == f"{PREFIX}mean"]
         else:
             decay = DECAY
             shrunk += [params[f"{PREFIX}mean"], params[f"{PREFIX}factor"]]
         torch._foreach_mul_(shrunk, 1 - rate * decay)
+        if head.same_classes:
+            factor = params[f"{PREFIX}factor"]
+            factor.lerp_(torch.eye(n_linear).to(factor), rate * DECAY)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
         """Note held-out errors of the same episodes."""

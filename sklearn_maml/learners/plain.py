@@ -54,7 +54,7 @@ class PlainHead(nn.Module):
         root: Tensor | None = None,
     ) -> None:
         super().__init__()
-        head = copy.deepcopy(head)
+        head = copy.deepcopy(head).eval()
         if isinstance(head.body, ModuleBody):  # modules of users compute in their own precision
             for name, p in list(head.named_parameters(recurse=False)):
                 setattr(head, name, nn.Parameter(p.detach().double()))

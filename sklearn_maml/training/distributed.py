@@ -39,6 +39,7 @@ from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine, MetaStep
+from sklearn_maml.learners.joint import Joint
 
 __all__ = ["Processes", "SharedEngine", "find_processes", "single_process"]
 
@@ -221,9 +222,26 @@ class SharedEngine:
 
     def meta_step(self, meta_params: dict[str, Tensor], batch: Any, **options: Any) -> MetaStep:
         """As `Engine.meta_step`."""
-        return self._share(
+        step = self._share(
             batch, meta_params, lambda part: self.engine.meta_step(meta_params, part, **options)
         )
+        self._average_statistics()
+        return step
+
+    def _average_statistics(self) -> None:
+        """Give all processes the mean of the running averages that a step has moved.
+
+        Held-out tasks are judged with them, and all processes have to judge alike.
+        """
+        moved = self.engine.running_averages() if isinstance(self.engine, Joint) else []
+        if not moved:
+            return
+        with _uninterrupted():
+            flat = torch.cat([values.flatten() for values in moved])
+            self.processes.reduce(flat)
+        flat /= self.processes.size
+        for values, mean in zip(moved, flat.split([v.numel() for v in moved]), strict=True):
+            values.copy_(mean.view_as(values))
 
     def evaluate(
         self, meta_params: dict[str, Tensor], batch: Any, **options: Any

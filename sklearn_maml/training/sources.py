@@ -37,6 +37,9 @@ HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
 HEAD_ROWS_BY_CLASS = 10
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
+# Of labels that mean something inside an episode only: most support rows of a class, if
+# n_shots is not larger; classes of an episode, and the part of a large pool that they are
+HEAD_SHOTS, HEAD_WAYS, PART_OF_POOL = 5, 20, 0.05
 UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share them
 
 
@@ -111,10 +114,14 @@ class CollectionSource:
 
     # copies of the rows, which a fit of a Gaussian head does without
 
+    @property
+    def training_tasks(self) -> TaskCollection:
+        """Tasks, or classes, that are not held out."""
+        return part_of(self.encoded, self._kept, self.pooled)
+
     @functools.cached_property
     def _training(self) -> EpisodeSampler:
-        tasks = part_of(self.encoded, self._kept, self.pooled)
-        return EpisodeSampler(tasks, n_queries=self.n_queries, **self.options)
+        return EpisodeSampler(self.training_tasks, n_queries=self.n_queries, **self.options)
 
     @functools.cached_property
     def validation(self) -> list[EpisodeBatch] | None:
@@ -219,7 +226,9 @@ class CrossFitted:
     """Episodes for the members of a Gaussian head, each of which holds out tasks of its own.
 
     Where there are no tasks to hold out (of a distribution, or a pool of classes, or by request)
-    all members learn from the same episodes.
+    all members learn from the same episodes. Those of a pool have more classes than `n_ways` where
+    the pool is large, and as many rows in all: more classes to tell from each other teach more,
+    and what is learned is the same for any number of them.
 
     Parameters
     ----------
@@ -247,7 +256,11 @@ class CrossFitted:
         What members are judged on.
     shared_rows : ndarray or None
         Distinct rows of features where tasks share them; some are hidden from the last member.
+    n_ways : int or None
+        Classes of the episodes that `draw` makes, where labels mean something inside them only.
     """
+
+    part = 1.0  # of the tasks of a batch that are drawn
 
     def __init__(
         self,
@@ -263,8 +276,19 @@ class CrossFitted:
         self.rows_per_task = source.rows_per_task
         self.visible: np.ndarray | None = None
         self.shared_rows: np.ndarray | None = None
-        if isinstance(source, DistributionSource) or source.pooled:
+        if isinstance(source, DistributionSource):
+            self.n_ways = source.targets.n_ways
             self._take_all(source)
+            return
+        self.n_ways = source.options["n_ways"]
+        self.shots_range = None
+        if self.n_ways is not None:
+            # no matter which of them are asked for: it learns how much a row more tells
+            self.shots_range = (1, max(source.options["n_shots"] or 0, HEAD_SHOTS))
+        if source.pooled:
+            self._take_all(source)
+            if not with_steps:
+                self._draw_from_pool()
         else:
             self._cross_fit(source.encoded, n_members, with_steps, holds_out, fraction, seed)
 
@@ -294,7 +318,6 @@ class CrossFitted:
         seed: int,
     ) -> None:
         """Have each member hold out tasks of its own."""
-        source = self.source
         rng = np.random.default_rng((seed, 2))
         in_turn = rng.permutation(tasks.n_tasks)
         size = min(max(round(fraction * tasks.n_tasks), 1), tasks.n_tasks - 1)
@@ -302,28 +325,7 @@ class CrossFitted:
             np.sort(np.take(in_turn, np.arange(j * size, (j + 1) * size), mode="wrap"))
             for j in range(n_members if holds_out else 0)
         ]
-        natural = source.options["n_ways"] is None and source.options["n_shots"] is None
-        self.options = {**source.options, "by_class": not natural}
-        self.samplers = [
-            EpisodeSampler(
-                tasks,
-                n_queries=HEAD_QUERIES if natural else source.n_queries,
-                support_range=HEAD_SUPPORT,
-                keep_index=True,
-                **self.options,
-            )
-        ]
-        if natural and source.options["classification"] and tasks.in_query is None:
-            of_class = max(HEAD_ROWS_BY_CLASS // (int(tasks.y.max()) + 1), 1)
-            self.samplers.append(
-                EpisodeSampler(
-                    tasks,
-                    n_queries=of_class,
-                    support_range=(1, of_class),
-                    keep_index=True,
-                    **source.options,
-                )
-            )
+        self._make_samplers(tasks)
         self.bytes_of_episode = self.samplers[0].bytes_of_episode()
         self.held = self.folds[0] if with_steps and holds_out else np.arange(0)
         self.kept = np.setdiff1d(np.arange(tasks.n_tasks), self.held)
@@ -345,6 +347,49 @@ class CrossFitted:
             ]
             if j == 0:
                 self.validation, self.task_of_episode = batches, np.concatenate(which)
+
+    def _make_samplers(self, tasks: TaskCollection) -> None:
+        """Make what draws from the tasks; several take turns."""
+        source = self.source
+        natural = source.options["n_ways"] is None and source.options["n_shots"] is None
+        self.options = {**source.options, "by_class": not natural}
+        self.samplers = [
+            EpisodeSampler(
+                tasks,
+                n_queries=HEAD_QUERIES if natural else source.n_queries,
+                support_range=HEAD_SUPPORT,
+                shots_range=self.shots_range,
+                keep_index=True,
+                **self.options,
+            )
+        ]
+        if natural and source.options["classification"] and tasks.in_query is None:
+            of_class = max(HEAD_ROWS_BY_CLASS // (int(tasks.y.max()) + 1), 1)
+            self.samplers.append(
+                EpisodeSampler(
+                    tasks,
+                    n_queries=of_class,
+                    support_range=(1, of_class),
+                    keep_index=True,
+                    **source.options,
+                )
+            )
+
+    def _draw_from_pool(self) -> None:
+        """Draw episodes of many classes, where there are many."""
+        tasks, own = self.source.training_tasks, self.source.options["n_ways"]
+        n_classes = len(np.unique(tasks.y))
+        self.n_ways = max(own, min(int(PART_OF_POOL * n_classes), HEAD_WAYS))
+        sampler = EpisodeSampler(
+            tasks,
+            n_queries=self.source.n_queries,
+            shots_range=self.shots_range,
+            **{**self.source.options, "n_ways": self.n_ways},
+        )
+        self.samplers, self.kept, self.held = [sampler], np.arange(1), np.arange(0)
+        self.part = own / self.n_ways
+        self.bytes_of_episode = sampler.bytes_of_episode()
+        self.draw, self.draw_on = self._draw, self._draw_on
 
     def _draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
         which, of_steps = self._with_held_out(which, rng)
@@ -374,7 +419,7 @@ class CrossFitted:
         self, which: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Add tasks that gradient steps do not learn from, as often as the others come."""
-        which = self.kept[which]
+        which = self.kept[which[:, : max(round(which.shape[1] * self.part), 1)]]
         if not len(self.held):
             return which, None
         n_more = max(round(which.shape[1] * len(self.held) / self.n_train), 1)
