@@ -205,10 +205,10 @@ def test_the_mode_is_found_from_far_away(loss):
 @pytest.mark.parametrize("loss", LIKELIHOODS)
 @pytest.mark.parametrize("k", [0, 3, 12])
 def test_the_loss_has_the_derivatives_of_its_differences(loss, k):
-    head, rng = random_head(LIKELIHOODS[loss], n_outputs=2), RNG(2)
+    head, rng = random_head(LIKELIHOODS[loss], n_outputs=2, n_members=1), RNG(2)
     X = torch.as_tensor(rng.randn(2, k + 3, 2))
     y = torch.as_tensor(draw(loss, rng, (2, k + 3, 2), head.unit.numpy()))
-    mask = torch.ones(2, 2, k + 3, dtype=torch.bool)
+    mask = torch.ones(1, 2, k + 3, dtype=torch.bool)
     mask[0, 1, -1] = False
     if k:
         mask[:, 0, 0] = False
@@ -286,8 +286,8 @@ def test_what_was_learned_of_counts_is_saved_and_exported(fitted, tmp_path):
     np.testing.assert_allclose(module(torch.as_tensor(X[own])), mean[own], rtol=1e-4)
 
 
-@pytest.mark.parametrize("factor", [1e-4, 1e4])
-def test_units_of_counts_do_not_matter(factor):
+def test_units_of_counts_do_not_matter():
+    factor = 1e4
     X, y, task = counts()
     params = {**SMALL, "loss": "poisson", "update_rule": "gaussian-head"}
     one, other = (MAMLRegressor(**params).fit(X, f * y, groups=task) for f in (1.0, factor))
@@ -396,8 +396,7 @@ def test_glitches_in_meta_training_do_not_count():
     assert errors[1] < 1.1 * errors[0]
 
 
-@pytest.mark.parametrize("noise", ["normal", "skew"])
-@pytest.mark.parametrize("q", [0.1, 0.9])
+@pytest.mark.parametrize(("q", "noise"), [(0.1, "skew"), (0.9, "normal")])
 def test_a_quantile_has_its_part_of_new_targets_below_it(q, noise, tmp_path):
     X, y, task = lines(60, noise=noise)
     model = MAMLRegressor(loss="quantile", quantile=q, **SMALL).fit(X, y, groups=task)
