@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
@@ -11,15 +11,13 @@ from sklearn.metrics import accuracy_score
 
 from sklearn_maml._types import Tasks, Weights
 from sklearn_maml.estimators.continuing import ContinuingClasses
+from sklearn_maml.estimators.labels import ClassesOrLabels
 from sklearn_maml.estimators.prediction import PredictingClasses
-from sklearn_maml.heads import SymmetricHead, find_head
-from sklearn_maml.modules import adapted_names
-from sklearn_maml.targets.classes import ClassTargets
 
 __all__ = ["MAMLClassifier"]
 
 
-class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
+class MAMLClassifier(ClassifierMixin, ClassesOrLabels, PredictingClasses, ContinuingClasses):
     r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
@@ -36,6 +34,11 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
         ``out_features`` if it takes parameters of these names and they are not given. An instance
         is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
         (n_rows, n_outputs) logits.
+    loss : {"cross_entropy", "binary"}, default="cross_entropy"
+        "binary" is for labels: y of shape (n_rows, n_labels) has 0 and 1, a column for each label
+        that all tasks share, and a row may have any number of them. `predict` then gives labels,
+        `predict_proba` the probability of each (n_queries, n_labels), and `score` is the part of
+        rows all of whose labels are right, as of scikit-learn's `MLPClassifier`.
     hidden_layer_sizes : int or sequence of int, default=(64, 64)
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
@@ -256,13 +259,12 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
     """
 
     classes_: NDArray[Any]
-    _targets_class = ClassTargets
-    __stored_attributes__: ClassVar = ClassTargets.learned
 
     def __init__(
         self,
         module: Any = None,
         *,
+        loss: str = "cross_entropy",
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         alpha: float = 0.03,
@@ -299,6 +301,7 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
         **net_params: Any,
     ) -> None:
         self.module = module
+        self.loss = loss
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.alpha = alpha
@@ -388,33 +391,8 @@ class MAMLClassifier(ClassifierMixin, PredictingClasses, ContinuingClasses):
         """
         return self._score(X, y, groups, sample_weight, accuracy_score)
 
-    def _make_targets(self) -> ClassTargets:
-        return ClassTargets(self._integer("n_ways"), self.class_weight)
-
-    def _symmetric_head(self, learner: Any) -> SymmetricHead | None:
-        if self.head == "free":
-            return None
-        for name, value in (
-            ("alpha", self._alpha()),
-            ("steps", self._n_steps()),
-            ("adapt_steps", self._n_adapt_steps()),
-        ):
-            if not value:
-                raise ValueError(
-                    f"head={self.head!r} starts with equal outputs for all classes, which inner "
-                    f"steps alone tell apart, but {name}={value!r}. Use a positive one in fit, or "
-                    "head='free'."
-                )
-        module = learner.module
-        rule = self._gradient_rule()
-        head = find_head(
-            module, self.head, rule, adapted_names(module, self.adapted), self.targets_.n_outputs
-        )
-        p = next(module.parameters())
-        head.check(module, self._reshape(p.new_zeros(1, *self.feature_shape_)))
-        return head
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = False
+        tags.target_tags.multi_output = self.loss == "binary"
+        tags.classifier_tags.multi_label = self.loss == "binary"
         return tags

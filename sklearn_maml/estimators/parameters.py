@@ -85,7 +85,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     )
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "loss": [StrOptions(set(LOSSES)), Loss],
+        "loss": [StrOptions({*LOSSES, "cross_entropy", "binary"}), Loss],
         "quantile": [Interval(numbers.Real, 0, 1, closed="neither"), None],
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
