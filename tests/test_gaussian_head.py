@@ -908,3 +908,20 @@ def test_module_bodies_share_no_modules_with_their_private_copies():
     assert private.members[0] is not body.members[0]
     assert next(private.parameters()) is next(body.parameters())
     assert not private.training
+
+
+@pytest.mark.parametrize("level", [-3.7, 0.0])
+def test_probabilities_are_as_high_as_a_class_is_frequent(level):
+    rng = RNG(0)
+    X = rng.randn(160, 40, 3)
+    logit = level + 0.7 * rng.randn(160, 1) + X[..., 0] * (1.5 + 0.5 * rng.randn(160, 1))
+    y = (logit + rng.logistic(size=(160, 40)) > 0).astype(int)
+    task = np.repeat(np.arange(160), 40).reshape(160, 40)
+    clf = MAMLClassifier(update_rule=HEAD, hidden_layer_sizes=(16,), max_iter=300, random_state=0)
+    clf.fit(X[:100].reshape(-1, 3), y[:100].ravel(), groups=task[:100].ravel())
+    clf.adapt(X[100:, :5].reshape(-1, 3), y[100:, :5].ravel(), groups=task[100:, :5].ravel())
+    p = clf.predict_proba(X[100:, 5:].reshape(-1, 3), groups=task[100:, 5:].ravel())[:, 1]
+    new = y[100:, 5:].ravel()
+    assert abs(p.mean() - new.mean()) < 0.12 * new.mean()
+    base = y[:100].mean()
+    assert -np.log(np.where(new, p, 1 - p)).mean() < -np.log(np.where(new, base, 1 - base)).mean()

@@ -33,8 +33,10 @@ VALIDATION_TASKS = 100
 N_MEMBERS, LEAST_TASKS = 5, 4
 HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
 # Rows of all classes together in episodes that have as many of each: of every second meta-batch,
-# so that support sets with a row of each class are learned from beside those that come as they do
-HEAD_ROWS_BY_CLASS = 10
+# so that support sets with a row of each class are learned from beside those that come as they do.
+# There are none where a class has less than this part of the rows that would be its own if all had
+# as many: their query rows would teach that it is frequent
+HEAD_ROWS_BY_CLASS, RARE = 10, 0.5
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
 # Of labels that mean something inside an episode only: most support rows of a class, if
@@ -363,7 +365,8 @@ class CrossFitted:
                 **self.options,
             )
         ]
-        if natural and source.options["classification"] and tasks.in_query is None:
+        classes = source.options["classification"] and tasks.in_query is None
+        if natural and classes and _are_frequent(tasks.y):
             of_class = max(HEAD_ROWS_BY_CLASS // (int(tasks.y.max()) + 1), 1)
             self.samplers.append(
                 EpisodeSampler(
@@ -492,6 +495,12 @@ class CrossFitted:
             batches.append(sampler.sample(task, rng))
             which.append(task)
         return batches, which
+
+
+def _are_frequent(y: np.ndarray) -> bool:
+    """Whether no class is rare: query rows that have as many of each would say that it is not."""
+    counts = np.bincount(y)
+    return bool(RARE * len(y) <= len(counts) * counts[counts > 0].min())
 
 
 def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
