@@ -335,6 +335,24 @@ def test_a_fit_without_held_out_tasks_has_one_line(sinusoids):
     assert (display.valid_line_, display.before_line_, display.kept_line_) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("model", "units"),
+    [
+        (MAMLRegressor(), ", standardised targets"),
+        (MAMLRegressor(normalize_y=False), ""),
+        (MAMLRegressor(loss="poisson"), ", targets over their mean"),
+        (MAMLClassifier(), ""),
+    ],
+)
+def test_the_losses_of_a_display_say_in_which_units_they_are(model, units):
+    rng = np.random.default_rng(0)
+    X, y, task = rng.normal(size=(96, 2)), rng.integers(0, 2, 96), np.repeat(np.arange(12), 8)
+    model.set_params(max_iter=50, hidden_layer_sizes=(4,), random_state=0).fit(X, y, groups=task)
+    label = MetaTrainingDisplay.from_estimator(model).ax_.get_ylabel()
+    assert ("target" in label) == bool(units)
+    assert units in label
+
+
 def test_a_continued_fit_kept_the_best_of_its_own_epochs(sinusoids):
     X, y, task = sinusoids
     model = MAMLRegressor(update_rule="sgd", max_iter=50, warm_start=True, random_state=0)

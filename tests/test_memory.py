@@ -19,6 +19,7 @@ from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.engine import Engine
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.rungs.loop import Loop
+from sklearn_maml.engine.rungs.native import Native
 from sklearn_maml.engine.rungs.stacked import Stacked
 from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -563,8 +564,9 @@ def test_adapt_and_predict_run_no_more_tasks_than_asked_for(monkeypatch):
 
 def test_a_fit_that_runs_out_of_memory_warns_once_and_goes_on(monkeypatch):
     X, y, groups = make_tasks()
-    # the kernels, which run one task at a time, do not clip
-    settings = {**SMALL, "update_rule": SGD(max_grad_norm=10.0)}
+    # the kernels run one task at a time
+    monkeypatch.setattr(Native, "refuses", classmethod(lambda cls, spec: "not here"))
+    settings = {**SMALL, "update_rule": "sgd"}
     expected = MAMLRegressor(**settings).fit(X, y, groups=groups)
     limit(monkeypatch, "stacked", 2, OUT_OF_MEMORY["cuda"])
     with pytest.warns(EngineFallbackWarning, match="now run 2 at a time") as record:

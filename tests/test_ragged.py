@@ -137,6 +137,10 @@ def test_batch_norm_needs_two_support_rows():
     assert reg.n_tasks_ == 8
     with pytest.warns(SmallTaskWarning, match=few):
         assert np.isfinite(reg.score(X, Y, groups=G + 100))
+    # the Gaussian head, which predicts here, normalises by running averages
+    assert np.isfinite(reg.adapt(X[:0], Y[:0]).predict(X)).all()
+    with pytest.warns(SmallTaskWarning, match=few):
+        reg.set_params(update_rule="sgd").fit(X, Y, groups=G)
     with pytest.raises(ValueError, match=r"a support set has none. Give more support rows"):
         reg.adapt(X[:0], Y[:0])
 

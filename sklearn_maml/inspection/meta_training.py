@@ -132,7 +132,7 @@ class MetaTrainingDisplay:
         of_steps = column("steps_valid_loss")
         loss = maml.targets_.loss
         units = ""
-        if maml.normalize_y and (loss.standardises or loss.scales):
+        if (loss.standardises or loss.scales) and maml.normalize_y:
             units = (
                 f", {'standardised targets' if loss.standardises else 'targets over their mean'}"
             )

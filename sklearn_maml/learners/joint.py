@@ -469,7 +469,8 @@ class Joint:
         torch._foreach_mul_(shrunk, 1 - rate * decay)
         if head.same_classes:
             factor = params[f"{PREFIX}factor"]
-            factor.lerp_(torch.eye(n_linear).to(factor), rate * DECAY)
+            start = torch.eye(n_linear, dtype=factor.dtype, device=factor.device)
+            factor.lerp_(start, rate * DECAY)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
         """Note held-out errors of the same episodes."""
