@@ -47,9 +47,14 @@ def prepared(name: str) -> Callable[[], Any]:
         return lambda: MAMLRegressor(random_state=0).fit(X, y, groups=task)
     if name.startswith("search"):
         X, y, task = curves(60, 20)
+        X = np.c_[X, task]
         search = GridSearchCV(
-            MAMLRegressor(random_state=0), {"beta": [0.001, 0.003]}, cv=GroupKFold(2), refit=False
-        ).set_params(n_jobs=int(name[-1]))
+            MAMLRegressor(task_column=10, random_state=0),
+            {"beta": [0.001, 0.003]},
+            cv=GroupKFold(2),
+            refit=False,
+            n_jobs=int(name[-1]),
+        )
         return lambda: search.fit(X, y, groups=task)
     (load,) = (w for w in workloads(small=False) if w.name == name)
     if load.adapts_only:
