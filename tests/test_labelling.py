@@ -400,3 +400,18 @@ def test_learners_that_know_no_variance_are_refused_with_a_way_out():
         suggest_rows(clf, GRID, 3)
     with pytest.raises(TypeError, match="no meta-learned model"):
         suggest_rows(StandardScaler().fit(X), GRID, 3)
+
+
+def test_pools_of_several_tasks_go_through_pipelines():
+    rng = RNG(0)
+    X, task = 5 + 3 * rng.randn(120, 3), np.repeat(np.arange(12), 10)
+    reg = MAMLRegressor(max_iter=5, hidden_layer_sizes=(4,), random_state=0)
+    scale = StandardScaler().fit(X)
+    reg.fit(scale.transform(X), X.sum(1) * (1 + task % 3), groups=task)
+    pipe = make_pipeline(scale, reg)
+    pools = [X[:10], X[10:18]]
+    expected = reg.suggest_rows([scale.transform(pool) for pool in pools], 3)
+    np.testing.assert_array_equal(suggest_rows(pipe, pools, 3), expected)
+    stack = X[:20].reshape(2, 10, 3)
+    expected = reg.suggest_rows(np.stack([scale.transform(pool) for pool in stack]), 3)
+    np.testing.assert_array_equal(suggest_rows(pipe, stack, 3), expected)

@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array, csr_matrix
 from sklearn.base import clone
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, log_loss
 from sklearn.utils import get_tags
 
-from sklearn_maml import FewShotClassifier, MAMLClassifier
+from sklearn_maml import FewShotClassifier, MAMLClassifier, task_scorer
 
 SMALL = {"loss": "binary", "max_iter": 4, "hidden_layer_sizes": (8,), "random_state": 0}
 RULES = ["auto", "sgd", "gaussian-head"]
@@ -91,3 +92,33 @@ def test_tags_tell_labels_from_classes():
     assert not get_tags(classes).classifier_tags.multi_label
     assert not get_tags(classes).target_tags.multi_output
     assert clone(labels).loss == "binary"
+
+
+def test_a_single_label_is_scored_by_the_metrics_of_two_classes():
+    X, y, task = labelled(20, 20)
+    y = y[:, :1]
+    settings = {**SMALL, "max_iter": 50, "update_rule": "gaussian-head"}
+    clf = MAMLClassifier(**settings).fit(X, y, groups=task)
+    assert clf.classes_.tolist() == [0, 1]
+    for name, least in (("roc_auc", 0.7), ("average_precision", 0.6), ("neg_log_loss", -0.65)):
+        assert task_scorer(name, n_shots=8)(clf, X, y, groups=task + 50) > least
+
+
+def test_log_loss_of_several_labels_is_the_mean_over_them():
+    X, y, task = labelled()
+    clf = MAMLClassifier(**SMALL).fit(X, y, groups=task).adapt(X[:20], y[:20])
+    p = clf.predict_proba(X[20:40])
+    by_hand = np.mean([log_loss(y[20:40, k], p[:, k], labels=[0, 1]) for k in range(3)])
+    episode = [(X[:20], y[:20], X[20:40], y[20:40])]
+    assert task_scorer("neg_log_loss")(clf, episode) == pytest.approx(-by_hand)
+
+
+@pytest.mark.parametrize("kind", [csr_matrix, csr_array])
+@pytest.mark.parametrize("door", ["fit", "adapt", "score"])
+def test_sparse_labels_are_refused(door, kind):
+    X, y, task = labelled()
+    clf = MAMLClassifier(**SMALL)
+    if door != "fit":
+        clf.fit(X, y, groups=task)
+    with pytest.raises(TypeError, match=r"y.toarray\(\)"):
+        getattr(clf, door)(X, kind(y), groups=task)

@@ -424,3 +424,20 @@ def test_a_fit_of_counts_is_continued():
 def test_rows_to_label_are_refused_with_a_reason(fitted):
     with pytest.raises(ValueError, match="suggest_rows is for loss='squared_error'"):
         fitted.suggest_rows(counts()[0][:20], 2)
+
+
+def test_absolute_errors_are_calibrated_to_the_median_of_skewed_noise():
+    rng = np.random.default_rng(0)
+    n_tasks, n_rows = 120, 40
+    X, task = rng.normal(size=(n_tasks * n_rows, 2)), np.repeat(np.arange(n_tasks), n_rows)
+    y = (X * rng.normal(size=(n_tasks, 2))[task]).sum(1) + rng.exponential(size=len(X))
+    settings = {"max_iter": 100, "hidden_layer_sizes": (8,), "random_state": 0}
+    first = np.tile(np.arange(n_rows) < 20, n_tasks)
+    known, new = task < 80, task >= 80
+    predicted = []
+    for options in ({"loss": "absolute_error"}, {"loss": "quantile", "quantile": 0.5}):
+        reg = MAMLRegressor(**settings, **options).fit(X[known], y[known], groups=task[known])
+        reg.adapt(X[new & first], y[new & first], groups=task[new & first])
+        predicted.append(reg.predict(X[new & ~first], groups=task[new & ~first]))
+    np.testing.assert_array_equal(*predicted)
+    assert 0.45 < (y[new & ~first] <= predicted[0]).mean() < 0.53

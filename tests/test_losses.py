@@ -468,3 +468,15 @@ def test_other_update_rules(reg, rule):
     other.fit(X, Y + 1, groups=TASK)
     assert np.isfinite(other.history_[:, "train_loss"]).all()
     assert other.score(X, Y + 1, groups=TASK) > -1
+
+
+@pytest.mark.parametrize(("loss", "sign"), [("poisson", -1), ("gamma", 0)])
+def test_a_score_of_the_adapted_task_refuses_what_the_loss_is_not_for(loss, sign):
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(60, 2)), np.repeat(np.arange(6), 10)
+    y = rng.poisson(3, 60) + 1.0
+    reg = MAMLRegressor(loss=loss, max_iter=2, hidden_layer_sizes=(4,), random_state=0)
+    reg.fit(X, y, groups=task).adapt(X[:5], y[:5])
+    assert reg.score(X[5:10], y[5:10]) <= 1
+    with pytest.raises(ValueError, match=f"loss='{loss}' is for targets"):
+        reg.score(X[5:10], sign * y[5:10])

@@ -31,6 +31,7 @@ from sklearn_maml import (
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import NotAdaptedError
 from sklearn_maml.inspection import AdaptationCurveDisplay, TaskScoresDisplay
+from sklearn_maml.learners.joint import HeadTrainer
 from sklearn_maml.learners.learner import Learner
 
 X, Y, G = make_sinusoid_tasks(n_tasks=20, n_rows=8, random_state=0)
@@ -354,3 +355,19 @@ def test_nothing_is_warned_of_where_rows_are_missing(mixed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         population(mixed)
+
+
+def test_heads_of_classes_learn_from_no_rows_too(monkeypatch):
+    given = set()
+    meta_step = HeadTrainer.meta_step
+
+    def noted(self, params, batch):
+        given.add(batch.n_given)
+        return meta_step(self, params, batch)
+
+    monkeypatch.setattr(HeadTrainer, "meta_step", noted)
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(240, 2)), np.repeat(np.arange(12), 20)
+    clf = MAMLClassifier(max_iter=100, hidden_layer_sizes=(4,), random_state=0)
+    clf.fit(X, (X[:, 0] > 0).astype(int), groups=task)
+    assert {0, 1, 2} < given

@@ -851,3 +851,14 @@ def test_every_rung_gives_the_numbers_of_the_loop_for_weights_of_tasks(rung, kin
     assert_allclose(steps[1].losses, steps[0].losses, rtol=1e-10)
     for name, grad in steps[0].grads.items():
         assert_allclose(steps[1].grads[name], grad, rtol=1e-8, atol=1e-12)
+
+
+def test_weights_by_places_are_those_of_this_list():
+    rng = np.random.default_rng(0)
+    tasks = [(rng.normal(size=(6, 2)), rng.normal(size=6)) for _ in range(6)]
+    reg = MAMLRegressor(max_iter=2, hidden_layer_sizes=(4,), random_state=0)
+    reg.fit(tasks, sample_weight={j: 1.0 + j for j in range(6)})
+    with pytest.raises(ValueError, match="has 7 keys, which are places in the list of tasks"):
+        reg.fit(tasks, sample_weight={j: 1.0 for j in range(7)})
+    with pytest.raises(ValueError, match="sample_weight of task 2 is 'a'; expected a number"):
+        reg.fit(tasks, sample_weight={**dict.fromkeys(range(6), 1.0), 2: "a"})

@@ -259,6 +259,8 @@ def collect_tasks(
     ids: np.ndarray | None = None
     codes: np.ndarray | None = None
     spelling = "single"
+    if issparse(y):
+        raise TypeError("Sparse targets were passed; dense ones are required: use y.toarray().")
     if isinstance(X, (list, tuple)) and y is None and len(X) == 0:
         raise ValueError("Got no tasks: the list of tasks is empty. Give at least one task.")
     if y is not None and isinstance(X, (list, tuple)) and n_axes(X) >= 3:

@@ -76,6 +76,15 @@ def _is_number(value: Any) -> bool:
     return not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
 
 
+def _as_number(key: Any, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"sample_weight of task {key!r} is {value!r}; expected a number."
+        ) from error
+
+
 def _of_ids(weights: Mapping[Any, Any], tasks: TaskCollection) -> np.ndarray:
     """Weight (n_tasks,) of each task, of those by id; there may be more of them."""
     if tasks.spelling == "single":
@@ -84,6 +93,12 @@ def _of_ids(weights: Mapping[Any, Any], tasks: TaskCollection) -> np.ndarray:
             "groups nor task_column. Give them, or one weight for each row."
         )
     known, place = encode_ids(list(weights), len(weights), "the keys of sample_weight")
+    if not tasks.named and len(known) != tasks.n_tasks:
+        raise ValueError(
+            f"sample_weight has {len(known)} keys, which are places in the list of tasks, of which "
+            f"there are {tasks.n_tasks}: a part of the list would get the weights of others. Give "
+            "a list with the weight of each task."
+        )
     found = find_ids(tasks.ids, known)
     if (found < 0).any():
         missing = tasks.ids[found < 0]
@@ -93,7 +108,7 @@ def _of_ids(weights: Mapping[Any, Any], tasks: TaskCollection) -> np.ndarray:
             "by its id; 0 leaves a task out."
         )
     values = np.empty(len(known))
-    values[place] = [float(value) for value in weights.values()]
+    values[place] = [_as_number(key, value) for key, value in weights.items()]
     return values[found]
 
 

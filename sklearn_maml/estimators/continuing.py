@@ -60,7 +60,8 @@ class ContinuingClasses(BaseMAML):
             If a parameter or the data is not valid, or if `classes` are not those of earlier
             calls; the estimator is left as it was.
         """
-        if classes is not None and self.n_ways is None and hasattr(self, "net_"):
+        named = classes is not None and self.n_ways is None and hasattr(self, "net_")
+        if named and self.targets_.are_classes:
             given = np.unique(as_array(classes))
             if not np.array_equal(given, self.classes_):
                 raise ValueError(

@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._types import Tasks
 from sklearn_maml._validation import is_integer
+from sklearn_maml.data.spellings import n_axes
 from sklearn_maml.estimators.models import open_chain, transform_rows
 from sklearn_maml.estimators.prediction import Predicting
 from sklearn_maml.threads import one_thread
@@ -176,4 +177,11 @@ def suggest_rows(
             "Gaussian. Take the rows whose predict_proba is least sure."
         )
     check_is_fitted(maml)
-    return maml.suggest_rows(transform_rows(transformers, X_pool), n, groups=groups)
+    pools: Any = X_pool
+    if transformers and isinstance(pools, (list, tuple)) and n_axes(pools[:1]) > 2:
+        pools = [transform_rows(transformers, pool) for pool in pools]
+    elif transformers and getattr(pools, "ndim", 2) > 2:
+        pools = np.stack([transform_rows(transformers, pool) for pool in pools])
+    else:
+        pools = transform_rows(transformers, pools)
+    return maml.suggest_rows(pools, n, groups=groups)

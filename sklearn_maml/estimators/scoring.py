@@ -143,6 +143,10 @@ class Scoring(Reading, Predicting):
             raise TypeError("Sparse targets were passed; dense ones are required: y.toarray().")
         if not self._has_task_information(X, y, groups):
             predicted = self.predict(X)
+            if not self.targets_.are_classes:
+                self.targets_.loss.check(
+                    np.asarray(y, dtype=np.float64).reshape(len(predicted), -1)
+                )
             if sample_weight is not None:
                 sample_weight = check_weights(sample_weight, predicted)
             return float(metric(y, predicted, sample_weight=sample_weight))

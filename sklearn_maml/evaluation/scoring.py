@@ -87,8 +87,12 @@ def find_scorer(scoring: Any) -> Any:
 
         def score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
             p = estimator.predict_proba(X)
-            of_rows = {"labels": estimator.classes_, "sample_weight": sample_weight}
-            return sign * float(metric(y, p, **of_rows))
+            if np.ndim(y) == 1:
+                columns, labels = [(y, p)], estimator.classes_
+            else:  # labels of a row exclude each other no more than tasks do
+                columns, labels = list(zip(np.asarray(y).T, p.T, strict=True)), np.arange(2)
+            of_rows = {"labels": labels, "sample_weight": sample_weight}
+            return sign * float(np.mean([metric(*column, **of_rows) for column in columns]))
 
         return score
     return get_scorer(scoring)

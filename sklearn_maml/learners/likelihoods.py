@@ -408,6 +408,8 @@ class HeavyTails(NewtonLikelihood):
     @property
     def level(self) -> float | None:
         """The quantile that is predicted; None: the middle."""
+        if isinstance(self.loss, AbsoluteError):
+            return 0.5
         return self.loss.quantile if isinstance(self.loss, Quantile) else None
 
     @property

@@ -33,7 +33,8 @@ class LabelTargets(RealTargets):
                 "axis. Use y[:, None] for a single label, or loss='cross_entropy' for classes."
             )
         super().learn(tasks, sample_weight)
-        self.classes_ = np.arange(self.n_outputs_)
+        # of a single label they are its values: metrics look for the positive one there
+        self.classes_ = np.arange(max(self.n_outputs_, 2))
 
     def decode(self, outputs: np.ndarray, codes: np.ndarray, coding: Coding) -> np.ndarray:
         """See `Targets`: the labels that are likelier than not."""

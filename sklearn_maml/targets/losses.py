@@ -81,7 +81,8 @@ class Huber(Loss):
     delta : float, default=0.3
         Errors above it count linearly. In units of the targets as the loss sees them: with
         ``normalize_y=True`` robust standard deviations of y over all tasks, which the errors
-        inside of a task are smaller than; else units of y.
+        inside of a task are smaller than; else units of y. For gradient steps: the likelihood of
+        the Gaussian head is robust by itself.
     """
 
     name: ClassVar[str] = "Huber loss"

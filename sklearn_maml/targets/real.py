@@ -133,7 +133,7 @@ class RealTargets(Targets):
         y = tasks.y.reshape(len(tasks.y), -1) if len(tasks.y) else tasks.y
         if y.shape[1] != self.n_outputs_:
             raise ValueError(
-                f"y has {y.shape[1]} output(s), but MAMLRegressor was meta-fitted on "
+                f"y has {y.shape[1]} output(s), but the model was meta-fitted on "
                 f"{self.n_outputs_}. Give as many."
             )
         if len(y):

@@ -441,7 +441,7 @@ class CrossFitted:
     def _n_given(self, batch: EpisodeBatch, rng: np.random.Generator) -> int | None:
         """Rows to condition on in place of the support set, if fewer: it learns from none, too."""
         sampler = self.samplers[0]
-        if sampler.by_class or sampler.classification or sampler.tasks.in_query is not None:
+        if sampler.by_class or sampler.tasks.in_query is not None:
             return None
         drawn = int(np.exp(rng.uniform(0, np.log(HEAD_SUPPORT[1] + 1)))) - 1
         return drawn if drawn < min(HEAD_SUPPORT[0], batch.support.X.shape[1]) else None
