@@ -357,7 +357,7 @@ BAD_ADAPTS = {
     "too many outputs": (
         "regressor",
         {"X": X, "y": np.c_[Y, Y]},
-        r"2 output\(s\), but MAMLRegressor was meta-fitted on 1",
+        r"2 output\(s\), but the model was meta-fitted on 1",
     ),
     "too few outputs": ("two outputs", {"X": X, "y": Y}, r"1 output\(s\).*meta-fitted on 2"),
     "groups too short": ("regressor", {"X": X, "y": Y, "groups": G[1:]}, "35 ids for 36 rows"),
