@@ -47,7 +47,7 @@ def errors_of(X, y, task, collection, seed, **options):
         model = MAMLRegressor(random_state=seed, **options)
         model.fit(X[train], targets[train], task[train], given)
         model.adapt(X[support], targets[support], task[support], own)
-        squares = ((model.predict(X[query], task[query]) - y[query]) / unit) ** 2
+        squares = ((model.predict(X[query], groups=task[query]) - y[query]) / unit) ** 2
         means = [squares[task[query] == name].mean() for name in np.unique(task[query])]
         found.append(np.sqrt(means).mean())
     return found
@@ -61,7 +61,7 @@ def scores_of(X, y, task, collection, seed, **options):
         model = MAMLClassifier(class_weight=class_weight, random_state=seed, **options)
         model.fit(X[train], y[train], groups=task[train])
         model.adapt(X[support], y[support], groups=task[support])
-        p = model.predict_proba(X[query], task[query])
+        p = model.predict_proba(X[query], groups=task[query])
         of_class = compute_sample_weight("balanced", y[query])
         found += [
             balanced_accuracy_score(y[query], model.classes_[p.argmax(1)]),

@@ -73,21 +73,22 @@ def spoilt(array, value):
 
 def fit_kinds():
     """Fitted and adapted estimators, and rows to predict with each."""
+    with_ids = {"X": X, "groups": G}
     return {
-        "regressor": (regressor().fit(X, Y, groups=G).adapt(X, Y, groups=G), (X, G)),
+        "regressor": (regressor().fit(X, Y, groups=G).adapt(X, Y, groups=G), with_ids),
         "two outputs": (
             regressor().fit(X, np.c_[Y, -Y], groups=G).adapt(X[:6], np.c_[Y, -Y][:6]),
-            (X,),
+            {"X": X},
         ),
         "task column": (
             regressor(task_column="task")
             .fit(FRAME.assign(task=G), Y)
             .adapt(FRAME.assign(task=G), Y),
-            (FRAME.assign(task=G),),
+            {"X": FRAME.assign(task=G)},
         ),
-        "frame": (regressor().fit(FRAME, Y, groups=G).adapt(FRAME[:6], Y[:6]), (FRAME,)),
-        "classifier": (classifier().fit(X, C, groups=G).adapt(X, C, groups=G), (X, G)),
-        "ways": (classifier(n_ways=2, n_shots=1).fit(X, C).adapt(X[:2], ["u", "v"]), (X,)),
+        "frame": (regressor().fit(FRAME, Y, groups=G).adapt(FRAME[:6], Y[:6]), {"X": FRAME}),
+        "classifier": (classifier().fit(X, C, groups=G).adapt(X, C, groups=G), with_ids),
+        "ways": (classifier(n_ways=2, n_shots=1).fit(X, C).adapt(X[:2], ["u", "v"]), {"X": X}),
     }
 
 
@@ -99,7 +100,7 @@ def kinds():
 @contextlib.contextmanager
 def left_as_it_was(estimator, query):
     """The attributes are the same objects afterwards, and predictions the same bits."""
-    before, predicted = dict(vars(estimator)), estimator.predict(*query)
+    before, predicted = dict(vars(estimator)), estimator.predict(**query)
     params = pickle.dumps(estimator.module_.state_dict())
     yield
     after = vars(estimator)
@@ -107,7 +108,7 @@ def left_as_it_was(estimator, query):
     for name, value in before.items():
         assert after[name] is value or after[name] == value, name
     assert pickle.dumps(estimator.module_.state_dict()) == params
-    assert np.array_equal(estimator.predict(*query), predicted)
+    assert np.array_equal(estimator.predict(**query), predicted)
 
 
 def check_refused(kinds, kind, call, message, error=ValueError):
@@ -871,7 +872,7 @@ def test_modules_are_checked_before_training(kinds, params, message):
         for est in (changed, make(**params)):
             with pytest.raises(ValueError, match=f"(?s){message}"):
                 est.fit(X, y, groups=G)
-    assert np.array_equal(changed.predict(*query), estimator.predict(*query))
+    assert np.array_equal(changed.predict(**query), estimator.predict(**query))
 
 
 def test_a_module_class_is_given_the_sizes_it_asks_for():
@@ -925,7 +926,7 @@ GRENADE = {"module": Grenade, "meta_batch_size": 1, "max_iter": 20, "early_stopp
 def test_a_module_that_fails_late_leaves_the_estimator_as_it_was(grenade, method, error):
     reg = regressor(**GRENADE).fit(X, Y, groups=G).adapt(X[:6], Y[:6])
     arguments = {"predict": (X,), "adapt": (X[:6], Y[:6])}.get(method, (X, Y, G))
-    with left_as_it_was(reg, (X,)):
+    with left_as_it_was(reg, {"X": X}):
         grenade({"fit": 30, "score": 2}.get(method, 1), error("the grenade went off"))
         with pytest.raises((error, RuntimeError), match="the grenade went off"):
             getattr(reg, method)(*arguments)
@@ -938,7 +939,7 @@ def test_a_failing_warm_start_leaves_the_estimator_as_it_was(grenade):
     reg.adapt(X[:6], Y[:6])
     history, n_iter = len(reg.history_), reg.n_iter_
     optimizer = copy.deepcopy(reg.net_.optimizer_.state_dict())
-    with left_as_it_was(reg, (X,)):
+    with left_as_it_was(reg, {"X": X}):
         grenade(20)
         with pytest.raises(RuntimeError, match="the grenade went off"):
             reg.fit(X, Y, groups=G)
@@ -1057,7 +1058,7 @@ def test_meta_training_that_fails_leaves_a_fitted_estimator_as_it_was():
     reg = MAMLRegressor(alpha=0.01, max_iter=5, **FLAT).fit(X, Y, groups=G).adapt(X[:6], Y[:6])
     changed = copy.copy(reg).set_params(alpha=1e70)
     with (
-        left_as_it_was(reg, (X,)),
+        left_as_it_was(reg, {"X": X}),
         pytest.warns(NonFiniteStepWarning),
         pytest.raises(MetaTrainingError),
     ):

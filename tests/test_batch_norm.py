@@ -444,7 +444,7 @@ def make_net(estimator):
 
 def outputs_of(model, X, groups=None):
     method = model.predict if isinstance(model, MAMLRegressor) else model.predict_proba
-    return np.asarray(method(X, groups))
+    return np.asarray(method(X, groups=groups))
 
 
 @pytest.mark.parametrize("estimator", [MAMLRegressor, MAMLClassifier])
@@ -479,13 +479,13 @@ def test_all_rows_of_a_task_are_normalised_together(monkeypatch):
     """However many they are: what is predicted in pieces elsewhere is one piece here."""
     X, y, groups = tasks(1)
     model = fitted(batch_norm="transductive").adapt(X, y, groups=groups)
-    whole = model.predict(X, groups)
+    whole = model.predict(X, groups=groups)
     monkeypatch.setattr("sklearn_maml.learners.gradient.ROWS_AT_A_TIME", 5)
-    np.testing.assert_allclose(model.predict(X, groups), whole, rtol=1e-9)
+    np.testing.assert_allclose(model.predict(X, groups=groups), whole, rtol=1e-9)
     model.set_params(batch_norm="inductive")
-    in_pieces = model.predict(X, groups)
+    in_pieces = model.predict(X, groups=groups)
     monkeypatch.undo()
-    np.testing.assert_allclose(model.predict(X, groups), in_pieces, rtol=1e-9)
+    np.testing.assert_allclose(model.predict(X, groups=groups), in_pieces, rtol=1e-9)
 
 
 def test_score_and_validation_follow_the_mode():
@@ -507,7 +507,7 @@ def test_estimators_refuse_what_they_do_not_know():
     X, y, groups = tasks()
     model = fitted().adapt(X, y, groups=groups).set_params(batch_norm="running")
     with pytest.raises(ValueError, match=r"batch_norm='running' is not known"):
-        model.predict(X, groups)
+        model.predict(X, groups=groups)
 
 
 def test_one_row_to_predict_is_refused_if_transductive():

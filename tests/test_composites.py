@@ -112,7 +112,9 @@ def test_the_state_is_plain_data_and_makes_the_same_estimator(name, data):
     twin = type(model).__new__(type(model))
     twin.__setstate__({**state, "params": params})
     assert vars(twin).keys() == vars(model).keys()
-    assert_array_equal(twin.predict(X[:16], groups=task[:16]), model.predict(X[:16], task[:16]))
+    assert_array_equal(
+        twin.predict(X[:16], groups=task[:16]), model.predict(X[:16], groups=task[:16])
+    )
     n_before = model.n_iter_
     for one in (model, twin):
         one.set_params(warm_start=True).fit(X, y, groups=task)

@@ -158,8 +158,21 @@ def test_rows_of_one_task_need_no_ids(named, tmp_path):
 
 def test_options_of_predict_are_given_by_name(named):
     reg = copy.copy(named).adapt(X[:4], Y[:4])
-    with pytest.raises(TypeError, match=r"groups is True.*predict\(X, return_std=True\)"):
-        reg.predict(X, True)
+    for second in (True, np.zeros(len(X))):
+        with pytest.raises(TypeError, match="positional argument"):
+            reg.predict(X, second)
+
+
+@pytest.mark.parametrize("method", ["predict_proba", "predict_log_proba", "decision_function"])
+def test_the_second_place_of_a_method_that_predicts_is_nobodys(method):
+    """It would be an option in one estimator of scikit-learn and weights in another."""
+    labels, few = Y > 0, slice(4)
+    clf = MAMLClassifier(**{**SMALL, "n_shots": None}).fit(X, labels, groups=TASK)
+    clf.adapt(X[few], labels[few], groups=TASK[few])
+    ask = getattr(clf, method)
+    assert len(ask(X[few], groups=TASK[few])) == 4
+    with pytest.raises(TypeError, match="positional argument"):
+        ask(X[few], TASK[few])
 
 
 # -- places in a list ----------------------------------------------------------------------------

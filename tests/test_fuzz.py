@@ -151,10 +151,10 @@ def test_rows_too_large_for_the_dtype_of_the_fit_are_refused(reg32):
 def test_only_ratios_of_weights_matter_however_large_or_small(center_y, scale):
     model = MAMLRegressor(**SMALL, center_y=center_y).fit(X, Y, groups=G)
     weight = np.arange(36) + 1.0
-    expected = adapt(model, X, Y, G, sample_weight=weight).predict(X, G)
-    found = adapt(model, X, Y, G, sample_weight=weight * scale).predict(X, G)
+    expected = adapt(model, X, Y, G, sample_weight=weight).predict(X, groups=G)
+    found = adapt(model, X, Y, G, sample_weight=weight * scale).predict(X, groups=G)
     assert np.array_equal(found, expected)
-    assert not np.array_equal(found, adapt(model, X, Y, G).predict(X, G))
+    assert not np.array_equal(found, adapt(model, X, Y, G).predict(X, groups=G))
 
 
 def test_weights_too_large_for_the_dtype_of_the_fit_are_refused(reg32):

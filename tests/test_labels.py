@@ -33,16 +33,16 @@ def test_every_door(rule, tmp_path):
     clf = MAMLClassifier(**SMALL, update_rule=rule).fit(X, y, groups=task)
     assert ("gaussian-head" in clf.learner_weights_) == (rule != "sgd")
     clf.adapt(X[:40], y[:40], groups=task[:40])
-    new = X[:40], task[:40]
-    labels, p = clf.predict(new[0], groups=new[1]), clf.predict_proba(new[0], groups=new[1])
+    new = {"X": X[:40], "groups": task[:40]}
+    labels, p = clf.predict(**new), clf.predict_proba(**new)
     assert labels.shape == p.shape == (40, 3)
     assert labels.dtype.kind == "i"
     np.testing.assert_array_equal(labels, p > 0.5)
-    np.testing.assert_allclose(p, 1 / (1 + np.exp(-clf.decision_function(*new))), rtol=1e-4)
-    np.testing.assert_allclose(clf.predict_log_proba(*new), np.log(p), rtol=1e-5)
+    np.testing.assert_allclose(p, 1 / (1 + np.exp(-clf.decision_function(**new))), rtol=1e-4)
+    np.testing.assert_allclose(clf.predict_log_proba(**new), np.log(p), rtol=1e-5)
     clf.save(tmp_path / "m")
     for same in (MAMLClassifier.load(tmp_path / "m"), pickle.loads(pickle.dumps(clf))):
-        np.testing.assert_array_equal(same.predict_proba(*new), p)
+        np.testing.assert_array_equal(same.predict_proba(**new), p)
     own = FewShotClassifier(prior=clf).fit(X[:20], y[:20])
     clf.adapt(X[:20], y[:20])
     np.testing.assert_array_equal(own.predict(X[:20]), clf.predict(X[:20]))

@@ -157,9 +157,9 @@ def test_a_regressor_is_loaded_as_it_was(name, data, tmp_path):
     assert ours.keys() == theirs.keys()
     plain = {k for k, v in ours.items() if v is None or isinstance(v, (str, int, float, tuple))}
     assert {k: ours[k] for k in plain} == {k: theirs[k] for k in plain}
-    rows = X[1:48:2], groups[1:48:2]
-    assert_array_equal(twin.predict(*rows), reg.predict(*rows))
-    assert twin.predict(*rows).dtype == reg.predict(*rows).dtype
+    rows = {"X": X[1:48:2], "groups": groups[1:48:2]}
+    assert_array_equal(twin.predict(**rows), reg.predict(**rows))
+    assert twin.predict(**rows).dtype == reg.predict(**rows).dtype
     assert twin.score(X, y, groups=groups) == reg.score(X, y, groups=groups)
     assert_same_weights(reg, twin)
     assert twin.module_ is twin._learner.module is twin.net_.module_.module
@@ -233,7 +233,9 @@ def test_task_ids_of_any_kind_are_kept(ids, data, tmp_path):
     twin = saved(reg, tmp_path)
     assert_array_equal(twin.tasks_, reg.tasks_)
     assert twin.tasks_.dtype == reg.tasks_.dtype
-    assert_array_equal(twin.predict(X[::-1], groups=groups[::-1]), reg.predict(X, groups)[::-1])
+    assert_array_equal(
+        twin.predict(X[::-1], groups=groups[::-1]), reg.predict(X, groups=groups)[::-1]
+    )
     assert twin._fingerprints == reg._fingerprints
     with pytest.raises(ValueError, match="not adapted to"):
         twin.predict(X[:1], groups=np.array(["?" if ids.dtype.kind in "OU" else 999]))

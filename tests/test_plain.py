@@ -204,7 +204,7 @@ def test_a_module_can_be_exported():
     n = torch.export.Dim("n")
     program = torch.export.export(module, (torch.from_numpy(X),), dynamic_shapes=({0: n},))
     got = program.module()(torch.from_numpy(X[:3]))
-    np.testing.assert_allclose(got.numpy(), reg.predict(X[:3], ["a"] * 3), rtol=1e-12)
+    np.testing.assert_allclose(got.numpy(), reg.predict(X[:3], groups=["a"] * 3), rtol=1e-12)
 
 
 @pytest.mark.integration

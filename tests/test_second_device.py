@@ -362,7 +362,8 @@ def test_an_lstm(gradient, updates):
     )  # fmt: skip
     assert_same(cpu, device)
     assert_unhindered(updates)
-    predictions = [m.adapt(*data[:2], groups=data[2]).predict(*data[::2]) for m in (cpu, device)]
+    adapted = [m.adapt(*data[:2], groups=data[2]) for m in (cpu, device)]
+    predictions = [m.predict(data[0], groups=data[2]) for m in adapted]
     np.testing.assert_allclose(*predictions, rtol=1e-4, atol=1e-6)
 
 
@@ -541,7 +542,7 @@ def test_adapting_and_predicting_move_chunks_of_tasks_and_not_tasks():
     assert counts.to_device <= 3, counts.where
     assert counts.to_host + counts.synchronisations <= 1, counts.where
     with watch(locate=True) as counts:
-        model.predict(X, G)
+        model.predict(X, groups=G)
     assert counts.to_device <= 2, counts.where
     assert counts.to_host + counts.synchronisations <= 1, counts.where
 
@@ -838,10 +839,12 @@ def test_adapting_and_predicting(regressors, classifiers):
     for models, y in ((regressors, Y), (classifiers, C)):
         close([m.adapt(X[:9], y[:9]).predict(X[9:18]) for m in models])
         chosen = RAGGED
-        close([m.adapt(X[chosen], y[chosen], groups=G[chosen]).predict(X, G) for m in models])
+        close(
+            [m.adapt(X[chosen], y[chosen], groups=G[chosen]).predict(X, groups=G) for m in models]
+        )
         order = np.random.default_rng(0).permutation(len(X))
-        close([m.predict(X[order], G[order]) for m in models])
-    close([m.predict_proba(X, G) for m in classifiers])
+        close([m.predict(X[order], groups=G[order]) for m in models])
+    close([m.predict_proba(X, groups=G) for m in classifiers])
     weights = np.linspace(0.1, 1, 9)
     close([m.adapt(X[:9], Y[:9], sample_weight=weights).predict(X[9:18]) for m in regressors])
 
@@ -895,7 +898,7 @@ def test_the_default_model_with_its_standard_deviations():
     for model in models:
         model.adapt(X, Y, groups=groups)
     for k in range(2):
-        close([m.predict(X, groups, return_std=True)[k] for m in models], rtol=1e-3)
+        close([m.predict(X, groups=groups, return_std=True)[k] for m in models], rtol=1e-3)
 
 
 def test_few_shot_estimators(regressors, classifiers):
@@ -920,7 +923,7 @@ def test_adapting_and_predicting_in_one_call(regressors):
 def test_files_and_pickles(regressors, tmp_path):
     _, device = regressors
     device.adapt(X, Y, groups=G)
-    expected = device.predict(X, G)
+    expected = device.predict(X, groups=G)
     device.save(tmp_path / "model", training=True)
     for again in (
         load(tmp_path / "model"),
@@ -929,12 +932,12 @@ def test_files_and_pickles(regressors, tmp_path):
     ):
         assert again.device_ == torch.device(DEVICE)
         assert {p.device.type for p in again.module_.parameters()} == {"elsewhere"}
-        np.testing.assert_array_equal(again.predict(X, G), expected)
+        np.testing.assert_array_equal(again.predict(X, groups=G), expected)
         again.set_params(warm_start=True).fit(X, Y, groups=G)
         assert again.n_iter_ == 2 * device.n_iter_
     on_cpu = load(tmp_path / "model", device="cpu")
     assert {p.device.type for p in on_cpu.module_.parameters()} == {"cpu"}
-    np.testing.assert_allclose(on_cpu.predict(X, G), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(on_cpu.predict(X, groups=G), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_of_a_device_that_is_missing_is_loaded_on_the_cpu(regressors, tmp_path, monkeypatch):

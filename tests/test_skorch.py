@@ -937,8 +937,8 @@ def test_everything_moves_to_cuda(module, make):
         column(gpu, "train_loss"), column(on["cpu"], "train_loss"), rtol=1e-6
     )
     for arguments in ((X[:8], y[:8]), (X, y, G)):
-        rows = (X[:8],) if len(arguments) == 2 else (X, G)
-        a, b = (est.adapt(*arguments).predict(*rows) for est in on.values())
+        rows = {"X": X[:8]} if len(arguments) == 2 else {"X": X, "groups": G}
+        a, b = (est.adapt(*arguments).predict(**rows) for est in on.values())
         assert isinstance(a, np.ndarray)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert gpu.score(X, y, groups=G) == pytest.approx(on["cpu"].score(X, y, groups=G), abs=1e-4)

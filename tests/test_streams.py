@@ -115,8 +115,8 @@ def test_extending_comes_to_adapting_anew(reg, kept, weighted):
     extended = in_parts(reg, XN, YN, GN, weight)
     assert_same(anew, extended)
     # bounds too
-    far = np.full((5, 2), 1e5), np.arange(5)
-    np.testing.assert_allclose(anew.predict(*far), extended.predict(*far), rtol=1e-12)
+    far = {"X": np.full((5, 2), 1e5), "groups": np.arange(5)}
+    np.testing.assert_allclose(anew.predict(**far), extended.predict(**far), rtol=1e-12)
     assert bool(extended._state.adapted.sums) == (kept == "sums")
     if kept == "sums":
         assert len(extended._state.adapted.support.X) == 0

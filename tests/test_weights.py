@@ -684,7 +684,9 @@ def test_spoilt_rows_of_little_weight_do_little_harm(rule):
         support = new & (np.arange(len(y)) % 4 == 0)
         model.adapt(A[support], y[support], groups=task[support])
         query = new & ~support
-        errors.append(np.sqrt(np.mean((model.predict(A[query], task[query]) - y[query]) ** 2)))
+        errors.append(
+            np.sqrt(np.mean((model.predict(A[query], groups=task[query]) - y[query]) ** 2))
+        )
     assert errors[1] < 0.8 * errors[0]
 
 
@@ -768,7 +770,7 @@ def test_a_rare_class_is_found_more_often_with_balanced_weights():
         model = MAMLClassifier(**{**SMALL, "max_iter": 100}, class_weight=class_weight)
         model.fit(A[seen], y[seen], groups=task[seen])
         model.adapt(A[support], y[support], groups=task[support])
-        p = model.predict_proba(A[query], task[query])
+        p = model.predict_proba(A[query], groups=task[query])
         of_class = compute_sample_weight("balanced", y[query])
         losses.append(log_loss(y[query], p, sample_weight=of_class))
         recalls.append(np.mean(p[y[query] == 1, 1] > 0.5))

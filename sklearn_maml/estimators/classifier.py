@@ -337,7 +337,7 @@ class MAMLClassifier(ClassifierMixin, ClassesOrLabels, PredictingClasses, Contin
         self.verbose = verbose
         self.__dict__.update(net_params)
 
-    def predict(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
+    def predict(self, X: Tasks, *, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict class labels with the parameters adapted to the task of each row.
 
         Parameters

@@ -68,11 +68,6 @@ class Predicting(Adapting):
         """Validate query rows, in any spelling."""
         check_is_fitted(self)
         refuse_graphs(X=X, groups=groups)
-        if isinstance(groups, (bool, np.bool_)):
-            raise TypeError(
-                f"groups is {groups}: the second argument of predict is the task id of each row. "
-                "Give options by name, as in predict(X, return_std=True)."
-            )
         X = as_frame(X)
         shape_like: Callable[[np.ndarray], Any] = _as_is
         name = "groups"
@@ -254,7 +249,7 @@ class PredictingClasses(Predicting):
     __metadata_request__predict_log_proba: ClassVar = {"groups": True}
     __metadata_request__decision_function: ClassVar = {"groups": True}
 
-    def predict_proba(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
+    def predict_proba(self, X: Tasks, *, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict class probabilities.
 
         Parameters
@@ -272,7 +267,7 @@ class PredictingClasses(Predicting):
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         return shape_like(self._probabilities(state, rows, codes))
 
-    def predict_log_proba(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
+    def predict_log_proba(self, X: Tasks, *, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Predict the logarithm of class probabilities.
 
         Parameters
@@ -291,7 +286,7 @@ class PredictingClasses(Predicting):
         with np.errstate(divide="ignore"):
             return shape_like(np.log(self._probabilities(state, rows, codes)))
 
-    def decision_function(self, X: Tasks, groups: ArrayLike | None = None) -> NDArray[Any]:
+    def decision_function(self, X: Tasks, *, groups: ArrayLike | None = None) -> NDArray[Any]:
         """Return the outputs of the network for each class (logits).
 
         Parameters

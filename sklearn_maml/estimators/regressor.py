@@ -334,15 +334,17 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
 
     @overload
     def predict(
-        self, X: Tasks, groups: ArrayLike | None = None, return_std: Literal[False] = False
+        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: Literal[False] = False
     ) -> NDArray[Any]: ...
 
     @overload
     def predict(
-        self, X: Tasks, groups: ArrayLike | None = None, *, return_std: Literal[True]
+        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: Literal[True]
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
-    def predict(self, X: Tasks, groups: ArrayLike | None = None, return_std: bool = False) -> Any:
+    def predict(
+        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: bool = False
+    ) -> Any:
         """Predict with the parameters adapted to the task of each row.
 
         Parameters
@@ -369,8 +371,7 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         NotAdaptedError
             If `adapt` was not called, unless `unseen_tasks` is "prior".
         ValueError
-            If a task id was not adapted to, likewise; with `return_std`, if gradient steps predict
-            alone.
+            If a task id was not adapted to, likewise; with `return_std`, without a Gaussian head.
         """
         state, rows, codes, shape_like = self._rows_to_predict(X, groups)
         if not return_std:

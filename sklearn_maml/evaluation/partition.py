@@ -66,10 +66,10 @@ def adapt_predict(
 ) -> Any:
     """Adapt to many tasks and predict their query rows, a partition of the tasks at a time.
 
-    Gives what ``adapt(X_support, y_support, groups).predict(X_query, groups)`` gives, to rounding,
-    but keeps the adapted parameters of one partition for each job at a time and none afterwards:
-    beyond the data and the predictions, memory does not grow with the number of tasks except for
-    8 bytes a row that say where it belongs (16 with `groups`).
+    Gives what ``adapt(X_support, y_support, groups)`` and ``predict(X_query, groups=groups)`` give,
+    to rounding, but keeps the adapted parameters of one partition for each job at a time and none
+    afterwards: beyond the data and the predictions, memory does not grow with the number of tasks
+    except for 8 bytes a row that say where it belongs (16 with `groups`).
 
     Parameters
     ----------
