@@ -10,11 +10,12 @@ Every stage is a process with a time limit of its own, and is killed and reporte
 Results are on disk before the next one begins: FOLDER/results.json, and FOLDER/table.md for
 benchmarks/RESULTS.md. The most telling stages come first:
 
-tests            the tests marked `gpu`
+tests            the tests marked `gpu`, and those of the stand-in for a card on the card itself
 steps            a meta-step of W1, W3 (conv4), W2, W1_s5 and W4 in the library's variants, and of a
                  plain loop over tasks; gradients are checked in float64 before anything is timed
 jax              the same in JAX, jit(vmap(grad))
 precision        conv4 in TF32 and bfloat16: times and errors of the gradient
+models           whole fits of the default model, on the card and on the CPU
 omniglot-5w1s    60,000 updates by the protocol of Finn et al. (2017), or as many as the time allows
 inductor         the recorded steps, built by torch's compiler
 omniglot-20w1s   20-way, as far as the time goes
@@ -65,10 +66,11 @@ class Stage:
 
 
 STAGES = {
-    "tests": Stage(45, needs=("pytest",)),
+    "tests": Stage(75, needs=("pytest",)),
     "steps": Stage(90),
     "jax": Stage(55, needs=("jax", "optax")),
     "precision": Stage(25),
+    "models": Stage(60),
     "omniglot-5w1s": Stage(170, elastic=True),
     "inductor": Stage(35),
     "omniglot-20w1s": Stage(45, elastic=True),
@@ -109,16 +111,26 @@ class TestsResult:
 
 
 def tests_stage(context: Any, out: Path) -> None:
-    """Run the tests marked `gpu`; files without any are not read, nor what only they import."""
+    """Run the tests marked `gpu` and, on a card, those of a second device.
+
+    Files without any are not read, nor what only they import.
+    """
+    on_card = context.device.startswith("cuda")
     files = [
         str(path)
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if on_card:
+        files.append(str(ROOT / "tests" / "test_second_device.py"))
+        command += ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    else:
+        command += ["-m", "gpu"]
     report = out / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    env = {**os.environ, **({"SKLEARN_MAML_TEST_DEVICE": "cuda"} if on_card else {})}
     try:
-        subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, check=False)
+        subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, env=env, check=False)
         suite = next(ET.parse(report).getroot().iter("testsuite"))
     finally:
         report.unlink(missing_ok=True)
@@ -174,6 +186,10 @@ def run_stage(name: str, out: Path, device: str, seconds: float, dry_run: bool) 
             from gpu_jax import jax_stage
 
             jax_stage(context)
+        elif name == "models":
+            from gpu_models import models_stage
+
+            models_stage(context)
         elif name.startswith("omniglot"):
             from gpu_omniglot import omniglot_stage
 
@@ -308,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        default=465,
+        default=480,
         help="seconds, of all stages (ten times that in a dry run)",
     )
     parser.add_argument("--device", default=None, help="cuda, or cpu in a dry run")

@@ -18,6 +18,7 @@ def table(results: dict[str, Any]) -> str:
         heading(results),
         stage_table(stages),
         step_table(steps),
+        model_table(latest(stages, "model", "workload", "where")),
         omniglot_table(omniglot),
         target_table(steps, omniglot, dry_run=results["dry_run"]),
     ]
@@ -97,6 +98,24 @@ def step_table(steps: list[Row]) -> str:
             number(row["peak_mb"], ".0f"), number(row["synchronisations"], "d"),
             number(row["setup_seconds"], ".1f"),
             cell("; ".join(filter(None, [row["ran_as"], row["reason"]]))),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def model_table(models: list[Row]) -> str:
+    if not models:
+        return ""
+    lines = [
+        "| default model | on the | updates | fit, s | adapt, ms | predict, ms | error "
+        "| predictions differ by |",
+        "| --- " * 8 + "|",
+    ]
+    for row in models:
+        cells = [
+            row["workload"], row["where"], f"{row['updates']:,}",
+            *(number(row[name], ".2f") for name in ("fit_seconds", "adapt_ms", "predict_ms")),
+            *(number(row[name], ".4f") for name in ("error", "difference")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -8,6 +8,9 @@ autograd, ``torch.func``, autocast, fake tensors and the optimisers see a device
 What an accelerator forbids is forbidden: operands on several devices (but for CPU scalars without
 dimensions), and `numpy()`, which torch refuses itself. What costs there is counted, see `watch`:
 moves between the host and the device, and synchronisations, where the host waits for a value.
+
+With ``SKLEARN_MAML_TEST_DEVICE=cuda`` in the environment the tests run on a card instead: `DEVICE`
+is ``cuda:0``, and `watch` counts what torch reports as synchronising.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +29,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+ON_CARD = os.environ.get("SKLEARN_MAML_TEST_DEVICE") == "cuda"
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 except ImportError:  # pragma: no cover - depends on the installed torch
@@ -32,8 +38,9 @@ except ImportError:  # pragma: no cover - depends on the installed torch
         allow_module_level=True,
     )
 
-NAME = "elsewhere"
-DEVICE = "elsewhere:0"
+NAME = "cuda" if ON_CARD else "elsewhere"
+DEVICE = f"{NAME}:0"
+emulated = pytest.mark.skipif(ON_CARD, reason="about what the stand-in for a card counts or draws")
 # of DLPack
 HOST, EXTENSION = 1, 12
 CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -84,12 +91,39 @@ _generator = torch.Generator()
 @contextlib.contextmanager
 def watch(locate: bool = False) -> Iterator[Counts]:
     """Count moves and synchronisations; with `locate`, note the lines of the library too."""
+    if ON_CARD:
+        with _watch_card() as counts:
+            yield counts
+        return
     entry = (Counts(), locate)
     _watching.append(entry)
     try:
         yield entry[0]
     finally:
         _watching.remove(entry)
+
+
+@contextlib.contextmanager
+def _watch_card() -> Iterator[Counts]:
+    counts = Counts(operations=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield counts
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for w in caught:
+        if "synchronizing CUDA operation" in str(w.message):
+            counts.synchronisations += 1
+            counts.where.append(f"{w.filename.split('/')[-1]}:{w.lineno}")
+        elif "set_sync_debug_mode" not in str(w.message):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
+def backend() -> Any:
+    """``torch.cuda``, or what stands for it."""
+    return getattr(torch, NAME)
 
 
 @contextlib.contextmanager
@@ -138,6 +172,8 @@ def _view(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> torch.Te
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Return the memory of a tensor of the device as a tensor of the host, without a move."""
+    if ON_CARD:
+        return tensor.detach().cpu()
     return _lend(tensor, HOST)
 
 
@@ -502,20 +538,27 @@ def _move_storage(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
     return whole.to(DEVICE).untyped_storage()
 
 
-_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 _libraries = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
-_libraries[0].fallback(_fallback, "PrivateUse1")
-_libraries[1].impl("_thnn_fused_lstm_cell", _lstm_cell, "PrivateUse1")
-_libraries[1].impl("_thnn_fused_lstm_cell_backward_impl", _lstm_cell_backward, "PrivateUse1")
-_libraries[1].impl("convolution_overrideable", _convolution, "PrivateUse1")
-_libraries[1].impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
-_libraries[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-for _name in LOW_PRECISION:
-    _libraries[1].impl(_name, _casting(_name, torch.bfloat16), "AutocastPrivateUse1")
-for _name in HIGH_PRECISION:
-    _libraries[1].impl(_name, _casting(_name, torch.float32), "AutocastPrivateUse1")
 # there is no allocator of the device's own, which torch's methods want
 _clone_of_torch = torch.UntypedStorage.clone
 _move_of_torch = torch.UntypedStorage.to
-torch.UntypedStorage.clone = _clone_storage  # type: ignore[method-assign]
-torch.UntypedStorage.to = _move_storage  # type: ignore[method-assign]
+
+
+def _register() -> None:
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    _libraries[0].fallback(_fallback, "PrivateUse1")
+    _libraries[1].impl("_thnn_fused_lstm_cell", _lstm_cell, "PrivateUse1")
+    _libraries[1].impl("_thnn_fused_lstm_cell_backward_impl", _lstm_cell_backward, "PrivateUse1")
+    _libraries[1].impl("convolution_overrideable", _convolution, "PrivateUse1")
+    _libraries[1].impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
+    _libraries[0].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in LOW_PRECISION:
+        _libraries[1].impl(name, _casting(name, torch.bfloat16), "AutocastPrivateUse1")
+    for name in HIGH_PRECISION:
+        _libraries[1].impl(name, _casting(name, torch.float32), "AutocastPrivateUse1")
+    torch.UntypedStorage.clone = _clone_storage  # type: ignore[method-assign]
+    torch.UntypedStorage.to = _move_storage  # type: ignore[method-assign]
+
+
+if not ON_CARD:
+    _register()

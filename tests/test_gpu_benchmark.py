@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
-STAGES = ["tests", "steps", "jax", "precision", "omniglot-5w1s", "inductor", "omniglot-20w1s"]
+STAGES = [
+    *("tests", "steps", "jax", "precision", "models"),
+    *("omniglot-5w1s", "inductor", "omniglot-20w1s"),
+]
 
 pytestmark = pytest.mark.skipif(
     not SCRIPT.exists(), reason="the benchmarks are only in the repository"
@@ -103,6 +106,17 @@ def test_a_wrong_gradient_is_reported_and_not_timed(dry_run):
     assert planted["ms"] is None
     assert not [row for row in rows if row["status"] != "timed" and row is not planted]
     assert "wrong gradient, as it is meant to be" in table
+
+
+def test_the_default_model_is_fitted_on_both_devices(dry_run):
+    rows = dry_run[0]["stages"]["models"]["results"]
+    card, cpu = [row for row in rows if row["kind"] == "model"]
+    assert (card["where"], cpu["where"]) == ("card", "CPU")
+    # in a dry run both are the CPU
+    assert card["error"] == pytest.approx(cpu["error"])
+    assert card["difference"] is None
+    assert cpu["difference"] == 0
+    assert min(row[name] for row in (card, cpu) for name in ("fit_seconds", "adapt_ms")) > 0
 
 
 def test_omniglot_is_evaluated_both_ways(dry_run):

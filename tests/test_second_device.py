@@ -1,4 +1,7 @@
-"""Everything runs on a device that is not the CPU, and a meta-step waits for nothing there."""
+"""Everything runs on a device that is not the CPU, and a meta-step waits for nothing there.
+
+``SKLEARN_MAML_TEST_DEVICE=cuda`` runs it on a card.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ import pytest
 import torch
 from second_device import (
     DEVICE,
+    NAME,
     MixedDevicesError,
+    backend,
     capturing,
+    emulated,
     free_memory,
     memory_limit,
     on_host,
@@ -106,7 +112,7 @@ def parameters(model):
 
 def assert_same(cpu, device, rtol=1e-4, atol=1e-5):
     """The fits, and what they did on the way, agree to rounding."""
-    assert all(p.device.type == "elsewhere" for p in device.module_.parameters())
+    assert all(p.device.type == NAME for p in device.module_.parameters())
     ours, theirs = parameters(device), parameters(cpu)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol)
@@ -174,6 +180,7 @@ def test_views_share_the_memory_of_the_device():
     assert torch.equal(on_host(d), expected)
 
 
+@emulated
 def test_the_device_draws_from_a_generator_of_its_own():
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -214,6 +221,7 @@ def test_numpy_needs_a_move():
     assert d.cpu().numpy().tolist() == [1, 1, 1]
 
 
+@emulated
 def test_moves_and_synchronisations_are_counted():
     with watch() as counts:
         d = torch.ones(3).to(DEVICE)
@@ -385,10 +393,11 @@ def test_recurrent_layers_do_without_cudnn_which_has_no_second_derivatives():
     assert torch.backends.cudnn.enabled
 
 
+@emulated
 @pytest.mark.parametrize("checkpoint_steps", [False, True])
 def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, updates):
     torch.manual_seed(5)
-    before = torch.elsewhere.get_rng_state(), torch.get_rng_state()
+    before = backend().get_rng_state(), torch.get_rng_state()
     cpu, device = both(
         MAMLRegressor, X, Y, G, module=dropout(), checkpoint_steps=checkpoint_steps, max_iter=5
     )
@@ -399,11 +408,11 @@ def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, update
     nn.Linear(3, 8), nn.Linear(8, 1)
     assert not torch.equal(torch.get_rng_state(), before[1])
     torch.manual_seed(5)
-    state = torch.elsewhere.get_rng_state()
+    state = backend().get_rng_state()
     module = dropout()
     torch.manual_seed(5)
     MAMLRegressor(**SMALL, module=module, device=DEVICE).fit(X, Y, groups=G)
-    assert torch.equal(torch.elsewhere.get_rng_state(), state)
+    assert torch.equal(backend().get_rng_state(), state)
 
 
 DATA = {
@@ -529,11 +538,12 @@ def counts_of(updates_made, **settings):
 
 
 def test_a_device_without_its_number_is_the_current_one(updates):
-    device = MAMLRegressor(**SMALL, device="elsewhere").fit(X, Y, groups=G)
+    device = MAMLRegressor(**SMALL, device=NAME).fit(X, Y, groups=G)
     assert device.device_ == torch.device(DEVICE)
     assert_unhindered(updates)
 
 
+@emulated
 def test_adapting_and_predicting_move_chunks_of_tasks_and_not_tasks():
     model = MAMLRegressor(**SMALL, device=DEVICE).fit(X, Y, groups=G)
     with watch(locate=True) as counts:
@@ -547,6 +557,7 @@ def test_adapting_and_predicting_move_chunks_of_tasks_and_not_tasks():
     assert counts.to_host + counts.synchronisations <= 1, counts.where
 
 
+@emulated
 def test_an_epoch_is_read_once_and_a_block_of_batches_moves_at_once(monkeypatch):
     monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     short, long = counts_of(8), counts_of(16)
@@ -555,6 +566,7 @@ def test_an_epoch_is_read_once_and_a_block_of_batches_moves_at_once(monkeypatch)
     assert long.to_device - short.to_device == 1  # block, of updates 8 to 15
 
 
+@emulated
 @pytest.mark.parametrize("make", [MAMLRegressor, MAMLClassifier])
 def test_ragged_blocks_move_their_positions_and_weights_at_once(make):
     y = Y if make is MAMLRegressor else C
@@ -569,6 +581,7 @@ def test_ragged_blocks_move_their_positions_and_weights_at_once(make):
     assert moves[1] - moves[0] <= 2
 
 
+@emulated
 def test_validation_is_read_once_an_epoch(monkeypatch):
     monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
     short, long = (counts_of(n, early_stopping=True, n_iter_no_change=9999) for n in (5, 7))
@@ -595,6 +608,7 @@ def test_the_tasks_stay_on_the_device():
     assert sum(sizes) - source < 16 * 4 * N_ROWS * 8 + 1024
 
 
+@emulated
 def test_tasks_that_do_not_fit_move_a_block_at_a_time(updates):
     with free_memory(2 * X.nbytes):
         short, long = counts_of(8), counts_of(16)
@@ -931,7 +945,7 @@ def test_files_and_pickles(regressors, tmp_path):
         copy.deepcopy(device),
     ):
         assert again.device_ == torch.device(DEVICE)
-        assert {p.device.type for p in again.module_.parameters()} == {"elsewhere"}
+        assert {p.device.type for p in again.module_.parameters()} == {NAME}
         np.testing.assert_array_equal(again.predict(X, groups=G), expected)
         again.set_params(warm_start=True).fit(X, Y, groups=G)
         assert again.n_iter_ == 2 * device.n_iter_
@@ -959,6 +973,7 @@ def test_a_file_of_a_device_that_is_missing_is_loaded_on_the_cpu(regressors, tmp
 # --- memory
 
 
+@emulated
 def test_a_batch_that_does_not_fit_is_run_in_pieces(updates):
     settings = {**SMALL, "hidden_layer_sizes": (32,), "device": DEVICE}
     whole = MAMLRegressor(**settings).fit(X, Y, groups=G)
@@ -991,6 +1006,7 @@ def traces(monkeypatch):
     return made
 
 
+@emulated
 def test_a_recorded_step_is_captured_and_replayed(traces, updates):
     eager = MAMLRegressor(**{**SMALL, **LONG}).fit(X, Y, groups=G)
     with capturing() as graphs:
@@ -1003,6 +1019,7 @@ def test_a_recorded_step_is_captured_and_replayed(traces, updates):
     assert updates[-1].operations < updates[0].operations / 4
 
 
+@emulated
 @pytest.mark.parametrize("module", [None, conv(1)], ids=["recorded", "as they are"])
 def test_a_resumed_fit_captures_again(module, traces, tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "UPDATES_PER_EPOCH", 2)
@@ -1022,6 +1039,7 @@ def test_a_resumed_fit_captures_again(module, traces, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+@emulated
 def test_steps_of_convolutions_are_captured_without_a_record(traces, updates):
     settings = {
         **SMALL, "max_iter": 6, "module": conv(), "n_shots": 2, "n_queries": 2,
@@ -1036,6 +1054,7 @@ def test_steps_of_convolutions_are_captured_without_a_record(traces, updates):
     assert updates[-1].operations < updates[0].operations / 4
 
 
+@emulated
 def test_convolutions_run_as_they_are_where_nothing_is_captured(traces):
     settings = {**SMALL, "module": conv(), "n_shots": 2, "n_queries": 2, "max_iter": 6}
     with capturing(fails="no room"), pytest.warns(EngineFallbackWarning, match="no room"):
@@ -1046,10 +1065,11 @@ def test_convolutions_run_as_they_are_where_nothing_is_captured(traces):
         assert torch.equal(a, b)
 
 
+@emulated
 def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
     with capturing():
         graph = graphs.CudaGraph(
-            lambda a, b: [a @ b, a + 1], [torch.ones(2, 2, device=DEVICE)] * 2, torch.elsewhere
+            lambda a, b: [a @ b, a + 1], [torch.ones(2, 2, device=DEVICE)] * 2, backend()
         )
     first = [torch.full((2, 2), v, device=DEVICE) for v in (2.0, 3.0)]
     second = [torch.full((2, 2), v, device=DEVICE) for v in (5.0, 7.0)]
@@ -1063,18 +1083,18 @@ def test_results_of_a_graph_are_not_overwritten_by_later_calls(traces):
     assert on_host(first[0])[0, 0] == 2
 
 
+@emulated
 def test_a_graph_takes_the_arguments_of_each_call(traces):
     weights = torch.ones(3, device=DEVICE)
     with capturing():
-        graph = graphs.CudaGraph(
-            lambda w, n: [w * 2, n + 1], [weights, weights.long()], torch.elsewhere
-        )
+        graph = graphs.CudaGraph(lambda w, n: [w * 2, n + 1], [weights, weights.long()], backend())
     weights.mul_(10)
     floats, numbers = graph(weights, weights.long())
     assert on_host(floats).tolist() == [20, 20, 20]
     assert on_host(numbers).tolist() == [11, 11, 11]
 
 
+@emulated
 def test_a_step_that_cannot_be_captured_runs_as_recorded(traces):
     reason = "operation not permitted when stream is capturing"
     with (
@@ -1086,14 +1106,16 @@ def test_a_step_that_cannot_be_captured_runs_as_recorded(traces):
     assert_same(MAMLRegressor(**{**SMALL, **LONG}).fit(X, Y, groups=G), device)
 
 
+@emulated
 def test_waiting_while_a_graph_is_captured_is_refused():
     def step(a):
         return [a * a.sum().item()]
 
     with capturing(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        graphs.CudaGraph(step, [torch.ones(2, device=DEVICE)], torch.elsewhere)
+        graphs.CudaGraph(step, [torch.ones(2, device=DEVICE)], backend())
 
 
+@emulated
 def test_a_step_that_draws_is_not_captured(traces):
     settings = {**SMALL, **LONG, "module": dropout()}
     eager = MAMLRegressor(**settings).fit(X, Y, groups=G)
