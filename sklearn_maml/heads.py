@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.modules import head_names
 from sklearn_maml.theta import name_in_module, name_in_rule
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import TaskSolver
 
 __all__ = ["SymmetricHead", "find_head"]
 
@@ -89,7 +89,7 @@ class SymmetricHead:
 
 
 def find_head(
-    module: nn.Module, head: str, rule: UpdateRule, adapted: Sequence[str], n_classes: int
+    module: nn.Module, head: str, rule: TaskSolver, adapted: Sequence[str], n_classes: int
 ) -> SymmetricHead:
     """Return the projection that `head` asks for.
 
@@ -97,7 +97,7 @@ def find_head(
     ----------
     module : Module
     head : {"shared", "zero"}
-    rule : UpdateRule
+    rule : TaskSolver
     adapted : sequence of str
         Names of the parameters that adapt.
     n_classes : int
@@ -109,7 +109,7 @@ def find_head(
         If the module has no linear head, if it does not adapt, or if the rule solves for the head
         or learns something about each pair of classes.
     """
-    if rule.in_closed_form:
+    if rule.layer(module, adapted) is not None:
         raise ValueError(
             f"head={head!r} is where inner steps start from, but the update rule "
             f"{type(rule).__name__} solves for the head and takes none. Use head='free'."
@@ -138,7 +138,7 @@ def find_head(
 def _rows_of_rates(
     module: nn.Module,
     head_params: Sequence[str],
-    rule: UpdateRule,
+    rule: TaskSolver,
     adapted: Sequence[str],
     head: str,
 ) -> dict[str, int]:

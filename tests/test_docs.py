@@ -28,7 +28,7 @@ import sklearn
 
 from sklearn_maml.meta_gradients import MetaGradient
 from sklearn_maml.targets import Loss, Targets
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import TaskSolver
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -132,7 +132,7 @@ def public_objects():
         for name in importlib.import_module(module).__all__:
             yield name
     yield from importlib.import_module("sklearn_maml.exceptions").__all__
-    bases = {"update_rules": UpdateRule, "meta_gradients": MetaGradient, "targets": (Loss, Targets)}
+    bases = {"update_rules": TaskSolver, "meta_gradients": MetaGradient, "targets": (Loss, Targets)}
     for module, base in bases.items():
         for name, value in vars(importlib.import_module(f"sklearn_maml.{module}")).items():
             private = name.startswith("_") or name in ("GradientRule", "Targets")

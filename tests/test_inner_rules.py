@@ -35,6 +35,7 @@ from sklearn_maml.update_rules import (
     SGD,
     UPDATE_RULES,
     Adam,
+    ClosedFormHead,
     LearnedAlpha,
     LogisticHead,
     MetaSGD,
@@ -368,7 +369,7 @@ def test_state_is_carried_through_recomputed_steps(rule, rung, sizes):
 )
 def test_traced_steps_are_those_of_the_loop(rule, rung):
     module, batch = make_mlp(), make_batch("ragged")
-    adapted = "head" if rule.in_closed_form else "all"
+    adapted = "head" if isinstance(rule, ClosedFormHead) else "all"
     meta_params = make_meta_params(module, rule, adapted=adapted)
     traced, loop = (make_engine(module, rule=rule, rung=r, adapted=adapted) for r in (rung, "loop"))
     # as in a long fit

@@ -293,7 +293,7 @@ def test_auto_takes_gradient_steps_for_a_loss_of_ones_own(fitted):
 def test_heads_in_closed_form_refuse_other_losses(loss):
     with pytest.raises(ValueError, match=f"gaussian-head' has no .* loss {loss.name}"):
         poisson(loss=loss, update_rule="gaussian-head").fit(X, Y, groups=TASK)
-    with pytest.raises(ValueError, match=f"ridge-head' solves .* is {loss.name}. Use update_rule"):
+    with pytest.raises(ValueError, match=f"RidgeHead solves .* is {loss.name}. Use update_rule"):
         poisson(loss=loss, update_rule="ridge-head", adapted="head").fit(X, Y, groups=TASK)
 
 

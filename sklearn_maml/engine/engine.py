@@ -38,7 +38,7 @@ from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
-from sklearn_maml.update_rules import SGD, UpdateRule
+from sklearn_maml.update_rules import SGD, TaskSolver
 
 __all__ = ["Engine"]
 
@@ -51,7 +51,7 @@ class Engine:
     module : Module
         Its structure is copied; parameters are always passed as dicts.
     row_loss : callable (output, y) -> losses of the rows
-    rule : UpdateRule
+    rule : TaskSolver
     meta_gradient : MetaGradient
     adapted : sequence of str
         Names of the parameters that adapt.
@@ -81,7 +81,7 @@ class Engine:
         module: nn.Module,
         *,
         row_loss: Callable[[Tensor, Tensor], Tensor],
-        rule: UpdateRule,
+        rule: TaskSolver,
         meta_gradient: MetaGradient,
         adapted: Sequence[str],
         rung: str = "auto",

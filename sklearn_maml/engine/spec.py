@@ -20,11 +20,9 @@ from sklearn_maml.engine.architecture import (
 )
 from sklearn_maml.engine.forward import ModuleForward
 from sklearn_maml.meta_gradients import MetaGradient
-from sklearn_maml.modules import linear_head
 from sklearn_maml.native import Layout, describe
-from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.theta import Params, Parts
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import TaskSolver
 
 __all__ = ["Adapted", "MetaStep", "Spec", "Step", "check_batch_norm"]
 
@@ -44,7 +42,7 @@ class Spec:
     norms : list of str
         Names of the batch-norm layers.
     head : str or None
-        Name of the layer that a rule in closed form solves for.
+        Name of the layer that the rule solves for, if it does.
     random : bool
         Whether the module may draw random numbers.
     """
@@ -54,7 +52,7 @@ class Spec:
         module: nn.Module,
         *,
         row_loss: Callable[[Tensor, Tensor], Tensor],
-        rule: UpdateRule,
+        rule: TaskSolver,
         meta_gradient: MetaGradient,
         adapted: Sequence[str],
         checkpoint_steps: bool = False,
@@ -73,7 +71,7 @@ class Spec:
         self.norms = [n for n, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         frozen = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
         self.parts = Parts(frozenset(adapted), frozen)
-        rule.check_with(meta_gradient, row_loss is cross_entropy_rows)
+        rule.check_with(meta_gradient)
         # of a step that is computed again only the derivative of plain support losses is known
         if (
             checkpoint_steps
@@ -85,9 +83,7 @@ class Spec:
                 "for inner steps on the support loss alone, without a proximal term and without "
                 "minibatches. Use checkpoint_steps=False."
             )
-        self.head: str | None = None
-        if rule.in_closed_form:
-            self.head = linear_head(self.module, self.parts.adapted, type(rule).__name__)
+        self.head = rule.layer(self.module, self.parts.adapted)
 
     def __getstate__(self) -> dict[str, Any]:
         # what is made when first asked for comes along: predictions do not change what is pickled

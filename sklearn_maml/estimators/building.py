@@ -27,14 +27,8 @@ from sklearn_maml.learners.learner import Learner, Problem
 from sklearn_maml.learners.likelihoods import find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
-from sklearn_maml.modules import (
-    ACTIVATIONS,
-    adapted_names,
-    check_head_is_last,
-    linear_head,
-)
+from sklearn_maml.modules import ACTIVATIONS, adapted_names
 from sklearn_maml.targets.base import Targets
-from sklearn_maml.targets.losses import has_closed_forms
 from sklearn_maml.theta import name_in_module
 from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
 
@@ -72,23 +66,14 @@ class Building(Parameters):
         """Refuse a module that does not go with the tasks, or with the update rule."""
         networks = self._networks()
         networks.check(module)
-        rule = self._gradient_rule()
-        if rule.in_closed_form:
-            kind = type(rule).__name__
-            head = linear_head(module, adapted_names(module, self.adapted), kind)
-            check_head_is_last(module, head, networks.two_rows(), kind)
+        self._gradient_rule().check_module(module, self.adapted, networks.two_rows())
 
     def _make_learner(self, module: nn.Module) -> Any:
         """Meta-parameters at their start: the module's, and those of the update rule."""
         from sklearn_maml.training.learner import MetaLearner
 
         rule, targets = self._gradient_rule(), self.targets_
-        if rule.in_closed_form and not has_closed_forms(targets.loss):
-            raise ValueError(
-                f"update_rule={self.update_rule!r} solves for squared error or cross-entropy, but "
-                f"the loss is {targets.loss.name}. Use update_rule='sgd' or another rule that "
-                "takes steps."
-            )
+        rule.check_loss(targets.loss)
         return MetaLearner(
             module,
             rule,

@@ -27,7 +27,7 @@ from sklearn_maml.persistence import SaveMixin
 from sklearn_maml.targets.base import Loss, Targets
 from sklearn_maml.targets.losses import LOSSES
 from sklearn_maml.training.sources import N_MEMBERS, EpisodeSettings
-from sklearn_maml.update_rules import UpdateRule, resolve_update_rule
+from sklearn_maml.update_rules import TaskSolver, resolve_update_rule
 
 __all__ = ["PROXIMAL", "Parameters"]
 
@@ -159,7 +159,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     def _rule_name(self) -> str | None:
         return self.update_rule if isinstance(self.update_rule, str) else None
 
-    def _gradient_rule(self) -> UpdateRule:
+    def _gradient_rule(self) -> TaskSolver:
         """Rule of the gradient steps."""
         if isinstance(self.update_rule, Learner):
             return resolve_update_rule("sgd", {})

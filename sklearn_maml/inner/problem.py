@@ -15,7 +15,7 @@ from torch import Tensor
 from sklearn_maml.data.episodes import Rows
 from sklearn_maml.inner.differentiate import Differentiator
 from sklearn_maml.theta import Params, Parts, Theta
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import TaskSolver
 
 __all__ = ["Forward", "InnerProblem", "LossOfQuery", "fit_outputs", "mean_loss"]
 
@@ -69,7 +69,7 @@ class InnerProblem:
     parts : Parts
         How meta-parameters are parted.
     row_loss : callable (output, y) -> losses of the rows
-    rule : UpdateRule
+    rule : TaskSolver
     alpha : float
     steps : int
     proximal : float
@@ -85,7 +85,7 @@ class InnerProblem:
 
     parts: Parts
     row_loss: Callable[[Tensor, Tensor], Tensor]
-    rule: UpdateRule
+    rule: TaskSolver
     alpha: float
     steps: int
     proximal: float
@@ -170,19 +170,23 @@ class InnerProblem:
                 on_step({**theta.shared, **fast})
         return fast
 
-    def step(
-        self, k: int, theta: Theta, fast: Params, state: Any, order: int
-    ) -> tuple[Params, Any]:
-        """Take inner step number `k` from `fast`, where steps from `theta` have come to."""
+    def gradient(self, k: int, theta: Theta, fast: Params, order: int) -> Params:
+        """Gradient of the support loss of step `k` at `fast`, with the proximal term to `theta`."""
         grads = self.differentiator.grad(
             lambda p: self.support_loss({**theta.shared, **p}, k), fast, order
         )
         if self.proximal:
             grads = {n: g + self.proximal * (fast[n] - theta.fast[n]) for n, g in grads.items()}
+        return grads
+
+    def step(
+        self, k: int, theta: Theta, fast: Params, state: Any, order: int
+    ) -> tuple[Params, Any]:
+        """Take inner step number `k` from `fast`, where steps from `theta` have come to."""
         return self.rule.step(
             k,
             fast,
-            grads,
+            self.gradient(k, theta, fast, order),
             alpha=self.alpha,
             rates=theta.learned,
             state=state,

@@ -24,7 +24,6 @@ __all__ = [
     "Quantile",
     "SquaredError",
     "cross_entropy_rows",
-    "has_closed_forms",
     "resolve_loss",
     "squared_error_rows",
 ]
@@ -256,8 +255,3 @@ def resolve_loss(value: Any, quantile: float | None = None) -> Loss:
         f"loss={value!r} is not known. Expected one of {sorted(LOSSES)} or an object of a subclass "
         "of sklearn_maml.targets.Loss."
     )
-
-
-def has_closed_forms(loss: Loss) -> bool:
-    """Whether heads in closed form are for the loss; those of subclasses may be another."""
-    return type(loss) in (SquaredError, CrossEntropy)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sklearn_maml.engine import rate_key
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.update_rules import UpdateRule
+from sklearn_maml.update_rules import TaskSolver
 
 __all__ = ["MetaLearner"]
 
@@ -16,14 +16,14 @@ __all__ = ["MetaLearner"]
 class MetaLearner(nn.Module):
     """The meta-parameters: the user's module as initialisation, and what the rule learns.
 
-    `steps` and `classification` are for the rule, see `UpdateRule.initial_rates`. A Gaussian head
+    `steps` and `classification` are for the rule, see `TaskSolver.initial_rates`. A Gaussian head
     is trained beside these where `head` is set.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        rule: UpdateRule,
+        rule: TaskSolver,
         adapted: list[str],
         *,
         steps: int = 1,

@@ -6,7 +6,7 @@ A rule is a small object with parameters of its own (searchable as ``update_rule
 
 from __future__ import annotations
 
-from sklearn_maml.update_rules.base import UpdateRule, has_linear_rates
+from sklearn_maml.update_rules.base import TaskSolver, UpdateRule, has_linear_rates
 from sklearn_maml.update_rules.heads import ClosedFormHead, LogisticHead, RidgeHead
 from sklearn_maml.update_rules.registry import UPDATE_RULES, resolve_update_rule
 from sklearn_maml.update_rules.steps import (
@@ -30,6 +30,7 @@ __all__ = [
     "Momentum",
     "PerLayerPerStep",
     "RidgeHead",
+    "TaskSolver",
     "UpdateRule",
     "has_linear_rates",
     "norm_of_steps",

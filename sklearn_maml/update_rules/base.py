@@ -1,44 +1,56 @@
-"""What an update rule is."""
+"""What finds the parameters of a task, and what update rules are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Collection
 from typing import Any
 
 from sklearn.base import BaseEstimator
+from torch import Tensor, nn
 
+from sklearn_maml.targets.base import Loss
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["UpdateRule", "has_linear_rates"]
+__all__ = ["TaskSolver", "UpdateRule", "has_linear_rates"]
+
+OnStep = Callable[[Params], None]
 
 
-class UpdateRule(BaseEstimator):
-    """Base class of update rules.
+class TaskSolver(BaseEstimator):
+    """Base class of what finds the parameters of a task that adapt.
 
-    Subclasses implement `step`; those with learned rates also `initial_rates`. All tensors of
-    `params` and `grads` carry a leading task axis when `batched` is true.
-
-    Attributes
-    ----------
-    in_closed_form : bool
-        Whether the rule solves for the adapted parameters and takes no steps; then it implements
-        `ClosedFormHead.solve` in place of `step`.
+    Subclasses implement `adapt`, which is given the problem as a whole; those that learn something
+    also `initial_rates`. Inner steps are one way, see `UpdateRule`.
     """
 
-    in_closed_form = False
-
     def check(self) -> None:
-        """Refuse parameters of the rule that are out of range (there are none here)."""
+        """Refuse parameters of the solver that are out of range (there are none here)."""
 
-    def check_with(self, meta_gradient: Any, classification: bool) -> None:
-        """Refuse what the rule cannot work with (there is nothing here).
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse losses that it is not for (there are none here)."""
+
+    def check_with(self, meta_gradient: Any) -> None:
+        """Refuse a `MetaGradient` that it cannot work with (there is none here)."""
+
+    def check_module(self, module: nn.Module, adapted: Any, rows: Tensor) -> None:
+        """Refuse modules that it is not for (there are none here).
 
         Parameters
         ----------
-        meta_gradient : MetaGradient
-        classification : bool
-            Whether the outputs are logits.
+        module : Module
+        adapted : str or list of str
+            As of the estimator.
+        rows : Tensor of shape (n_rows, ...)
+            Rows as the module takes them.
         """
+
+    def layer(self, module: nn.Module, adapted: Collection[str]) -> str | None:
+        """Name of the layer that is solved for in place of steps; None: there is none, as here.
+
+        Its inputs are what `InnerProblem.support_set` gives. `adapted` are names of parameters.
+        """
+        return None
 
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
         """Learned quantities of the rule, as tensors the outer loop optimises (none here).
@@ -58,6 +70,37 @@ class UpdateRule(BaseEstimator):
             By names of parameters, or names of one's own.
         """
         return {}
+
+    @abstractmethod
+    def adapt(
+        self, problem: Any, theta: Theta, order: int, on_step: OnStep | None = None
+    ) -> Params:
+        """Adapt to the support sets of some tasks.
+
+        Parameters
+        ----------
+        problem : InnerProblem
+            The tasks, and `steps` and `alpha`.
+        theta : Theta
+            Where it starts.
+        order : {0, 1, 2}
+            Derivatives that are taken of the result; see `InnerProblem.adapt`.
+        on_step : callable params -> None, optional
+            Told of all parameters after every step.
+
+        Returns
+        -------
+        params : dict of str to Tensor
+            Those that adapt.
+        """
+
+
+class UpdateRule(TaskSolver):
+    """Base class of solvers that take one gradient step after another.
+
+    Subclasses implement `step`. All tensors of `params` and `grads` carry a leading task axis when
+    `batched` is true.
+    """
 
     def start(self, params: Params) -> Any:
         """State carried from step to step (none here).
@@ -109,29 +152,9 @@ class UpdateRule(BaseEstimator):
         raise NotImplementedError
 
     def adapt(
-        self,
-        problem: Any,
-        theta: Theta,
-        order: int,
-        on_step: Callable[[Params], None] | None = None,
+        self, problem: Any, theta: Theta, order: int, on_step: OnStep | None = None
     ) -> Params:
-        """Adapt to a task: by inner steps, unless a rule knows better.
-
-        Parameters
-        ----------
-        problem : InnerProblem
-        theta : Theta
-            Where it starts.
-        order : {0, 1, 2}
-            Derivatives that are taken of the result; see `InnerProblem.adapt`.
-        on_step : callable params -> None, optional
-            Told of all parameters after every step.
-
-        Returns
-        -------
-        params : dict of str to Tensor
-            Those that adapt.
-        """
+        """Take all inner steps; see `TaskSolver.adapt`."""
         params: Params = problem.take_steps(theta, order, on_step)
         return params
 
@@ -158,10 +181,10 @@ class UpdateRule(BaseEstimator):
         return None
 
 
-def has_linear_rates(rule: UpdateRule) -> bool:
+def has_linear_rates(rule: TaskSolver) -> bool:
     """Whether `linear_rates` of a rule speaks for the `step` that it has."""
 
     def owner(method: str) -> type:
         return next(c for c in type(rule).__mro__ if method in c.__dict__)
 
-    return issubclass(owner("linear_rates"), owner("step"))
+    return isinstance(rule, UpdateRule) and issubclass(owner("linear_rates"), owner("step"))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sklearn_maml._validation import is_integer, is_number
+from sklearn_maml.modules import adapted_names, check_head_is_last, linear_head
+from sklearn_maml.targets.base import Loss
+from sklearn_maml.targets.losses import CrossEntropy, SquaredError
 from sklearn_maml.theta import Params, Theta
-from sklearn_maml.update_rules.base import UpdateRule
+from sklearn_maml.update_rules.base import OnStep, TaskSolver
 
 __all__ = ["ClosedFormHead", "LogisticHead", "RidgeHead"]
 
 
-class ClosedFormHead(UpdateRule):
+class ClosedFormHead(TaskSolver):
     """Base class of rules that solve for the last linear layer (Bertinetto et al. 2019).
 
     Parameters
@@ -25,7 +28,6 @@ class ClosedFormHead(UpdateRule):
         Strength of the penalty at the start of meta-training, where it is learned.
     """
 
-    in_closed_form = True
     # Scale of the logits at the start. Accuracy after 100 updates on Omniglot, 5-way 1-shot and
     # 5-shot, with 1, 3, 10, 30: ridge 0.62, 0.67, 0.70, 0.70 and 0.80, 0.83, 0.87, 0.86; logistic
     # 0.68, 0.70, 0.69, 0.65 and 0.85, 0.88, 0.86, 0.82
@@ -42,8 +44,16 @@ class ClosedFormHead(UpdateRule):
                 f"{self.lam!r}."
             )
 
-    def check_with(self, meta_gradient: Any, classification: bool) -> None:
-        """Refuse meta-gradients that need inner steps; see `UpdateRule.check_with`."""
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse losses that are neither squared error nor cross-entropy."""
+        if type(loss) not in (SquaredError, CrossEntropy):  # those of subclasses may be another
+            raise ValueError(
+                f"{type(self).__name__} solves for squared error or cross-entropy, but the loss is "
+                f"{loss.name}. Use update_rule='sgd' or another rule that takes steps."
+            )
+
+    def check_with(self, meta_gradient: Any) -> None:
+        """Refuse meta-gradients that need inner steps; see `TaskSolver.check_with`."""
         if meta_gradient.order not in (1, 2) or meta_gradient.proximal:
             raise ValueError(
                 f"The update rule {type(self).__name__} solves for the head and takes no gradient "
@@ -52,19 +62,24 @@ class ClosedFormHead(UpdateRule):
                 "constant)."
             )
 
+    def check_module(self, module: nn.Module, adapted: Any, rows: Tensor) -> None:
+        """Refuse modules that do not end in a linear layer, the only one to adapt."""
+        layer = self.layer(module, adapted_names(module, adapted))
+        check_head_is_last(module, layer, rows, type(self).__name__)
+
+    def layer(self, module: nn.Module, adapted: Collection[str]) -> str:
+        """Name of the last linear layer; see `TaskSolver.layer`."""
+        return linear_head(module, adapted, type(self).__name__)
+
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
-        """Log-factors of `lam` and of the scale of logits; see `UpdateRule.initial_rates`."""
+        """Log-factors of `lam` and of the scale of logits; see `TaskSolver.initial_rates`."""
         zero = next(iter(params.values())).new_zeros(())
         return {"lam": zero, "scale": zero.clone()} if classification else {"lam": zero}
 
     def adapt(
-        self,
-        problem: Any,
-        theta: Theta,
-        order: int,
-        on_step: Callable[[Params], None] | None = None,
+        self, problem: Any, theta: Theta, order: int, on_step: OnStep | None = None
     ) -> Params:
-        """Solve for the head in place of all steps; see `UpdateRule.adapt`."""
+        """Solve for the head in place of all steps; see `TaskSolver.adapt`."""
         solved = self.solve(
             theta.fast, *problem.support_set(theta), rates=theta.learned, order=order
         )
@@ -259,14 +274,14 @@ class LogisticHead(ClosedFormHead):
                 f"LogisticHead got newton_steps={self.newton_steps!r}; expected a positive int."
             )
 
-    def check_with(self, meta_gradient: Any, classification: bool) -> None:
-        """Refuse regression, too; see `UpdateRule.check_with`."""
-        super().check_with(meta_gradient, classification)
-        if not classification:
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse all losses but cross-entropy."""
+        if isinstance(loss, SquaredError):
             raise ValueError(
                 "The update rule LogisticHead is for classes: use it with MAMLClassifier, or set "
                 "update_rule='ridge-head'."
             )
+        super().check_loss(loss)
 
     def _solution(
         self, features: Tensor, y: Tensor, weight: Tensor, lam: Tensor, has_bias: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sklearn_maml._validation import resolve_object
-from sklearn_maml.update_rules.base import UpdateRule
+from sklearn_maml.update_rules.base import TaskSolver
 from sklearn_maml.update_rules.heads import LogisticHead, RidgeHead
 from sklearn_maml.update_rules.steps import (
     SGD,
@@ -18,7 +18,7 @@ from sklearn_maml.update_rules.steps import (
 
 __all__ = ["UPDATE_RULES", "resolve_update_rule"]
 
-UPDATE_RULES: dict[str, type[UpdateRule]] = {
+UPDATE_RULES: dict[str, type[TaskSolver]] = {
     "sgd": SGD,
     "meta-sgd": MetaSGD,
     "per-layer-per-step": PerLayerPerStep,
@@ -30,7 +30,7 @@ UPDATE_RULES: dict[str, type[UpdateRule]] = {
 }
 
 
-def resolve_update_rule(value: Any, options: dict[str, Any]) -> UpdateRule:
+def resolve_update_rule(value: Any, options: dict[str, Any]) -> TaskSolver:
     """Return the rule that `update_rule` names, built with ``update_rule__*`` options."""
-    rule: UpdateRule = resolve_object("update_rule", value, options, UpdateRule, UPDATE_RULES)
+    rule: TaskSolver = resolve_object("update_rule", value, options, TaskSolver, UPDATE_RULES)
     return rule

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.theta import Params
-from sklearn_maml.update_rules.base import UpdateRule
+from sklearn_maml.update_rules.base import TaskSolver, UpdateRule
 
 __all__ = [
     "SGD",
@@ -116,7 +116,7 @@ class _LinearRule(GradientRule):
         return [full(k) for k in range(self._n_rates(rates))]
 
 
-def norm_of_steps(rule: UpdateRule) -> float | None:
+def norm_of_steps(rule: TaskSolver) -> float | None:
     """Norm that gradients are clipped to before `linear_rates`; a step of one's own clips none."""
     return rule.max_grad_norm if type(rule).step is _LinearRule.step else None
 
@@ -183,7 +183,7 @@ class MetaSGD(_LinearRule):
             )
 
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
-        """Log-factors of the rates, all 0; see `UpdateRule.initial_rates`."""
+        """Log-factors of the rates, all 0; see `TaskSolver.initial_rates`."""
         return {
             name: torch.zeros_like(p) if self.per == "weight" else p.new_zeros(())
             for name, p in params.items()
@@ -237,7 +237,7 @@ class PerLayerPerStep(_LinearRule):
             )
 
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
-        """Log-factors of the rates of each step, all 0; see `UpdateRule.initial_rates`."""
+        """Log-factors of the rates of each step, all 0; see `TaskSolver.initial_rates`."""
         n_steps = max(steps, 1) if self.n_steps is None else int(self.n_steps)
         return {name: p.new_zeros(n_steps) for name, p in params.items()}
 
@@ -280,7 +280,7 @@ class LearnedAlpha(_LinearRule):
         super().__init__(max_grad_norm=max_grad_norm)
 
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
-        """Log-factor of the rate, 0; see `UpdateRule.initial_rates`."""
+        """Log-factor of the rate, 0; see `TaskSolver.initial_rates`."""
         return {"alpha": next(iter(params.values())).new_zeros(())}
 
     def _rates_of_step(

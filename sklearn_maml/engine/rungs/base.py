@@ -192,8 +192,8 @@ class Rung(ABC):
             "update": step.update,
         }
         # without second derivatives there is no graph of the steps that could be saved, and what
-        # is in closed form takes no steps
-        if spec.checkpoint_steps and step.phase == 2 and not spec.rule.in_closed_form:
+        # is solved for takes none
+        if spec.checkpoint_steps and step.phase == 2 and spec.head is None:
             return RecomputedSteps(**problem, module=spec.module, random=spec.random)
         return InnerProblem(**problem)
 
