@@ -19,6 +19,7 @@ __all__ = [
     "SeenTaskWarning",
     "SingleTaskWarning",
     "SmallTaskWarning",
+    "TaskColumnWarning",
 ]
 
 
@@ -56,6 +57,13 @@ class SeenTaskWarning(UserWarning):
     """Issued when a score was computed on new rows of tasks seen in meta-training.
 
     Such a score measures new rows of known tasks, not performance on new tasks.
+    """
+
+
+class TaskColumnWarning(UserWarning):
+    """Issued when a transformer in front seems to have changed the ids in a task column.
+
+    None of them is known, and they are fractions where they were whole numbers before, say.
     """
 
 

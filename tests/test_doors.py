@@ -23,7 +23,7 @@ from sklearn.model_selection import (
     cross_validate,
 )
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_maml import (
@@ -34,7 +34,13 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
-from sklearn_maml.exceptions import DroppedLearnerWarning, OutlierWarning, SingleTaskWarning
+from sklearn_maml.data.ids import look_scaled
+from sklearn_maml.exceptions import (
+    DroppedLearnerWarning,
+    OutlierWarning,
+    SingleTaskWarning,
+    TaskColumnWarning,
+)
 
 N_TASKS, N_ROWS = 6, 8
 TASK = np.repeat(np.arange(N_TASKS), N_ROWS)
@@ -137,8 +143,11 @@ POOLED = {
 
 @pytest.mark.parametrize("name", POOLED)
 def test_rows_of_several_tasks_without_ids_are_warned_of(name, named):
-    with pytest.warns(SingleTaskWarning, match="treats all 48 rows as one task.*pass groups"):
+    message = "treats all 48 rows as one task.*pass groups"
+    with pytest.warns(SingleTaskWarning, match=message) as warned:
         POOLED[name](copy.copy(named))
+    if name in ("score", "scorer", "scores", "adapt", "adapt function"):
+        assert [w.filename for w in warned] == [__file__]  # the line that can be changed
 
 
 def test_rows_of_one_task_need_no_ids(named, tmp_path):
@@ -173,6 +182,50 @@ def test_the_second_place_of_a_method_that_predicts_is_nobodys(method):
     assert len(ask(X[few], groups=TASK[few])) == 4
     with pytest.raises(TypeError, match="positional argument"):
         ask(X[few], TASK[few])
+
+
+# -- a task column that was scaled ---------------------------------------------------------------
+
+
+def test_a_task_column_that_was_scaled_is_warned_of():
+    """A scaler over all columns is harmless as long as every call goes through it."""
+    table = np.c_[X, TASK]
+    scaler = StandardScaler().fit(table)
+    pipe = make_pipeline(scaler, MAMLRegressor(**SMALL, task_column=2)).fit(table, Y)
+    adapted = adapt(pipe, table, Y)
+    assert len(adapted.predict(table)) == len(Y)
+    assert len(adapt(pipe, table + 10, Y).predict(table + 10)) == len(Y)  # other tasks, scaled
+    model = MAMLRegressor(**SMALL, task_column=2).fit(table, Y)
+    scaled = scaler.transform(table)
+    for raw_first, (maml, rows) in {True: (model, scaled), False: (pipe[-1], table)}.items():
+        seen = (
+            r"ids such as \[-1.4.*had \[0.0, 1.0" if raw_first else r"ids such as \[0.0.*had \[-1"
+        )
+        for call in (lambda m=maml, r=rows: m.adapt(r, Y), lambda m=maml, r=rows: adapt(m, r, Y)):
+            with pytest.warns(TaskColumnWarning, match=f"{seen}.*passthrough") as warned:
+                call()
+            assert [w.filename for w in warned] == [__file__]
+    model = MAMLRegressor(**SMALL, task_column=2).fit(table, Y).adapt(table, Y)
+    with pytest.raises(ValueError, match=r"such as \[-1.4.*adapt are \[0.0.*passthrough"):
+        model.predict(scaled)
+    with pytest.raises(ValueError, match=r"such as \[100.0.*Call adapt with support rows"):
+        model.predict(table + 100)
+    model.set_params(unseen_tasks="prior")
+    with pytest.warns(TaskColumnWarning, match="no task id that was adapted to") as warned:
+        model.predict(scaled)
+    assert [w.filename for w in warned] == [__file__]
+
+
+def test_ids_that_look_scaled():
+    whole, fractions = np.array([3.0, 5.0, 11.0]), np.array([-1.1, -0.5, 1.3])
+    assert look_scaled(fractions, whole)
+    assert look_scaled(whole.astype(int), fractions)
+    assert not look_scaled(whole + 100, whole)
+    assert not look_scaled(whole + 100, whole.astype(int))
+    assert look_scaled(fractions * 3.3 + 0.7, fractions)
+    assert not look_scaled(np.array([-1.1, -0.5, 2.3]), fractions)
+    assert not look_scaled(np.array([0.1, 0.2, 0.3]), np.array([1.1, 1.2, 1.3]))  # evenly spaced
+    assert not look_scaled(np.array(["a", "b"]), whole)
 
 
 # -- places in a list ----------------------------------------------------------------------------

@@ -13,7 +13,19 @@ from scipy.sparse import issparse
 
 from sklearn_maml.data.ids import IdColumns
 
-__all__ = ["as_frame", "check_columns", "is_frame", "naming_columns", "split_task_column"]
+__all__ = [
+    "PASS_THROUGH",
+    "as_frame",
+    "check_columns",
+    "is_frame",
+    "naming_columns",
+    "split_task_column",
+]
+
+PASS_THROUGH = (
+    "Let the column pass through ('passthrough' in a ColumnTransformer): a transformer such as a "
+    "scaler would change the ids."
+)
 
 
 def is_frame(X: Any) -> bool:
@@ -236,8 +248,7 @@ def _where_it_went(name: Any, columns: list[Any]) -> str:
         return "Set task_column to the column that holds the task id."
     return (
         f"A ColumnTransformer has renamed it to {renamed[0]!r}: set task_column={renamed[0]!r}, or "
-        "give the ColumnTransformer verbose_feature_names_out=False. Let the column pass through "
-        "('passthrough'): a transformer such as a scaler would change the ids."
+        f"give the ColumnTransformer verbose_feature_names_out=False. {PASS_THROUGH}"
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "is_missing",
     "join_ids",
     "keys_of",
+    "look_scaled",
     "show_id",
     "show_ids",
 ]
@@ -117,6 +118,28 @@ def find_ids(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
             at = on_the_wall.get(key, -1)
         found.append(at)
     return np.array(found, dtype=np.intp)
+
+
+def look_scaled(ids: np.ndarray, known: np.ndarray) -> bool:
+    """Whether distinct ids look like known ones that went through a scaler, or the other way round.
+
+    Some have fractions and the others do not; or both have, and one set is the other by another
+    unit and zero. Ids that are evenly spaced are this of any others.
+    """
+    if not (len(ids) and len(known) and {ids.dtype.kind, known.dtype.kind} <= set("iuf")):
+        return False
+    if _are_whole(ids) or _are_whole(known):
+        return _are_whole(ids) != _are_whole(known)
+    if not 3 <= len(ids) == len(known):
+        return False
+    with np.errstate(invalid="ignore"):  # of infinite ids
+        one, other = ((np.sort(v) - v.min()) / np.ptp(v) for v in (ids, known))
+    even = np.linspace(0, 1, len(ids))
+    return bool(np.allclose(one, other) and not np.allclose(one, even))
+
+
+def _are_whole(ids: np.ndarray) -> bool:
+    return ids.dtype.kind in "iu" or bool((ids == np.round(ids)).all())
 
 
 def join_ids(known: np.ndarray, more: np.ndarray) -> np.ndarray:

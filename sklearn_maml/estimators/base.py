@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,6 @@ from sklearn_maml._compat import with_callbacks
 from sklearn_maml._types import TaskDistribution, Tasks, Weights
 from sklearn_maml._validation import keeps_state_on_error
 from sklearn_maml.data.spellings import is_task_distribution
-from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch, resolve_device
 from sklearn_maml.estimators.reading import SEVERAL_TASKS
 from sklearn_maml.estimators.scoring import Scoring
@@ -298,9 +298,11 @@ class BaseMAML(Training, Stored, Scoring):
         -----
         SingleTaskWarning
             If rows without task ids are as many as those of several tasks of `fit`.
+        TaskColumnWarning
+            If ids in a task column look scaled beside those of `fit`.
         """
-        tasks = self.__adapt_to_tasks__(X, y, groups, sample_weight, extend)
-        self._warn_if_pooled(tasks, "adapt", SEVERAL_TASKS * self._sizes()[1])
+        for doubt in self.__adapt_to_tasks__(X, y, groups, sample_weight, extend):
+            warnings.warn(doubt, stacklevel=2)
         return self
 
     def __adapt_to_tasks__(
@@ -310,8 +312,8 @@ class BaseMAML(Training, Stored, Scoring):
         groups: Any = None,
         sample_weight: Any = None,
         extend: bool = False,
-    ) -> TaskCollection:
-        """Adapt as `adapt` does, whose rows may look like those of more tasks than are meant."""
+    ) -> list[Warning]:
+        """Adapt as `adapt` does; return what is to be warned of, for its caller to do."""
         check_is_fitted(self)
         self._validate_params()
         self._check_unchanged()
@@ -326,7 +328,8 @@ class BaseMAML(Training, Stored, Scoring):
             self._extend_to(tasks, weight, scaled)
         else:
             self._adapt_to(tasks, weight, scaled)
-        return tasks
+        pooled = self._pooled(tasks, "adapt", SEVERAL_TASKS * self._sizes()[1])
+        return [*pooled, *self._scaled(tasks)]
 
     @torch.inference_mode(False)
     @one_thread()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -197,22 +198,26 @@ def adapt(
     >>> adapted.predict(X[10:20]).shape
     (10,)
     """
-    return Walk(groups, sample_weight, extend)(estimator, X, y, required=True)
+    walk = Walk(groups, sample_weight, extend)
+    adapted = walk(estimator, X, y, required=True)
+    for message, kind in dict.fromkeys((str(doubt), type(doubt)) for doubt in walk.doubts):
+        warnings.warn(message, kind, stacklevel=2)
+    return adapted
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """Adapts whatever it meets in a model: what rules are given as `adapt`.
 
-    `rates` are parameters that the MAML estimators get before they adapt. With `one_task`, all rows
-    are known to be of one.
+    `rates` are parameters that the MAML estimators get before they adapt; `doubts` gets what they
+    would warn of.
     """
 
     groups: Any = None
     sample_weight: Any = None
     extend: bool = False
-    one_task: bool = False
     rates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    doubts: list[Warning] = dataclasses.field(default_factory=list)
 
     def __call__(self, part: Any, X: Any, y: Any, *, required: bool = False) -> Any:
         """Adapt a part to support rows as it sees them; one without a MAML estimator stays."""
@@ -220,12 +225,11 @@ class Walk:
             model = copy.copy(part)
             if self.rates:
                 model.set_params(**self.rates)
-            if self.one_task:
-                model.__adapt_to_tasks__(X, y, sample_weight=self.sample_weight)
-                return model
-            return model.adapt(
-                X, y, groups=self.groups, sample_weight=self.sample_weight, extend=self.extend
+            doubts = model.__adapt_to_tasks__(
+                X, y, self.groups, self.sample_weight, extend=self.extend
             )
+            self.doubts.extend(doubts)
+            return model
         if not models_in(part):
             if required:
                 raise nothing_to_adapt(part)

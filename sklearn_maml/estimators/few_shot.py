@@ -85,7 +85,7 @@ class _FewShot(SaveMixin, BaseEstimator):
                         f"The prior of a {type(self).__name__} must hold a "
                         f"{self._prior_class.__name__}; got a {type(maml).__name__}."
                     )
-            walk = Walk(sample_weight=sample_weight, one_task=True)
+            walk = Walk(sample_weight=sample_weight)  # all rows are of one task
             model = walk.with_rates(**self._rates())(self._prior_for(y), X, y)
         self.model_ = model
         # a pipeline has as many as its first step, which may be none

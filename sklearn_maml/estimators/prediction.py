@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,8 +13,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_maml._types import Tasks
-from sklearn_maml.data.frames import as_frame, split_task_column
-from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, show_ids
+from sklearn_maml.data.frames import PASS_THROUGH, as_frame, split_task_column
+from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
     n_axes,
@@ -22,11 +23,18 @@ from sklearn_maml.data.spellings import (
 )
 from sklearn_maml.estimators.adapting import Adapting, State
 from sklearn_maml.estimators.building import TORCH_DTYPES
-from sklearn_maml.exceptions import NotAdaptedError
+from sklearn_maml.exceptions import NotAdaptedError, TaskColumnWarning
 from sklearn_maml.learners.plain import PlainModel
 from sklearn_maml.threads import one_thread
 
 __all__ = ["Predicting", "PredictingClasses"]
+
+
+ADAPT_FIRST = (
+    "Call adapt with support rows of these tasks first, or set unseen_tasks='prior' for "
+    "predictions without any. To score new tasks inside scikit-learn's tools, leave scoring=None "
+    "or use sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +159,20 @@ class Predicting(Adapting):
         positions = find_ids(ids, state.ids)
         unknown = positions < 0
         if unknown.any():
+            doubt = ""
+            if unknown.all() and self.task_column is not None and look_scaled(ids, state.ids):
+                doubt = f"Those of adapt are {show_ids(state.ids)}: either looks scaled. "
+                doubt += PASS_THROUGH
             if not knows_prior:
                 raise ValueError(
                     f"predict got {unknown.sum()} task id(s) that were not adapted to, such as "
-                    f"{show_ids(ids[unknown])}. Call adapt with support rows of these tasks first, "
-                    "or set unseen_tasks='prior' for predictions without any. To score new tasks "
-                    "inside scikit-learn's tools, leave scoring=None or use "
-                    "sklearn_maml.task_scorer(...): scorers such as 'r2' do not adapt."
+                    f"{show_ids(ids[unknown])}. {doubt or ADAPT_FIRST}"
+                )
+            if doubt:
+                warnings.warn(
+                    f"{asker} got no task id that was adapted to: such as {show_ids(ids)}. {doubt}",
+                    TaskColumnWarning,
+                    stacklevel=4,
                 )
             positions = np.where(unknown, state.n_tasks, positions)
             state = state.followed_by(self._prior_state())

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
+from sklearn_maml.data.frames import PASS_THROUGH
+from sklearn_maml.data.ids import find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import FLOATS, collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.data.weights import NEAR, check_weights, merged, spread_weights, weighted
 from sklearn_maml.estimators.parameters import Parameters
-from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning
+from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning, TaskColumnWarning
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
 
@@ -104,19 +106,32 @@ class Reading(Parameters):
             )
         return CollectionSource(tasks, targets, self._episode_settings(), seed)
 
-    def _warn_if_pooled(self, tasks: TaskCollection, caller: str, least: float) -> None:
-        """Warn of rows without task information that are as many as those of several tasks."""
+    def _pooled(self, tasks: TaskCollection, caller: str, least: float) -> list[Warning]:
+        """Warning of rows without task information that are as many as those of several tasks."""
         if tasks.spelling != "single" or len(tasks.X) < least or self.targets_.n_ways is not None:
-            return
-        warnings.warn(
+            return []
+        message = (
             f"{caller} got no task information and treats all {len(tasks.X)} rows as one task; the "
             f"tasks of fit have {self._sizes()[0]:g} rows in the median. If the rows belong to "
             "several tasks, pass groups=task_ids (inside scikit-learn's tools enable it with "
             "sklearn.set_config(enable_metadata_routing=True)) or set task_column. If they are one "
-            "task, groups of one id say so.",
-            SingleTaskWarning,
-            stacklevel=4,
+            "task, groups of one id say so."
         )
+        return [SingleTaskWarning(message)]
+
+    def _scaled(self, tasks: TaskCollection) -> list[Warning]:
+        """Warning of a task column that was changed by a transformer since `fit`, or in it."""
+        known = self.tasks_
+        if tasks.spelling != "column" or known is None or not look_scaled(tasks.ids, known):
+            return []
+        if (find_ids(tasks.ids, known) >= 0).any():
+            return []
+        message = (
+            f"The task column {self.task_column!r} has ids such as {show_ids(tasks.ids)}, and had "
+            f"{show_ids(known)} in fit: either looks scaled. {PASS_THROUGH} Give the same columns "
+            "in fit, adapt and predict."
+        )
+        return [TaskColumnWarning(message)]
 
     def _sizes(self) -> tuple[float, float]:
         """Median and largest number of rows of the tasks of `fit`; infinite if that is unknown."""

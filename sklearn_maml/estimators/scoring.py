@@ -91,7 +91,8 @@ class Scoring(Reading, Predicting):
             given = spread_weights(sample_weight, tasks)
             tasks = dataclasses.replace(tasks, weight=check_weights(given, tasks.X))
         self._warn_if_seen(tasks)
-        self._warn_if_pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0])
+        for doubt in self._pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0]):
+            warnings.warn(doubt, stacklevel=4)
         n_shots = self._integer("n_shots") if n_shots is None else n_shots
         targets = self.targets_
         tasks = self._usable(tasks, targets, n_shots, self.module_, stacklevel=5)
@@ -133,7 +134,7 @@ class Scoring(Reading, Predicting):
                 "task (GroupKFold, LeaveOneGroupOut, GroupShuffleSplit) to measure those. If they "
                 "are new tasks, give them ids of their own.",
                 SeenTaskWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _score(self, X: Any, y: Any, groups: Any, sample_weight: Any, metric: Any) -> float:
