@@ -188,6 +188,74 @@ def test_every_spelling_of_weights_says_the_same(kind):
     assert_array_equal(fitted.predict(frame[:N_ROWS]), expected[:N_ROWS])
 
 
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_weights_are_a_column_by_its_name(kind, library, tmp_path):
+    """Which is no feature, in whatever call it is there."""
+    cls, y = KINDS[kind]
+    frame = pd.DataFrame(X, columns=list("abc")).assign(task=T)
+    model = cls(**SMALL, update_rule="sgd", task_column="task")
+    plain = copy.copy(model).fit(frame, y, sample_weight=W).adapt(frame, y, sample_weight=W)
+    kinds = {"polars": "from_pandas", "pyarrow": "table"}
+    to = getattr(pytest.importorskip(library), kinds.get(library, "DataFrame"))
+    table = to(frame.assign(w=W)[["a", "w", "b", "c", "task"]])
+    fitted = model.fit(table, y, sample_weight="w")
+    assert fitted.feature_names_in_.tolist() == ["a", "b", "c", "task"]
+    assert fitted.score(table, y, sample_weight="w") == plain.score(frame, y, sample_weight=W)
+    assert fitted.score(table, y) == plain.score(frame, y)
+    fitted.save(tmp_path / "model")
+    for one in (fitted, cls.load(tmp_path / "model")):
+        one.adapt(table, y, sample_weight="w")
+        for rows in (table, to(frame)):
+            assert_array_equal(one.predict(rows), plain.predict(frame))
+    assert_array_equal(fitted.fit(to(frame), y).adapt(to(frame), y).predict(to(frame)),
+                       model.fit(frame, y).adapt(frame, y).predict(frame))  # fmt: skip
+    again = copy.copy(model).partial_fit(table, y, sample_weight="w").partial_fit(table, y)
+    assert again.n_features_in_ == 4
+
+
+def test_a_column_of_weights_in_lists_of_tasks_and_searches():
+    frame = pd.DataFrame(X, columns=list("abc")).assign(w=W)
+    model = MAMLRegressor(**SMALL, update_rule="sgd")
+    pairs = [(frame[j == T], Y[j == T]) for j in range(N_TASKS)]
+    by_row = answers_of_frame(model.fit(frame[list("abc")], Y, T, W))
+    assert_array_equal(answers_of_frame(model.fit(pairs, sample_weight="w")), by_row)
+    parts = [(x[:4], y[:4], x[4:], y[4:]) for x, y in pairs]
+    as_given = [(x[list("abc")], y, x2[list("abc")], y2) for x, y, x2, y2 in parts]
+    given = model.fit(as_given, sample_weight=list(W.reshape(N_TASKS, N_ROWS)))
+    expected = answers_of_frame(given)
+    assert_array_equal(answers_of_frame(model.fit(parts, sample_weight="w")), expected)
+    column = MAMLRegressor(**SMALL, update_rule="sgd", task_column="task")
+    search = GridSearchCV(column, {"alpha": [0.01]}, cv=GroupKFold(3), error_score="raise")
+    search.fit(frame.assign(task=T), Y, groups=T, sample_weight="w")
+    best = search.best_estimator_
+    assert_array_equal(
+        best.adapt(frame.assign(task=0)[:7], Y[:7]).predict(frame.assign(task=0)[:10]),
+        answers(fit("regression", weight=W, alpha=0.01)),
+    )
+
+
+def answers_of_frame(model):
+    frame = pd.DataFrame(X, columns=list("abc"))
+    return copy.copy(model).adapt(frame[:7], Y[:7]).predict(frame[:10])
+
+
+def test_names_of_weights_that_are_no_columns_are_refused():
+    frame = pd.DataFrame(X, columns=list("abc"))
+    model = MAMLRegressor(**SMALL)
+    with pytest.raises(
+        ValueError, match=r"sample_weight='w' is the name.*columns \['a', 'b', 'c'\]"
+    ):
+        model.fit(frame, Y, groups=T, sample_weight="w")
+    with pytest.raises(ValueError, match="X, a ndarray, has no such column"):
+        model.fit(X, Y, groups=T, sample_weight="w")
+    with pytest.raises(ValueError, match="X, a list, has no such column"):
+        model.fit([(X[j == T], Y[j == T]) for j in range(N_TASKS)], sample_weight="w")
+    with pytest.raises(ValueError, match=r"columns \['a', 'w', 'w'\]. Name a column"):
+        model.fit(frame.set_axis(["a", "w", "w"], axis=1), Y, groups=T, sample_weight="w")
+    with pytest.raises(ValueError, match="Negative values"):
+        model.fit(frame.assign(w=-W), Y, groups=T, sample_weight="w")
+
+
 def test_tasks_have_weights_by_their_ids():
     of_task = RNG.uniform(0.5, 2, N_TASKS)
     names = np.array([f"task {j}" for j in range(N_TASKS)])

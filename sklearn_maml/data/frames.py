@@ -20,6 +20,7 @@ __all__ = [
     "is_frame",
     "naming_columns",
     "split_task_column",
+    "take_column",
 ]
 
 PASS_THROUGH = (
@@ -175,9 +176,7 @@ def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
             X.index.get_level_values(place.name) if isinstance(place, _Level) else _column(X, place)
             for place in places
         ]
-        kept = [k for k in range(len(columns)) if k not in taken]
-        rest = X if not taken else X.iloc[:, kept] if hasattr(X, "iloc") else X[:, kept]
-        return rest, IdColumns(ids) if len(ids) > 1 else ids[0]
+        return _without(X, taken), IdColumns(ids) if len(ids) > 1 else ids[0]
     if issparse(X):
         raise TypeError(
             "Sparse data was passed for X, but dense data is required. Use X.toarray()."
@@ -202,6 +201,24 @@ def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
             )
     ids = [np.asarray(array[:, position]) for position in positions]
     return np.delete(array, positions, axis=1), IdColumns(ids) if len(ids) > 1 else ids[0]
+
+
+def take_column(X: Any, name: str) -> tuple[Any, Any]:
+    """Return a frame without a column, and the column; None and X as it is, if it has none."""
+    X = as_frame(X)
+    columns = list(X.columns) if is_frame(X) else []
+    if columns.count(name) != 1:  # of two it is not known which
+        return X, None
+    place = columns.index(name)
+    return _without(X, {place}), np.asarray(_column(X, place))
+
+
+def _without(X: Any, places: set[int]) -> Any:
+    """Frame without the columns at some places."""
+    if not places:
+        return X
+    kept = [k for k in range(X.shape[1]) if k not in places]
+    return X.iloc[:, kept] if hasattr(X, "iloc") else X[:, kept]
 
 
 @dataclasses.dataclass(frozen=True)

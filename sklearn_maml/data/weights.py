@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import _check_sample_weight
 
+from sklearn_maml.data.frames import is_frame, take_column
 from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
-from sklearn_maml.data.spellings import refuse_graphs
+from sklearn_maml.data.spellings import is_task_list, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["NEAR", "check_weights", "merged", "row_marks", "spread_weights", "weighted"]
+__all__ = [
+    "NEAR",
+    "check_weights",
+    "merged",
+    "row_marks",
+    "spread_weights",
+    "take_weights",
+    "weighted",
+]
 
 # exponent of weights that can be compared between calls as they are
 NEAR = 50
@@ -37,6 +46,48 @@ def check_weights(sample_weight: Any, X: np.ndarray, near: int = 0, **options: A
         return weights
     scaled: np.ndarray = np.ldexp(weights, -exponent)
     return scaled
+
+
+def take_weights(X: Any, y: Any, sample_weight: Any, known: str | None) -> tuple[Any, Any]:
+    """Take a column of weights out of X, which is no feature; also return the weights of the rows.
+
+    Parameters
+    ----------
+    X, y : tasks
+    sample_weight : str, or as in `fit`
+        A text is the name of the column; other weights are returned as they are.
+    known : str or None
+        Name that a call before gave.
+    """
+    name = sample_weight if isinstance(sample_weight, str) else known
+    if name is None:
+        return X, sample_weight
+    if is_task_list(X, y) and all(isinstance(task, (tuple, list)) for task in X):
+        pairs = [_take_from_task(task, name) for task in X]
+        taken, found = [task for task, _ in pairs], [columns for _, columns in pairs]
+        missing = any(columns is None for columns in found)
+    else:
+        taken, found = take_column(X, name)
+        missing = found is None
+    if not isinstance(sample_weight, str):
+        return taken, sample_weight
+    if missing:
+        has = f"the columns {list(X.columns)}" if is_frame(X) else "no such column"
+        raise ValueError(
+            f"sample_weight={name!r} is the name of a column, but X, a {type(X).__name__}, has "
+            f"{has}. Name a column of a data frame, or give one weight for each row."
+        )
+    return taken, found
+
+
+def _take_from_task(task: Any, name: str) -> tuple[Any, Any]:
+    """One task of a list without the column, and what it had in it, for `spread_weights`."""
+    pairs = [take_column(part, name) for part in task[::2]]
+    rest = tuple(part if k % 2 else pairs[k // 2][0] for k, part in enumerate(task))
+    columns = [column for _, column in pairs]
+    if any(column is None for column in columns):
+        return rest, None
+    return rest, columns[0] if len(columns) == 1 else tuple(columns)
 
 
 def spread_weights(sample_weight: Any, tasks: TaskCollection) -> Any:

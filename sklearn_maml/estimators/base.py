@@ -48,6 +48,7 @@ class BaseMAML(Training, Stored, Scoring):
         "_rung",
         "_score_seed",
         "_task_sizes",
+        "_weight_column",
         "learner_weights_",
     )
 
@@ -82,10 +83,11 @@ class BaseMAML(Training, Stored, Scoring):
             Task id of each row: numbers, texts, dates, or several of them that together are the
             id. Ids of one value are one task in every later call, whichever library they come
             from.
-        sample_weight : array-like of shape (n_rows,) or dict, default=None
-            Weights of the rows, 0 or more; or a dict with the weight of each task by its id. They
-            act on support and query losses, on the standardisation of y, in the Gaussian head, and
-            on what held-out tasks decide. Only their ratios matter: within a task those of its
+        sample_weight : array-like of shape (n_rows,), str or dict, default=None
+            Weights of the rows, 0 or more; or the name of the column of a data frame that has them,
+            which is no feature and may be in every X; or a dict with the weight of each task by its
+            id. They act on support and query losses, on the standardisation of y, in the Gaussian
+            head, and on what held-out tasks decide. Only their ratios matter: within a task those of its
             rows, and between tasks the means of their rows, as all tasks count alike without
             weights. A row of weight 0 is left out. For a list or an array of tasks also one item
             for each task, with the weights of its rows (for tasks of four parts those of the
@@ -145,7 +147,7 @@ class BaseMAML(Training, Stored, Scoring):
             Targets.
         groups : array-like of shape (n_rows,) or (n_rows, n_parts), default=None
             Task id of each row.
-        sample_weight : array-like of shape (n_rows,) or dict, default=None
+        sample_weight : array-like of shape (n_rows,), str or dict, default=None
             Weights of the rows or tasks, as in `fit`.
 
         Returns
@@ -270,10 +272,10 @@ class BaseMAML(Training, Stored, Scoring):
             Their targets.
         groups : array-like of shape (n_support,), default=None
             Task id of each row, to adapt to many tasks in one call; None: one task.
-        sample_weight : array-like of shape (n_support,), default=None
+        sample_weight : array-like of shape (n_support,), str or dict, default=None
             Weights of the rows in the support loss; only their ratios within a task matter,
             those to the rows of earlier calls included. Rows without weights have a weight of 1.
-            For lists and arrays of tasks they are spelt as in `fit`.
+            They are spelt as in `fit`.
         extend : bool, default=False
             Whether to add the rows to what was adapted before: tasks then are what they would be
             after one call with all of their rows, those without new rows stay, and new ones are
@@ -317,6 +319,7 @@ class BaseMAML(Training, Stored, Scoring):
         check_is_fitted(self)
         self._validate_params()
         self._check_unchanged()
+        X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, groups, needs_rows=False)
         if tasks.in_query is not None:
             raise ValueError(
@@ -336,6 +339,7 @@ class BaseMAML(Training, Stored, Scoring):
     def __adapt_initialisation__(self, X: Any, y: Any, sample_weight: Any) -> Any:
         """Adapt a random initialisation to one task, without meta-training (FewShot estimators)."""
         self._validate_params()
+        X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, reset=True)
         sample_weight, _ = self._support_weights(sample_weight, tasks)
         targets = self._make_targets()

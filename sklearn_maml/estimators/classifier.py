@@ -381,8 +381,8 @@ class MAMLClassifier(ClassifierMixin, ClassesOrLabels, PredictingClasses, Contin
         ----------
         X, y, groups : tasks
             As in `fit`.
-        sample_weight : array-like of shape (n_rows,), default=None
-            Weights of the rows in the metric; of lists and arrays of tasks spelt as in `fit`.
+        sample_weight : array-like of shape (n_rows,), str or dict, default=None
+            Weights of the rows in the metric, spelt as in `fit`.
 
         Returns
         -------

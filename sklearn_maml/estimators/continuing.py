@@ -43,7 +43,7 @@ class ContinuingClasses(BaseMAML):
             Labels.
         groups : array-like of shape (n_rows,) or (n_rows, n_parts), default=None
             Task id of each row.
-        sample_weight : array-like of shape (n_rows,) or dict, default=None
+        sample_weight : array-like of shape (n_rows,), str or dict, default=None
             Weights of the rows or tasks, as in `fit`.
         classes : array-like of shape (n_classes,), default=None
             Labels of all calls. None takes those of the first call, and later calls may have

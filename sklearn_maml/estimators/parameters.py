@@ -74,6 +74,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     _rung: str
     _score_seed: int
     _task_sizes: tuple[float, int] | None
+    _weight_column: str | None
     _prefixes = (
         "module",
         "optimizer",

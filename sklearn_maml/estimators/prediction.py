@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_maml._types import Tasks
-from sklearn_maml.data.frames import PASS_THROUGH, as_frame, split_task_column
+from sklearn_maml.data.frames import PASS_THROUGH, as_frame, split_task_column, take_column
 from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
@@ -100,6 +100,8 @@ class Predicting(Adapting):
             groups = np.repeat(np.arange(n_tasks), n_rows)
             X = np.asarray(X).reshape(-1, *X.shape[2:])
             shape_like = _Stack(n_tasks, n_rows)
+        if vars(self).get("_weight_column") is not None:
+            X, _ = take_column(X, self._weight_column)
         X_seen = X
         if self.task_column is not None:
             X, ids = split_task_column(X, self.task_column)

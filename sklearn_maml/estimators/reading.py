@@ -14,7 +14,14 @@ from sklearn_maml.data.frames import PASS_THROUGH
 from sklearn_maml.data.ids import find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import FLOATS, collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.data.weights import NEAR, check_weights, merged, spread_weights, weighted
+from sklearn_maml.data.weights import (
+    NEAR,
+    check_weights,
+    merged,
+    spread_weights,
+    take_weights,
+    weighted,
+)
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning, TaskColumnWarning
 from sklearn_maml.targets.base import Targets
@@ -34,6 +41,8 @@ class Reading(Parameters):
         self, X: Any, y: Any, groups: Any = None, *, reset: bool = False, needs_rows: bool = True
     ) -> TaskCollection:
         """Validate tasks; in a first fit (`reset`) also learn what later calls must match."""
+        if not reset:
+            X, _ = self._take_weights(X, y, None)
         tasks = collect_tasks(
             self,
             X,
@@ -52,6 +61,10 @@ class Reading(Parameters):
         else:
             self._check_features(tasks.X)
         return tasks
+
+    def _take_weights(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+        """Take the column out of X that has the weights, in this call or in `fit`."""
+        return take_weights(X, y, sample_weight, vars(self).get("_weight_column"))
 
     def _usable(
         self,
@@ -85,6 +98,10 @@ class Reading(Parameters):
         continued: bool,
         sample_weight: Any = None,
     ) -> CollectionSource:
+        named = isinstance(sample_weight, str)
+        if named or not continued:
+            self._weight_column = sample_weight if named else None
+        X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, groups, reset=not continued)
         tasks = weighted(tasks, sample_weight)
         n_shots = self._integer("n_shots")

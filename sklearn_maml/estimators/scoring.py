@@ -86,6 +86,7 @@ class Scoring(Reading, Predicting):
         if is_task_distribution(X):
             X = X.sample(SCORED_TASKS, random_state=int(rng.integers(2**31 - 1)))
         self._check_unchanged()
+        X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, groups)
         if sample_weight is not None:
             given = spread_weights(sample_weight, tasks)
@@ -142,6 +143,7 @@ class Scoring(Reading, Predicting):
         refuse_graphs(y=y, sample_weight=sample_weight)
         if issparse(y):
             raise TypeError("Sparse targets were passed; dense ones are required: y.toarray().")
+        X, sample_weight = self._take_weights(X, y, sample_weight)
         if not self._has_task_information(X, y, groups):
             predicted = self.predict(X)
             if not self.targets_.are_classes:
