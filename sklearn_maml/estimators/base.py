@@ -87,8 +87,8 @@ class BaseMAML(Training, Stored, Scoring):
             Weights of the rows, 0 or more; or the name of the column of a data frame that has them,
             which is no feature and may be in every X; or a dict with the weight of each task by its
             id. They act on support and query losses, on the standardisation of y, in the Gaussian
-            head, and on what held-out tasks decide. Only their ratios matter: within a task those of its
-            rows, and between tasks the means of their rows, as all tasks count alike without
+            head, and on what held-out tasks decide. Only their ratios matter: within a task those
+            of its rows, and between tasks the means of their rows, as all tasks count alike without
             weights. A row of weight 0 is left out. For a list or an array of tasks also one item
             for each task, with the weights of its rows (for tasks of four parts those of the
             support rows, then those of the query rows) or a number.

@@ -100,8 +100,9 @@ class Predicting(Adapting):
             groups = np.repeat(np.arange(n_tasks), n_rows)
             X = np.asarray(X).reshape(-1, *X.shape[2:])
             shape_like = _Stack(n_tasks, n_rows)
-        if vars(self).get("_weight_column") is not None:
-            X, _ = take_column(X, self._weight_column)
+        weight_column = vars(self).get("_weight_column")
+        if weight_column is not None:
+            X, _ = take_column(X, weight_column)
         X_seen = X
         if self.task_column is not None:
             X, ids = split_task_column(X, self.task_column)
