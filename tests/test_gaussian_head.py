@@ -23,10 +23,10 @@ from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
 from sklearn_maml.exceptions import MetaTrainingError, NonFiniteStepWarning
 from sklearn_maml.learners.base import padded
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
-from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.joint import Joint, clip_members
 from sklearn_maml.learners.likelihoods import Classes, Normal
-from sklearn_maml.learners.shares import choose_share, mix
+from sklearn_maml.learners.shares import choose_share
 from sklearn_maml.learners.start import start_of_numbers
 from sklearn_maml.targets import CrossEntropy, SquaredError
 
@@ -66,7 +66,8 @@ def random_head(classification=False, n_features=3, n_outputs=1, seed=0, n_membe
         for _ in range(n_members)
     ]
     likelihood = CLASSES if classification else NORMAL
-    head = GaussianHead(
+    kind = ClassHead if classification else GaussianHead
+    head = kind(
         body, starts, rng.randn(n_features), 1 + rng.rand(n_features), likelihood=likelihood
     ).double()
     with torch.no_grad():
@@ -320,7 +321,7 @@ def test_predictions_are_mixed_by_the_shares(maml, request):
 def test_probabilities_are_mixed_not_logits():
     rng = RNG(0)
     p, q = (softmax(rng.randn(5, 3), axis=1) for _ in range(2))
-    np.testing.assert_allclose(np.exp(mix(np.log(p), np.log(q), 0.3, True)), 0.7 * p + 0.3 * q)
+    np.testing.assert_allclose(np.exp(CLASSES.mix(np.log(p), np.log(q), 0.3)), 0.7 * p + 0.3 * q)
 
 
 def of_tasks(classification, n_tasks=12):

@@ -36,7 +36,7 @@ from sklearn_maml.datasets import SinusoidTasks
 from sklearn_maml.engine import Engine
 from sklearn_maml.exceptions import SingleTaskWarning
 from sklearn_maml.learners.bodies import MLPBody
-from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.joint import HeadTrainer
 from sklearn_maml.learners.judging import _Deviations
 from sklearn_maml.learners.laplace import LaplaceHead
@@ -555,7 +555,7 @@ def make_head(classification):
         np.full(1 if classification else n_outputs, 0.3),
     )
     body = MLPBody(1, [3, 5], torch.tanh, torch.Generator().manual_seed(0))
-    head = GaussianHead(
+    head = (ClassHead if classification else GaussianHead)(
         body,
         [start],
         np.zeros(3),

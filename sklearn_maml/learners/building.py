@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
-from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood
 from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
@@ -155,6 +155,8 @@ def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 def kind_of_head(likelihood: Likelihood) -> type[GaussianHead]:
     """Class of the heads of a likelihood."""
+    if likelihood.are_classes:
+        return ClassHead
     return LaplaceHead if isinstance(likelihood, NewtonLikelihood) else GaussianHead
 
 

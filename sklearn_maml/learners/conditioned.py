@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
 from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
@@ -171,7 +170,7 @@ class Conditioned(Adapted):
                 (self.high, self.calibration.high),
             )
         )
-        if not self.head.classification:
+        if not self.head.likelihood.are_classes:
             y = self.head.likelihood.latent(more.y.astype(np.float64), self.calibration.low)
             np.minimum.at(low, more.codes, y)
             np.maximum.at(high, more.codes, y)
@@ -180,13 +179,14 @@ class Conditioned(Adapted):
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any = None) -> np.ndarray:
         """Mean of the targets, or logarithm of the classes' probabilities; see `Adapted`."""
         likelihood = self.head.likelihood
-        if isinstance(likelihood, NewtonLikelihood) and likelihood.uses_variance:
-            return self.bounded(self._average(self._moments(rows, codes)[0]), codes)
-        mean: np.ndarray = self.member_outputs(rows, codes).mean(0)
-        if self.head.classification:  # a mean of probabilities would not be sharp enough
-            mean = log_softmax(self.calibration.factor * mean, axis=1)
-            return mean
-        return self.bounded(mean, codes)
+        means = (
+            self._moments(rows, codes)[0]
+            if likelihood.uses_variance
+            else self.member_outputs(rows, codes)
+        )
+        low, high = (torch.from_numpy(edge[codes]) for edge in self._edges())
+        mean = likelihood.average(torch.from_numpy(means))
+        return likelihood.predicted(mean, self.calibration.factor, low, high).numpy()
 
     def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Cut outputs off a little beyond the range of targets that were seen."""
@@ -218,18 +218,10 @@ class Conditioned(Adapted):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs and standard deviations: noise, and doubt about the task."""
         means, within = self._moments(rows, codes)
-        loss = self.head.likelihood.loss
+        likelihood, loss = self.head.likelihood, self.head.likelihood.loss
         between = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
         std = np.sqrt(self._factor(rows) ** 2 * within.mean(0) + between.var(0))
-        return self.bounded(self._average(means), codes), std
-
-    def _average(self, means: np.ndarray) -> np.ndarray:
-        """Put outputs of all members together."""
-        likelihood = self.head.likelihood
-        if isinstance(likelihood, NewtonLikelihood):
-            return likelihood.average(torch.from_numpy(means)).numpy()
-        averaged: np.ndarray = means.mean(0)
-        return averaged
+        return self.bounded(likelihood.average(torch.from_numpy(means)).numpy(), codes), std
 
     def _factor(self, rows: np.ndarray) -> np.ndarray:
         """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
@@ -298,7 +290,7 @@ class Conditioned(Adapted):
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
-        if self.head.classification:
+        if self.head.likelihood.are_classes:
             raise TypeError("classes have probabilities in place of standard deviations")
         run = _exact(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
@@ -328,7 +320,7 @@ class Conditioned(Adapted):
         """See `Adapted`."""
         low, high = (edge[task] for edge in self._edges())
         shift, low, high = tensors(self.head, self.shift[:, task], low, high)
-        of_logits = float(self.calibration.factor) if self.head.classification else 1.0
+        of_logits = float(self.calibration.factor) if self.head.likelihood.are_classes else 1.0
         return PlainHead(self.head, shift, low, high, of_logits, self._root(task))
 
     def _root(self, task: int) -> Tensor | None:

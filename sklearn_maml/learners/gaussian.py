@@ -24,13 +24,15 @@ from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.start import NOISE_FLOOR
 
-__all__ = ["GaussianHead", "HeadFunctions", "Information", "Posterior"]
+__all__ = ["DECAY", "ClassHead", "GaussianHead", "HeadFunctions", "Information", "Posterior"]
 
 Params = dict[str, Tensor]
 
 BEYOND = 1e4  # standard deviations at which features are cut off
 CODE = 8.0  # of a class, before meta-training
 SPREAD = 1.5  # of what a standardised row adds to a logit, likewise
+# of weights; the last one where labels mean something inside an episode only
+DECAY, DECAY_OF_CLASSES, DECAY_OF_LOCAL = 0.6, 0.1, 2.0
 
 
 class GaussianHead(nn.Module):
@@ -75,7 +77,7 @@ class GaussianHead(nn.Module):
         means, factors, amplitudes, noises = (np.stack(part) for part in zip(*starts, strict=True))
         ratio = noises / amplitudes**2 if amplitudes.shape == noises.shape else noises
         # small for all outputs: that of a column of noise would drown the others
-        of_net = 0.3 * np.ones(len(starts)) if self.classification else 0.3 * np.sqrt(ratio.min(1))
+        of_net = 0.3 * np.sqrt(ratio.min(1))
         wide = np.zeros((len(starts), body.width, means.shape[2]))
         if not same_classes:
             self.mean = _parameter(np.concatenate([means, wide], axis=1))
@@ -83,17 +85,10 @@ class GaussianHead(nn.Module):
         self.factor = _parameter(factors)
         self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
         self.log_noise = _parameter(0.5 * np.log(ratio))
-        if self.classification:
-            self.log_code = _parameter(np.full((len(starts), 1), math.log(CODE)))
         if amplitudes.shape[1] > 1:
             self.log_amplitude = _parameter(np.log(amplitudes[:, 1:]))
         self.register_buffer("center", torch.tensor(center, dtype=torch.float64))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
-
-    @property
-    def classification(self) -> bool:
-        """Whether targets are classes."""
-        return self.likelihood.are_classes
 
     @property
     def n_members(self) -> int:
@@ -111,6 +106,13 @@ class GaussianHead(nn.Module):
         `params` has those of `named_parameters`, or of some members.
         """
         return HeadFunctions(self, params, self.body if body is None else body)
+
+    def decaying(self, params: Params, prefix: str) -> tuple[list[Tensor], float]:
+        """Return which of the parameters of the prior decay in meta-training, and how fast.
+
+        `params` have names that start with `prefix`; the weights of networks decay as fast.
+        """
+        return [params[f"{prefix}mean"], params[f"{prefix}factor"]], DECAY
 
     @classmethod
     def like(
@@ -370,19 +372,13 @@ class HeadFunctions:
         return found.clamp_min(0), given.n_rows
 
     def _coded(self, y: Tensor) -> Tensor:
-        """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on.
-
-        Classes become codes, whose size is learned; the conditioned mean is their logits.
-        """
-        if not self.head.classification:
-            return y / self.amplitude_of_tasks()
-        size = self.params["log_code"].exp().view(-1, 1, 1, 1)
-        return size * (y - 1 / y.shape[-1])
+        """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on."""
+        return y / self.amplitude_of_tasks()
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Negative log likelihood (n_members, n_tasks) of query rows, and their outputs.
 
-        Of numbers, the joint density of all query targets of a task, without its constant.
+        That is the joint density of all query targets of a task, without its constant.
 
         Parameters
         ----------
@@ -394,19 +390,7 @@ class HeadFunctions:
             there twice.
         k : int
         """
-        prior, S = self.of_tasks(X)
-        m: Tensor | float = 1.0
-        of_query: Tensor | float = 1.0
-        if mask is not None:
-            m = mask.to(S.dtype).sqrt().unsqueeze(-1)
-            S = S * m
-            of_query = torch.where(m > 0, m, torch.ones_like(m))[:, :, k:]
-        residual = (self._coded(y) - prior) * m
-        if self.head.classification:
-            mean = prior[:, :, k:] + self._moved(S, residual, k) / of_query
-            rows = -(y[:, k:] * mean.log_softmax(-1)).sum(-1)
-            rows = rows if mask is None else rows * mask[..., k:]
-            return rows.sum(-1), mean
+        prior, S, residual, of_query = self._joint(X, y, mask, k)
         a, noise = self.amplitude_of_tasks(), self.noise()
         residual = residual.mT
         gram = S @ S.mT
@@ -421,22 +405,22 @@ class HeadFunctions:
         moved = gram[:, :, k:, :k] @ u.mT if k else 0.0
         return nll, a * (prior[:, :, k:] + moved / of_query)
 
+    def _joint(
+        self, X: Tensor, y: Tensor, mask: Tensor | None, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+        """Prior mean, weighted columns and residuals of all rows, and roots of query weights."""
+        prior, S = self.of_tasks(X)
+        residual = self._coded(y) - prior
+        if mask is None:
+            return prior, S, residual, 1.0
+        m = mask.to(S.dtype).sqrt().unsqueeze(-1)
+        of_query = torch.where(m > 0, m, torch.ones_like(m))[:, :, k:]
+        return prior, S * m, residual * m, of_query
+
     @staticmethod
     def _per_output(values: Tensor, n_outputs: int) -> Tensor:
         """Sum (n_members, 1) over the outputs of what (n_members, n_noises) has."""
         return values.sum(1, keepdim=True) * (n_outputs / values.shape[1])
-
-    def _moved(self, S: Tensor, residual: Tensor, k: int) -> Tensor | float:
-        """Return how far conditioning on the first k rows moves the outputs of the others."""
-        if not k:
-            return 0.0
-        A = S[:, :, :k]
-        system = (A @ A.mT).double()
-        system = system + torch.diag_embed(self.noise().double()[:, None].expand(-1, 1, k))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        factor = factor.where((failed == 0)[..., None, None], torch.nan)
-        u = torch.cholesky_solve(residual[:, :, :k].double(), factor).to(S.dtype)
-        return S[:, :, k:] @ (A.mT @ u)
 
     def amplitude_of_tasks(self) -> Tensor | float:
         """Amplitude (n_members, 1, 1, n_outputs)."""
@@ -452,7 +436,7 @@ class HeadFunctions:
     def query(
         self, X: Tensor, given: Posterior, freedom: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of numbers.
+        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of targets.
 
         With a `freedom` (n_outputs,) the variances are scaled task by task, as of a scale that has
         an inverse gamma prior with so many degrees of freedom (Gelman et al. 2013, sec. 3.3).
@@ -460,8 +444,6 @@ class HeadFunctions:
         prior, S = self.of_tasks(X)
         a = self.amplitude_of_tasks()
         mean = a * (prior + S @ given.shift)
-        if self.head.classification:
-            return mean, None
         variance = self._variance(S, given)
         if freedom is not None:
             variance = variance * self.spread(given, freedom).unsqueeze(2)
@@ -492,8 +474,58 @@ class HeadFunctions:
             left = noise * half.square().sum(-2)
         return (left.clamp_min(0) + noise).mT
 
-    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
-        """Squared error, or cross-entropy (n_members, n_tasks, n_query)."""
-        if self.head.classification:
-            return -(y * mean.log_softmax(-1)).sum(-1)
-        return (y - mean).square().mean(-1)
+
+class ClassHead(GaussianHead):
+    """A Gaussian head of classes: targets are codes, whose size is learned, and outputs logits."""
+
+    def __init__(self, body: Any, starts: Any, *args: Any, **options: Any) -> None:
+        super().__init__(body, starts, *args, **options)
+        self.log_code = _parameter(np.full((self.n_members, 1), math.log(CODE)))
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(0.3))
+
+    def functions(self, params: Params, body: Any = None) -> ClassFunctions:
+        """See `GaussianHead`."""
+        return ClassFunctions(self, params, self.body if body is None else body)
+
+    def decaying(self, params: Params, prefix: str) -> tuple[list[Tensor], float]:
+        """See `GaussianHead`: the start of the linear part is left alone."""
+        n_linear = self.factor.shape[-1]
+        # few classes of an episode are soon known by heart
+        local = self.same_classes and not isinstance(self.body, ModuleBody)
+        means = [p[:, n_linear:] for n, p in params.items() if n == f"{prefix}mean"]
+        return means, DECAY_OF_LOCAL if local else DECAY_OF_CLASSES
+
+
+class ClassFunctions(HeadFunctions):
+    """Functions of a `ClassHead`."""
+
+    def _coded(self, y: Tensor) -> Tensor:
+        size = self.params["log_code"].exp().view(-1, 1, 1, 1)
+        return size * (y - 1 / y.shape[-1])
+
+    def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of query rows, and their logits; see `HeadFunctions`."""
+        prior, S, residual, of_query = self._joint(X, y, mask, k)
+        mean = prior[:, :, k:] + self._moved(S, residual, k) / of_query
+        rows = self.head.likelihood.error_rows(mean, y[:, k:])
+        return (rows if mask is None else rows * mask[..., k:]).sum(-1), mean
+
+    def _moved(self, S: Tensor, residual: Tensor, k: int) -> Tensor | float:
+        """Return how far conditioning on the first k rows moves the outputs of the others."""
+        if not k:
+            return 0.0
+        A = S[:, :, :k]
+        system = (A @ A.mT).double()
+        system = system + torch.diag_embed(self.noise().double()[:, None].expand(-1, 1, k))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        factor = factor.where((failed == 0)[..., None, None], torch.nan)
+        u = torch.cholesky_solve(residual[:, :, :k].double(), factor).to(S.dtype)
+        return S[:, :, k:] @ (A.mT @ u)
+
+    def query(
+        self, X: Tensor, given: Posterior, freedom: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Return logits; see `HeadFunctions`. They have no variances."""
+        prior, S = self.of_tasks(X)
+        return prior + S @ given.shift, None

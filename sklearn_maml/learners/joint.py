@@ -14,9 +14,7 @@ from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep
-from sklearn_maml.learners.bodies import ModuleBody
-from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
-from sklearn_maml.learners.likelihoods import NewtonLikelihood
+from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.threads import threads_for
 
@@ -45,9 +43,6 @@ CONFIDENCE = 0.95
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 2, 2.0, 0.1
-# of the weights; the last one where labels mean something inside an episode only, whose few
-# classes a network soon knows by heart
-DECAY, DECAY_OF_CLASSES, DECAY_OF_LOCAL = 0.6, 0.1, 2.0
 
 
 class HeldOut(NamedTuple):
@@ -152,7 +147,7 @@ class HeadTrainer:
             )
         n_query = query.X.shape[1]
         mean = mean.detach()[:, :, -n_query:]
-        errors = run.error_rows(mean, y[:, -n_query:]).mean(0, keepdim=True)
+        errors = self.head.likelihood.error_rows(mean, y[:, -n_query:]).mean(0, keepdim=True)
         losses = (errors * self._of_rows(query, mean)).sum(-1)[0]
         return MetaStep(losses, dict(zip(names, grads, strict=True)), mean.mean(0).to(query.X))
 
@@ -162,7 +157,7 @@ class HeadTrainer:
         self.head.eval()
         run = self.functions(meta_params)
         mean, _, y = self._run(run, batch, self._mask(batch.support), self.n_ways)
-        errors = run.error_rows(mean, y).mean(0, keepdim=True)
+        errors = self.head.likelihood.error_rows(mean, y).mean(0, keepdim=True)
         losses = (errors * self._of_rows(batch.query, mean)).sum(-1)[0]
         return MetaStep(losses, {}, mean.mean(0).to(batch.query.X))
 
@@ -181,11 +176,8 @@ class HeadTrainer:
         return mean, variance, query
 
     def _targets(self, rows: Rows, n_ways: int | None = None) -> Tensor:
-        if not self.head.classification:
-            return rows.y.float()
-        # not F.one_hot: it may wait for a device to check the labels
         classes = self._classes[: self.head.n_outputs if n_ways is None else n_ways]
-        return (rows.y.unsqueeze(-1) == classes).float()
+        return self.head.likelihood.targets(rows.y, classes)
 
     def _mask(self, rows: Rows) -> Tensor | None:
         """Weights (n_members or 1, n_tasks, n_rows) of the rows that the members may see."""
@@ -236,14 +228,7 @@ class HeadTrainer:
             of_task = totals(weight) if self.weighted else None
             if of_task is not None:
                 weight = normalised(weight)
-            if self.head.classification:
-                errors = (run.error_rows(mean, y) * weight).sum(-1)
-            elif isinstance(self.head.likelihood, NewtonLikelihood):
-                excess = self.head.likelihood.excess(mean, y.to(mean).expand_as(mean))
-                errors = self.head.likelihood.task_error((excess * weight).sum(-1))
-            else:  # a geometric mean: outputs that are noise do not choose for the others
-                squares = ((y - mean).square() * weight.unsqueeze(-1)).sum(2)
-                errors = (0.5 * squares.clamp_min(1e-30).log().mean(-1)).exp()
+            errors = self.head.likelihood.held_out_errors(mean, y, weight)
             if of_task is not None:
                 errors = errors * of_task
             total.index_add_(0, place, errors.mean(0).to(total))
@@ -285,7 +270,10 @@ class HeadTrainer:
             nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
             before, _, _ = self._run(run, batch, nothing)
         weight = self._of_rows(batch.query, mean)
-        both = [(run.error_rows(values, y) * weight).sum(-1)[0] for values in (before, mean)]
+        both = [
+            (self.head.likelihood.error_rows(values, y) * weight).sum(-1)[0]
+            for values in (before, mean)
+        ]
         return both[0], both[1], mean[0].to(batch.query.X)
 
 
@@ -450,26 +438,17 @@ class Joint:
     def shrink(self, params: dict[str, Any], rate: float) -> None:
         """Decay the weights of the networks and of the prior, in place.
 
-        Apart from the gradient (Loshchilov & Hutter 2019): it keeps new rows in bounds. Of classes,
-        the start of the linear part is left alone.
+        Apart from the gradient (Loshchilov & Hutter 2019): it keeps new rows in bounds.
         """
         if self.head_is_done:
             return
         head = self.trainer.head
-        n_linear = head.factor.shape[-1]
+        of_prior, decay = head.decaying(params, PREFIX)
         shrunk = [p for n, p in params.items() if n.startswith(f"{PREFIX}body.") and "weight" in n]
-        if head.classification:
-            decay = DECAY_OF_CLASSES
-            if head.same_classes and not isinstance(head.body, ModuleBody):
-                decay = DECAY_OF_LOCAL
-            shrunk += [p[:, n_linear:] for n, p in params.items() if n == f"{PREFIX}mean"]
-        else:
-            decay = DECAY
-            shrunk += [params[f"{PREFIX}mean"], params[f"{PREFIX}factor"]]
-        torch._foreach_mul_(shrunk, 1 - rate * decay)
+        torch._foreach_mul_([*shrunk, *of_prior], 1 - rate * decay)
         if head.same_classes:
             factor = params[f"{PREFIX}factor"]
-            start = torch.eye(n_linear, dtype=factor.dtype, device=factor.device)
+            start = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
             factor.lerp_(start, rate * DECAY)
 
     def compare(self, of_head: Tensor, of_steps: Tensor) -> None:

@@ -16,7 +16,7 @@ from sklearn_maml.engine import Engine
 from sklearn_maml.learners.conditioned import MARGIN, Calibration
 from sklearn_maml.learners.joint import HeadTrainer
 from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood, Normal
-from sklearn_maml.learners.shares import choose_share, find_logit_scale, mix
+from sklearn_maml.learners.shares import choose_share, find_logit_scale
 
 __all__ = ["choose", "held_out_outputs", "judge_head"]
 
@@ -46,7 +46,7 @@ def judge_head(
     plain = Calibration(*edges)
     if not trainer.validation:
         return plain
-    if trainer.head.classification:
+    if trainer.head.likelihood.are_classes:
         parts = [
             _logits_and_targets(trainer, meta_params, member, batch)
             for member, batch, _ in trainer.validation
@@ -232,7 +232,7 @@ def choose(
     scale = find_logit_scale(steps, target, weight)
     logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]
     share = choose_share(logs[0], logs[1], target, codes, task, likelihood, known, weight)
-    mixed = mix(logs[0], logs[1], share, True)
+    mixed = likelihood.mix(logs[0], logs[1], share)
     # a mean of calibrated probabilities is not confident enough
     of_mixture = find_logit_scale(mixed, target, weight) if 0 < share < 1 else 1.0
     return share, dataclasses.replace(calibration, steps_scale=scale, scale=of_mixture)

@@ -268,10 +268,6 @@ class LaplaceFunctions(HeadFunctions):
         rows = self.likelihood.surprise(output, y[:, k:], (dispersion, self.shape()[1]))
         return (rows * m[:, :, k:]).sum((2, 3)), output
 
-    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
-        """Loss (n_members, n_tasks, n_query)."""
-        return self.likelihood.loss.rows(mean, y.to(mean.dtype).expand_as(mean))
-
 
 def _variance(inverse: Tensor, root: Tensor, cross: Tensor, norm: Tensor) -> Tensor:
     """Variance (n_members, n_tasks, n_query, n_outputs) given rows of a dual system."""

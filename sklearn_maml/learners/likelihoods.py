@@ -63,12 +63,23 @@ class Likelihood:
     Attributes
     ----------
     are_classes : bool
+    uses_variance : bool
+        Whether outputs depend on the doubt about them, not on their mode alone.
     """
 
     are_classes: ClassVar[bool] = False
+    uses_variance: bool = False
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
+
+    def encoded(self, y: np.ndarray, n_outputs: int) -> np.ndarray:
+        """Return targets (n_rows, n_outputs) as a head is conditioned on them."""
+        return y.astype(np.float64)
+
+    def targets(self, y: Tensor, classes: Tensor) -> Tensor:
+        """Return `encoded` targets in float32, of the classes 0, 1, ... in `classes`."""
+        return y.float()
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """Return the best outputs for targets (n_rows, n_outputs); `lowest` if infinite."""
@@ -80,6 +91,39 @@ class Likelihood:
 
     def learn_quantile(self, head: Any, quantile: Callable[[float], np.ndarray]) -> None:
         """Take where the quantile that is predicted was on held-out tasks, if there is one."""
+
+    def average(self, outputs: Tensor) -> Tensor:
+        """Put outputs of all members (n_members, n_rows, n_outputs) together."""
+        return outputs.mean(0)
+
+    def predicted(self, outputs: Tensor, factor: Any, low: Tensor, high: Tensor) -> Tensor:
+        """Return outputs as they are predicted: none far beyond the targets that were seen."""
+        return torch.minimum(torch.maximum(outputs, low), high)
+
+    def mix(self, head: np.ndarray, steps: np.ndarray, share: float) -> np.ndarray:
+        """Mix outputs (n_rows, n_outputs) of a head and of gradient steps with this share.
+
+        Of classes, probabilities are mixed, and both arguments and the result are their logarithms.
+        """
+        if share in (0, 1):  # the others may not be finite
+            return steps if share else head
+        return self._mixed(head, steps, share)
+
+    def _mixed(self, head: np.ndarray, steps: np.ndarray, share: float) -> np.ndarray:
+        return (1 - share) * head + share * steps
+
+    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
+        """Error (..., n_rows) of outputs (..., n_rows, n_outputs): of numbers, squared."""
+        return (y - mean).square().mean(-1)
+
+    def held_out_errors(self, mean: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Error (n_members, n_tasks) of outputs (n_members, n_tasks, n_rows, n_outputs).
+
+        That of numbers is a geometric mean of those of the outputs: outputs that are noise do not
+        choose for the others.
+        """
+        squares = ((y - mean).square() * weight.unsqueeze(-1)).sum(2)
+        return (0.5 * squares.clamp_min(1e-30).log().mean(-1)).exp()
 
     def task_errors(
         self,
@@ -103,6 +147,31 @@ class Classes(Likelihood):
 
     are_classes: ClassVar[bool] = True
 
+    def encoded(self, y: np.ndarray, n_outputs: int) -> np.ndarray:
+        """See `Likelihood`."""
+        return np.eye(n_outputs)[y]
+
+    def targets(self, y: Tensor, classes: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        # not F.one_hot: it may wait for a device to check the labels
+        return (y.unsqueeze(-1) == classes).float()
+
+    def predicted(self, outputs: Tensor, factor: Any, low: Tensor, high: Tensor) -> Tensor:
+        """Return logarithms of probabilities: a mean of those of members would not be sharp."""
+        return (factor * outputs).log_softmax(-1)
+
+    def _mixed(self, head: np.ndarray, steps: np.ndarray, share: float) -> np.ndarray:
+        logs: np.ndarray = np.logaddexp(head + np.log(1 - share), steps + np.log(share))
+        return logs
+
+    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of logits; see `Likelihood`."""
+        return -(y * mean.log_softmax(-1)).sum(-1)
+
+    def held_out_errors(self, mean: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        return (self.error_rows(mean, y) * weight).sum(-1)
+
     def task_errors(
         self,
         outputs: np.ndarray,
@@ -116,11 +185,6 @@ class Classes(Likelihood):
 
 class NewtonLikelihood(Likelihood):
     """A likelihood that is conditioned on by Newton steps.
-
-    Attributes
-    ----------
-    uses_variance : bool
-        Whether outputs depend on the doubt about them, not on their mode alone.
 
     Notes
     -----
@@ -174,9 +238,14 @@ class NewtonLikelihood(Likelihood):
         """Middle of the targets, whose variance this is: what intervals are about."""
         return torch.from_numpy(self.loss.predict(outputs.cpu().numpy())).to(outputs)
 
-    def average(self, outputs: Tensor) -> Tensor:
-        """Put outputs of all members (n_members, n_rows, n_outputs) together."""
-        return outputs.mean(0)
+    def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
+        """Loss; see `Likelihood`."""
+        return self.loss.rows(mean, y.to(mean.dtype).expand_as(mean))
+
+    def held_out_errors(self, mean: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """See `Likelihood` and `task_error`."""
+        excess = self.excess(mean, y.to(mean).expand_as(mean))
+        return self.task_error((excess * weight).sum(-1))
 
     def excess(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Loss of rows above that of the best outputs: half the deviance, say."""

@@ -75,9 +75,7 @@ class PlainHead(nn.Module):
         else:
             prior, S = run.columns(x)
             mean = (run.amplitude() * (prior + S @ self.shift)).mean(0)
-        if self.head.classification:
-            return (self.factor * mean).log_softmax(-1)
-        return torch.minimum(torch.maximum(mean, self.low), self.high)
+        return self.head.likelihood.predicted(mean, self.factor, self.low, self.high)
 
 
 class PlainMixture(nn.Module):

@@ -12,30 +12,13 @@ from sklearn_maml.learners.conditioned import Conditioned
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.plain import PlainMixture
 
-__all__ = ["LEAST_HELD_OUT", "Mixed", "choose_share", "find_logit_scale", "mix", "task_errors"]
+__all__ = ["LEAST_HELD_OUT", "Mixed", "choose_share", "find_logit_scale", "task_errors"]
 
 # of gradient steps; never all, so that there is a standard deviation
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # what steps have to gain, in standard errors over held-out tasks, before they get a share; and
 # tasks, of which fewer prove nothing
 EVIDENCE, LEAST_HELD_OUT = 2.0, 10
-
-
-def mix(head: np.ndarray, steps: np.ndarray, share: float, are_classes: bool) -> np.ndarray:
-    """Mix outputs (n_rows, n_outputs) of the Gaussian head and of gradient steps.
-
-    `share` is that of the steps. Of classes, probabilities are mixed, and both arguments and the
-    result are their logarithms.
-    """
-    if share == 0:
-        return head
-    if share == 1:
-        return steps
-    if not are_classes:
-        mixed: np.ndarray = (1 - share) * head + share * steps
-        return mixed
-    logs: np.ndarray = np.logaddexp(head + np.log(1 - share), steps + np.log(share))
-    return logs
 
 
 def task_errors(
@@ -65,7 +48,8 @@ def choose_share(
     Parameters
     ----------
     head, steps, target : ndarrays of shape (n_rows, n_outputs)
-        As in `mix`; targets are standardised, or 1 for the class of the row and 0 for the others.
+        As of `Likelihood.mix`; targets are standardised, or 1 for the class of the row and 0
+        for the others.
     codes : int ndarray of shape (n_rows,)
         Episode of each row.
     task : int ndarray of shape (n_episodes,)
@@ -80,7 +64,7 @@ def choose_share(
     each = 1.0 if weight is None else np.bincount(codes, weight) / np.bincount(codes)
 
     def of_tasks(share: float) -> np.ndarray:
-        mixed = mix(head, steps, share, likelihood.are_classes)
+        mixed = likelihood.mix(head, steps, share)
         errors = each * task_errors(mixed, target, codes, likelihood, weight)
         means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
         return means
@@ -143,9 +127,10 @@ class Mixed(Adapted):
         steps = self.steps.outputs(rows, codes, how)
         if not self.likelihood.are_classes:
             # beyond the targets that were seen, steps know no more than the head does
-            return mix(head, self.head.bounded(steps, codes), self.share, False)
+            return self.likelihood.mix(head, self.head.bounded(steps, codes), self.share)
         steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
-        logs: np.ndarray = log_softmax(self.scale * mix(head, steps, self.share, True), axis=1)
+        mixed = self.likelihood.mix(head, steps, self.share)
+        logs: np.ndarray = log_softmax(self.scale * mixed, axis=1)
         return logs
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:

@@ -77,11 +77,6 @@ def _most_rows(head: GaussianHead) -> int:
     return CACHED_ROWS if head.factor.device.type == "cpu" else DEVICE_ROWS
 
 
-def _targets(head: GaussianHead, y: np.ndarray) -> np.ndarray:
-    """Targets as a head takes them: classes are 1 for that of the row and 0 for the others."""
-    return np.eye(head.n_outputs)[y] if head.classification else y.astype(np.float64)
-
-
 def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
     """Sum over the rows of tasks, some at a time; those without rows have no sums."""
     head, most = run.head, _most_rows(run.head)
@@ -94,7 +89,8 @@ def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
             total: Information | None = None
             for start in range(0, place.shape[1], most):
                 at, real = (array[some, start : start + most] for array in (place, present))
-                rows = (support.X[at], _targets(head, support.y[at]), real * root[at])
+                y = head.likelihood.encoded(support.y[at], head.n_outputs)
+                rows = (support.X[at], y, real * root[at])
                 part = Information.over(*run.weighted(*tensors(head, *rows)))
                 total = part if total is None else total + part
             if total is None:
@@ -160,7 +156,7 @@ class Given:
         number = np.arange(sizes.max())
         real = number < sizes
         at = self.order[np.where(real, self.first[tasks][:, None] + number, 0)]
-        y = _targets(self.head, self.support.y[at])
+        y = self.head.likelihood.encoded(self.support.y[at], self.head.n_outputs)
         rows = tensors(self.head, self.support.X[at], y, real * self.root[at])
         return self.run.condition(*rows)
 
