@@ -6,13 +6,17 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["n_threads_asked", "one_thread", "several_threads", "threads_for"]
+__all__ = ["n_threads_asked", "one_thread", "several_threads", "side_by_side", "threads_for"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # multiply-adds of a batched pass below which more than one thread costs more than it saves (and a
 # great deal more on a busy machine)
@@ -68,6 +72,32 @@ def several_threads() -> Iterator[None]:
 def threads_for(work: float) -> Any:
     """Context for a batched pass of so many multiply-adds."""
     return one_thread() if work < SMALL_WORK else several_threads()
+
+
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return what `function` makes of each item, in their order.
+
+    In as many threads as torch has here, each of which computes in one; they end with the call.
+    What the items give does not depend on how many there are, and operations too small or too
+    much bound by memory for torch to part among threads are done at once all the same.
+    """
+    n_threads = min(torch.get_num_threads(), len(items))
+    if n_threads < 2:
+        return [function(item) for item in items]
+    with_gradients = torch.is_grad_enabled()  # which every thread has of its own
+
+    def run(item: Item) -> Result:
+        with torch.set_grad_enabled(with_gradients):
+            return function(item)
+
+    with ThreadPoolExecutor(n_threads, initializer=_compute_alone) as pool:
+        return list(pool.map(run, items))
+
+
+def _compute_alone() -> None:
+    """Limit torch to one thread, for the calling thread and as long as it lives."""
+    torch.get_num_threads()  # as in `one_thread`
+    _thread_pools().limit(limits=1, user_api="openmp")
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,56 @@ def test_tasks_in_chunks_give_the_same_numbers(monkeypatch):
     monkeypatch.setattr(layers, "ACTIVATION_BYTES", 2 * 5 * 8 * SIDE**2 * 3)
     assert layers.tasks_at_a_time(module, batch.support.X) not in (1, 5)
     assert largest_difference(run(module, batch, "auto"), whole) < TOLERANCE
+
+
+def everything(module, batch):
+    """All that a meta-step and predictions of adapted parameters give."""
+    _, step, outputs = run(module, batch, "auto")
+    return [*step.grads.values(), step.losses, step.outputs, outputs]
+
+
+@pytest.fixture
+def where_convolved(monkeypatch):
+    """Threads that products were computed in, with chunks of one task; torch has two threads."""
+    seen = set()
+    convolve = products._convolve
+
+    def noted(*args):
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return convolve(*args)
+
+    monkeypatch.setattr(products, "_convolve", noted)
+    monkeypatch.setattr(layers, "ACTIVATION_BYTES", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield seen
+    torch.set_num_threads(before)
+
+
+def test_chunks_run_in_as_many_threads_as_torch_has_with_the_same_bits(where_convolved):
+    module, batch = build_net("adaptive pool"), make_batch(5)
+    got = everything(module, batch)
+    assert threading.get_ident() not in {thread for thread, _ in where_convolved}
+    assert {n for _, n in where_convolved} == {1}
+    assert len(where_convolved) > 1
+    torch.set_num_threads(1)
+    where_convolved.clear()
+    for a, b in zip(got, everything(module, batch), strict=True):
+        assert torch.equal(a, b)
+    assert where_convolved == {(threading.get_ident(), 1)}
+
+
+@pytest.mark.parametrize("layer", [SpatialMean, lambda: nn.Sequential(nn.Dropout(), SpatialMean())])
+def test_layers_of_users_and_random_ones_stay_in_the_thread_of_the_caller(where_convolved, layer):
+    module = build(lambda: blocks(norm=None, head=[layer(), nn.Linear(3, 3)]), noise=0.1)
+    everything(module, make_batch(3))
+    assert {thread for thread, _ in where_convolved} == {threading.get_ident()}
+
+
+def test_an_error_in_a_thread_is_raised_by_the_call(where_convolved):
+    batch = make_batch(3, channels=1)  # of another number than the network takes
+    with pytest.raises(RuntimeError, match="Expected size"):
+        run(build_net("adaptive pool"), batch, "stacked")
 
 
 @pytest.mark.parametrize("small", [0.0, np.inf], ids=["convolutions", "patches"])

@@ -174,6 +174,7 @@ class Ladder:
                 rung.pieces(batch),
                 lambda part: call(rung.serving(step, *sets_of(part)), part),
                 join,
+                in_threads=rung.in_threads,
             )
         except (RuntimeError, NotImplementedError) as error:
             # the kernel that attention chose may have no second derivative

@@ -15,6 +15,7 @@ from sklearn_maml.engine.spec import MetaStep
 from sklearn_maml.engine.tracing.recording import first_line
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.theta import Params
+from sklearn_maml.threads import side_by_side
 
 __all__ = [
     "Memory",
@@ -40,12 +41,25 @@ def sets_of(batch: Batch) -> tuple[Rows, ...]:
 
 
 def run_pieces(
-    batch: Batch, places: Places | None, run: Callable[[Batch], Result], join: Join[Result]
+    batch: Batch,
+    places: Places | None,
+    run: Callable[[Batch], Result],
+    join: Join[Result],
+    *,
+    in_threads: bool = False,
 ) -> Result:
-    """Run the tasks at each of these places together; None: all of them."""
+    """Run the tasks at each of these places together; None: all of them.
+
+    In threads, some are run at the same time, with the same results.
+    """
     if places is None:
         return run(batch)
-    return join([run(batch.take(which)) for which in places], places)
+
+    def run_piece(which: np.ndarray) -> Result:
+        return run(batch.take(which))
+
+    parts = side_by_side(run_piece, places) if in_threads else [*map(run_piece, places)]
+    return join(parts, places)
 
 
 def chunks(n: int, size: int) -> list[np.ndarray]:

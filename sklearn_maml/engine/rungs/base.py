@@ -46,6 +46,8 @@ class Rung(ABC):
         memory's sake, and takes them as they are drawn.
     is_wrapper : bool
         Whether it runs steps of the rung below, and goes by its name.
+    in_threads : bool
+        Whether its pieces may run at the same time.
     safe : bool
         Whether errors are the module's own; otherwise a safe rung below is tried.
     ready : bool
@@ -56,6 +58,7 @@ class Rung(ABC):
     tasks_at_a_time: ClassVar[int] = 128
     one_by_one: ClassVar[bool] = False
     is_wrapper: ClassVar[bool] = False
+    in_threads: bool = False
     safe: bool = True
     ready: bool = True
     # of rungs that are climbed to: those that they are climbed to from

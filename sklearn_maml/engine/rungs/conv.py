@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import Rows
-from sklearn_maml.engine.architecture import ELEMENTWISE
+from sklearn_maml.engine.architecture import ELEMENTWISE, has_dropout, mixes_rows
 from sklearn_maml.engine.conv.layers import (
     ConvAutograd,
     Layer,
@@ -30,6 +30,7 @@ from sklearn_maml.inner import Autograd
 from sklearn_maml.inner.problem import LossOfQuery
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, SecondOrder
 from sklearn_maml.theta import Params
+from sklearn_maml.threads import side_by_side
 
 __all__ = ["Conv"]
 
@@ -81,6 +82,9 @@ class Conv(Stacked):
     def __init__(self, spec: Spec, below: Callable[[], Rung | None]) -> None:
         # it takes everything, and its own layers have no other batch norm
         super().__init__(spec, lambda: None)
+        # layers of users may keep what they compute, and random numbers would come in any order
+        own = mixes_rows(spec.module) or has_dropout(spec.module)
+        self.in_threads = spec.on_cpu and not own
 
     @classmethod
     def refuses(cls, spec: Spec) -> str | None:
@@ -132,7 +136,10 @@ class Conv(Stacked):
     def run(self, params: Params, X: Tensor) -> Tensor:
         """See `Stacked`."""
         size = tasks_at_a_time(self.spec.module, X)
-        parts = [slice(start, start + size) for start in range(0, len(X), size)]
-        return torch.cat(
-            [self.net({n: p[k] for n, p in params.items()}, X[k], Pass()) for k in parts]
-        )
+
+        def run(start: int) -> Tensor:
+            own = slice(start, start + size)
+            return self.net({n: p[own] for n, p in params.items()}, X[own], Pass())
+
+        starts = range(0, len(X), size)
+        return torch.cat(side_by_side(run, starts) if self.in_threads else [*map(run, starts)])
