@@ -340,6 +340,102 @@ def test_the_weights_of_a_score_stay_with_their_rows_where_tasks_are_left_out():
     assert np.isfinite(expected)
 
 
+# -- weights of support rows ---------------------------------------------------------------------
+
+COUNTED = {
+    "steps": {"update_rule": "sgd"},
+    "head": {"update_rule": "gaussian-head"},
+    "both": {"update_rule": "auto"},
+    "counts": {"update_rule": "gaussian-head", "loss": "poisson"},
+    "centred": {"update_rule": "sgd", "center_y": True},
+    "classes": {"update_rule": "gaussian-head"},
+    "classes by steps": {"update_rule": "sgd"},
+    "weights of classes": {"update_rule": "gaussian-head", "class_weight": "balanced"},
+    "local labels": {"update_rule": "gaussian-head", "n_ways": 2},
+}
+
+
+@pytest.fixture(scope="module", params=COUNTED)
+def counted(request):
+    """A fitted model, and targets it takes."""
+    params = COUNTED[request.param]
+    if request.param in ("classes", "classes by steps", "weights of classes", "local labels"):
+        model, y = MAMLClassifier(**SMALL, **params), LABELS
+    else:
+        model, y = MAMLRegressor(**SMALL, **params), Y
+        y = np.round(np.exp(Y)) if request.param == "counts" else Y
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(X, y, groups=T)
+    if request.param == "both":
+        model.learner_weights_ = {"gradient-steps": 0.5, "gaussian-head": 0.5}
+    return model, y
+
+
+@pytest.mark.parametrize("n_rows", [6, 60])  # fewer and more than columns of the head
+def test_a_support_row_of_weight_two_is_a_row_that_is_there_twice(counted, n_rows):
+    """For tasks side by side, and for those with a standard deviation its size, too."""
+    model, y = counted
+    count = RNG.integers(1, 4, n_rows)
+    rows, group = np.arange(n_rows), np.arange(n_rows) % 2
+    again = np.repeat(rows, count)
+    weighed = copy.copy(model).adapt(X[rows], y[rows], groups=group, sample_weight=count)
+    repeated = copy.copy(model).adapt(X[again], y[again], groups=group[again])
+    plain = copy.copy(model).adapt(X[rows], y[rows], groups=group)
+    query = {"X": X[60:80], "groups": np.arange(20) % 2}
+    found, expected, other = (
+        getattr(m, "predict_proba", m.predict)(**query) for m in (weighed, repeated, plain)
+    )
+    assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert not np.allclose(found, other, rtol=1e-5)
+    if isinstance(model, MAMLRegressor) and "gaussian-head" in model.learner_weights_:
+        std = [m.predict(**query, return_std=True)[1] for m in (weighed, repeated, plain)]
+        assert_allclose(std[0], std[1], rtol=1e-9)
+        assert not np.allclose(std[0], std[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_of_classes", [None, "balanced"])
+def test_rows_that_are_added_count_as_often_as_their_weight(weight_of_classes):
+    model = fit("classification", "gaussian-head", class_weight=weight_of_classes)
+    count = RNG.integers(1, 4, 120)
+    again = np.repeat(np.arange(120), count)
+    parts, one = copy.copy(model), np.zeros(len(again))
+    for rows in (slice(7), slice(7, 120)):  # the second time as sums
+        parts.adapt(X[rows], LABELS[rows], one[: len(X[rows])], count[rows], extend=True)
+    whole = copy.copy(model).adapt(X[again], LABELS[again], groups=one)
+    query = {"X": X, "groups": np.zeros(len(X))}
+    assert_allclose(parts.predict_proba(**query), whole.predict_proba(**query), rtol=1e-9)
+
+
+def test_weights_that_are_no_counts():
+    """As good as none far below 1; above 1024 their ratios count."""
+    model = fit("regression", "gaussian-head")
+
+    def moments(weight):
+        adapted = copy.copy(model).adapt(X[:7], Y[:7], sample_weight=weight)
+        return np.stack(adapted.predict(X, return_std=True))
+
+    none = np.stack(copy.copy(model).adapt(X[:0], Y[:0]).predict(X, return_std=True))
+    assert_allclose(moments(np.full(7, 1e-12)), none, atol=1e-8)
+    assert_allclose(moments(W[:7] * 1e-300), none, atol=1e-8)
+    large = moments(W[:7] * 2.0**8)
+    assert_array_equal(moments(W[:7] * 2.0**1000), large)
+    assert not np.allclose(moments(W[:7] * 2.0**5), large, rtol=1e-4)
+
+
+def test_weights_of_classes_are_no_evidence_of_more_rows():
+    """Where they are equal among the rows of a task, they are none."""
+    model = fit("classification", "gaussian-head", class_weight={"rare": 5.0, "common": 1.0})
+    rare = np.flatnonzero(LABELS == "rare")[:5]
+    weighed = copy.copy(model).adapt(X[rare], LABELS[rare])
+    model.class_weight = {"rare": 1.0, "common": 1.0}
+    model.targets_ = copy.copy(model.targets_)
+    model.targets_.class_weight_ = np.ones(2)
+    model._fit_settings = {**model._fit_settings, "class_weight": str(model.class_weight)}
+    plain = copy.copy(model).adapt(X[rare], LABELS[rare])
+    assert_allclose(weighed.predict_proba(X), plain.predict_proba(X), rtol=1e-9)
+
+
 # -- scikit-learn's tools ------------------------------------------------------------------------
 
 
@@ -779,13 +875,14 @@ def test_balanced_weights_count_the_weights_of_rows():
 
 
 def test_class_weights_are_weights_of_the_rows_of_a_support_set(rule):
-    """Those of the rows of `fit`, whatever the support set has."""
+    """Those of the rows of `fit`, whatever the support set has; on average of one row each."""
     model = fit("classification", rule, class_weight={"common": 1.0, "rare": 4.0})
     of_rows = np.where(LABELS == "rare", 4.0, 1.0)
     plain = copy.copy(model)
     plain.targets_ = copy.copy(model.targets_)
     plain.targets_.class_weight_ = None
-    expected = plain.adapt(X[:7], LABELS[:7], sample_weight=of_rows[:7]).predict_proba(X)
+    weight = of_rows[:7] / of_rows[:7].mean()
+    expected = plain.adapt(X[:7], LABELS[:7], sample_weight=weight).predict_proba(X)
     found = copy.copy(model).adapt(X[:7], LABELS[:7]).predict_proba(X)
     assert_allclose(found, expected, rtol=1e-6)
     few = FewShotClassifier(model).fit(X[:7], LABELS[:7]).predict_proba(X)

@@ -15,7 +15,7 @@ from sklearn_maml.data.spellings import is_task_list, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 
 __all__ = [
-    "NEAR",
+    "COUNTS",
     "check_weights",
     "merged",
     "row_marks",
@@ -24,27 +24,29 @@ __all__ = [
     "weighted",
 ]
 
-# exponent of weights that can be compared between calls as they are
-NEAR = 50
+# Exponents of the largest weight of support rows that are taken at their word: rows that count as
+# more than 2**10 each let systems become singular, and ones of less than 2**-50 say nothing.
+COUNTS = (-50, 10)
 
 BLOCK = 2**20  # numbers that are marked at a time
 LEAST = 1e-20  # of the largest weight: sums of smaller ones may be 0 in float32
 
 
-def check_weights(sample_weight: Any, X: np.ndarray, near: int = 0, **options: Any) -> np.ndarray:
-    """Validate weights of rows, and scale them to at most 1, so that no sum of them overflows.
+def check_weights(
+    sample_weight: Any, X: np.ndarray, exponents: tuple[int, int] = (0, 0), **options: Any
+) -> np.ndarray:
+    """Validate weights of rows, and scale them, so that no sum of them overflows.
 
-    Only their ratios matter; a power of two scales them exactly. Those of which the largest is
-    within a factor of ``2**near`` of 1 stay as they are.
+    By the power of two, which keeps their ratios, that is nearest to 1 and gives the largest weight
+    an exponent between these two; with the default it is at most 1.
     """
     refuse_graphs(sample_weight=sample_weight)
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
         weights = _check_sample_weight(sample_weight, X, **options)
-    exponent = np.frexp(np.abs(weights).max())[1]
-    if abs(exponent) <= near:
-        return weights
-    scaled: np.ndarray = np.ldexp(weights, -exponent)
+    exponent = int(np.frexp(np.abs(weights).max())[1])
+    shift = min(max(exponent, exponents[0]), exponents[1]) - exponent
+    scaled: np.ndarray = np.ldexp(weights, shift) if shift else weights
     return scaled
 
 

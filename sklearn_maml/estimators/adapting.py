@@ -91,8 +91,7 @@ class Adapting(Building):
         if tasks.n_tasks == 0:  # groups without rows name no task: there is still a population
             tasks = dataclasses.replace(tasks, ids=np.zeros(1, dtype=np.intp))
         y, coding = self.targets_.encode_support(tasks, sample_weight)
-        weight = self.targets_.weights(y, sample_weight)
-        support = Support(self._reshape(tasks.X), y, tasks.codes, tasks.n_tasks, weight)
+        support = self._support(tasks, y, tasks.codes, tasks.n_tasks, sample_weight)
         adapted = self._learn(support, steps)
         return State(adapted=adapted, ids=ids, named=tasks.named, **vars(coding))
 
@@ -110,10 +109,23 @@ class Adapting(Building):
         positions, ids = _places(before, tasks)
         y, _ = self.targets_.encode_support(tasks, sample_weight)
         n_tasks = max(before.n_tasks, int(positions.max(initial=-1)) + 1)
-        X, codes = self._reshape(tasks.X), positions[tasks.codes]
-        more = Support(X, y, codes, n_tasks, self.targets_.weights(y, sample_weight))
+        more = self._support(tasks, y, positions[tasks.codes], n_tasks, sample_weight)
         with torch.inference_mode(False):  # a caller may have it on
             return dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
+
+    def _support(
+        self,
+        tasks: TaskCollection,
+        y: np.ndarray,
+        codes: np.ndarray,
+        n_tasks: int,
+        sample_weight: np.ndarray | None,
+    ) -> Support:
+        """Labelled rows, with their weights and those of their classes."""
+        weight, count = self.targets_.weights(y, sample_weight), None
+        if weight is not sample_weight:  # a rare class is no evidence of more rows
+            count = np.ones(len(y)) if sample_weight is None else sample_weight
+        return Support(self._reshape(tasks.X), y, codes, n_tasks, weight, count)
 
     def _refuse_extension(self, before: State | None, scaled: bool) -> None:
         """Refuse more rows where what was learned of earlier ones depends on which others come."""

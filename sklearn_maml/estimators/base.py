@@ -273,9 +273,10 @@ class BaseMAML(Training, Stored, Scoring):
         groups : array-like of shape (n_support,), default=None
             Task id of each row, to adapt to many tasks in one call; None: one task.
         sample_weight : array-like of shape (n_support,), str or dict, default=None
-            Weights of the rows in the support loss; only their ratios within a task matter,
-            those to the rows of earlier calls included. Rows without weights have a weight of 1.
-            They are spelt as in `fit`.
+            Weights of the rows, spelt as in `fit`: a row of weight 2 is one that is there twice.
+            Gradient steps follow the weighted mean of the losses, of which ratios alone matter;
+            a Gaussian head is the surer the larger weights are, up to 1024. Rows without weights
+            have a weight of 1.
         extend : bool, default=False
             Whether to add the rows to what was adapted before: tasks then are what they would be
             after one call with all of their rows, those without new rows stay, and new ones are

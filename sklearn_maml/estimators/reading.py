@@ -15,7 +15,7 @@ from sklearn_maml.data.ids import find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import FLOATS, collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.data.weights import (
-    NEAR,
+    COUNTS,
     check_weights,
     merged,
     spread_weights,
@@ -163,7 +163,7 @@ class Reading(Parameters):
             return None, False
         given = spread_weights(sample_weight, tasks)
         options: dict[str, Any] = {"dtype": tasks.X.dtype, "ensure_non_negative": True}
-        weights = check_weights(given, tasks.X, near=NEAR, **options)
+        weights = check_weights(given, tasks.X, COUNTS, **options)
         totals = np.bincount(tasks.codes, weights=weights, minlength=tasks.n_tasks)
         empty = (totals == 0) & (tasks.sizes > 0)
         if empty.any():

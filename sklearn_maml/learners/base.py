@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ NO_EXTENSION = (
 MOST_ROWS = 2**18
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Support:
     """Labelled rows of tasks.
 
@@ -44,7 +44,10 @@ class Support:
         Task of each row.
     n_tasks : int
     weight : ndarray of shape (n_rows,) or None
-        Weights of the rows; only their ratios within a task matter.
+        Weights of the rows in losses.
+    count : ndarray of shape (n_rows,) or None
+        How many rows each one is, where `weight` says something else, too: of classes. None: as
+        many as its weight.
     """
 
     X: np.ndarray
@@ -52,6 +55,7 @@ class Support:
     codes: np.ndarray
     n_tasks: int
     weight: np.ndarray | None = None
+    count: np.ndarray | None = None
 
     @property
     def sizes(self) -> np.ndarray:
@@ -65,17 +69,16 @@ class Support:
         """
         if not len(self.X):
             return more
-        weight = None
-        if self.weight is not None or more.weight is not None:
-            both = (
-                np.ones(len(s.X), s.X.dtype) if s.weight is None else s.weight for s in (self, more)
-            )
-            weight = np.concatenate(list(both))
+        pair = (self, more)
+        weight = count = None
+        if any(s.weight is not None for s in pair):
+            weight = np.concatenate([s.weights() for s in pair])
+        if any(s.count is not None for s in pair):
+            count = np.concatenate([s.counts() for s in pair])
         X, y, codes = (
-            np.concatenate([getattr(self, name), getattr(more, name)])
-            for name in ("X", "y", "codes")
+            np.concatenate([getattr(s, name) for s in pair]) for name in ("X", "y", "codes")
         )
-        return Support(X, y, codes, more.n_tasks, weight)
+        return Support(X, y, codes, more.n_tasks, weight, count)
 
     def of(self, tasks: np.ndarray) -> Support:
         """Rows of some tasks, which are numbered by their places in `tasks`."""
@@ -84,24 +87,33 @@ class Support:
         place = np.full(self.n_tasks, -1)
         place[tasks] = np.arange(len(tasks))
         codes = place[self.codes]
-        kept = codes >= 0
-        weight = None if self.weight is None else self.weight[kept]
-        return Support(self.X[kept], self.y[kept], codes[kept], len(tasks), weight)
+        return dataclasses.replace(self, codes=codes, n_tasks=len(tasks)).rows_at(codes >= 0)
 
     def without(self, tasks: np.ndarray) -> Support:
         """Rows of the other tasks; tasks keep their numbers."""
-        if not len(tasks):
-            return self
-        kept = ~np.isin(self.codes, tasks)
-        weight = None if self.weight is None else self.weight[kept]
-        return Support(self.X[kept], self.y[kept], self.codes[kept], self.n_tasks, weight)
+        return self.rows_at(~np.isin(self.codes, tasks)) if len(tasks) else self
 
-    def mean_one(self) -> np.ndarray:
-        """Weights that are 1 on average in each task."""
-        if self.weight is None:
-            return np.ones(len(self.X))
+    def rows_at(self, kept: np.ndarray) -> Support:
+        """Take some of the rows, of as many tasks."""
+        names = ("X", "y", "codes", "weight", "count")
+        parts = {n: part[kept] for n in names if (part := getattr(self, n)) is not None}
+        return dataclasses.replace(self, **parts)
+
+    def weights(self) -> np.ndarray:
+        """Weights, where there are none 1."""
+        return np.ones(len(self.X), self.X.dtype) if self.weight is None else self.weight
+
+    def counts(self) -> np.ndarray:
+        """How many rows each one is."""
+        return self.weights() if self.count is None else self.count
+
+    def evidence(self) -> np.ndarray:
+        """Weights whose sum in each task is the number of rows, see `counts`."""
+        if self.count is None:
+            return self.weights().astype(np.float64)
         total = np.bincount(self.codes, self.weight, self.n_tasks)
-        scaled: np.ndarray = self.weight * (self.sizes / np.where(total > 0, total, 1))[self.codes]
+        n_rows = np.bincount(self.codes, self.count, self.n_tasks)
+        scaled: np.ndarray = self.weights() * (n_rows / np.where(total > 0, total, 1))[self.codes]
         return scaled
 
 

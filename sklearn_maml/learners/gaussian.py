@@ -334,7 +334,8 @@ class HeadFunctions:
         y : Tensor of shape (n_tasks, n_support, n_outputs)
             Standardised targets, or 1 for the class of the row and 0 for the others.
         root : Tensor of shape (n_tasks, n_support) or (n_members, n_tasks, n_support), optional
-            Square roots of the rows' weights, which are 1 on average; 0 for padding.
+            Square roots of the rows' weights: one of weight 2 is a row that is there twice. 0 for
+            padding.
         """
         S, residual, n_rows = self.weighted(X, y, root)
         if S.shape[-2] > S.shape[-1]:

@@ -31,7 +31,8 @@ class Sums:
     square : ndarray of shape (n_members, n_outputs)
     weight : ndarray of shape ()
         Sum of the weights of the rows, by which the other sums are weighted.
-    n_rows : int ndarray of shape ()
+    n_rows : ndarray of shape ()
+        See `Support.counts`.
     """
 
     gram: np.ndarray
@@ -80,8 +81,8 @@ def _most_rows(head: GaussianHead) -> int:
 def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
     """Sum over the rows of tasks, some at a time; those without rows have no sums."""
     head, most = run.head, _most_rows(run.head)
-    weight = np.ones(len(support.X)) if support.weight is None else support.weight
-    root = np.sqrt(weight.astype(np.float64))
+    root = np.sqrt(support.weights().astype(np.float64))
+    n_rows = np.bincount(support.codes, support.counts(), support.n_tasks)
     lower = np.tril_indices(head.n_columns)
     found = {}
     for tasks, place, present in padded(support.codes, support.n_tasks, most_rows=most):
@@ -97,10 +98,10 @@ def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
                 continue
             gram, cross, square, weights = (t.cpu().numpy() for t in vars(total).values())
             gram = gram[:, :, *lower]
-            counts = present[some].sum(1)
-            for j in np.flatnonzero(counts):
-                found[int(tasks[some[j]])] = Sums(
-                    gram[:, j], cross[:, j], square[:, j], weights[0, j, 0], counts[j]
+            for j in np.flatnonzero(present[some].any(1)):
+                task = int(tasks[some[j]])
+                found[task] = Sums(
+                    gram[:, j], cross[:, j], square[:, j], weights[0, j, 0], n_rows[task]
                 )
     return found
 
@@ -130,7 +131,7 @@ class Given:
         self.sizes = self.support.sizes
         self.order = np.argsort(self.support.codes, kind="stable")
         self.first = np.cumsum(self.sizes) - self.sizes
-        self.root = np.sqrt(self.support.mean_one())
+        self.root = np.sqrt(self.support.evidence())
         self.by_sums = run.has_sums & (self.sizes > _most_rows(self.head))
         self.by_sums[list(self.sums)] = True
 
@@ -161,7 +162,7 @@ class Given:
         return self.run.condition(*rows)
 
     def _information(self, tasks: np.ndarray) -> Information:
-        """Put sums of several tasks side by side, by weights that are 1 on average in each."""
+        """Put sums of several tasks side by side, by weights whose sum is the number of rows."""
         head, p = self.head, self.head.n_columns
         distinct, place = np.unique(tasks, return_inverse=True)
         of_rows = sums_over(self.run, self.support.of(distinct))
