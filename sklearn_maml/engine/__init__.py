@@ -5,6 +5,7 @@ from __future__ import annotations
 from sklearn_maml.engine.architecture import ELEMENTWISE, has_dropout, is_row_wise
 from sklearn_maml.engine.engine import Engine
 from sklearn_maml.engine.ladder import RUNGS, begin_with
+from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.spec import Adapted, MetaStep
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
@@ -16,6 +17,7 @@ __all__ = [
     "Adapted",
     "Engine",
     "MetaStep",
+    "MetaSteps",
     "Rung",
     "begin_with",
     "cross_entropy_rows",

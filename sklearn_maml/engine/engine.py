@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine.architecture import is_spatial, mixes_rows
+from sklearn_maml.engine.architecture import is_spatial
 from sklearn_maml.engine.batch_norm import explaining_one_value, support_statistics
 from sklearn_maml.engine.forward import for_prediction, tf32
 from sklearn_maml.engine.ladder import Ladder, begin_with
+from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.engine.pieces import (
     Memory,
     chunks,
@@ -30,20 +31,19 @@ from sklearn_maml.engine.pieces import (
     join_params,
     join_steps,
 )
-from sklearn_maml.engine.rungs.conv import Conv
 from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step, check_batch_norm
 from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
-from sklearn_maml.threads import several_threads, threads_for
+from sklearn_maml.threads import several_threads
 from sklearn_maml.update_rules import SGD, TaskSolver
 
 __all__ = ["Engine"]
 
 
-class Engine:
+class Engine(MetaSteps):
     """Meta-gradients, adaptation and prediction for batches of tasks.
 
     Parameters
@@ -102,12 +102,10 @@ class Engine:
         )
         self.ladder = Ladder(self.spec, rung)
         self.memory = Memory(max_tasks_in_memory)
-        # what other rungs run without padding
-        self._mixes_rows = isinstance(self.ladder.base, Conv) and mixes_rows(self.spec.module)
         self._warns_of = [*self.spec.own_norms]
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> nn.Module:  # type: ignore[override]
         """The engine's copy of the module."""
         return self.spec.module
 
@@ -145,29 +143,28 @@ class Engine:
         self.ladder.expect(first_update, n_updates, outlook)
 
     def preparation(self, steps: int) -> Callable[[EpisodeBatch], EpisodeBatch] | None:
-        """Return what makes `EpisodeBatch.prepared` of row positions, if that can be done early."""
+        """See `MetaSteps`."""
         if not prepares_positions(self.spec.meta_gradient):
             return None
         return functools.partial(self.spec.meta_gradient.episodes, steps=steps)
 
     def finish(self) -> None:
-        """Give up what is prepared in the background: no more meta-steps come."""
+        """See `MetaSteps`."""
         self.tracer.finish()
 
     def progress(self) -> dict[str, Any]:
-        """Return what meta-training has changed here, as plain data, for `resume`."""
+        """See `MetaSteps`."""
         return {
+            **super().progress(),
             **self.ladder.progress(),
             "max_tasks_in_memory": self.memory.most,
-            "buffers": dict(self.module.named_buffers()),
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on where the engine of an interrupted fit stood; call it before `expect`."""
+        """See `MetaSteps`."""
+        super().resume(progress)
         self.ladder.resume(progress)
         self.memory.most = progress["max_tasks_in_memory"]
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(progress["buffers"][name])
 
     def prediction_state(self) -> dict[str, Any]:
         """Return what predictions with adapted parameters depend on, for `for_prediction`."""
@@ -206,8 +203,7 @@ class Engine:
         """
         if not self.spec.on_cpu:
             return tf32(self.spec.precision == "tf32")
-        work = n_rows * sum(p.numel() for p in self.module.parameters())
-        return several_threads() if is_spatial(self.module) else threads_for(work)
+        return several_threads() if is_spatial(self.module) else super().threads(n_rows)
 
     # -- the entry points --------------------------------------------------------------------------
 
@@ -338,7 +334,7 @@ class Engine:
         top = self.ladder.top
         if self.joins_rows(batch_norm):
             adapted = dataclasses.replace(adapted, statistics={})
-        elif not self._mixes_rows:
+        elif not self.ladder.base.joins_rows:
             return top.predicting(query).outputs(adapted, query)
         with explaining_one_value(query=query):
             places = equal_shapes(query)

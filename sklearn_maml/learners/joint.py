@@ -13,10 +13,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
-from sklearn_maml.engine import Engine, MetaStep
+from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
-from sklearn_maml.threads import threads_for
 
 __all__ = [
     "PART_OF_UPDATES",
@@ -325,10 +324,10 @@ def rate_factor(progress: float) -> float:
 
 
 @dataclass
-class Joint:
+class Joint(MetaSteps):
     """What the outer loop trains: a Gaussian head and, unless given up, gradient steps.
 
-    It takes the place of an `Engine` there. The losses and outputs of its meta-steps are those of
+    The losses and outputs of its meta-steps are those of
     the head.
 
     Attributes
@@ -354,36 +353,30 @@ class Joint:
     has_share: bool = False
 
     @property
-    def module(self) -> Any:
+    def module(self) -> Any:  # type: ignore[override]
         """Whatever has parameters."""
         return self.trainer.head
 
     def running_averages(self) -> list[Tensor]:
-        """Return what meta-steps of the head write beside its parameters."""
+        """See `MetaSteps`."""
         return [b for b in self.trainer.head.body.buffers() if b.is_floating_point()]
 
     def threads(self, n_rows: int) -> Any:
-        """As `Engine.threads`."""
-        if self.engine is not None:
-            return self.engine.threads(n_rows)
-        work = n_rows * sum(p.numel() for p in self.trainer.head.parameters())
-        return threads_for(work)
+        """See `MetaSteps`."""
+        return super().threads(n_rows) if self.engine is None else self.engine.threads(n_rows)
 
-    def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
-        """As `Engine.expect`."""
+    def expect(self, first_update: int, n_updates: int, **outlook: int) -> None:
+        """See `MetaSteps`."""
         if self.engine is not None:
-            self.engine.expect(first_update, n_updates, **sizes)
+            self.engine.expect(first_update, n_updates, **outlook)
 
     def finish(self) -> None:
-        """As `Engine.finish`."""
+        """See `MetaSteps`."""
         if self.engine is not None:
             self.engine.finish()
 
-    def preparation(self, steps: int) -> None:
-        """As `Engine.preparation`: what gradient steps would prepare is of their own tasks."""
-
     def progress(self) -> dict[str, Any]:
-        """As `Engine.progress`."""
+        """See `MetaSteps`."""
         of_steps = None if self.engine is None else self.engine.progress()
         return {
             "steps": of_steps,
@@ -393,7 +386,7 @@ class Joint:
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """As `Engine.resume`."""
+        """See `MetaSteps`."""
         self.n_validations = progress["n_validations"]
         self.head_is_done = progress["head_is_done"]
         self.at_start = progress["at_start"]
@@ -405,7 +398,7 @@ class Joint:
     def meta_step(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> MetaStep:
-        """As `Engine.meta_step`; gradients of the steps are a sum over the number of all tasks."""
+        """See `MetaSteps`; gradients of the steps are a sum over the number of all tasks."""
         if self.head_is_done:
             step = self.trainer.evaluate(meta_params, batch)
         else:
@@ -429,7 +422,7 @@ class Joint:
     def evaluate(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """As `Engine.evaluate`, of the gradient steps."""
+        """See `MetaSteps`; of the gradient steps."""
         assert self.engine is not None
         own = {n: p for n, p in meta_params.items() if not n.startswith(PREFIX)}
         return self.engine.evaluate(own, batch, alpha=alpha, steps=steps)

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
-from sklearn_maml.engine import MetaStep
+from sklearn_maml.engine import MetaStep, MetaSteps
 from sklearn_maml.learners.base import Adapted, Support, padded, refuse_unknown
 from sklearn_maml.learners.gradient import Running
 from sklearn_maml.learners.plain import PlainLearner
-from sklearn_maml.threads import threads_for
 
 __all__ = ["AdaptedBySupport", "Learner", "LearnerEngine", "Problem"]
 
@@ -104,38 +103,13 @@ class Learner(BaseEstimator, ABC):
         return None
 
 
-class LearnerEngine:
-    """Meta-steps of a `Learner` for the outer loop, in the place of an `Engine`."""
-
-    fallback_reason = None
-    rung = "auto"
+class LearnerEngine(MetaSteps):
+    """Meta-steps of a `Learner` for the outer loop."""
 
     def __init__(self, learner: Learner, network: nn.Module, row_loss: RowLoss) -> None:
         self.learner = learner
         self.module = copy.deepcopy(network, {id(p): p for p in network.parameters()})
         self.row_loss = row_loss
-
-    def threads(self, n_rows: int) -> Any:
-        """As `Engine.threads`."""
-        return threads_for(n_rows * sum(p.numel() for p in self.module.parameters()))
-
-    def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
-        """As `Engine.expect`."""
-
-    def finish(self) -> None:
-        """As `Engine.finish`."""
-
-    def preparation(self, steps: int) -> None:
-        """As `Engine.preparation`."""
-
-    def progress(self) -> dict[str, Any]:
-        """As `Engine.progress`."""
-        return {"buffers": dict(self.module.named_buffers())}
-
-    def resume(self, progress: dict[str, Any]) -> None:
-        """As `Engine.resume`."""
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(progress["buffers"][name])
 
     def _run(self, params: Params, batch: EpisodeBatch, support: Rows) -> tuple[Tensor, Tensor]:
         own = {n[len(PREFIX) :]: p for n, p in params.items() if n.startswith(PREFIX)}
@@ -150,7 +124,7 @@ class LearnerEngine:
     def meta_step(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> MetaStep:
-        """As `Engine.meta_step`; it takes no steps."""
+        """See `MetaSteps`; it takes no steps."""
         self.module.train()
         leaves = {name: p.detach().requires_grad_() for name, p in meta_params.items()}
         with torch.enable_grad():
@@ -164,7 +138,7 @@ class LearnerEngine:
     def evaluate(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """As `Engine.evaluate`; 0 steps are support sets without weight."""
+        """See `MetaSteps`; 0 steps are support sets without weight."""
         self.module.eval()
         support = batch.support if steps else _without_weight(batch.support)
         return self._run(meta_params, batch, support)

@@ -38,8 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch
-from sklearn_maml.engine import Engine, MetaStep
-from sklearn_maml.learners.joint import Joint
+from sklearn_maml.engine import MetaStep, MetaSteps
 
 __all__ = ["Processes", "SharedEngine", "find_processes", "single_process"]
 
@@ -126,7 +125,7 @@ class Processes:
                     "sklearn_maml.distributed.single_process()."
                 )
 
-    def share(self, engine: Engine, net: Any) -> SharedEngine:
+    def share(self, engine: MetaSteps, net: Any) -> SharedEngine:
         """Engine that computes a share of each batch; `net` is what it trains."""
         self.device = next(engine.module.parameters()).device
         self.net = net
@@ -198,30 +197,27 @@ class Processes:
             net.update_ = outcome[2]
 
 
-class SharedEngine:
+class SharedEngine(MetaSteps):
     """An engine for a share of the tasks whose results are those of all of them."""
 
-    def __init__(self, engine: Engine, processes: Processes) -> None:
+    def __init__(self, engine: MetaSteps, processes: Processes) -> None:
         self.engine = engine
         self.processes = processes
 
     def threads(self, n_rows: int) -> Any:
-        """As `Engine.threads`."""
+        """See `MetaSteps`."""
         return self.engine.threads(n_rows)
 
-    def expect(self, first_update: int, n_updates: int, **sizes: int) -> None:
-        """As `Engine.expect`."""
-        self.engine.expect(first_update, n_updates, **sizes)
-
-    def preparation(self, steps: int) -> None:
-        """Prepare nothing: each process takes a share of the rows themselves."""
+    def expect(self, first_update: int, n_updates: int, **outlook: int) -> None:
+        """See `MetaSteps`."""
+        self.engine.expect(first_update, n_updates, **outlook)
 
     def finish(self) -> None:
-        """As `Engine.finish`."""
+        """See `MetaSteps`."""
         self.engine.finish()
 
     def meta_step(self, meta_params: dict[str, Tensor], batch: Any, **options: Any) -> MetaStep:
-        """As `Engine.meta_step`."""
+        """See `MetaSteps`."""
         step = self._share(
             batch, meta_params, lambda part: self.engine.meta_step(meta_params, part, **options)
         )
@@ -233,7 +229,7 @@ class SharedEngine:
 
         Held-out tasks are judged with them, and all processes have to judge alike.
         """
-        moved = self.engine.running_averages() if isinstance(self.engine, Joint) else []
+        moved = self.engine.running_averages()
         if not moved:
             return
         with _uninterrupted():
@@ -246,7 +242,7 @@ class SharedEngine:
     def evaluate(
         self, meta_params: dict[str, Tensor], batch: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `Engine.evaluate`."""
+        """See `MetaSteps`."""
 
         def run(part: EpisodeBatch) -> MetaStep:
             losses, outputs = self.engine.evaluate(meta_params, part, **options)

@@ -48,6 +48,10 @@ class Rung(ABC):
         Whether it runs steps of the rung below, and goes by its name.
     in_threads : bool
         Whether its pieces may run at the same time.
+    gains_by_record : bool
+        Whether recorded steps are faster; otherwise only where a device launches them at once.
+    joins_rows : bool
+        Whether rows of padding would change predictions for the others.
     safe : bool
         Whether errors are the module's own; otherwise a safe rung below is tried.
     ready : bool
@@ -59,6 +63,8 @@ class Rung(ABC):
     one_by_one: ClassVar[bool] = False
     is_wrapper: ClassVar[bool] = False
     in_threads: bool = False
+    gains_by_record: ClassVar[bool] = True
+    joins_rows: bool = False
     safe: bool = True
     ready: bool = True
     # of rungs that are climbed to: those that they are climbed to from

@@ -78,13 +78,14 @@ class Conv(Stacked):
     """Sequences with 2-D convolutions."""
 
     name = "stacked"
+    gains_by_record = False
 
     def __init__(self, spec: Spec, below: Callable[[], Rung | None]) -> None:
         # it takes everything, and its own layers have no other batch norm
         super().__init__(spec, lambda: None)
+        self.joins_rows = mixes_rows(spec.module)
         # layers of users may keep what they compute, and random numbers would come in any order
-        own = mixes_rows(spec.module) or has_dropout(spec.module)
-        self.in_threads = spec.on_cpu and not own
+        self.in_threads = spec.on_cpu and not (self.joins_rows or has_dropout(spec.module))
 
     @classmethod
     def refuses(cls, spec: Spec) -> str | None:

@@ -67,9 +67,8 @@ class Traced(Rung):
 
     def expect(self, first_update: int, n_updates: int, outlook: Outlook) -> bool:
         """See `Rung`."""
-        # convolutions gain nothing from a record: only where they are launched at once
         device = self.spec.device
-        gains = self._records or (
+        gains = self.under.gains_by_record or (
             device.type != "cpu" and not has_dropout(self.spec.module) and captures(device)
         )
         self.tracer.updates_left = n_updates if gains else 0
@@ -78,10 +77,6 @@ class Traced(Rung):
     def climb(self) -> None:
         """Record whatever comes, at once."""
         self.tracer.min_updates, self.tracer.min_seen = 0, 1
-
-    @property
-    def _records(self) -> bool:
-        return not isinstance(self.under, Conv)
 
     def begin(self, step: Step) -> None:
         """See `Rung`."""
@@ -96,8 +91,7 @@ class Traced(Rung):
         shape = (
             step.alpha,
             step.steps,
-            # asked for late: a spec of convolutions has no use for it
-            None if isinstance(source, Conv) else spec.forward.attends,
+            spec.attends,
             spec.precision,
             spec.batch_norm,
             step.phase,
@@ -126,7 +120,11 @@ class Traced(Rung):
         inputs = [*meta_params.values(), *fixed.values(), *given]
         try:
             outputs = self.tracer.run(
-                function, inputs, shape=shape, settings=settings, recorded=self._records
+                function,
+                inputs,
+                shape=shape,
+                settings=settings,
+                recorded=self.under.gains_by_record,
             )
         except Untraceable as error:
             reason, outputs = error.args
