@@ -132,6 +132,22 @@ def _make_cells(tasks: TaskCollection, labels: np.ndarray | None) -> _Cells:
     return _Cells(rows, first, size, cell % n_labels, starts)
 
 
+def _chosen(tasks: TaskCollection, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen rows, task after task, and where each task begins."""
+    rows = tasks.order[chosen[tasks.order]]
+    return rows, np.searchsorted(tasks.codes[rows], np.arange(tasks.n_tasks + 1))
+
+
+def _all_of(
+    which: np.ndarray, rows: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of some tasks, one task after another, and their numbers."""
+    first = starts[which]
+    counts = starts[which + 1] - first
+    shift = first - (np.cumsum(counts) - counts)
+    return rows[np.arange(counts.sum()) + np.repeat(shift, counts)], counts
+
+
 class EpisodeSampler:
     """Draws episodes from a task collection.
 
@@ -200,6 +216,10 @@ class EpisodeSampler:
         self.n_labels = int(tasks.y.max()) + 1 if classification else 0
         if tasks.in_query is None:
             self.cells = _make_cells(tasks, tasks.y if self.by_class else None)
+        else:
+            self._support, self._query = (
+                _chosen(tasks, tasks.in_query == k) for k in (False, True)
+            )
 
     def sample(self, which: np.ndarray, rng: np.random.Generator) -> EpisodeBatch:
         """Draw one episode from each of the tasks at positions `which` (repeats are allowed)."""
@@ -302,15 +322,7 @@ class EpisodeSampler:
         """
         which = np.asarray(which)
         if self.tasks.in_query is not None:
-            rows = [self.tasks.rows(j) for j in which]
-            support = [r[~self.tasks.in_query[r]] for r in rows]
-            query = [r[self.tasks.in_query[r]] for r in rows]
-            return Split(
-                np.concatenate(support),
-                np.array([len(r) for r in support]),
-                np.concatenate(query),
-                np.array([len(r) for r in query]),
-            )
+            return Split(*_all_of(which, *self._support), *_all_of(which, *self._query))
         cells, episode = self._choose_cells(which, rng)
         size = self.cells.size[cells]
         n_support, n_query = self._sizes(size, episode, rng, n_batches)

@@ -231,7 +231,8 @@ class Engine(MetaSteps):
         rung = self.ladder.top.serving(step, batch.support, batch.query)
         if rung.one_by_one:
             return rung.meta_step(meta_params, batch, step)
-        self.module.train()
+        if not self.module.training:  # a copy of its own: nobody else has changed its parts
+            self.module.train()
         for rung in self.ladder.top.chain():
             rung.begin(step)
         self._warn_of_own_norms()

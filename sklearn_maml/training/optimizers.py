@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils import _foreach_utils
 
 from sklearn_maml.devices import is_host
+from sklearn_maml.engine.tracing.graphs import CudaGraph, captured
 
 __all__ = [
     "FlatStep",
@@ -198,6 +200,7 @@ def _run(
     moments: list[list[Tensor]],
     steps: list[Tensor],
     bad: Tensor | None = None,
+    rate: Tensor | None = None,
 ) -> None:
     beta1, beta2 = group["betas"]
     kernel(
@@ -207,7 +210,7 @@ def _run(
         moments[1],
         moments[2] if group["amsgrad"] else [],
         steps,
-        lr=group["lr"],
+        lr=group["lr"] if rate is None else rate,
         beta1=beta1,
         beta2=beta2,
         weight_decay=group["weight_decay"],
@@ -276,6 +279,9 @@ class FlatStep:
                 state["step"] = step
         self.pointers = self._pointers()
         self.shown: Sequence[Tensor | None] = []  # parts of a gradient that callbacks have seen
+        # `bounded_step`, captured for what it depends on besides tensors; None where it cannot be
+        self._captured: dict[Hashable, CudaGraph | None] = {}
+        self._rate = torch.empty((), device=self.flat.device)
 
     @staticmethod
     def can_make(optimizer: Any, params: Sequence[nn.Parameter]) -> bool:
@@ -327,10 +333,50 @@ class FlatStep:
             return grad
         return torch.cat([g.flatten() for g in grads])
 
-    def step(self, grad: Tensor, bad: Tensor | None = None) -> None:
+    def step(self, grad: Tensor, bad: Tensor | None = None, rate: Tensor | None = None) -> None:
         """Make a step for the gradients of all parameters, end to end; for `bad` see above."""
         self.steps += 1 if bad is None else 1 - bad
-        _run(self.kernel, self.group, [self.flat], [grad], self.moments, [self.steps[0]], bad)
+        steps = [self.steps[0]]
+        _run(self.kernel, self.group, [self.flat], [grad], self.moments, steps, bad, rate)
+
+    def bounded_step(
+        self, losses: Tensor, grad: Tensor, max_norm: float | None, rate: Tensor | None = None
+    ) -> Tensor:
+        """Make a step for a gradient that is not used any more, and return the mean loss.
+
+        Without a look at values: where they are not finite nothing is to happen, and the loss is
+        NaN.
+        """
+        loss, length = losses.mean(), torch.linalg.vector_norm(grad)
+        finite = torch.isfinite(loss) & torch.isfinite(length)
+        if max_norm is not None:
+            grad.mul_((max_norm / length).clamp(max=1.0))
+        self.step(grad, 1.0 - finite.float(), rate)
+        return torch.where(finite, loss, math.nan)
+
+    def launch(self, losses: Tensor, grad: Tensor, max_norm: float | None) -> Tensor:
+        """Make a `bounded_step` in one launch."""
+        fixed = {name: v for name, v in self.group.items() if name not in ("params", "lr")}
+        key = (losses.shape, max_norm, *fixed.values())
+        if key not in self._captured:
+            self._captured[key] = self._capture(losses, grad, max_norm)
+        graph = self._captured[key]
+        self._rate.fill_(self.group["lr"])
+        if graph is None:
+            return self.bounded_step(losses, grad, max_norm, self._rate)
+        return graph(losses, grad)[0]
+
+    def _capture(self, losses: Tensor, grad: Tensor, max_norm: float | None) -> CudaGraph | None:
+        def function(losses: Tensor, grad: Tensor) -> list[Tensor]:
+            return [self.bounded_step(losses, grad, max_norm, self._rate)]
+
+        # what the captured kernels are launched for once or more before they are wanted
+        state = [self.flat, self.steps, *(moment for (moment,) in self.moments)]
+        before = [t.clone() for t in state]
+        graph = captured(function, [losses, grad], "The steps of the optimiser")
+        for own, value in zip(state, before, strict=True):
+            own.copy_(value)
+        return graph
 
     def release(self) -> None:
         """Undo the sharing of memory, which would multiply what is pickled."""

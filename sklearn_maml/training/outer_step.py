@@ -12,6 +12,7 @@ from skorch.utils import TeeGenerator
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.engine.tracing.graphs import captures
 from sklearn_maml.training.optimizers import (
     FlatStep,
     begin,
@@ -41,7 +42,10 @@ class Prepared:
     # whether the host decides if an update is made: it reads its loss, which an accelerator would
     # have to be waited for
     on_host: bool
-    # otherwise whether the update at hand is to be made, and 1 where it is to be skipped, else 0
+    # whether a gradient that comes in one piece is bounded, and its step made, in one launch
+    launches: bool
+    # where the host does not decide: whether the update at hand is to be made, and 1 where it is
+    # to be skipped, else 0
     finite: Tensor | None = None
     bad: Tensor | None = None
 
@@ -101,6 +105,7 @@ class OuterStep:
             or fused
             or (self._has_stepped and can_mask(optimizer, torch.device(net.device)))
         )
+        on_host = self.on_host or needs_closure or looked_at or not maskable
         self._prepared = Prepared(
             params=params,
             signature=self._signature(net, params),
@@ -110,7 +115,10 @@ class OuterStep:
             fused=fused,
             flat=flat,
             watched=watched,
-            on_host=self.on_host or needs_closure or looked_at or not maskable,
+            on_host=on_host,
+            launches=(
+                not on_host and not watched and flat is not None and captures(flat.flat.device)
+            ),
         )
         return self._prepared
 
@@ -210,9 +218,9 @@ class OuterStep:
     ) -> tuple[dict[str, Any], list[Tensor] | None]:
         """Loss and outputs of a meta-batch, and its gradients unless they are not finite.
 
-        The gradients are those of the trainable parameters, or one vector for `FlatStep`. Where
-        the host does not decide, they are returned in any case, and `ready.finite` says whether
-        they are.
+        The gradients are those of the trainable parameters, or one vector for `FlatStep`; None if
+        the step has been launched. Where the host does not decide, they are returned in any case,
+        and `ready.finite` says whether they are.
         """
         episodes, device = batch[0], torch.device(net.device)
         if episodes.query.X.device != device:
@@ -229,7 +237,6 @@ class OuterStep:
         self, net: Any, step: Any, episodes: EpisodeBatch, ready: Prepared
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Loss and gradients of a meta-step as `meta_gradient` returns them."""
-        loss = step.losses.mean()
         if net.symmetric_head is not None:
             in_one_piece = getattr(step, "flat", None) is not None
             net.symmetric_head.project_gradient(step.grads, in_place=in_one_piece)
@@ -238,6 +245,11 @@ class OuterStep:
         whole = getattr(step, "flat", None)
         if whole is not None and list(step.grads) != list(ready.trainable):
             whole = None
+        if whole is not None and ready.launches and ready.flat is not None:
+            decay_rate(net)
+            net.update_ += 1
+            return ready.flat.launch(step.losses, whole, net.max_grad_norm), None
+        loss = step.losses.mean()
         if whole is None and ready.flat is not None:
             whole = torch.cat([grad.flatten() for grad in grads])
         if whole is not None:

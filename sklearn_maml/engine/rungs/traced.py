@@ -137,7 +137,10 @@ class Traced(Rung):
         if outputs is None:
             return self.under.meta_step(meta_params, batch, step)
         losses, output, *grads = outputs
-        return MetaStep(losses, dict(zip(meta_params, grads, strict=True)), output)
+        flat = getattr(outputs, "whole", None)
+        if flat is not None:
+            flat = flat[losses.numel() + output.numel() :]
+        return MetaStep(losses, dict(zip(meta_params, grads, strict=True)), output, flat)
 
     def adapt(self, theta: Theta, support: Rows, step: Step) -> Params:
         """See `Rung`: nothing is gained."""

@@ -21,7 +21,16 @@ from sklearn_maml.engine.tracing.recording import (
 )
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = ["CudaGraph", "captures", "close", "module_key", "prepared", "settings_key"]
+__all__ = [
+    "CudaGraph",
+    "Results",
+    "captured",
+    "captures",
+    "close",
+    "module_key",
+    "prepared",
+    "settings_key",
+]
 
 # graphs kept in the process
 MAX_GRAPHS = 64
@@ -54,6 +63,12 @@ def _shared_graph(
         return graph
 
 
+class Results(list[Tensor]):
+    """Tensors, and the one tensor whose memory they share end to end, if they do."""
+
+    whole: Tensor | None = None
+
+
 class CudaGraph:
     """A function of CUDA tensors whose kernels are launched all at once.
 
@@ -79,22 +94,28 @@ class CudaGraph:
         backend.current_stream().wait_stream(stream)
         self._graph = backend.CUDAGraph()
         with backend.graph(self._graph):
-            self._outputs = function(*self._inputs)
+            outputs = function(*self._inputs)
+            self._shapes = [t.shape for t in outputs]
+            self._sizes = [t.numel() for t in outputs]
+            # end to end, so that a single launch copies them
+            alike = len({t.dtype for t in outputs}) == 1
+            self._outputs = [torch.cat([t.flatten() for t in outputs])] if alike else outputs
+        kinds = dict.fromkeys(t.dtype for t in self._inputs)
+        self._places = [[k for k, t in enumerate(inputs) if t.dtype == kind] for kind in kinds]
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Results:
         """Launch the kernels for other values of the inputs."""
-        _copy_all(self._inputs, inputs)
+        for places in self._places:  # those of a type in one launch
+            torch._foreach_copy_([self._inputs[k] for k in places], [inputs[k] for k in places])
         self._graph.replay()
-        outputs = [torch.empty_like(output) for output in self._outputs]
-        _copy_all(outputs, self._outputs)
-        return outputs
-
-
-def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy tensors of each type in one launch."""
-    for dtype in dict.fromkeys(t.dtype for t in to):
-        pairs = [(t, v) for t, v in zip(to, values, strict=True) if t.dtype == dtype]
-        torch._foreach_copy_([t for t, _ in pairs], [v.detach() for _, v in pairs])
+        copies = [t.clone() for t in self._outputs]
+        if len(copies) == len(self._shapes) > 1:
+            return Results(copies)
+        parts = copies[0].split(self._sizes)
+        results = Results(t.view(shape) for t, shape in zip(parts, self._shapes, strict=True))
+        results.whole = copies[0]
+        return results
 
 
 def captures(device: torch.device) -> bool:
@@ -129,16 +150,21 @@ def _launched_at_once(graph: Function, inputs: Sequence[Tensor]) -> Function:
     (device,) = devices
     if not captures(device):
         return graph
+    return captured(graph, inputs, "The meta-steps run traced but") or graph
+
+
+def captured(function: Function, inputs: Sequence[Tensor], what: str) -> CudaGraph | None:
+    """Capture a function; None, with a warning that begins with `what`, if it cannot be."""
     try:
-        return CudaGraph(graph, inputs, backend_of(device))
+        return CudaGraph(function, inputs, backend_of(inputs[0].device))
     except RuntimeError as error:
         warnings.warn(
-            "The meta-steps run traced but cannot be captured as a CUDA graph, so they are "
-            f"slower, with the same results. Reason: {first_line(error)}",
+            f"{what} cannot be captured as a CUDA graph, so they are slower, with the same "
+            f"results. Reason: {first_line(error)}",
             EngineFallbackWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-        return graph
+        return None
 
 
 def close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
