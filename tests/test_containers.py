@@ -7,12 +7,14 @@ import pickle
 
 import numpy as np
 import pytest
+import sklearn
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import TransformedTargetRegressor, make_column_transformer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
+    AdaBoostClassifier,
     AdaBoostRegressor,
     BaggingClassifier,
     BaggingRegressor,
@@ -22,8 +24,9 @@ from sklearn.ensemble import (
     VotingRegressor,
 )
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_selection import RFE, SelectFromModel, SequentialFeatureSelector
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, RANSACRegressor, Ridge
 from sklearn.model_selection import (
     FixedThresholdClassifier,
     GridSearchCV,
@@ -31,8 +34,17 @@ from sklearn.model_selection import (
     TunedThresholdClassifierCV,
     cross_val_predict,
 )
-from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier
-from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor, RegressorChain
+from sklearn.multiclass import (
+    OneVsOneClassifier,
+    OneVsRestClassifier,
+    OutputCodeClassifier,
+)
+from sklearn.multioutput import (
+    ClassifierChain,
+    MultiOutputClassifier,
+    MultiOutputRegressor,
+    RegressorChain,
+)
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
@@ -205,7 +217,54 @@ def searched(reg):
     return search, np.sinh(one.predict(NEW_X))
 
 
+def chain(reg):
+    """Targets of the outputs before are features: in `fit` and `adapt` those that are known."""
+    model = RegressorChain(reg, order=[1, 0]).fit(X, np.c_[Y, Y**2])
+    square, last = model.estimators_
+    first = adapted_to(square, NEW_Y**2).predict(NEW_X)
+    given = np.c_[NEW_X, NEW_Y**2][SUPPORT]
+    second = copy.copy(last).adapt(given, NEW_Y[SUPPORT]).predict(np.c_[NEW_X, first])
+    return model, np.c_[second, first]
+
+
+def boosting(reg):
+    prior = clone(reg).set_params(unseen_tasks="prior")  # it predicts before anybody adapts
+    model = AdaBoostRegressor(prior, n_estimators=3, random_state=0).fit(X, Y)
+    predicted = np.stack([adapted_to(m, NEW_Y).predict(NEW_X) for m in model.estimators_], 1)
+    order = predicted.argsort(1)
+    weight = model.estimator_weights_[order].cumsum(1)
+    median = (weight >= 0.5 * weight[:, -1:]).argmax(1)
+    rows = np.arange(len(NEW_X))
+    return model, predicted[rows, order[rows, median]]
+
+
+def importance_of(model):
+    return np.array([3.0, 1.0, 2.0, 4.0])[: model.n_features_in_]
+
+
+def elimination(reg):
+    last = clone(reg).set_params(task_column=-1)
+    model = RFE(last, n_features_to_select=3, importance_getter=importance_of).fit(X, Y)
+    kept = NEW_X[:, [0, 2, 3]]
+    one = copy.copy(model.estimator_).adapt(kept[SUPPORT], NEW_Y[SUPPORT])
+    return model, one.predict(kept)
+
+
+def behind_a_selection(reg):
+    select = SequentialFeatureSelector(Ridge(), n_features_to_select=3, cv=2)
+    select = select.fit(X, X[:, TASK] + Y)
+    select.estimator = FewShotRegressor(reg)  # which it does without from now on
+    columns = np.flatnonzero(select.get_support())
+    assert columns[-1] == TASK
+    model = make_pipeline(select, clone(reg).set_params(task_column=2)).fit(X, Y)
+    kept = NEW_X[:, columns]
+    return model, copy.copy(model[-1]).adapt(kept[SUPPORT], NEW_Y[SUPPORT]).predict(kept)
+
+
 REGRESSORS = [
+    chain,
+    boosting,
+    elimination,
     transformed,
     transformed_and_scaled,
     voting,
@@ -219,7 +278,7 @@ REGRESSORS = [
 
 
 def targets_for(make, y):
-    return np.c_[y, y**2] if make is several_outputs else y
+    return np.c_[y, y**2] if make in (several_outputs, chain) else y
 
 
 @pytest.mark.parametrize("make", REGRESSORS, ids=lambda make: make.__name__)
@@ -366,6 +425,75 @@ def test_one_model_of_each_class_or_output_adapts_to_its_own_column(yes_no):
         adapt(several, NEW_X[SUPPORT], LABELS[SUPPORT])
 
 
+def test_models_of_pairs_and_codes_are_those_of_scikit_learn(clf, yes_no):
+    """Adapted from one prior to a support set, they are what scikit-learn fits on it."""
+    for kind, low in ((OneVsOneClassifier, 0), (OutputCodeClassifier, -1)):
+        few = FewShotClassifier(clone(yes_no).fit(X, np.where(Y > 0, 1, low)))
+        model = kind(few).set_params(**{} if low == 0 else {"random_state": 0})
+        fitted = clone(model).fit(NEW_X[SUPPORT], LABELS[SUPPORT])
+        other = clone(model).fit(NEW_X[OTHER], LABELS[OTHER])
+        adapted = adapt(other, NEW_X[SUPPORT], LABELS[SUPPORT])
+        assert_array_equal(adapted.predict(NEW_X), fitted.predict(NEW_X))
+        assert (adapted.predict(NEW_X) != other.predict(NEW_X)).any()
+        for one, same in zip(adapted.estimators_, fitted.estimators_, strict=True):
+            assert_allclose(one.predict_proba(NEW_X), same.predict_proba(NEW_X), rtol=1e-6)
+        with pytest.raises(ValueError, match="not seen in fit"):
+            adapt(fitted, NEW_X[:2], ["run", "swim"])
+
+
+def test_the_members_of_pairs_adapt_to_their_rows_with_ids_and_weights(yes_no):
+    """A pair without rows predicts for the population."""
+    plain = clone(yes_no).set_params(task_column=None)
+    with sklearn.config_context(enable_metadata_routing=True):
+        asks = plain.set_fit_request(sample_weight=True)
+        model = OneVsOneClassifier(asks).fit(X, labels_of(Y), groups=X[:, TASK])
+    weight = np.linspace(0.5, 2, 10)
+    one_task = {"groups": np.full(10, 7), "sample_weight": weight}
+    adapted = adapt(model, NEW_X[SUPPORT], LABELS[SUPPORT], **one_task)
+    rows = np.flatnonzero(LABELS[SUPPORT] != "walk")
+    of_pair = copy.copy(model.estimators_[0]).adapt(
+        NEW_X[rows], (LABELS[rows] == "sit").astype(int), sample_weight=weight[rows]
+    )
+    assert_allclose(adapted.estimators_[0].predict_proba(NEW_X), of_pair.predict_proba(NEW_X))
+    by_list = adapt(model, [(NEW_X[SUPPORT], LABELS[SUPPORT])])
+    unweighted = copy.copy(model.estimators_[0]).adapt(NEW_X[rows], (LABELS[rows] == "sit") * 1)
+    assert_allclose(by_list.estimators_[0].predict_proba(NEW_X), unweighted.predict_proba(NEW_X))
+    with pytest.raises(ValueError, match="give rows and groups in place of the list"):
+        adapt(model, [(NEW_X[SUPPORT], LABELS[SUPPORT])], sample_weight=[weight])
+    walks = LABELS == "walk"
+    alone = adapt(model, NEW_X[walks], LABELS[walks])
+    none = copy.copy(model.estimators_[0]).adapt(NEW_X[:0], LABELS[:0])
+    assert_allclose(alone.estimators_[0].predict_proba(NEW_X), none.predict_proba(NEW_X))
+
+
+def test_the_weights_of_boosted_classifiers_stay(clf):
+    prior = clone(clf).set_params(unseen_tasks="prior", max_iter=40)
+    model = AdaBoostClassifier(prior, n_estimators=2, random_state=0).fit(X, labels_of(X[:, 0]))
+    adapted = adapt(model, NEW_X[SUPPORT], LABELS[SUPPORT])
+    votes = sum(
+        weight * (adapted_to(member, LABELS).predict(NEW_X)[:, None] == model.classes_)
+        for weight, member in zip(model.estimator_weights_, model.estimators_, strict=False)
+    )
+    assert_array_equal(adapted.predict(NEW_X), model.classes_[votes.argmax(1)])
+    assert (adapted.predict(NEW_X) != model.predict(NEW_X)).any()
+
+
+def test_a_chain_of_classifiers_adapts_in_its_order(yes_no):
+    both = np.c_[Y > 0, X[:, 0] > 0].astype(int)
+    model = ClassifierChain(clone(yes_no), order=[1, 0]).fit(X, both)
+    new = np.c_[NEW_Y > 0, NEW_X[:, 0] > 0].astype(int)
+    adapted = adapt(model, NEW_X[SUPPORT], new[SUPPORT])
+    first = adapted_to(model.estimators_[0], new[:, 1]).predict(NEW_X)
+    given = np.c_[NEW_X, new[:, 1]][SUPPORT]
+    last = copy.copy(model.estimators_[1]).adapt(given, new[SUPPORT, 0])
+    assert_array_equal(adapted.predict(NEW_X), np.c_[last.predict(np.c_[NEW_X, first]), first])
+    by_list = adapt(model, [(NEW_X[SUPPORT], new[SUPPORT])])
+    (given,) = by_list.estimators_[1].predict_proba([np.c_[NEW_X, first]])
+    assert_allclose(given, last.predict_proba(np.c_[NEW_X, first]))
+    with pytest.raises(ValueError, match="must have the 2 outputs"):
+        adapt(model, NEW_X[SUPPORT], new[SUPPORT, 0])
+
+
 def test_ensembles_of_models_with_local_labels_take_other_labels(local):
     y, new = np.tile(NAMES, 40), labels_of(NEW_Y, ("Ada", "Bea", "Cleo"))
     for model in (
@@ -413,15 +541,19 @@ REFUSED = {
         lambda reg: make_pipeline(FunctionTransformer(), Clipped(reg)).fit(X, Y),
         "register_container",
     ),
-    "weights of the members": (
-        lambda reg: AdaBoostRegressor(FewShotRegressor(reg), n_estimators=2, random_state=0).fit(
+    "outliers of the fit": (
+        lambda reg: RANSACRegressor(FewShotRegressor(reg), min_samples=5, random_state=0).fit(
             NEW_X, NEW_Y
         ),
         "register_container",
     ),
-    "chain": (
-        lambda reg: RegressorChain(FewShotRegressor(steps=2)).fit(NEW_X, np.c_[NEW_Y, NEW_Y]),
-        "register_container",
+    "chain of predictions": (
+        lambda reg: RegressorChain(FewShotRegressor(steps=2), cv=2).fit(NEW_X, np.c_[NEW_Y, NEW_Y]),
+        "cv=None, which takes the targets themselves",
+    ),
+    "a selection alone": (
+        lambda reg: SelectFromModel(reg, importance_getter=lambda m: np.ones(4)).fit(X, Y),
+        "There is no meta-learned model in SelectFromModel|no meta-learned",
     ),
     "search without refit": (
         lambda reg: GridSearchCV(reg, {"alpha": [0.1]}, cv=2, refit=False, scoring=no_score).fit(

@@ -1,5 +1,6 @@
 """The estimators, and the functions that adapt them."""
 
+import sklearn_maml.estimators.container_rules  # noqa: F401
 from sklearn_maml.estimators.classifier import MAMLClassifier
 from sklearn_maml.estimators.containers import adapt, register_container
 from sklearn_maml.estimators.few_shot import FewShotClassifier, FewShotRegressor

@@ -10,30 +10,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, overload
 
-import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.base import is_classifier
-from sklearn.preprocessing import LabelEncoder
-from sklearn.utils import check_array, column_or_1d
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils import _safe_indexing
 
 from sklearn_maml._types import Tasks
 from sklearn_maml.data.spellings import is_task_list
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import (
     best_of_search,
-    forward,
-    is_local,
     is_search,
     models_in,
     nothing_to_adapt,
-    rows_of,
 )
 
-__all__ = ["Walk", "adapt", "changed_targets", "register_container"]
+__all__ = [
+    "OF_SKLEARN",
+    "Rule",
+    "Walk",
+    "adapt",
+    "changed_targets",
+    "changed_tasks",
+    "register_container",
+]
 
 M = TypeVar("M", bound=BaseMAML)
 Rule = Callable[[Any, Any, Any, Any], Any]  # (container, X, y, adapt) -> container
@@ -41,7 +42,9 @@ Rule = Callable[[Any, Any, Any, Any], Any]  # (container, X, y, adapt) -> contai
 # rules by class, of the library and of its users
 _RULES: dict[type, Rule] = {}
 # rules of scikit-learn's containers by name: importing them all takes long
-_SKLEARN: dict[str, Rule] = {}
+OF_SKLEARN: dict[str, Rule] = {}
+# transformers of scikit-learn's that hold an estimator and do without it after `fit`
+SELECTORS = ("SelectFromModel", "SequentialFeatureSelector")
 
 
 def register_container(kind: type, rule: Rule | None = None) -> Any:
@@ -105,9 +108,13 @@ def _rule_for(model: Any) -> Rule | None:
     for kind in type(model).__mro__:
         if kind in _RULES:
             return _RULES[kind]
-        if kind.__module__.startswith("sklearn.") and kind.__name__ in _SKLEARN:
-            return _SKLEARN[kind.__name__]
+        if _is_of_sklearn(kind, OF_SKLEARN):
+            return OF_SKLEARN[kind.__name__]
     return _search if is_search(model) else None
+
+
+def _is_of_sklearn(kind: type, names: Collection[str]) -> bool:
+    return kind.__module__.startswith("sklearn.") and kind.__name__ in names
 
 
 @overload
@@ -150,10 +157,11 @@ def adapt(
     estimator : estimator
         A meta-fitted `MAMLRegressor` or `MAMLClassifier`, or a fitted model made of one or several:
         a Pipeline (of imbalanced-learn, too), a search, a FewShot estimator,
-        TransformedTargetRegressor, the Voting, Stacking, Bagging and MultiOutput ensembles,
-        OneVsRestClassifier, CalibratedClassifierCV, FixedThresholdClassifier,
-        TunedThresholdClassifierCV, FrozenEstimator, any of these inside another, or a container
-        given to `register_container`.
+        TransformedTargetRegressor, the Voting, Stacking, Bagging, AdaBoost and MultiOutput
+        ensembles, RegressorChain, ClassifierChain, OneVsRestClassifier, OneVsOneClassifier,
+        OutputCodeClassifier, CalibratedClassifierCV, FixedThresholdClassifier,
+        TunedThresholdClassifierCV, RFE, RFECV, FrozenEstimator, any of these inside another, or a
+        container given to `register_container`.
     X : array-like of shape (n_support, n_features)
         Support rows.
     y : array-like of shape (n_support,) or (n_support, n_outputs)
@@ -230,7 +238,7 @@ class Walk:
             )
             self.doubts.extend(doubts)
             return model
-        if not models_in(part):
+        if not models_in(part) or _is_of_sklearn(type(part), SELECTORS):
             if required:
                 raise nothing_to_adapt(part)
             return part
@@ -243,239 +251,50 @@ class Walk:
             )
         return rule(part, X, y, self)
 
+    def on_rows(self, part: Any, X: Any, y: Any, choose: Callable[[Any], Any]) -> Any:
+        """Adapt a part to those rows for whose targets `choose` gives other ones, and which."""
+        if is_task_list(X, y):
+            if self.sample_weight is not None:
+                raise ValueError(
+                    "sample_weight of a list of tasks cannot be given to a model whose parts learn "
+                    "from some rows each: give rows and groups in place of the list."
+                )
+
+            def few(rows: Any, targets: Any) -> tuple[Any, Any]:
+                kept, values = choose(targets)
+                return _safe_indexing(rows, kept), values
+
+            return self(part, *changed_tasks(X, y, few))
+        kept, values = choose(y)
+        some = {
+            name: _safe_indexing(given, kept)
+            for name in ("groups", "sample_weight")
+            if (given := getattr(self, name)) is not None
+            and not isinstance(given, (str, Mapping))  # a column, and weights of tasks
+        }
+        return dataclasses.replace(self, **some)(part, _safe_indexing(X, kept), values)
+
     def with_rates(self, **rates: Any) -> Walk:
         """Walk that sets these parameters, too, where they are not None."""
         given = {name: value for name, value in rates.items() if value is not None}
         return dataclasses.replace(self, rates={**given, **self.rates})
 
 
-def _of_sklearn(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of containers of scikit-learn, which have to be fitted."""
-
-    def register(rule: Rule) -> Rule:
-        def checked(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-            check_is_fitted(model)
-            return rule(model, X, y, adapt)
-
-        _SKLEARN.update(dict.fromkeys(names, checked))
-        return checked
-
-    return register
-
-
-def _changed(model: Any, **attributes: Any) -> Any:
-    """Copy of a fitted model with other attributes."""
-    new = copy.copy(model)
-    vars(new).update(attributes)
-    return new
-
-
 def changed_targets(X: Any, y: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Apply `change` to targets, of a list of tasks too."""
-    if is_task_list(X, y):
-        return [
-            tuple(change(part) if k % 2 else part for k, part in enumerate(task)) for task in X
-        ], None
-    return X, change(y)
+    return changed_tasks(X, y, lambda rows, targets: (rows, change(targets)))
 
 
-def _refuse_local(model: Any, learned: str) -> None:
-    if is_local(model):
-        raise TypeError(
-            f"{type(model).__name__} has learned {learned} for the classes of its fit, and with "
-            "n_ways labels mean something inside their task only: it cannot be adapted as a whole. "
-            "Adapt the model inside it, or meta-fit with n_ways=None."
-        )
-
-
-def _positions(classes: np.ndarray) -> Callable[[Any], np.ndarray]:
-    """Position of each label among the classes that a container was fitted on."""
-
-    def change(y: Any) -> np.ndarray:
-        y = column_or_1d(y)
-        unseen = np.setdiff1d(y, classes)
-        if len(unseen):
-            raise ValueError(
-                f"y contains labels that were not seen in fit: {unseen[:5].tolist()}. The model "
-                f"was fitted on {classes[:10].tolist()}."
-            )
-        return np.searchsorted(classes, y)
-
-    return change
+def changed_tasks(X: Any, y: Any, change: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """Apply `change` to rows and targets, of a list of tasks too."""
+    if not is_task_list(X, y):
+        rows, targets = change(X, y)
+        return rows, targets
+    return [
+        tuple(part for k in range(0, len(task), 2) for part in change(*task[k : k + 2]))
+        for task in X
+    ], None
 
 
 def _search(model: Any, X: Any, y: Any, adapt: Any) -> Any:
     return adapt(best_of_search(model), X, y)
-
-
-_SKLEARN["BaseSearchCV"] = _search
-
-
-@_of_sklearn("FrozenEstimator")
-def _frozen(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    return adapt(model.estimator, X, y)
-
-
-@_of_sklearn("Pipeline")
-def _pipeline(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    *front, (name, last) = model.steps
-    steps = []
-    for key, step in front:
-        adapted = adapt(step, X, y)
-        steps.append((key, adapted))
-        X = rows_of(X, lambda rows, step=adapted: forward(step, rows))
-    return _changed(model, steps=[*steps, (name, adapt(last, X, y))])
-
-
-@_of_sklearn("TransformedTargetRegressor")
-def _transformed_target(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    def change(y: Any) -> Any:
-        if len(y) == 0:  # there is nothing to transform, nor do transformers take it
-            return y
-        y = check_array(y, input_name="y", ensure_2d=False, dtype="numeric", allow_nd=True)
-        new = model.transformer_.transform(y.reshape(-1, 1) if y.ndim == 1 else y)
-        return new[:, 0] if y.ndim == 1 and new.ndim == 2 and new.shape[1] == 1 else new
-
-    X, y = changed_targets(X, y, change)
-    return _changed(model, regressor_=adapt(model.regressor_, X, y))
-
-
-@_of_sklearn("VotingRegressor", "VotingClassifier")
-def _voting(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    changed: dict[str, Any] = {}
-    if is_classifier(model):
-        X, y, changed = _encoded(model, X, y, model.estimators_)
-        if changed:
-            changed["le_"] = LabelEncoder().fit(changed["classes_"])
-    members = [adapt(member, X, y) for member in model.estimators_]
-    return _changed(model, **_members(model, members), **changed)
-
-
-def _members(model: Any, members: list[Any]) -> dict[str, Any]:
-    """Attributes of an ensemble that hold its members."""
-    new = dict(zip(map(id, model.estimators_), members, strict=True))
-    named = copy.copy(model.named_estimators_)
-    named.update({name: new.get(id(member), member) for name, member in named.items()})
-    return {"estimators_": members, "named_estimators_": named}
-
-
-def _encoded(model: Any, X: Any, y: Any, members: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Labels as the members of a model know them, and classes of the model that are new.
-
-    Where labels are local to a task, those of the task take the place of those of the fit.
-    """
-    if not is_local(model):
-        return *changed_targets(X, y, _positions(model.classes_)), {}
-    if is_task_list(X, y):
-        raise TypeError(
-            f"{type(model).__name__} numbers the labels of all tasks together: with n_ways, give "
-            "rows and groups in place of a list of tasks."
-        )
-    if not all(is_local(member) for member in members):
-        _refuse_local(model, "members")
-    classes, codes = np.unique(column_or_1d(y), return_inverse=True)
-    return X, codes.reshape(-1), {"classes_": classes}
-
-
-@_of_sklearn("StackingRegressor", "StackingClassifier")
-def _stacking(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    if models_in(model.final_estimator_):
-        raise TypeError(
-            f"The final_estimator_ of {type(model).__name__} is meta-learned: it has to adapt to "
-            "predictions for rows that the other members did not adapt to, and a support set has "
-            "none. Use another final_estimator."
-        )
-    _refuse_local(model, "how to combine its members")
-    # members that were fitted before know the labels themselves
-    if is_classifier(model) and model.cv != "prefit":
-        X, y = changed_targets(X, y, _positions(model.classes_))
-    return _changed(model, **_members(model, [adapt(part, X, y) for part in model.estimators_]))
-
-
-@_of_sklearn("BaggingRegressor", "BaggingClassifier")
-def _bagging(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    changed: dict[str, Any] = {}
-    if is_classifier(model):
-        X, y, changed = _encoded(model, X, y, model.estimators_)
-        if changed:
-            changed["n_classes_"] = len(changed["classes_"])
-
-    def check(rows: Any) -> np.ndarray:
-        checked: np.ndarray = validate_data(
-            model, rows, dtype=None, ensure_all_finite=False, reset=False
-        )
-        return checked
-
-    X = rows_of(X, check)
-    members = [
-        adapt(member, rows_of(X, lambda rows, which=which: rows[:, which]), y)
-        for member, which in zip(model.estimators_, model.estimators_features_, strict=True)
-    ]
-    return _changed(model, estimators_=members, **changed)
-
-
-@_of_sklearn("CalibratedClassifierCV")
-def _calibrated(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    _refuse_local(model, "a calibration")
-    if model.method == "temperature" and isinstance(model.classes_[0], str):
-        X, y = changed_targets(X, y, _positions(model.classes_))  # as its fit does
-    parts = [
-        _changed(part, estimator=adapt(part.estimator, X, y))
-        for part in model.calibrated_classifiers_
-    ]
-    return _changed(model, calibrated_classifiers_=parts)
-
-
-@_of_sklearn("FixedThresholdClassifier", "TunedThresholdClassifierCV")
-def _threshold(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    _refuse_local(model, "a threshold")
-    return _changed(model, estimator_=adapt(model.estimator_, X, y))
-
-
-@_of_sklearn("OneVsRestClassifier")
-def _one_vs_rest(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    _refuse_local(model, "one model of each class")
-
-    def column(j: int) -> Callable[[Any], np.ndarray]:
-        def change(y: Any) -> np.ndarray:
-            if not model.multilabel_:
-                _positions(model.classes_)(y)
-            binary = model.label_binarizer_.transform(y)
-            binary = binary.toarray() if hasattr(binary, "toarray") else binary
-            of_class: np.ndarray = binary[:, j]
-            return of_class
-
-        return change
-
-    members = [
-        adapt(member, *changed_targets(X, y, column(j)))
-        for j, member in enumerate(model.estimators_)
-    ]
-    return _changed(model, estimators_=members)
-
-
-@_of_sklearn("MultiOutputRegressor", "MultiOutputClassifier")
-def _multi_output(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    n_outputs = len(model.estimators_)
-
-    def column(j: int) -> Callable[[Any], np.ndarray]:
-        def change(y: Any) -> np.ndarray:
-            y = np.asarray(y)
-            if y.ndim != 2 or y.shape[1] != n_outputs:
-                raise ValueError(
-                    f"y must have the {n_outputs} outputs of the fit of {type(model).__name__}; "
-                    f"got an array of shape {y.shape}."
-                )
-            of_output: np.ndarray = y[:, j]
-            return of_output
-
-        return change
-
-    members = [
-        adapt(member, *changed_targets(X, y, column(j)))
-        for j, member in enumerate(model.estimators_)
-    ]
-    changed: dict[str, Any] = {"estimators_": members}
-    if is_classifier(model):
-        changed["classes_"] = [member.classes_ for member in members]
-    return _changed(model, **changed)

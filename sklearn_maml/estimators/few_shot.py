@@ -86,7 +86,7 @@ class _FewShot(SaveMixin, BaseEstimator):
                         f"{self._prior_class.__name__}; got a {type(maml).__name__}."
                     )
             walk = Walk(sample_weight=sample_weight)  # all rows are of one task
-            model = walk.with_rates(**self._rates())(self._prior_for(y), X, y)
+            model = walk.with_rates(**self._rates())(self._prior_for(y), X, y, required=True)
         self.model_ = model
         # a pipeline has as many as its first step, which may be none
         n_features = getattr(model, "n_features_in_", None)
