@@ -160,7 +160,8 @@ sanitize: $(STAMP) ## run the tests of the kernels under ASan and UBSan
 	  setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=1 \
-	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py $(ARGS)
+	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py \
+	  tests/test_head_kernel.py $(ARGS)
 
 # Needs nothing of .venv: what is released is built from the sources alone.
 .PHONY: dist

@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, PlatformError
 
 NATIVE = Path("sklearn_maml", "native")
-SOURCES = [NATIVE / name for name in ("elementary.h", "mlp.h", "mlp.cpp", "module.cpp")]
+SOURCES = sorted([*NATIVE.glob("*.h"), *NATIVE.glob("*.cpp")])
 # of processors of one architecture, beside what all of them have; chosen from at run time
 X86_LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
@@ -35,7 +35,7 @@ LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 class BuildKernels(build_ext):
-    """Compile one source many times."""
+    """Compile the same sources many times."""
 
     def build_extension(self, ext):
         """Build the kernels, or say that they are missing."""
@@ -68,9 +68,9 @@ class BuildKernels(build_ext):
         for level, flags in levels.items():
             for real in ("float", "double"):
                 kind = [("REAL", real), ("REAL_IS_DOUBLE", str(int(real == "double")))]
-                jobs.append(
-                    (NATIVE / "mlp.cpp", f"{level}-{real}", [("LEVEL", level), *kind], flags)
-                )
+                for name in ("mlp.cpp", "head.cpp"):
+                    kind_of = [("LEVEL", level), *kind]
+                    jobs.append((NATIVE / name, f"{level}-{real}", kind_of, flags))
         objects = self.compile_all(jobs)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(

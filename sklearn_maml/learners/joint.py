@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep, MetaSteps
+from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 
@@ -98,7 +100,7 @@ class HeadTrainer:
         self.n_ways = n_ways or head.n_outputs
         self.visible: Tensor | None = None
         if visible is not None:
-            self.visible = torch.from_numpy(visible.view(np.int8)).to(device)
+            self.visible = torch.from_numpy(np.ascontiguousarray(visible).view(np.int8)).to(device)
         self.validation = [
             HeldOut(held.member, held.episodes.to(device), held.task) for held in validation
         ]
@@ -110,6 +112,7 @@ class HeadTrainer:
         self.n_held_out = len(distinct)
         judges = [held.task for held in validation if held.member in (None, 0)]
         self.n_judges = len(np.unique(np.concatenate(judges))) if judges else 0
+        self._kernel = head_kernel(head, self.n_ways)
         self._places = [torch.from_numpy(np.searchsorted(distinct, p)).to(device) for p in places]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
@@ -127,38 +130,78 @@ class HeadTrainer:
 
         That of a member is the sum over the tasks that it may see, over the number of all tasks.
         """
+        k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
+        self.head.train()
+        if self._kernel is not None and self._kernel.takes(batch):
+            grads, mean = self._compiled(meta_params, batch, k, self._of_tasks(batch, k))
+        else:
+            grads, mean = self._gradient(meta_params, batch, k)
+        return self._meta_step(grads, mean, batch.query)
+
+    def _gradient(self, meta_params: Params, batch: EpisodeBatch, k: int) -> tuple[Params, Tensor]:
+        """Gradient, and outputs (n_members, n_tasks, n_query, n_outputs) of the query rows."""
         names = [name for name in meta_params if name.startswith(PREFIX)]
         leaves = {name: meta_params[name].detach().requires_grad_() for name in names}
-        self.head.train()
         with torch.enable_grad():
-            run = self.functions(leaves)
-            k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
             support, query = batch.support, batch.query
             X = torch.cat([support.X, query.X], 1)
             y = torch.cat([self._targets(rows, self.n_ways) for rows in (support, query)], 1)
             mask = _joined(self._mask(support), self._mask(query), X)
-            nll, mean = run.loss(X, y, mask, k)
-            if self.weighted and query.weight is not None:  # what the tasks count
-                nll = nll * totals(query.weight)
-            loss = nll.sum() / (len(batch) * (X.shape[1] - k))
+            nll, mean = self.functions(leaves).loss(X, y, mask, k)
+            loss = (nll * self._of_tasks(batch, k)).sum()
             grads = torch.autograd.grad(
                 loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
             )
-        n_query = query.X.shape[1]
-        mean = mean.detach()[:, :, -n_query:]
-        errors = self.head.likelihood.error_rows(mean, y[:, -n_query:]).mean(0, keepdim=True)
-        losses = (errors * self._of_rows(query, mean)).sum(-1)[0]
-        return MetaStep(losses, dict(zip(names, grads, strict=True)), mean.mean(0).to(query.X))
+        n_query = batch.query.X.shape[1]
+        return dict(zip(names, grads, strict=True)), mean.detach()[:, :, -n_query:]
+
+    def _compiled(
+        self, meta_params: Params, batch: EpisodeBatch, k: int, of_tasks: Tensor | None = None
+    ) -> tuple[Params, Tensor]:
+        """As `_gradient`, by the kernel; without weights of the tasks, outputs alone."""
+        assert self._kernel is not None
+        of_head = {n: p.detach() for n, p in meta_params.items() if n.startswith(PREFIX)}
+        support, query = self._present(batch.support), self._present(batch.query)
+        grads, outputs = self._kernel.step(
+            {n[len(PREFIX) :]: p.float() for n, p in of_head.items()},
+            batch,
+            (None if support is None else support[0], None if query is None else query[0]),
+            self.visible,
+            k,
+            of_tasks,
+        )
+        made = {f"{PREFIX}{n}": g for n, g in grads.items()}
+        return {n: made[n].to(p.dtype) for n, p in of_head.items() if n in made}, outputs
+
+    def _of_tasks(self, batch: EpisodeBatch, k: int) -> Tensor:
+        """Weights (n_tasks,) of the tasks in the loss."""
+        n_rows = batch.support.X.shape[1] + batch.query.X.shape[1] - k
+        even = batch.query.X.new_full((len(batch),), 1 / (len(batch) * n_rows), dtype=torch.float32)
+        if self.weighted and batch.query.weight is not None:  # what the tasks count
+            return even * totals(batch.query.weight)
+        return even
 
     @torch.no_grad()
     def evaluate(self, meta_params: Params, batch: EpisodeBatch) -> MetaStep:
         """Errors and outputs of the query rows, as of `meta_step`, without a gradient."""
         self.head.eval()
-        run = self.functions(meta_params)
-        mean, _, y = self._run(run, batch, self._mask(batch.support), self.n_ways)
+        query = batch.query
+        if self._kernel is not None and self._kernel.takes(batch):
+            # of all rows, also for the members that do not learn from them
+            whole = dataclasses.replace(query, weight=None, index=None)
+            asked = dataclasses.replace(batch, query=whole)
+            _, mean = self._compiled(meta_params, asked, batch.support.X.shape[1])
+        else:
+            run = self.functions(meta_params)
+            mean, _, _ = self._run(run, batch, self._mask(batch.support), self.n_ways)
+        return self._meta_step({}, mean, query)
+
+    def _meta_step(self, grads: Params, mean: Tensor, query: Rows) -> MetaStep:
+        """Put errors and outputs of the query rows beside gradients."""
+        y = self._targets(query, self.n_ways)
         errors = self.head.likelihood.error_rows(mean, y).mean(0, keepdim=True)
-        losses = (errors * self._of_rows(batch.query, mean)).sum(-1)[0]
-        return MetaStep(losses, {}, mean.mean(0).to(batch.query.X))
+        losses = (errors * self._of_rows(query, mean)).sum(-1)[0]
+        return MetaStep(losses, grads, mean.mean(0).to(query.X))
 
     def _run(
         self,

@@ -126,7 +126,8 @@ class Layout:
         return sum(i * o for i, o, _, _ in self.sizes)
 
 
-def _activation(layer: nn.Module) -> tuple[int, float] | None:
+def activation_code(layer: nn.Module) -> tuple[int, float] | None:
+    """Position of an activation in the source's list, and its parameter; None: another."""
     code = _ACTIVATIONS.get(type(layer))
     parameter = 0.0
     if isinstance(layer, nn.LeakyReLU):
@@ -179,7 +180,7 @@ def describe(module: nn.Module) -> Layout | None:
             tensors += [f"{prefix}weight", f"{prefix}bias" if bias else None]
             shapes += [tuple(layer.weight.shape), tuple(layer.bias.shape) if bias else ()]
             continue
-        known = _activation(layer)
+        known = activation_code(layer)
         if known is None or not sizes or sizes[-1][2]:
             return None
         sizes[-1] = (*sizes[-1][:2], known[0], sizes[-1][3])

@@ -1,6 +1,6 @@
-// exp, expm1, log1p and the normal distribution, without branches, so that loops over them are
+// exp, expm1, log1p, sine, cosine and the normal distribution, without branches, so that loops over them are
 // vectorised for every instruction set and by every compiler. Accurate to a few units of rounding.
-// Included by mlp.cpp, which defines the number type.
+// Included by products.h, which defines the number type.
 
 namespace {
 namespace elementary {
@@ -81,6 +81,31 @@ inline real log1p_of_unit(real x) { // of x from 0 to 1: twice the inverse of ta
 #else
     return 2 * s * polynomial<real>(q, 1.0f, 1.0f / 3, 1.0f / 5, 1.0f / 7, 1.0f / 9, 1.0f / 11, 1.0f / 13, 1.0f / 15);
 #endif
+}
+
+// to absolute errors of rounding, up to some 1e9 quarters of a turn
+inline void sine_cosine(real x, real &sine, real &cosine) {
+    // the number of quarters, and what is left of the angle, of which float has too few digits
+    const double LARGE = 3 * (double)(1ll << 51);
+    double k = x * 0.63661977236758134307553505349005744 + LARGE - LARGE;
+    double left = x - k * 1.57079632673412561417e+00 - k * 6.07710050630396597660e-11 - k * 2.02226624879595063154e-21;
+    left = left < -1 ? -1 : left; // of what is out of range; NaN stays
+    real r = (real)(left > 1 ? 1 : left), q = r * r;
+    real turn = (real)(k * 0.25 - (k * 0.25 + LARGE - LARGE)); // 0, 1/4, -1/2 or 1/2, -1/4
+#if REAL_IS_DOUBLE
+    real s = r * polynomial<real>(q, 1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800,
+                                  1.0 / 6227020800, -1.0 / 1307674368000);
+    real c = polynomial<real>(q, 1, -0.5, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
+                              -1.0 / 87178291200, 1.0 / 20922789888000);
+#else
+    real s = r * polynomial<real>(q, 1, -1.0f / 6, 1.0f / 120, -1.0f / 5040, 1.0f / 362880);
+    real c = polynomial<real>(q, 1, -0.5f, 1.0f / 24, -1.0f / 720, 1.0f / 40320, -1.0f / 3628800);
+#endif
+    real size = turn < 0 ? -turn : turn;
+    bool odd = size == (real)0.25;
+    real of_sine = odd ? c : s, of_cosine = odd ? s : c;
+    sine = turn < 0 || turn == (real)0.5 ? -of_sine : of_sine;
+    cosine = turn == (real)0.25 || size == (real)0.5 ? -of_cosine : of_cosine;
 }
 
 // the distribution function at z, given exp(-z * z / 2): that times a polynomial which was fitted to

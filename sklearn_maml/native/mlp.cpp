@@ -11,205 +11,14 @@
 // Compiled once for each number type (REAL) and instruction set (LEVEL); see setup.py. Whatever is
 // compiled here stays here: were it shared, the linker might take another instruction set's.
 
-#include <math.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
+#include "products.h"
 
-#include "mlp.h"
-
-typedef REAL real;
-typedef int64_t i64;
-
-#if REAL_IS_DOUBLE
-#define F(name) name
-#else
-#define F(name) name##f
-#endif
-#include "elementary.h"
+#include "activations.h"
+#include "blocks.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-enum { PANEL = 4 };
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-enum { PANEL = 2 };
-#else
-#define VECTOR_BYTES 16
-enum { PANEL = 2 };
-#endif
-enum { V = VECTOR_BYTES / sizeof(real), MAX_ROWS = 8, MAX_LAYERS = 32, TASKS_PER_BLOCK = 8, MAX_BLOCKS = 32 };
-typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
-
-static inline i64 pad(i64 n) { return (n + V - 1) / V * V; }
-static inline vec load(const real *p) { return *(const vec *)p; }
-static inline void store(real *p, vec x) { *(vec *)p = x; }
-static inline vec splat(real a) { return a - (vec){}; }
-
-#if REAL_IS_DOUBLE
-typedef i64 lanes __attribute__((vector_size(VECTOR_BYTES)));
-#else
-typedef int32_t lanes __attribute__((vector_size(VECTOR_BYTES)));
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#define HAS_SHUFFLE 1
-#endif
-
-static inline real sum(vec x) {
-#if HAS_SHUFFLE
-#pragma GCC unroll 4
-    for (int half = V / 2; half; half /= 2) {
-        lanes rotated;
-#pragma GCC unroll 16
-        for (int i = 0; i < V; i++) rotated[i] = (i + half) % V;
-        x += __builtin_shuffle(x, rotated);
-    }
-    return x[0];
-#else
-    real total = 0;
-    for (int i = 0; i < V; i++) total += x[i];
-    return total;
-#endif
-}
-
-// ---- matrix products ---------------------------------------------------------------------------
-// Matrices that are read or written by vectors have rows padded to a multiple of V and aligned.
-
-// A product of matrices, or the sum of two of the same strides (the second may be absent); element
-// (i, p) of A is a[i * rs + p * cs]
-struct Product {
-    i64 k, rs, cs, ldb;
-    const real *a[2], *b[2];
-    i64 shift; // of the rows of b: the panel at hand
-};
-
-template <int MR, int NV>
-static inline void add_product(vec (&acc)[MR][NV], i64 k, const real *a, i64 rs, i64 cs, const real *b, i64 ldb) {
-    for (i64 p = 0; p < k; p++) {
-        vec row[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) row[j] = load(b + p * ldb + j * V);
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            vec x = splat(a[i * rs + p * cs]);
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) acc[i][j] += x * row[j];
-        }
-    }
-}
-
-// C = init + the product, for MR rows from row `first` on and NV vectors
-template <int MR, int NV>
-static void tile(const Product &q, i64 first, const real *init, i64 ldi, real *c, i64 ldc) {
-    vec acc[MR][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) acc[i][j] = init ? load(init + i * ldi + j * V) : (vec){};
-    add_product(acc, q.k, q.a[0] + first * q.rs, q.rs, q.cs, q.b[0] + q.shift, q.ldb);
-    if (q.a[1]) add_product(acc, q.k, q.a[1] + first * q.rs, q.rs, q.cs, q.b[1] + q.shift, q.ldb);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(c + i * ldc + j * V, acc[i][j]);
-}
-
-typedef void (*Tile)(const Product &, i64, const real *, i64, real *, i64);
-#define TILES(NV) {tile<1, NV>, tile<2, NV>, tile<3, NV>, tile<4, NV>, tile<5, NV>, tile<6, NV>, tile<7, NV>, tile<8, NV>}
-static const Tile tiles[][MAX_ROWS] = {TILES(1), TILES(2)
-#if VECTOR_BYTES == 64
-    , TILES(3), {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<5, 4>, tile<6, 4>, 0, 0}
-#endif
-};
-// rows of a tile, by its number of vectors: as many as there are registers for
-#if VECTOR_BYTES == 64
-static const int tile_rows[] = {8, 8, 8, 6};
-#else
-static const int tile_rows[] = {8, 6};
-#endif
-
-// C[m, n] = init + the product, all of n's padding too
-static void multiply(i64 m, i64 n, Product q, const real *init, i64 ldi, real *c, i64 ldc) {
-    i64 vectors = pad(n) / V, panels = (vectors + PANEL - 1) / PANEL;
-    q.shift = 0;
-    for (i64 panel = 0; panel < panels; panel++) {
-        i64 nv = vectors / panels + (panel < vectors % panels);
-        i64 most = tile_rows[nv - 1], blocks = (m + most - 1) / most;
-        for (i64 t = 0, i = 0; t < blocks; t++) {
-            i64 mr = m / blocks + (t < m % blocks);
-            tiles[nv - 1][mr - 1](q, i, init ? init + i * ldi + q.shift : 0, ldi, c + i * ldc + q.shift, ldc);
-            i += mr;
-        }
-        q.shift += nv * V;
-    }
-}
-
-#if HAS_SHUFFLE
-template <int S>
-static inline void exchange(vec *r) {
-    lanes low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) {
-        low[j] = j & S ? V + j - S : j;
-        high[j] = j & S ? V + j : j + S;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < V; i++)
-        if (!(i & S)) {
-            vec x = r[i], y = r[i + S];
-            r[i] = __builtin_shuffle(x, y, low);
-            r[i + S] = __builtin_shuffle(x, y, high);
-        }
-}
-static inline void turn(vec *r) {
-    exchange<1>(r);
-    if (V > 2) exchange<(V > 2 ? 2 : 1)>(r);
-    if (V > 4) exchange<(V > 4 ? 4 : 1)>(r);
-    if (V > 8) exchange<(V > 8 ? 8 : 1)>(r);
-}
-#else
-static inline void turn(vec *r) {
-    for (int i = 0; i < V; i++)
-        for (int j = 0; j < i; j++) {
-            real x = r[i][j];
-            r[i][j] = r[j][i];
-            r[j][i] = x;
-        }
-}
-#endif
-
-static inline vec load_part(const real *p, i64 n) {
-    vec x = {};
-    memcpy(&x, p, n * sizeof(real));
-    return x;
-}
-
-// dst[n, m] = src[m, n]^T; dst is padded with zeros, src need not be aligned unless PADDED
-template <bool PADDED>
-static void transpose(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd) {
-    for (i64 i = 0; i < m; i += V)
-        for (i64 j = 0; j < n; j += V) {
-            i64 rows = m - i < V ? m - i : V, columns = n - j < V ? n - j : V;
-            vec r[V];
-            if (rows < V)
-                for (int t = 0; t < V; t++) r[t] = (vec){};
-            for (int t = 0; t < rows; t++) {
-                const real *from = src + (i + t) * lds + j;
-                r[t] = PADDED ? load(from) : load_part(from, columns);
-            }
-            turn(r);
-            for (int t = 0; t < columns; t++) store(dst + (j + t) * ldd + i, r[t]);
-        }
-}
-
-static void copy_rows(i64 m, i64 n, const real *src, i64 lds, real *dst, i64 ldd) {
-    for (i64 i = 0; i < m; i++) {
-        memcpy(dst + i * ldd, src + i * lds, n * sizeof(real));
-        memset(dst + i * ldd + n, 0, (ldd - n) * sizeof(real));
-    }
-}
+enum { TASKS_PER_BLOCK = 8, MAX_BLOCKS = 32 };
 
 // A B^T of matrices with few rows in B: products of rows, without their padding, which is 0 only as
 // long as everything is finite (0 * inf is not)
@@ -232,105 +41,6 @@ static void multiply_rows(i64 m, i64 n, i64 k, const Product &q, const real *ini
         store(c + i * ldc, out);
     }
 }
-
-// ---- activations -------------------------------------------------------------------------------
-
-enum Activation { IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID, ELU, SELU, GELU, SILU, SOFTPLUS, SOFTSIGN, N_ACTIVATIONS };
-// those whose derivative needs the input, beside the output
-static inline bool keeps_input(int act) { return act == GELU || act == SILU; }
-static inline bool is_curved(int act) { return act > LEAKY_RELU; }
-
-static const real SELU_SCALE = 1.0507009873554804934193349852946;
-static const real SELU_ALPHA = 1.6732632423543772848170429916717;
-static const real INV_SQRT_2PI = 0.39894228040143267793994605993438;
-
-// value, first and second derivative; z is the input, x the output
-struct Relu {
-    static inline real f(real z, real) { return z < 0 ? 0 : z; }
-    static inline real d1(real, real x, real) { return x <= 0 ? 0 : 1; }
-    static inline real d2(real, real, real) { return 0; }
-};
-struct Leaky {
-    static inline real f(real z, real a) { return z > 0 ? z : a * z; }
-    static inline real d1(real, real x, real a) { return x > 0 ? 1 : a; }
-    static inline real d2(real, real, real) { return 0; }
-};
-struct Tanh {
-    static inline real f(real z, real) { return elementary::tanh(z); }
-    static inline real d1(real, real x, real) { return 1 - x * x; }
-    static inline real d2(real, real x, real) { return -2 * x * (1 - x * x); }
-};
-struct Sigmoid {
-    static inline real f(real z, real) { return 1 / (1 + elementary::exp(-z)); }
-    static inline real d1(real, real x, real) { return x * (1 - x); }
-    static inline real d2(real, real x, real) { return x * (1 - x) * (1 - 2 * x); }
-};
-struct Elu {
-    static inline real f(real z, real a) { real e = a * (elementary::exp(z) - 1); return z > 0 ? z : e; }
-    static inline real d1(real, real x, real a) { return x > 0 ? 1 : x + a; }
-    static inline real d2(real, real x, real a) { return x > 0 ? 0 : x + a; }
-};
-struct Selu {
-    static inline real f(real z, real) { real e = SELU_ALPHA * (elementary::exp(z) - 1); return SELU_SCALE * (z > 0 ? z : e); }
-    static inline real d1(real, real x, real) { return x > 0 ? SELU_SCALE : x + SELU_SCALE * SELU_ALPHA; }
-    static inline real d2(real, real x, real) { return x > 0 ? 0 : x + SELU_SCALE * SELU_ALPHA; }
-};
-struct Gelu {
-    static inline real bell(real z) { return elementary::exp((real)-0.5 * z * z); }
-    static inline real cdf(real z) { return elementary::normal_cdf(z, bell(z)); }
-    static inline real pdf(real z) { return INV_SQRT_2PI * bell(z); }
-    static inline real f(real z, real) { return z * cdf(z); }
-    static inline real d1(real z, real, real) { return cdf(z) + z * pdf(z); }
-    static inline real d2(real z, real, real) { return (2 - z * z) * pdf(z); }
-};
-struct Silu {
-    static inline real s(real z) { return 1 / (1 + elementary::exp(-z)); }
-    static inline real f(real z, real) { return z * s(z); }
-    static inline real d1(real z, real, real) { real t = s(z); return t * (1 + z * (1 - t)); }
-    static inline real d2(real z, real, real) { real t = s(z); return t * (1 - t) * (2 + z * (1 - 2 * t)); }
-};
-struct Softplus {
-    static inline real f(real z, real) {
-        real x = (z > 0 ? z : 0) + elementary::log1p_of_unit(elementary::exp(z < 0 ? z : -z));
-        return z > 20 ? z : x; // as torch
-    }
-    static inline real s(real x) { real e = elementary::exp(-x); return x > 20 ? 1 : 1 - e; }
-    static inline real d1(real, real x, real) { return s(x); }
-    static inline real d2(real, real x, real) { return s(x) * (1 - s(x)); }
-};
-struct Softsign {
-    static inline real f(real z, real) { return z / (1 + (z < 0 ? -z : z)); }
-    static inline real d1(real, real x, real) { real t = 1 - (x < 0 ? -x : x); return t * t; }
-    static inline real d2(real, real x, real) {
-        real t = 1 - (x < 0 ? -x : x);
-        return (x < 0 ? 2 : -2) * t * t * t;
-    }
-};
-
-struct Maps {
-    void (*forward)(i64 n, real a, const real *z, real *x);
-    void (*scale)(i64 n, real a, const real *z, const real *x, const real *d, real *out);
-    void (*curve)(i64 n, real a, const real *z, const real *x, const real *rz, const real *dx,
-                  const real *rdx, real *out);
-};
-template <class F>
-static void map_forward(i64 n, real a, const real *z, real *x) {
-    for (i64 i = 0; i < n; i++) x[i] = F::f(z[i], a);
-}
-template <class F>
-static void map_scale(i64 n, real a, const real *z, const real *x, const real *d, real *out) {
-    for (i64 i = 0; i < n; i++) out[i] = F::d1(z[i], x[i], a) * d[i];
-}
-template <class F>
-static void map_curve(i64 n, real a, const real *z, const real *x, const real *rz, const real *dx,
-                      const real *rdx, real *out) {
-    for (i64 i = 0; i < n; i++)
-        out[i] = F::d2(z[i], x[i], a) * rz[i] * dx[i] + F::d1(z[i], x[i], a) * rdx[i];
-}
-#define MAPS(F) {map_forward<F>, map_scale<F>, map_curve<F>}
-static const Maps maps[N_ACTIVATIONS] = {{0, 0, 0},     MAPS(Relu), MAPS(Leaky), MAPS(Tanh), MAPS(Sigmoid),
-                                         MAPS(Elu),     MAPS(Selu), MAPS(Gelu),  MAPS(Silu), MAPS(Softplus),
-                                         MAPS(Softsign)};
 
 // ---- losses of numbers -------------------------------------------------------------------------
 
@@ -462,33 +172,6 @@ static void unpack(const Net &net, const real *in, real *const *tensors, real *s
         if (b) memcpy(b, in + y.bias, y.out * sizeof(real));
     }
 }
-
-// Places for arrays. The first round of a layout only measures, the second hands out memory.
-struct Arena {
-    char *begin = 0;
-    size_t size = 0, used = 0;
-    bool measures = false;
-    real *take(i64 n) {
-        char *p = measures ? 0 : begin + used;
-        used += ((size_t)n * sizeof(real) + 63) / 64 * 64;
-        return (real *)p;
-    }
-    bool reserve() { // what was measured
-        size_t needed = used;
-        measures = false, used = 0;
-        if (needed <= size) return true;
-        release();
-        void *p = 0;
-        if (posix_memalign(&p, 64, needed)) return false;
-        begin = (char *)p, size = needed;
-        return true;
-    }
-    void release() {
-        free(begin);
-        begin = 0, size = 0;
-    }
-    ~Arena() { free(begin); }
-};
 
 // what one pass over a set of rows leaves behind; index l is the output of layer l
 struct Pass {
@@ -743,8 +426,6 @@ struct Job {
     real *const *own;         // tensors of task j at own[t] + j * own_stride[t], or null
     const i64 *own_stride;
     bool (*run)(const Job &, i64 begin, i64 end, i64 block, Arena &);
-    i64 next_block;
-    bool failed;
 };
 
 static i64 rate_number(const Job &job, i64 k) { return k < job.n_rates ? k : job.n_rates - 1; }
@@ -951,32 +632,10 @@ static bool predict_tasks(const Job &job, i64 begin, i64 end, i64, Arena &arena)
     return true;
 }
 
-// kept from call to call, unless it is so large that getting it anew costs little beside its use
-enum { KEPT_BYTES = 1 << 25 };
-static thread_local Arena arena_of_thread;
-
-static void *work(void *p) {
-    Job &job = *(Job *)p;
-    for (;;) {
-        i64 b = __atomic_fetch_add(&job.next_block, 1, __ATOMIC_RELAXED);
-        if (b >= job.n_blocks) break;
-        // the blocks do not depend on the number of threads, so neither do the sums
-        i64 begin = b * job.n_tasks / job.n_blocks, end = (b + 1) * job.n_tasks / job.n_blocks;
-        if (!job.run(job, begin, end, b, arena_of_thread)) __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
-    }
-    if (arena_of_thread.size > KEPT_BYTES) arena_of_thread.release();
-    return 0;
-}
-
-static bool run_blocks(Job &job, i64 n_threads) {
-    enum { MOST = 256 };
-    pthread_t threads[MOST];
-    i64 others = (n_threads < job.n_blocks ? n_threads : job.n_blocks) - 1, started = 0;
-    job.next_block = 0, job.failed = false;
-    while (started < others && started < MOST && !pthread_create(&threads[started], 0, work, &job)) started++;
-    work(&job);
-    for (i64 t = 0; t < started; t++) pthread_join(threads[t], 0);
-    return !job.failed;
+static bool run_block(const void *p, i64 block, Arena &arena) {
+    const Job &job = *(const Job *)p;
+    i64 begin = block * job.n_tasks / job.n_blocks, end = (block + 1) * job.n_tasks / job.n_blocks;
+    return job.run(job, begin, end, block, arena);
 }
 
 // ---- entry points ------------------------------------------------------------------------------
@@ -1040,7 +699,7 @@ static bool meta_step(const i64 *a) {
         real *rate_grads = job.grads + job.n_blocks * size, *scratch = rate_grads + n_rate_grads * job.n_blocks * size;
         if (n_rate_grads) job.rate_grads = rate_grads;
         job.run = meta_tasks;
-        done = run_blocks(job, a[N_THREADS]);
+        done = run_blocks(&job, job.n_blocks, run_block, a[N_THREADS]);
         finish(job, job.grads, size, (real *)a[GRADS], scratch);
         for (i64 k = 0; k < n_rate_grads; k++)
             finish(job, rate_grads + k * size, job.n_rates * size,
@@ -1055,7 +714,7 @@ static bool run_tasks(const i64 *a, bool (*run)(const Job &, i64, i64, i64, Aren
     Job job;
     if (!start(a, job)) return false;
     job.run = run;
-    bool done = run_blocks(job, a[N_THREADS]);
+    bool done = run_blocks(&job, job.n_blocks, run_block, a[N_THREADS]);
     free(job.theta);
     return done;
 }
@@ -1065,4 +724,4 @@ static bool predict(const i64 *a) { return run_tasks(a, predict_tasks); }
 
 } // namespace
 
-extern const Kernels KERNELS(LEVEL, REAL) = {meta_step, adapt, predict};
+extern const Kernels KERNELS(LEVEL, REAL) = {meta_step, adapt, predict, HEAD_STEP(LEVEL, REAL)};

@@ -3,7 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "mlp.h"
+#include "kernels.h"
 
 namespace {
 
@@ -38,13 +38,13 @@ const Level levels[] = {
 };
 const int n_levels = sizeof(levels) / sizeof(levels[0]);
 
-PyObject *call(PyObject *args, bool (*Kernels::*function)(const int64_t *)) {
+PyObject *call(PyObject *args, Function *Kernels::*function, int n_arguments = N_ARGUMENTS) {
     int level, is_double;
     Py_buffer given;
     if (!PyArg_ParseTuple(args, "ipy*", &level, &is_double, &given)) return NULL;
-    if (level < 0 || level >= n_levels || !levels[level].runs() || given.len != N_ARGUMENTS * 8) {
+    if (level < 0 || level >= n_levels || !levels[level].runs() || given.len != n_arguments * 8) {
         PyErr_Format(PyExc_ValueError, "Got level %d of %d, and %zd bytes of arguments; expected %d.", level,
-                     n_levels, given.len, N_ARGUMENTS * 8);
+                     n_levels, given.len, n_arguments * 8);
         PyBuffer_Release(&given);
         return NULL;
     }
@@ -61,6 +61,7 @@ PyObject *call(PyObject *args, bool (*Kernels::*function)(const int64_t *)) {
 PyObject *meta_step(PyObject *, PyObject *args) { return call(args, &Kernels::meta_step); }
 PyObject *adapt(PyObject *, PyObject *args) { return call(args, &Kernels::adapt); }
 PyObject *predict(PyObject *, PyObject *args) { return call(args, &Kernels::predict); }
+PyObject *head_step(PyObject *, PyObject *args) { return call(args, &Kernels::head_step, head::N_ARGUMENTS); }
 
 int fill(PyObject *module) {
 #if HAS_X86_LEVELS
@@ -81,6 +82,7 @@ int fill(PyObject *module) {
 PyMethodDef methods[] = {{"meta_step", meta_step, METH_VARARGS, NULL},
                          {"adapt", adapt, METH_VARARGS, NULL},
                          {"predict", predict, METH_VARARGS, NULL},
+                         {"head_step", head_step, METH_VARARGS, NULL},
                          {NULL, NULL, 0, NULL}};
 PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)fill}, {0, NULL}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, methods, slots, NULL, NULL, NULL};

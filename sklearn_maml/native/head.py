@@ -1,0 +1,185 @@
+"""The compiled gradient of a Gaussian head on multilayer perceptrons."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.native import (
+    PARALLEL_WORK,
+    _kernels,
+    activation_code,
+    instruction_set,
+    instruction_sets,
+)
+
+__all__ = ["HeadKernel"]
+
+Params = dict[str, Tensor]
+
+# in the order of `Tensor` of head.cpp; weight and bias of each layer follow
+PARTS = ("factor", "log_scale", "log_noise", "mean", "body.frequency", "log_code", "log_amplitude")
+
+
+class HeadKernel:
+    """The compiled gradient of the heads of one shape.
+
+    Parameters
+    ----------
+    shapes : dict of str to tuple
+        Of the parameters, whose first axis is that of the members.
+    activation : Module
+        Of the hidden layers.
+    center, scale : Tensors of shape (n_linear,)
+        Of the features; empty where they are none of the columns.
+    n_outputs : int
+        Numbers, or classes of an episode.
+    classes, same_classes : bool
+    spread, beyond, floor : float
+        Factor of the linear columns, where standardised features are cut off, and the least
+        variance of the noise.
+    n_threads : int
+        Among which large batches are divided; the results do not depend on it.
+    dtype : torch.dtype, default=torch.float32
+        Of rows, results and all but factors, which are of double precision.
+
+    Raises
+    ------
+    NativeUnavailableError
+        If the package was installed without the kernels.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        activation: nn.Module,
+        center: Tensor,
+        scale: Tensor,
+        *,
+        n_outputs: int,
+        classes: bool,
+        same_classes: bool,
+        spread: float,
+        beyond: float,
+        floor: float,
+        n_threads: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._level = instruction_sets().index(instruction_set())
+        n_layers = sum(name.startswith("body.weight") for name in shapes)
+        layers = [f"body.{kind}{k}" for k in range(n_layers) for kind in ("weight", "bias")]
+        self.names = [*PARTS, *layers]
+        self.shapes = shapes
+        self.dtype = dtype
+        self.classes = classes
+        self.n_members, n_linear = shapes["factor"][:2]
+        self.n_features = shapes["body.weight0"][1]
+        self.n_outputs = n_outputs
+        self._n_threads = n_threads
+        code, slope = activation_code(activation) or (0, 0.0)
+        n_waves = shapes["body.frequency"][2] if "body.frequency" in shapes else 0
+        sizes = [self.n_members, self.n_features, n_linear, n_outputs, shapes["log_noise"][1]]
+        sizes += [n_waves, int(classes), int(same_classes), n_layers]
+        for name in layers[::2]:
+            sizes += [shapes[name][2], code]
+        self._sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        self._numbers = (ctypes.c_double * 4)(slope, spread, beyond, floor)
+        self._center = [part.detach().double().contiguous() for part in (center, scale)]
+        width = shapes["log_scale"][1]
+        # multiply-adds of a row's forward pass, products with the rows of its task included
+        self._row_work = sum(torch.Size(shapes[n][1:]).numel() for n in layers[::2]) + 60 * width
+
+    def takes(self, batch: EpisodeBatch) -> bool:
+        """Whether episodes have the types and shapes that the kernel is for."""
+        kind = torch.int64 if self.classes else self.dtype
+        tail = () if self.classes else (self.n_outputs,)
+        return all(
+            rows.X.is_cpu
+            and rows.X.dtype == self.dtype
+            and rows.X.ndim == 3
+            and rows.X.shape[2] == self.n_features
+            and rows.y.dtype == kind
+            and rows.y.shape == (*rows.X.shape[:2], *tail)
+            for rows in (batch.support, batch.query)
+        )
+
+    def step(
+        self,
+        params: Params,
+        batch: EpisodeBatch,
+        weights: tuple[Tensor | None, Tensor | None],
+        visible: Tensor | None,
+        n_given: int,
+        task_weight: Tensor | None = None,
+    ) -> tuple[Params, Tensor]:
+        """Gradients of the negative log likelihood of query rows, and their outputs.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            In the dtype of the kernel.
+        batch : EpisodeBatch
+        weights : pair of Tensors of shape (n_tasks, n_rows) or None
+            Of the rows of support and query; 0 for padding.
+        visible : int8 Tensor of shape (n_members, n_rows) or None
+            Rows of the collection that each member learns from, if the rows have an `index`.
+        n_given : int
+            Support rows that are conditioned on; further ones are as query rows.
+        task_weight : Tensor of shape (n_tasks,), optional
+            Factors of the tasks' likelihoods; None: only outputs are asked for.
+
+        Returns
+        -------
+        grads : dict of str to Tensor
+        outputs : Tensor of shape (n_members, n_tasks, n_query, n_outputs)
+        """
+        keep: list[Tensor] = []
+
+        def at(tensor: Tensor | None) -> int:
+            if tensor is None or not tensor.numel():
+                return 0
+            keep.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+            return keep[-1].data_ptr()
+
+        def rows_at(rows: Rows, weight: Tensor | None) -> list[int]:
+            weight = None if weight is None else weight.to(self.dtype)
+            return [at(rows.X), at(rows.y), at(weight), at(rows.index), rows.X.shape[1]]
+
+        outputs = batch.query.X.new_empty(
+            (self.n_members, *batch.query.X.shape[:2], self.n_outputs)
+        )
+        asked = [] if task_weight is None else [n for n in self.names if n in params]
+        made = {name: params[name].new_empty(self.shapes[name]) for name in asked}
+        n = len(self.names)
+        theta = (ctypes.c_int64 * n)(*(at(params.get(name)) for name in self.names))
+        grads = (ctypes.c_int64 * n)(*(at(made.get(name)) for name in self.names))
+        n_rows = batch.support.X.shape[1] + batch.query.X.shape[1]
+        work = (
+            (2 if task_weight is None else 6)
+            * self.n_members
+            * len(batch)
+            * n_rows
+            * self._row_work
+        )
+        arguments = [
+            ctypes.addressof(self._sizes),
+            ctypes.addressof(self._numbers),
+            *map(at, self._center),
+            ctypes.addressof(theta),
+            len(batch),
+            n_given,
+            self._n_threads if work > PARALLEL_WORK else 1,
+            *rows_at(batch.support, weights[0]),
+            *rows_at(batch.query, weights[1]),
+            at(visible),
+            0 if visible is None else visible.shape[1],
+            at(None if task_weight is None else task_weight.to(self.dtype)),
+            at(outputs),
+            ctypes.addressof(grads),
+        ]
+        packed = (ctypes.c_int64 * len(arguments))(*arguments)
+        _kernels.head_step(self._level, self.dtype == torch.float64, packed)
+        return made, outputs

@@ -1,0 +1,40 @@
+// What mlp.cpp and head.cpp offer to module.cpp: the same functions for each number type and
+// instruction set.
+
+#include <stdint.h>
+
+// Each takes one array of integers and addresses, and returns false if memory ran out. The orders of
+// `Argument` and `head::Argument` are repeated in native/__init__.py and native/head.py.
+typedef bool Function(const int64_t *);
+struct Kernels {
+    Function *meta_step, *adapt, *predict, *head_step;
+};
+
+enum Argument {
+    N_TASKS, STEPS, N_RATES, SECOND_ORDER, RECOMPUTE, N_THREADS,
+    SUPPORT_X, SUPPORT_Y, SUPPORT_WEIGHT, SUPPORT_LENGTHS, SUPPORT_WIDTH,
+    QUERY_X, QUERY_Y, QUERY_WEIGHT, QUERY_LENGTHS, QUERY_WIDTH,
+    LOSSES, OUTPUTS, SIZES, SLOPES, THETA, RATES, GRADS, RATE_GRADS, N_WEIGHTS, OWN, OWN_STRIDES,
+    N_ARGUMENTS,
+};
+
+namespace head {
+enum Argument {
+    SIZES, NUMBERS, CENTER, SCALE, THETA, N_TASKS, N_GIVEN, N_THREADS,
+    SUPPORT_X, SUPPORT_Y, SUPPORT_WEIGHT, SUPPORT_INDEX, SUPPORT_WIDTH,
+    QUERY_X, QUERY_Y, QUERY_WEIGHT, QUERY_INDEX, QUERY_WIDTH,
+    VISIBLE, N_VISIBLE, TASK_WEIGHT, OUTPUTS, GRADS,
+    N_ARGUMENTS,
+};
+}
+
+#define KERNELS(level, real) KERNELS_OF(level, real)
+#define KERNELS_OF(level, real) mlp_##level##_##real
+#define HEAD_STEP(level, real) HEAD_STEP_OF(level, real)
+#define HEAD_STEP_OF(level, real) head_##level##_##real
+#define DECLARE(level)                                          \
+    extern const Kernels KERNELS(level, float), KERNELS(level, double); \
+    Function HEAD_STEP(level, float), HEAD_STEP(level, double)
+DECLARE(base);
+DECLARE(avx2);
+DECLARE(avx512);
