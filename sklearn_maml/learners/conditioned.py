@@ -17,7 +17,15 @@ from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterio
 from sklearn_maml.learners.laplace import LaplaceFunctions, LaplacePosterior
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.plain import PlainHead
-from sklearn_maml.learners.sums import CACHED_ROWS, Given, Sums, room_of_sums, sums_over, tensors
+from sklearn_maml.learners.sums import (
+    CACHED_ROWS,
+    Given,
+    Kept,
+    Sums,
+    room_of_sums,
+    sums_over,
+    tensors,
+)
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
@@ -27,6 +35,7 @@ MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
 # of a task that gets more: conditioning on so many takes about ten times as long as on their sums
 ROWS_PER_COLUMN = 4
+MOST_KEPT = 2**27  # bytes of posteriors
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ class Conditioned(Adapted):
         What the rows of other tasks said.
     known : bool, default=True
         Whether support sets counted; otherwise tasks are as before adaptation.
+    kept : sequence of (tasks, posterior)
+        Posteriors, for the variance; those of other tasks are found anew where it is asked for.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class Conditioned(Adapted):
         support: Support,
         sums: dict[int, Sums],
         known: bool = True,
+        kept: Kept = (),
     ) -> None:
         self.head = head
         self.calibration = calibration
@@ -98,6 +110,7 @@ class Conditioned(Adapted):
         self.support = support
         self.sums = sums
         self.known = known
+        self.kept = kept
 
     @property
     def n_tasks(self) -> int:
@@ -155,10 +168,20 @@ class Conditioned(Adapted):
         shift = np.empty(shape, dtype=self.shift.dtype)
         shift[:, : self.n_tasks] = self.shift
         given = Given(run, kept, sums, tasks)
+        posteriors = [(np.where(np.isin(t, tasks), -1, t), found) for t, found in self.kept]
+        posteriors = [part for part in posteriors if (part[0] >= 0).any()]
+        # one after another, those of single tasks would take longer than to find them again
+        keeps = len(tasks) == more.n_tasks and not head.likelihood.are_classes
+        keeps = keeps and 8 * run.room(given.sizes) <= MOST_KEPT
         for some in given.batches():
-            shift[:, tasks[some]] = given.posterior(some).shift.cpu().numpy()
+            posterior = given.posterior(some)
+            shift[:, tasks[some]] = posterior.shift.cpu().numpy()
+            if keeps:
+                posteriors.append((tasks[some], posterior))
         low, high = self._range_with(more)
-        return Conditioned(head, self.calibration, shift, low, high, kept, sums)
+        return Conditioned(
+            head, self.calibration, shift, low, high, kept, sums, kept=tuple(posteriors)
+        )
 
     def _range_with(self, more: Support) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest targets of all tasks, where there are more rows."""
@@ -304,8 +327,8 @@ class Conditioned(Adapted):
         freedom = self.calibration.freedom
         prior = None if freedom is None else tensors(self.head, freedom)[0]
         with torch.no_grad():
-            for some in given.batches(n_queries):
-                posterior, most = given.posterior(some), n_queries[some].max()
+            for some, posterior in given.posteriors(self.kept, n_queries):
+                most = n_queries[some].max()
                 for start in range(0, most, CACHED_ROWS):
                     number = np.arange(start, min(start + CACHED_ROWS, most))
                     real = number < n_queries[some][:, None]

@@ -455,6 +455,13 @@ class HeadFunctions:
         misfit, n_rows = self.misfit(given)
         return (freedom + misfit) / (freedom + n_rows)
 
+    def room(self, n_rows: np.ndarray) -> int:
+        """Numbers of the posteriors of tasks of so many rows (n_tasks,)."""
+        p, n_noises = self.head.n_columns, self.head.log_noise.shape[1]
+        n = np.minimum(n_rows, p)
+        one = n * (n_noises * n + np.where(n_rows > p, 0, p)) + self.head.n_outputs * p
+        return int(self.head.n_members * one.sum())
+
     def covariance(self, given: Posterior) -> Tensor:
         """Covariance (n_members, n_tasks, n_noises, n_columns, n_columns) of w."""
         if given.S is None:

@@ -236,6 +236,13 @@ class LaplaceFunctions(HeadFunctions):
         output, variance, _ = self._predicted(prior + S @ given.shift, variance)
         return output, variance
 
+    def room(self, n_rows: np.ndarray) -> int:
+        """See `HeadFunctions`."""
+        p, n_outputs = self.head.n_columns, self.head.n_outputs
+        n = np.minimum(n_rows, p)
+        one = n_rows * (p + n_outputs) + n_outputs * (n * n + p)
+        return int(self.head.n_members * one.sum())
+
     def _predicted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return outputs, variance of targets and dispersion."""
         a = self.amplitude_of_tasks()

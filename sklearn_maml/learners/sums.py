@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 from sklearn_maml.learners.base import TASKS_AT_A_TIME, Support, alike, padded
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Information, Posterior
 
-__all__ = ["CACHED_ROWS", "Given", "Sums", "room_of_sums", "sums_over", "tensors"]
+__all__ = ["CACHED_ROWS", "Given", "Kept", "Sums", "room_of_sums", "sums_over", "tensors"]
+
+# Tasks, -1 for one that has another by now, and their posteriors. The variance of predictions needs
+# these, and finding them takes longer than predicting.
+Kept = Sequence[tuple[np.ndarray, Posterior]]
 
 # Rows of some tasks at a time, padding included: their columns fit into the caches of a CPU. On a
 # device, and of tasks whose sums are at hand, so many.
@@ -106,6 +111,15 @@ def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
     return found
 
 
+def _taken(posterior: Any, tasks: np.ndarray) -> Any:
+    """Posteriors of some of the tasks."""
+    if len(tasks) == posterior.shift.shape[1] and (tasks == np.arange(len(tasks))).all():
+        return posterior
+    index = torch.from_numpy(tasks).to(posterior.shift.device)
+    parts = {n: t if t is None else t[:, index] for n, t in vars(posterior).items()}
+    return replace(posterior, **parts)
+
+
 class Given:
     """Posteriors of tasks, of their rows or of sums over them: some tasks at a time.
 
@@ -127,6 +141,7 @@ class Given:
         self.run, self.head = run, run.head
         self.support = support.of(tasks)
         self.sums = {j: sums[t] for j, t in enumerate(tasks.tolist()) if t in sums}
+        self.asked = asked
         self.position = position.reshape(-1)
         self.sizes = self.support.sizes
         self.order = np.argsort(self.support.codes, kind="stable")
@@ -135,18 +150,40 @@ class Given:
         self.by_sums = run.has_sums & (self.sizes > _most_rows(self.head))
         self.by_sums[list(self.sums)] = True
 
-    def batches(self, beside: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    def batches(
+        self, beside: np.ndarray | None = None, among: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
         """Positions in `asked`, few enough at a time.
 
-        `beside` (n_asked,) has numbers of other rows of the tasks, which the caller pads.
+        `beside` (n_asked,) has numbers of other rows of the tasks, which the caller pads; `among`
+        (n_asked,) says which positions to go through.
         """
         n_rows = self.sizes[self.position]
         larger = n_rows if beside is None else np.maximum(n_rows, beside)
         by_sums = self.by_sums[self.position]
+        among = np.ones(len(by_sums), dtype=bool) if among is None else among
         for own, most_tasks in ((by_sums, TASKS_OF_SUMS), (~by_sums, TASKS_AT_A_TIME)):
-            place = np.flatnonzero(own)
+            place = np.flatnonzero(own & among)
             for part in alike(larger[place], most_tasks, _most_rows(self.head)):
                 yield place[part]
+
+    def posteriors(self, kept: Kept, beside: np.ndarray) -> Iterator[tuple[np.ndarray, Posterior]]:
+        """Positions in `asked`, few enough at a time, and their posteriors; see `batches`.
+
+        Those that were `kept` are not found anew.
+        """
+        left = np.ones(len(self.asked), dtype=bool)
+        for tasks, posterior in kept:
+            place = np.full(max(tasks.max(), self.asked.max(initial=0)) + 2, -1)
+            place[tasks] = np.arange(len(tasks))
+            place[-1] = -1
+            which = place[self.asked]
+            some = np.flatnonzero(which >= 0)
+            left[some] = False
+            for part in alike(beside[some], len(some), _most_rows(self.head)):
+                yield some[part], _taken(posterior, which[some[part]])
+        for some in self.batches(beside, left):
+            yield some, self.posterior(some)
 
     def posterior(self, some: np.ndarray) -> Posterior:
         """Condition on the support sets of these positions in `asked`."""
