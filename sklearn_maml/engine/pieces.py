@@ -55,8 +55,11 @@ def run_pieces(
     if places is None:
         return run(batch)
 
+    # a single piece has all tasks, in their order; where they are ragged, less of the padding
+    is_whole = len(places) == 1 and all(rows.lengths is None for rows in sets_of(batch))
+
     def run_piece(which: np.ndarray) -> Result:
-        return run(batch.take(which))
+        return run(batch if is_whole else batch.take(which))
 
     parts = side_by_side(run_piece, places) if in_threads else [*map(run_piece, places)]
     return join(parts, places)
@@ -86,6 +89,8 @@ def equal_shapes(batch: Batch) -> list[np.ndarray] | None:
 
 def join_steps(parts: list[MetaStep], places: Places) -> MetaStep:
     """Meta-step of all tasks, of those of some."""
+    if len(parts) == 1:
+        return parts[0]
     n_tasks = sum(len(part.losses) for part in parts)
     weights = [len(part.losses) / n_tasks for part in parts]
     grads = {

@@ -131,8 +131,6 @@ class Conv(Stacked):
             keep_memory()
         size = tasks_at_a_time(self.spec.module, sets_of(batch)[0].X)
         alike = None if self.spec.pads else equal_shapes(batch)
-        if alike is None and len(batch) <= size:
-            return None
         groups = [np.arange(len(batch))] if alike is None else alike
         return [group[part] for group in groups for part in chunks(len(group), size)]
 
