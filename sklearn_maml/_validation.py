@@ -7,7 +7,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sklearn.base import clone
 
@@ -86,6 +86,7 @@ class PrefixedParamsMixin:
     """
 
     _prefixes: tuple[str, ...] = ()
+    _examples: ClassVar[dict[str, str]] = {}  # of objects that parameters may be, for messages
 
     @classmethod
     def _signature_names(cls) -> list[str]:
@@ -147,7 +148,14 @@ class PrefixedParamsMixin:
                 own[name] = params.pop(name)
         known = self.get_params(deep=True)
         for name in params:
-            if name.partition("__")[0] not in known:
+            head, separator, tail = name.partition("__")
+            holder = params.get(head, known.get(head))
+            if separator and head in known and not hasattr(holder, "set_params"):
+                raise ValueError(
+                    f"{name} sets {tail!r} of the object that {head} is, but {head}={holder!r} has "
+                    f"no parameters. Give {head} an object{self._examples.get(head, '')}."
+                )
+            if head not in known:
                 raise ValueError(
                     f"Invalid parameter {name!r} for estimator {type(self).__name__}."
                     f"{did_you_mean(name, known)} Valid parameters are: {sorted(known)}."

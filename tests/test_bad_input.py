@@ -36,6 +36,7 @@ from sklearn_maml.exceptions import (
     NotAdaptedError,
     SingleTaskWarning,
 )
+from sklearn_maml.targets import Huber
 from sklearn_maml.training.schedule import UPDATES_PER_EPOCH
 
 pd = pytest.importorskip("pandas")
@@ -651,6 +652,28 @@ def test_what_was_meta_learned_for_other_settings_is_refused(kinds, kind, params
         with pytest.raises(ValueError, match=rf"{name} was changed after fit.*fit (again|anew)"):
             getattr(changed, method)(*arguments)
         assert vars(changed).keys() == vars(estimator).keys()
+
+
+def test_parameters_of_a_name_are_refused(kinds):
+    message = r"loss__delta sets 'delta'.*loss='huber' has no parameters.*Huber\(delta=0.5\)"
+    with pytest.raises(ValueError, match=message):
+        regressor(loss="huber").set_params(loss__delta=0.4)
+    with pytest.raises(ValueError, match=r"loss='huber' has no parameters"):
+        regressor().set_params(loss="huber", loss__delta=0.4)
+    assert regressor(loss=Huber()).set_params(loss__delta=0.4).loss.delta == 0.4
+    assert regressor().set_params(loss=Huber(), loss__delta=0.4).loss.delta == 0.4
+    with pytest.raises(ValueError, match=r"steps__x sets 'x'.*steps=\d+ has no parameters"):
+        regressor().set_params(steps__x=1)
+
+
+def test_a_rate_that_is_infinite_in_the_numbers_of_x_is_refused():
+    narrow = X.astype(np.float32)
+    message = r"alpha=1e\+300 is infinite in float32.*at most 3e\+38"
+    with pytest.raises(ValueError, match=message):
+        regressor(alpha=1e300).fit(narrow, Y, groups=G)
+    fitted = regressor().fit(narrow, Y, groups=G).set_params(alpha=1e300)
+    with pytest.raises(ValueError, match=message):
+        fitted.adapt(narrow[:6], Y[:6])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import pickle
 import uuid
 import warnings
 from zoneinfo import ZoneInfo
@@ -21,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import sklearn_maml
+import sklearn_maml.data.ids as ids_module
 from sklearn_maml import Checkpoint, MAMLClassifier, MAMLRegressor, adapt_predict
 from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
 
@@ -271,6 +273,23 @@ def test_moments_are_the_same_in_every_time_zone():
         "Europe/Berlin", ambiguous=[True, False]
     )
     assert len(encode_ids(twice, 2)[0]) == 2
+
+
+def test_ids_are_looked_up_in_what_adapt_has_made(monkeypatch):
+    """Their number costs time once, not with every prediction or row that is added."""
+    seen, original = [], ids_module.keys_of
+    monkeypatch.setattr(ids_module, "keys_of", lambda ids: seen.append(len(ids)) or original(ids))
+    names = np.array([f"task {j}" for j in range(N_TASKS)])
+    model = MAMLRegressor(**{**SMALL, "update_rule": "gaussian-head"})
+    model.fit(X, Y, groups=names[CODES]).adapt(X, Y, groups=names[CODES])
+    model.predict(X[:1], groups=names[:1])
+    seen.clear()
+    model.predict(X[:1], groups=names[:1])
+    model.adapt(X[:1], Y[:1], groups=names[:1], extend=True)
+    model.predict(X[:2], groups=names[:2])
+    twin = pickle.loads(pickle.dumps(model))
+    assert seen == [1, 1, 2]
+    assert_array_equal(twin.predict(X, groups=names[CODES]), model.predict(X, groups=names[CODES]))
 
 
 def test_dates_keep_the_digits_that_they_have():

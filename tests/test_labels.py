@@ -11,7 +11,7 @@ from sklearn.base import clone
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.utils import get_tags
 
-from sklearn_maml import FewShotClassifier, MAMLClassifier, task_scorer
+from sklearn_maml import FewShotClassifier, MAMLClassifier, compare_baselines, task_scorer
 
 SMALL = {"loss": "binary", "max_iter": 4, "hidden_layer_sizes": (8,), "random_state": 0}
 RULES = ["auto", "sgd", "gaussian-head"]
@@ -122,3 +122,10 @@ def test_sparse_labels_are_refused(door, kind):
         clf.fit(X, y, groups=task)
     with pytest.raises(TypeError, match=r"y.toarray\(\)"):
         getattr(clf, door)(X, kind(y), groups=task)
+
+
+def test_baselines_of_labels_are_refused_with_the_way_out():
+    X, y, task = labelled()
+    clf = MAMLClassifier(**SMALL, update_rule="sgd")
+    with pytest.raises(ValueError, match=r"no baselines for rows with any number.*y\[:, j\]"):
+        compare_baselines(clf, X, y, task)

@@ -87,6 +87,47 @@ def test_units_are_those_of_the_first_call(params):
         assert torch.equal(model._learner.head.center, center)
 
 
+@pytest.mark.parametrize("params", [STEPS, HEAD, {**STEPS, "center_y": True}])
+def test_the_scale_of_targets_that_are_all_equal_is_learned_later(params):
+    """Steps on targets of thousands in units of 1 would diverge."""
+    first = part(0)
+    y = np.where(first, 5.0, 1000 * Y + 5000)
+    model = go(MAMLRegressor(**params), first, y=y)
+    assert model.y_scale_ == 1
+    before = model.y_scale_
+    go(model, part(1), y=y)
+    own = slice(8 * 8, 16 * 8)
+    reference = MAMLRegressor(**params).fit(X[part(1)], y[part(1)], groups=G[part(1)])
+    assert model.y_scale_ == reference.y_scale_ > 100
+    assert model.y_mean_ == reference.y_mean_
+    assert before == 1  # what a copy has stays
+    known = model.y_scale_
+    assert go(model, part(2), y=10 * y).y_scale_ == known
+    assert np.isfinite(
+        model.adapt(X[own], y[own], groups=G[own]).predict(X[own], groups=G[own])
+    ).all()
+
+
+def test_the_scale_of_one_of_two_outputs_is_learned_later(tmp_path):
+    first = part(0)
+    y = np.c_[Y, np.where(first, 2.0, 100 * Y)]
+    model = go(MAMLRegressor(**STEPS), first, y=y)
+    known, one = model.y_scale_
+    assert one == 1
+    model.save(tmp_path / "model", training=True)
+    for same in (model, MAMLRegressor.load(tmp_path / "model")):
+        go(same, part(1), y=y)
+        assert same.y_scale_[0] == known
+        assert same.y_scale_[1] > 50
+
+
+def test_a_default_fit_to_equal_targets_is_no_numerical_accident():
+    n_tasks = 70  # gradient steps are judged, too
+    rows, task = np.random.default_rng(0).normal(size=(4 * n_tasks, 2)), np.arange(4 * n_tasks) // 4
+    model = MAMLRegressor(**SMALL).fit(rows, np.full(len(rows), 3.0), groups=task)
+    assert model.adapt(rows[:4], np.full(4, 3.0)).predict(rows) == pytest.approx(3.0)
+
+
 def test_a_head_keeps_what_it_learned_last_and_trains_on_few_tasks_at_a_time():
     model = go(MAMLRegressor(**HEAD), part(0))
     calibration = model.calibration_

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import functools
 import numbers
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 __all__ = [
     "IdColumns",
+    "KnownIds",
     "as_array",
     "check_groups",
     "encode_ids",
@@ -101,23 +103,42 @@ def check_groups(groups: Any, codes: np.ndarray, task_column: Any) -> None:
 
 
 def find_ids(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Position of distinct ids among known ones, or -1.
+    """Position of distinct ids among known ones, or -1; see `KnownIds`."""
+    return KnownIds(known).find(wanted)
+
+
+class KnownIds:
+    """Ids to look others up in, in time that does not grow with them after the first call.
 
     Dates with a time zone are the same if they are at the same moment; one with and one without
     are if the clock on the wall shows the same.
     """
-    position = {key: j for j, key in enumerate(keys_of(known))}
-    on_the_wall = {_wall(key): j for key, j in position.items()}
-    found = []
-    for key in keys_of(wanted):
-        wall = _wall(key)
-        at = position.get(key, -1)
-        if at < 0 and wall != key:
-            at = position.get(wall, -1)
-        elif at < 0:
-            at = on_the_wall.get(key, -1)
-        found.append(at)
-    return np.array(found, dtype=np.intp)
+
+    def __init__(self, known: np.ndarray) -> None:
+        self.known = known
+
+    def __reduce__(self) -> Any:  # what looks up is made again where it is needed
+        return KnownIds, (self.known,)
+
+    @functools.cached_property
+    def _position(self) -> dict[Hashable, int]:
+        return {key: j for j, key in enumerate(keys_of(self.known))}
+
+    @functools.cached_property
+    def _on_the_wall(self) -> dict[Hashable, int]:
+        return {_wall(key): j for key, j in self._position.items()}
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """Position of distinct ids among the known ones, or -1."""
+        position = self._position
+        found = []
+        for key in keys_of(wanted):
+            at = position.get(key, -1)
+            if at < 0:
+                wall = _wall(key)
+                at = (position if wall != key else self._on_the_wall).get(wall, -1)
+            found.append(at)
+        return np.array(found, dtype=np.intp)
 
 
 def look_scaled(ids: np.ndarray, known: np.ndarray) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from typing import Any
 
 import numpy as np
 import torch
 
-from sklearn_maml.data.ids import find_ids, join_ids, show_ids
+from sklearn_maml.data.ids import KnownIds, join_ids, show_ids
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.base import NO_EXTENSION, Adapted, Several, Support
@@ -40,6 +41,12 @@ class State(Coding):
     def n_tasks(self) -> int:
         """Number of tasks."""
         return self.adapted.n_tasks
+
+    @functools.cached_property
+    def known_ids(self) -> KnownIds:
+        """The ids, to look others up in."""
+        assert self.ids is not None
+        return KnownIds(self.ids)
 
     def followed_by(self, other: State) -> State:
         """Have the tasks of another state behind those of this one; not of local labels."""
@@ -111,7 +118,10 @@ class Adapting(Building):
         n_tasks = max(before.n_tasks, int(positions.max(initial=-1)) + 1)
         more = self._support(tasks, y, positions[tasks.codes], n_tasks, sample_weight)
         with torch.inference_mode(False):  # a caller may have it on
-            return dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
+            state = dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
+        if ids is before.ids is not None:
+            state.known_ids = before.known_ids
+        return state
 
     def _support(
         self,
@@ -268,7 +278,7 @@ def _places(state: State, tasks: TaskCollection) -> tuple[np.ndarray, np.ndarray
         )
     if not tasks.named:
         return np.arange(tasks.n_tasks), state.ids
-    found = find_ids(tasks.ids, state.ids)
+    found = state.known_ids.find(tasks.ids)
     new = found < 0
     found[new] = state.n_tasks + np.arange(new.sum())
     return found, join_ids(state.ids, tasks.ids[new]) if new.any() else state.ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from typing import Any, ClassVar, Self
@@ -206,7 +207,7 @@ class BaseMAML(Training, Stored, Scoring):
             seed = processes.agree_on_seed(seed, given)
         before = dict(vars(self)) if continued else None
         with torch.inference_mode(False):  # a caller may have it on
-            targets = self.targets_ if continued else self._make_targets()
+            targets = copy.copy(self.targets_) if continued else self._make_targets()
             if partial and not continued:
                 targets.declare(classes)
             self.device_ = resolve_device(self.device)
@@ -227,8 +228,7 @@ class BaseMAML(Training, Stored, Scoring):
                 )
             else:
                 source = self._collect(X, y, groups, targets, seed, continued, sample_weight)
-            if not continued:
-                self._take_targets(targets)
+            self._take_targets(targets)
             self._score_seed = seed
             self.__dict__.pop("_state", None)
             routed = {"groups": groups, "sample_weight": sample_weight}

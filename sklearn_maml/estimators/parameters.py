@@ -85,6 +85,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         "meta_gradient",
     )
 
+    _examples: ClassVar = {"loss": ", such as sklearn_maml.targets.Huber(delta=0.5)"}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "loss": [StrOptions({*LOSSES, "cross_entropy", "binary"}), Loss],
         "quantile": [Interval(numbers.Real, 0, 1, closed="neither"), None],
@@ -182,7 +183,14 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         return self._n_steps() if self.adapt_steps is None else int(self.adapt_steps)
 
     def _alpha(self) -> float:
-        return float(self.alpha)
+        alpha, dtype = float(self.alpha), vars(self).get("_dtype", np.float64)
+        most = float(np.finfo(dtype).max)
+        if alpha > most:
+            raise ValueError(
+                f"alpha={alpha:g} is infinite in {np.dtype(dtype)}, in which X came to fit: "
+                f"expected at most {most:.1g}. Give a smaller rate; the default is 0.03."
+            )
+        return alpha
 
     def _n_steps(self) -> int:
         return int(self.steps)

@@ -14,7 +14,7 @@ from torch import nn
 
 from sklearn_maml._types import Tasks
 from sklearn_maml.data.frames import PASS_THROUGH, as_frame, split_task_column, take_column
-from sklearn_maml.data.ids import check_groups, encode_ids, find_ids, look_scaled, show_ids
+from sklearn_maml.data.ids import check_groups, encode_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import (
     concatenate_rows,
     n_axes,
@@ -159,7 +159,7 @@ class Predicting(Adapting):
                 "groups=...). To score new tasks, use score(X, y, groups=...) or "
                 "sklearn_maml.task_scorer."
             )
-        positions = find_ids(ids, state.ids)
+        positions = state.known_ids.find(ids)
         unknown = positions < 0
         if unknown.any():
             doubt = ""

@@ -108,8 +108,7 @@ class Reading(Parameters):
         if tasks.spelling == "single" and targets.n_ways is None and n_shots is None:
             tasks = merged(tasks)
         stacklevel = 7 if HAS_SKLEARN_CALLBACKS else 6
-        if not continued:
-            targets.learn(tasks, tasks.weight)
+        (targets.learn_on if continued else targets.learn)(tasks, tasks.weight)
         module = self._new_module(targets)
         tasks = self._usable(tasks, targets, n_shots, module, stacklevel + 1)
         if tasks.spelling == "single" and targets.n_ways is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import json
 import warnings
 from typing import Any, ClassVar
@@ -93,7 +94,8 @@ class Stored(Planning, Adapting):
         fitted["calibration"] = None if calibration is None else dict(vars(calibration))
         state = vars(self).get("_state")
         if tasks and state is not None:
-            fitted["state"] = {**vars(state), "adapted": state.adapted.state()}
+            own = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+            fitted["state"] = {**own, "adapted": state.adapted.state()}
         return fitted
 
     @torch.inference_mode(False)

@@ -421,6 +421,13 @@ def _meta_learner(estimator: Any, y: Any, X: Any) -> tuple[Any, BaseMAML]:
             f"pipeline or search that ends in one; got {type(estimator).__name__}. Other "
             "estimators can be among the baselines: baselines={'name': estimator}."
         )
+    if is_classifier(maml) and maml.loss == "binary":
+        raise ValueError(
+            "compare_baselines knows no baselines for rows with any number of labels, which "
+            "loss='binary' is for. Compare one label at a time, "
+            "compare_baselines(MAMLClassifier(), X, y[:, j], groups), or score with "
+            "task_scores(estimator, X, y, groups)."
+        )
     return estimator, maml
 
 

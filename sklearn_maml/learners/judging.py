@@ -140,7 +140,7 @@ class _Deviations:
             std = self.scaled(freedom)
             log_std = np.average(np.log(std), axis=0, weights=self.weight)
             error = np.average(np.abs(self.error) / std, axis=0, weights=self.weight)
-            losses.append(log_std + np.log(error))
+            losses.append(log_std + np.log(np.maximum(error, np.finfo(float).tiny)))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
     def factor(self, freedom: np.ndarray | None) -> np.ndarray:

@@ -178,6 +178,10 @@ class Targets(ABC):
         """Learn from the targets of meta-training what the rest needs."""
 
     @abstractmethod
+    def learn_on(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """Learn from tasks of a continued fit what earlier ones could not tell."""
+
+    @abstractmethod
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """Targets as the losses take them, for episodes."""
 

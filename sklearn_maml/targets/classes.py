@@ -58,6 +58,9 @@ class ClassTargets(Targets):
         if classes is not None:
             self.classes_ = np.unique(as_array(classes))
 
+    def learn_on(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """See `Targets`; there is nothing."""
+
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
         declared = vars(self).get("classes_")

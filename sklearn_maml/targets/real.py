@@ -42,13 +42,20 @@ class RealTargets(Targets):
 
     are_classes: ClassVar[bool] = False
     word: ClassVar[str] = "target"
-    learned: ClassVar[tuple[str, ...]] = ("n_outputs_", "y_mean_", "y_scale_", "_y_is_1d")
+    learned: ClassVar[tuple[str, ...]] = (
+        "n_outputs_",
+        "y_mean_",
+        "y_scale_",
+        "_y_is_1d",
+        "_constant",
+    )
     validation_queries: ClassVar[int] = VALIDATION_QUERIES
 
     n_outputs_: int
     y_mean_: np.ndarray
     y_scale_: np.ndarray
     _y_is_1d: bool
+    _constant: np.ndarray = np.zeros(1, dtype=bool)  # outputs whose scale is not known yet
 
     def __init__(self, loss: Loss, normalize_y: bool, center_y: bool) -> None:
         super().__init__(loss)
@@ -79,6 +86,7 @@ class RealTargets(Targets):
         self.n_outputs_ = y.shape[1]
         self.y_mean_ = np.zeros(y.shape[1])
         self.y_scale_ = np.ones(y.shape[1])
+        self._constant = np.zeros(y.shape[1], dtype=bool)
         rows = tasks.leveled()
         if rows is not None:
             tasks, y = tasks.take_rows(rows), y[rows]
@@ -99,6 +107,7 @@ class RealTargets(Targets):
                 _warn_of_outliers(y, y - center, rows, sample_weight)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
+            self._constant = constant
         if self.loss.scales:
             level = np.average(y, axis=0, weights=sample_weight)
             if not (level > 0).all():
@@ -107,6 +116,16 @@ class RealTargets(Targets):
                     f"{self.loss.name} has no finite fit. Leave them out, or use another loss."
                 )
             self.y_scale_ = level if self.normalize_y else self.y_scale_
+
+    def learn_on(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
+        """See `Targets`: the mean and scale of targets that were all equal so far."""
+        if not self._constant.any() or tasks.y[:1].size != self.n_outputs_:
+            return
+        known, mean, scale = ~self._constant, self.y_mean_, self.y_scale_
+        self.learn(tasks, sample_weight)
+        self.y_mean_ = np.where(known, mean, self.y_mean_)
+        self.y_scale_ = np.where(known, scale, self.y_scale_)
+        self._constant &= ~known
 
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
