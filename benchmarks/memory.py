@@ -29,9 +29,10 @@ import torch
 from torch import nn
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, cross_entropy_rows
+from sklearn_maml.engine import Engine
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.update_rules import SGD
 
 # name: shape of a row, tasks, support rows, query rows, classes, rung of the engine

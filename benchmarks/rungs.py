@@ -27,9 +27,10 @@ from run import Batch, take_turns
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
+from sklearn_maml.engine import Engine
 from sklearn_maml.engine.ladder import RUNGS
 from sklearn_maml.meta_gradients import SecondOrder
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
 from sklearn_maml.theta import name_in_module
 from sklearn_maml.update_rules import SGD
 

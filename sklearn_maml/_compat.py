@@ -30,5 +30,4 @@ except ImportError:  # pragma: no cover - depends on the installed version
 
 def with_callbacks(method: F) -> F:
     """Let scikit-learn's callbacks see a `fit`; its signature stays for type checkers."""
-    wrapped: F = _with_callbacks(method)
-    return wrapped
+    return _with_callbacks(method)

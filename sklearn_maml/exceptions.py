@@ -50,9 +50,6 @@ class SmallTaskWarning(UserWarning):
     """
 
 
-CutTaskWarning = SmallTaskWarning  # what it was called
-
-
 class SeenTaskWarning(UserWarning):
     """Issued when a score was computed on new rows of tasks seen in meta-training.
 

@@ -112,8 +112,7 @@ class ContextMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs (n_rows, out_features) of rows (n_rows, ...), which are flattened."""
         rows = x.flatten(1)
-        output: Tensor = self.layers(torch.cat([rows, self.context.expand(len(rows), -1)], dim=1))
-        return output
+        return self.layers(torch.cat([rows, self.context.expand(len(rows), -1)], dim=1))
 
 
 def build_module(module: Any, options: dict[str, Any], sizes: dict[str, int]) -> nn.Module:

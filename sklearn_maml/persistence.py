@@ -160,8 +160,7 @@ class SaveMixin(Leaf):
         DeviceWarning
             If the model is on the CPU for want of the device it was fitted on.
         """
-        loaded: Self = _load(path, cls, module, device, trusted, objects)
-        return loaded
+        return _load(path, cls, module, device, trusted, objects)
 
     def _stored_names(self) -> list[str]:
         return self._listed("__stored_attributes__")

@@ -54,8 +54,7 @@ def one_thread() -> Iterator[None]:
 
 def n_threads_asked() -> int:
     """Threads that torch had before any `one_thread`, for what starts and ends its own."""
-    n_threads: int = max(getattr(_asked, "threads", 1), torch.get_num_threads())
-    return n_threads
+    return max(getattr(_asked, "threads", 1), torch.get_num_threads())
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ from torch import nn
 
 from sklearn_maml import native
 from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
-from sklearn_maml.engine import Engine, cross_entropy_rows, rate_key, squared_error_rows
+from sklearn_maml.engine import Engine
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
+from sklearn_maml.theta import rate_key
 from sklearn_maml.update_rules import SGD
 
 # rows of each task, of the support sets and of the query sets

@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
-from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.engine.rungs import base
 from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.modules import ACTIVATIONS, make_mlp
+from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.threads import one_thread
 from sklearn_maml.update_rules import SGD, MetaSGD
 

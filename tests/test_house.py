@@ -190,9 +190,8 @@ def lines_of(kind, n):
         ("function", 80, lambda n: "class C:\n    " + lines_of("f", n).replace("\n", "\n    ")),
     ],
 )
-def test_sizes_are_limited_where_the_package_is_rebuilt(house, package, kind, most, source):
-    folder = package(evaluation__in__a=source(most), engine=source(most + 1))
-    assert house.check(folder, {}) == []
+def test_sizes_are_limited(house, package, kind, most, source):
+    assert house.check(package(evaluation__in__a=source(most)), {}) == []
     (problem,) = house.check(package(evaluation__in__a=source(most + 1)), {})
     assert f"has {most + 1} lines; expected {most} at most" in problem
     assert f": {kind} " in problem

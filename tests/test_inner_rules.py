@@ -27,10 +27,10 @@ from torch import nn
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.datasets import load_omniglot, make_sinusoid_tasks
-from sklearn_maml.engine import rate_key
 from sklearn_maml.engine.rungs.conv import Conv
 from sklearn_maml.meta_gradients import MetaGradient
 from sklearn_maml.modules import ContextMLP, adapted_names
+from sklearn_maml.theta import rate_key
 from sklearn_maml.update_rules import (
     SGD,
     UPDATE_RULES,

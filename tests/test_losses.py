@@ -40,7 +40,6 @@ from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.targets import (
     AbsoluteError,
     BinaryCrossEntropy,
-    CrossEntropy,
     Gamma,
     Huber,
     Poisson,
@@ -166,33 +165,6 @@ def test_no_error_is_no_reason_to_move_a_median(rung):
         engine = make_engine(module, rung, row_loss=loss.rows)
         adapted = engine.adapt(params, rows, alpha=0.1, steps=1).params["weight"].item()
         assert adapted == pytest.approx(module.weight.item() + move, abs=1e-15)
-
-
-@pytest.mark.parametrize("loss", [*SMOOTH, *KINKED, CrossEntropy()], **BY_NAME)
-def test_derivatives_by_the_outputs_are_those_of_the_rows(loss):
-    g = torch.Generator().manual_seed(0)
-    output = torch.randn(4, 5, 3, generator=g).double()
-    y = torch.from_numpy(in_domain(loss, torch.randn(4, 5, 3, generator=g).double().numpy()))
-    if isinstance(loss, CrossEntropy):
-        y = torch.randint(0, 3, (4, 5), generator=g)
-    with torch.no_grad():
-        first, second = loss.derivatives(output, y)
-        assert not first.requires_grad
-        for j in range(3):
-            at = [output.clone() for _ in range(3)]
-            at[1][..., j] += 1e-4
-            at[2][..., j] -= 1e-4
-            middle, above, below = (loss.rows(o, y) for o in at)
-            assert_allclose(first[..., j], (above - below) / 2e-4, atol=1e-7)
-            assert_allclose(second[..., j], (above + below - 2 * middle) / 1e-8, atol=1e-6)
-
-
-def test_derivatives_are_differentiable_where_outputs_are():
-    theta = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
-    first, second = Poisson().derivatives(2 * theta, torch.ones(1, 1).double())
-    for value, expected in ((first, 2 * np.exp(0.6)), (second, 2 * np.exp(0.6))):
-        (slope,) = torch.autograd.grad(value.sum(), theta, retain_graph=True)
-        assert slope.item() == pytest.approx(expected)
 
 
 # --- domains, links and units

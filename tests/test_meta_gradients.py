@@ -11,8 +11,9 @@ from builders import SIZES, flat, make_batch, make_engine, make_meta_params, mak
 from torch import nn
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import cross_entropy_rows, rate_key, squared_error_rows
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
+from sklearn_maml.theta import rate_key
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 RUNGS = ["loop", "vmap", "stacked"]

@@ -25,7 +25,7 @@ from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine import Engine, cross_entropy_rows, squared_error_rows
+from sklearn_maml.engine import Engine
 from sklearn_maml.engine.rungs import base
 from sklearn_maml.engine.rungs import native as climbing_rung
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -39,6 +39,7 @@ from sklearn_maml.targets import (
     Poisson,
     Quantile,
 )
+from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
 from sklearn_maml.update_rules import SGD, MetaSGD, Momentum
 
 ROOT = Path(__file__).resolve().parent.parent

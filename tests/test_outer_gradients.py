@@ -37,12 +37,12 @@ from torch.optim.lr_scheduler import StepLR
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, joined_rows
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import cross_entropy_rows
 from sklearn_maml.engine.conv import layers
 from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.meta_gradients import FirstOrder, Implicit, MetaGradient, Reptile, SecondOrder
 from sklearn_maml.modules import adapted_names
+from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.update_rules import SGD
 
 RUNGS = ["loop", "vmap", "stacked", "traced"]

@@ -9,9 +9,10 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.datasets import make_sinusoid_tasks
-from sklearn_maml.engine import Engine, squared_error_rows
+from sklearn_maml.engine import Engine
 from sklearn_maml.engine.forward import tf32
 from sklearn_maml.meta_gradients import SecondOrder
+from sklearn_maml.targets.losses import squared_error_rows
 from sklearn_maml.update_rules import SGD
 
 X, Y, G = make_sinusoid_tasks(n_tasks=12, n_rows=20, random_state=0)

@@ -16,7 +16,7 @@ from torch import nn
 from sklearn_maml import MAMLClassifier, MAMLRegressor, task_scorer, task_scores
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.exceptions import CutTaskWarning, SmallTaskWarning
+from sklearn_maml.exceptions import SmallTaskWarning
 from sklearn_maml.learners.base import alike, padded
 
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0}
@@ -196,10 +196,6 @@ def test_a_search_goes_through():
     ):
         search.fit(X, Y, groups=G)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
-
-
-def test_the_old_name_of_the_warning_works():
-    assert CutTaskWarning is SmallTaskWarning
 
 
 def test_regular_tasks_are_not_warned_of():

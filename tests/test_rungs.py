@@ -30,11 +30,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLRegressor
-from sklearn_maml.engine import cross_entropy_rows, is_row_wise, ladder
+from sklearn_maml.engine import is_row_wise, ladder
 from sklearn_maml.engine.rungs import traced
 from sklearn_maml.engine.rungs.loop import Loop
 from sklearn_maml.engine.tracing import graphs, tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
+from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.update_rules import SGD, MetaSGD
 
 # torch says so of operations that vmap runs one task at a time

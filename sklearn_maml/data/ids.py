@@ -178,9 +178,9 @@ def keys_of(ids: np.ndarray) -> list[Hashable]:
     return list(map(_key, values)) if ids.dtype.kind == "O" else values
 
 
-def show_ids(ids: np.ndarray, n: int = 3) -> str:
+def show_ids(ids: np.ndarray) -> str:
     """Return the first ids, as messages show them."""
-    shown = [show_id(value) for value in _values(ids[:n])]
+    shown = [show_id(value) for value in _values(ids[:3])]
     return f"[{', '.join(shown)}]"
 
 
@@ -449,8 +449,7 @@ def _key(value: Any) -> Hashable:
         return "duration", _nanoseconds(value)
     if isinstance(value, tuple):
         return tuple(map(_key, value))
-    hashable: Hashable = value
-    return hashable
+    return value
 
 
 def _nanoseconds(value: Any) -> int:
@@ -465,8 +464,7 @@ def _wall(key: Any) -> Hashable:
         return "date", (since // datetime.timedelta(microseconds=1)) * 1000
     if isinstance(key, tuple):
         return tuple(map(_wall, key))
-    hashable: Hashable = key
-    return hashable
+    return key
 
 
 def show_id(value: Any) -> str:

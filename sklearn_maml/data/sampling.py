@@ -298,8 +298,7 @@ class EpisodeSampler:
         np.add.at(drawn, (episode, labels), 1)
         could = np.where(drawn > 0, in_task[which.ravel()], 0)
         factor = could / np.maximum(drawn, 1) * (draw.n_query / could.sum(1))[:, None]
-        of_rows: np.ndarray = factor[episode, labels]
-        return of_rows
+        return factor[episode, labels]
 
     def bytes_of_episode(self) -> int:
         """Rough memory that drawing an episode takes, at most."""

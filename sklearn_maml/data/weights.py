@@ -46,8 +46,7 @@ def check_weights(
         weights = _check_sample_weight(sample_weight, X, **options)
     exponent = int(np.frexp(np.abs(weights).max())[1])
     shift = min(max(exponent, exponents[0]), exponents[1]) - exponent
-    scaled: np.ndarray = np.ldexp(weights, shift) if shift else weights
-    return scaled
+    return np.ldexp(weights, shift) if shift else weights
 
 
 def take_weights(X: Any, y: Any, sample_weight: Any, known: str | None) -> tuple[Any, Any]:

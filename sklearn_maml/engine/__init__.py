@@ -8,8 +8,6 @@ from sklearn_maml.engine.ladder import RUNGS, begin_with
 from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.spec import Adapted, MetaStep
-from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
-from sklearn_maml.theta import rate_key
 
 __all__ = [
     "ELEMENTWISE",
@@ -20,9 +18,6 @@ __all__ = [
     "MetaSteps",
     "Rung",
     "begin_with",
-    "cross_entropy_rows",
     "has_dropout",
     "is_row_wise",
-    "rate_key",
-    "squared_error_rows",
 ]

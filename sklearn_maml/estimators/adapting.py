@@ -178,7 +178,8 @@ class Adapting(Building):
         share = self.learner_weights_.get(GRADIENT_STEPS, 0.0)
         if share == 1:
             return self._steps_adapted(support, steps)
-        head = self._condition(support, prior=steps == 0)
+        make = Conditioned.prior if steps == 0 else Conditioned.on
+        head = make(self._learner.head, self._calibrated(), support)
         return head if share == 0 else self._mixed(head, self._steps_adapted(support, steps))
 
     def _steps_adapted(self, support: Support, steps: int | None) -> Adapted:
@@ -200,11 +201,6 @@ class Adapting(Building):
 
     def _running(self) -> Running:
         return Running(self.batch_norm, self._integer("max_tasks_in_memory"), self.device_)
-
-    def _condition(self, support: Support, prior: bool) -> Conditioned:
-        """Adapt in closed form; `prior` leaves the support rows out."""
-        make = Conditioned.prior if prior else Conditioned.on
-        return make(self._learner.head, self._calibrated(), support)
 
     def _calibrated(self) -> Calibration:
         assert self.calibration_ is not None

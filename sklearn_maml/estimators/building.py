@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
-from sklearn_maml.engine import Engine, begin_with
+from sklearn_maml.engine import Engine
 from sklearn_maml.estimators.networks import Networks
 from sklearn_maml.estimators.parameters import Parameters
 from sklearn_maml.heads import SymmetricHead
@@ -44,6 +44,7 @@ class Building(Parameters):
     """Makes what is trained, at its start."""
 
     def _new_module(self, targets: Targets) -> nn.Module | None:
+        """Return a network like the one to be trained, if the user gave a module."""
         if self.module is None:
             return None
         with SeededTorch(self.device_, 0):
@@ -199,6 +200,3 @@ class Building(Parameters):
             precision=self.precision,
             batch_norm=self.batch_norm,
         )
-
-    def _rung_to_begin(self) -> str:
-        return begin_with(self._rung)

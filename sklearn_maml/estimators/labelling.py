@@ -108,8 +108,7 @@ class Suggesting(Predicting):
             )
         chosen = state.adapted.telling_rows(rows, pools, tasks, int(n))
         if lengths is not None:
-            places: NDArray[Any] = chosen - (np.cumsum(sizes) - sizes)[:, None]
-            return places
+            return chosen - (np.cumsum(sizes) - sizes)[:, None]
         _, first = np.unique(pools, return_index=True)
         return chosen[np.argsort(first)].ravel()
 

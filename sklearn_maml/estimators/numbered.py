@@ -94,8 +94,7 @@ class NumberedClasses(SaveMixin, ClassifierMixin, BaseEstimator):
                 f"{labels[:10].tolist()}; got {np.unique(y)[:10].tolist()}. Use the classifier "
                 "without NumberedClasses to give labels."
             )
-        values: np.ndarray = labels[y]
-        return values
+        return labels[y]
 
     @property
     def classes_(self) -> np.ndarray:
@@ -105,14 +104,12 @@ class NumberedClasses(SaveMixin, ClassifierMixin, BaseEstimator):
     @property
     def n_features_in_(self) -> int:
         """Number of features seen in `fit`."""
-        n: int = self.estimator.n_features_in_
-        return n
+        return self.estimator.n_features_in_
 
     @property
     def feature_names_in_(self) -> np.ndarray:
         """Names of the features seen in `fit`."""
-        names: np.ndarray = self.estimator.feature_names_in_
-        return names
+        return self.estimator.feature_names_in_
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Do nothing: the classifier is fitted.
@@ -208,8 +205,7 @@ class NumberedClasses(SaveMixin, ClassifierMixin, BaseEstimator):
     def _columns(self, values: np.ndarray) -> np.ndarray:
         """Columns of `values` (n_queries, n_classes of the classifier) that are for `classes_`."""
         which: Any = np.searchsorted(self.estimator.classes_, self._labels())
-        columns: np.ndarray = values[:, which]
-        return columns
+        return values[:, which]
 
     def __sklearn_clone__(self) -> Any:
         # the classifier is shared: cloning it would un-fit it

@@ -134,10 +134,6 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         """Value of an integer parameter."""
         return as_integer(getattr(self, name))
 
-    def _new_module(self, targets: Targets) -> nn.Module | None:
-        """Return a network like the one to be trained, if the user gave a module."""
-        raise NotImplementedError
-
     def _make_targets(self) -> Targets:
         """Return what y means by the parameters of now."""
         raise NotImplementedError
@@ -155,8 +151,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         """Learner that the user gave as `update_rule`, with its ``update_rule__*``."""
         if not isinstance(self.update_rule, Learner):
             return None
-        made: Learner = clone(self.update_rule).set_params(**self._prefixed("update_rule"))
-        return made
+        return clone(self.update_rule).set_params(**self._prefixed("update_rule"))
 
     def _rule_name(self) -> str | None:
         return self.update_rule if isinstance(self.update_rule, str) else None
@@ -172,8 +167,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         return resolve_update_rule("sgd", {"max_grad_norm": norm, **options})
 
     def _row_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        rows: Callable[[Tensor, Tensor], Tensor] = self.targets_.loss.rows
-        return rows
+        return self.targets_.loss.rows
 
     def _n_members(self) -> int:
         """Members of a Gaussian head: a module of the user's own is trained once."""

@@ -240,13 +240,11 @@ class Predicting(Adapting):
 
     def _probabilities(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         outputs = self._outputs(state, rows, codes)
-        p: np.ndarray = self.targets_.probabilities(outputs, codes, state)
-        return p
+        return self.targets_.probabilities(outputs, codes, state)
 
     def _decision(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         outputs = self._outputs(state, rows, codes)
-        values: np.ndarray = self.targets_.decision(outputs, codes, state)
-        return values
+        return self.targets_.decision(outputs, codes, state)
 
     def _finite(self, outputs: np.ndarray) -> np.ndarray:
         """Refuse outputs that have overflowed."""

@@ -22,7 +22,7 @@ from sklearn_maml.data.weights import (
     take_weights,
     weighted,
 )
-from sklearn_maml.estimators.parameters import Parameters
+from sklearn_maml.estimators.building import Building
 from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning, TaskColumnWarning
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
@@ -34,7 +34,7 @@ __all__ = ["SEVERAL_TASKS", "Reading"]
 SEVERAL_TASKS = 2
 
 
-class Reading(Parameters):
+class Reading(Building):
     """Validates tasks and weights of rows."""
 
     def _read_tasks(

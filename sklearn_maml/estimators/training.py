@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
 from sklearn_maml.devices import SeededTorch
-from sklearn_maml.engine import Engine, has_dropout, is_row_wise
+from sklearn_maml.engine import Engine, begin_with, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
@@ -179,7 +179,7 @@ class Training(Planning):
             if joint.engine is not None and plan.episodes.validation:
                 outputs = held_out_outputs(
                     joint.trainer,
-                    self._make_engine(self._learner.module, self._rung_to_begin()),
+                    self._make_engine(self._learner.module, begin_with(self._rung)),
                     meta_params,
                     [batch.to(self.device_) for batch in plan.episodes.validation],
                     alpha=self._alpha(),

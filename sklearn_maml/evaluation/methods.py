@@ -226,8 +226,7 @@ def _score(
 def normal_crps(y: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """Continuous ranked probability score of normal distributions (Gneiting & Raftery 2007)."""
     z = (y - mean) / std
-    crps: np.ndarray = std * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
-    return crps
+    return std * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
 
 
 class _MetaLearner:

@@ -21,11 +21,6 @@ LABELLED: dict[str, tuple[Any, int]] = {
 }
 
 
-def find_maml(estimator: Any) -> BaseMAML:
-    """Find the MAML estimator inside a model; a TypeError says that there is none."""
-    return open_chain(estimator)[1]
-
-
 def open_model(estimator: Any, X: Any) -> tuple[Any, Any]:
     """Return the MAML estimator inside a model, and rows as it sees them."""
     transformers, maml = open_chain(estimator)
@@ -109,8 +104,7 @@ def apply_scorer(scorer: Any, maml: Any, scored: Any, state: Any, mask: np.ndarr
     kind = _ClassPredictor if is_classifier(maml) else _Predictor
     weight = scored.tasks.weight
     options = {} if weight is None else {"sample_weight": weight[rows]}
-    score: float = scorer(kind(maml, state, codes, local), X, y, **options)
-    return score
+    return scorer(kind(maml, state, codes, local), X, y, **options)
 
 
 class _Predictor:
@@ -142,8 +136,7 @@ class _Predictor:
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Predict each row with the parameters of its task."""
-        predicted: np.ndarray = self._model.predict(self._state, X, self._codes)
-        return predicted
+        return self._model.predict(self._state, X, self._codes)
 
     def __sklearn_tags__(self) -> Any:
         return self._maml.__sklearn_tags__()
@@ -157,10 +150,8 @@ class _ClassPredictor(_Predictor):
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Return class probabilities of each row under the parameters of its task."""
-        p: np.ndarray = self._model.probabilities(self._state, X, self._codes)
-        return p
+        return self._model.probabilities(self._state, X, self._codes)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Return logits of each row under the parameters of its task."""
-        scores: np.ndarray = self._model.decision(self._state, X, self._codes)
-        return scores
+        return self._model.decision(self._state, X, self._codes)

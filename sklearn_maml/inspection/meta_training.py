@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_maml.evaluation.scoring import find_maml
+from sklearn_maml.estimators.models import open_chain
 from sklearn_maml.inspection.shared import (
     BLACK,
     BLUE,
@@ -113,7 +113,7 @@ class MetaTrainingDisplay:
             With what was read and drawn.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
-        maml = find_maml(estimator)
+        _, maml = open_chain(estimator)
         check_is_fitted(maml, "history_")
         epochs = list(maml.history_)
 

@@ -92,8 +92,7 @@ class TaskScoresDisplay:
     @property
     def harmed(self) -> np.ndarray:
         """Tasks that adapting makes worse."""
-        worse: np.ndarray = self._gain() < 0
-        return worse
+        return self._gain() < 0
 
     def _gain(self) -> np.ndarray:
         gain = self.after - self.before

@@ -113,8 +113,7 @@ class Support:
             return self.weights().astype(np.float64)
         total = np.bincount(self.codes, self.weight, self.n_tasks)
         n_rows = np.bincount(self.codes, self.count, self.n_tasks)
-        scaled: np.ndarray = self.weights() * (n_rows / np.where(total > 0, total, 1))[self.codes]
-        return scaled
+        return self.weights() * (n_rows / np.where(total > 0, total, 1))[self.codes]
 
 
 class Adapted(ABC):

@@ -214,8 +214,7 @@ class Conditioned(Adapted):
     def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Cut outputs off a little beyond the range of targets that were seen."""
         low, high = self._edges()
-        result: np.ndarray = np.clip(outputs, low[codes], high[codes])
-        return result
+        return np.clip(outputs, low[codes], high[codes])
 
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Where predictions of each task end."""

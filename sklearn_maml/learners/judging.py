@@ -47,10 +47,10 @@ def judge_head(
     if not trainer.validation:
         return plain
     if trainer.head.likelihood.are_classes:
-        parts = [
-            _logits_and_targets(trainer, meta_params, member, batch)
-            for member, batch, _ in trainer.validation
-        ]
+        parts = []
+        for member, batch, _ in trainer.validation:
+            logits, _, y = trainer.outputs(meta_params, member, batch)
+            parts.append([batch.query.real(t).double().cpu().numpy() for t in (logits, y)])
         outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
         weight = _joined([trainer.weights(batch.query) for _, batch, _ in trainer.validation])
         return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets, weight))
@@ -146,8 +146,7 @@ class _Deviations:
     def factor(self, freedom: np.ndarray | None) -> np.ndarray:
         """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
         quantile = _quantile(np.abs(self.error) / self.scaled(freedom), LEVEL, self.weight)
-        result: np.ndarray = np.clip(quantile / DEVIATIONS, *FACTORS)
-        return result
+        return np.clip(quantile / DEVIATIONS, *FACTORS)
 
     def quantile(self, level: float) -> np.ndarray:
         """Find how many deviations (n_outputs,) from the center this part of targets is below."""
@@ -157,27 +156,16 @@ class _Deviations:
 def _quantile(values: np.ndarray, level: float, weight: np.ndarray | None) -> np.ndarray:
     """Quantiles of the columns."""
     if weight is None:
-        quantile: np.ndarray = np.quantile(values, level, axis=0)
-        return quantile
+        return np.quantile(values, level, axis=0)
     order = np.argsort(values, axis=0)
     share = np.cumsum(weight[order], axis=0) / weight.sum()
     at = np.minimum((share < level).sum(0), len(values) - 1)
-    found: np.ndarray = np.take_along_axis(values, order, 0)[at, np.arange(values.shape[1])]
-    return found
+    return np.take_along_axis(values, order, 0)[at, np.arange(values.shape[1])]
 
 
 def _joined(parts: Sequence[Any]) -> Any:
     """Arrays one after another; None if that is what they are."""
     return None if parts[0] is None else np.concatenate(parts)
-
-
-def _logits_and_targets(
-    trainer: HeadTrainer, meta_params: dict[str, Tensor], member: int | None, batch: EpisodeBatch
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and 1 for the class of a row and 0 for the others."""
-    logits, _, y = trainer.outputs(meta_params, member, batch)
-    both = (batch.query.real(t).double().cpu().numpy() for t in (logits, y))
-    return next(both), next(both)
 
 
 def held_out_outputs(

@@ -114,12 +114,11 @@ class LearnerEngine(MetaSteps):
     def _run(self, params: Params, batch: EpisodeBatch, support: Rows) -> tuple[Tensor, Tensor]:
         own = {n[len(PREFIX) :]: p for n, p in params.items() if n.startswith(PREFIX)}
         holder = _Holder(self.module, self.learner.loss)
-        run: tuple[Tensor, Tensor] = functional_call(
+        return functional_call(
             holder,
             {f"network.{n}": p for n, p in own.items()},
             (support, batch.query, self.row_loss),
         )
-        return run
 
     def meta_step(
         self, meta_params: Params, batch: EpisodeBatch, *, alpha: float, steps: int

@@ -134,8 +134,7 @@ class Likelihood:
     ) -> np.ndarray:
         """Root mean squared error (n_tasks,) of each task."""
         squares = ((outputs - target) ** 2).mean(1)
-        errors: np.ndarray = np.sqrt(_means(squares, codes, weight))
-        return errors
+        return np.sqrt(_means(squares, codes, weight))
 
 
 class Normal(Likelihood):
@@ -161,8 +160,7 @@ class Classes(Likelihood):
         return (factor * outputs).log_softmax(-1)
 
     def _mixed(self, head: np.ndarray, steps: np.ndarray, share: float) -> np.ndarray:
-        logs: np.ndarray = np.logaddexp(head + np.log(1 - share), steps + np.log(share))
-        return logs
+        return np.logaddexp(head + np.log(1 - share), steps + np.log(share))
 
     def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits; see `Likelihood`."""
@@ -266,8 +264,7 @@ class NewtonLikelihood(Likelihood):
         """See `task_error`."""
         excess = self.excess(torch.from_numpy(outputs), torch.from_numpy(target)).numpy()
         means = torch.from_numpy(_means(excess, codes, weight))
-        errors: np.ndarray = self.task_error(means).numpy()
-        return errors
+        return self.task_error(means).numpy()
 
 
 class _LogLink(NewtonLikelihood):
@@ -279,8 +276,7 @@ class _LogLink(NewtonLikelihood):
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """See `Likelihood`."""
-        outputs: np.ndarray = np.where(y > 0, np.log(np.maximum(y, TINY)), lowest)
-        return outputs
+        return np.where(y > 0, np.log(np.maximum(y, TINY)), lowest)
 
     def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Likelihood`; the lowest are far below the mean, as no count says little."""
@@ -386,8 +382,7 @@ class Labels(NewtonLikelihood):
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """See `Likelihood`; these are finite."""
-        outputs: np.ndarray = SURE * (2 * y - 1)
-        return outputs
+        return SURE * (2 * y - 1)
 
     def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Likelihood`."""
@@ -499,8 +494,7 @@ class HeavyTails(NewtonLikelihood):
 def _means(values: np.ndarray, codes: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
     """Mean (n_tasks,) of the values of the rows of each task."""
     total = values if weight is None else weight * values
-    means: np.ndarray = np.bincount(codes, total) / np.bincount(codes, weight)
-    return means
+    return np.bincount(codes, total) / np.bincount(codes, weight)
 
 
 def scalars(dispersion: float, unit: float) -> tuple[Tensor, Tensor]:

@@ -174,5 +174,4 @@ class PlainModel(nn.Module):
         """Return predictions of rows (n_rows, *feature_shape)."""
         x = x.to(self.zero.dtype)
         outputs = column(self.outputs(x.flatten(1) if self.flat else x))
-        predictions: Tensor = self.decode(outputs.to(x.dtype))
-        return predictions
+        return self.decode(outputs.to(x.dtype))

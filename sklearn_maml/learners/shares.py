@@ -66,8 +66,7 @@ def choose_share(
     def of_tasks(share: float) -> np.ndarray:
         mixed = likelihood.mix(head, steps, share)
         errors = each * task_errors(mixed, target, codes, likelihood, weight)
-        means: np.ndarray = (np.bincount(task, errors)[seen]) / n_episodes[seen]
-        return means
+        return (np.bincount(task, errors)[seen]) / n_episodes[seen]
 
     errors = {share: of_tasks(share) for share in dict.fromkeys((known, *SHARES))}
     finite = {share: e.mean() for share, e in errors.items() if np.isfinite(e).all()}
@@ -130,8 +129,7 @@ class Mixed(Adapted):
             return self.likelihood.mix(head, self.head.bounded(steps, codes), self.share)
         steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
         mixed = self.likelihood.mix(head, steps, self.share)
-        logs: np.ndarray = log_softmax(self.scale * mixed, axis=1)
-        return logs
+        return log_softmax(self.scale * mixed, axis=1)
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
         """See `Adapted`."""

@@ -245,5 +245,4 @@ def start_of_classes(
 
 def _pooled_scales(n_features: int) -> np.ndarray:
     """Spread of the coefficients of tasks, which a pooled model does not tell."""
-    scales: np.ndarray = np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(max(n_features, 1)))]
-    return scales
+    return np.r_[0.5, np.full(n_features, 0.5 / math.sqrt(max(n_features, 1)))]

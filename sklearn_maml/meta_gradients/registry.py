@@ -22,10 +22,7 @@ META_GRADIENTS: dict[str, type[MetaGradient]] = {
 
 def resolve_meta_gradient(value: Any, options: dict[str, Any]) -> MetaGradient:
     """Return the meta-gradient that `meta_gradient` names."""
-    gradient: MetaGradient = resolve_object(
-        "meta_gradient", value, options, MetaGradient, META_GRADIENTS
-    )
-    return gradient
+    return resolve_object("meta_gradient", value, options, MetaGradient, META_GRADIENTS)
 
 
 def prepares_positions(gradient: MetaGradient) -> bool:

@@ -82,36 +82,6 @@ class Loss(BaseEstimator, ABC):
         """
         return self.inverse_link(torch.from_numpy(output)).numpy()
 
-    def derivatives(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first two derivatives of `rows` by each output.
-
-        Parameters
-        ----------
-        output : Tensor of shape (..., n_outputs)
-        y : Tensor of shape (..., n_outputs), or int64 (...) for classes
-
-        Returns
-        -------
-        first, second : Tensor of shape (..., n_outputs)
-            Of a row by its own outputs; `second` is the diagonal. They are differentiable where
-            `output` is.
-        """
-        at = output if output.requires_grad else output.detach().requires_grad_()
-        with torch.enable_grad():
-            first = torch.autograd.grad(self.rows(at, y).sum(), at, create_graph=True)[0]
-            second = torch.zeros_like(first)
-            if first.requires_grad:  # not where it is constant
-                parts = [
-                    torch.autograd.grad(
-                        column.sum(), at, create_graph=True, materialize_grads=True
-                    )[0][..., j]
-                    for j, column in enumerate(first.unbind(-1))
-                ]
-                second = torch.stack(parts, -1)
-        if output.requires_grad and torch.is_grad_enabled():
-            return first, second
-        return first.detach(), second.detach()
-
 
 @dataclass(kw_only=True)
 class Coding:

@@ -164,8 +164,7 @@ class ClassTargets(Targets):
         if slots is None:
             return self.classes_[best]
         assert coding.labels is not None
-        labels: np.ndarray = coding.labels[slots[np.arange(len(best)), best]]
-        return labels
+        return coding.labels[slots[np.arange(len(best)), best]]
 
     def decoder(self, task: int, coding: Coding) -> nn.Module:
         """See `Targets`."""

@@ -205,8 +205,7 @@ class CrossEntropy(Loss):
 
     def predict(self, output: np.ndarray) -> np.ndarray:
         """Return the probabilities of logits."""
-        p: np.ndarray = softmax(output, axis=1)
-        return p
+        return softmax(output, axis=1)
 
 
 class BinaryCrossEntropy(Loss):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sklearn_maml.engine import rate_key
 from sklearn_maml.learners.gaussian import GaussianHead
+from sklearn_maml.theta import rate_key
 from sklearn_maml.update_rules import TaskSolver
 
 __all__ = ["MetaLearner"]

@@ -169,8 +169,7 @@ class MetaNet(NeuralNet):
 
     def named_callbacks(self) -> Iterator[tuple[str, Any]]:
         """Return names and callbacks, those of skorch's defaults and of the user."""
-        named: Iterator[tuple[str, Any]] = self._uniquely_named_callbacks()
-        return named
+        return self._uniquely_named_callbacks()
 
     def continue_from(self, net: MetaNet, history: Any) -> None:
         """Take over counter and optimiser state of an earlier net, and its history."""

@@ -27,8 +27,7 @@ def shortened(history: Any) -> Any:
 
 def current_row(net: Any) -> dict[str, Any]:
     """History of the batch at hand; `History`'s own indexing copies the list of epochs."""
-    row: dict[str, Any] = list.__getitem__(net.history, -1)["batches"][-1]
-    return row
+    return list.__getitem__(net.history, -1)["batches"][-1]
 
 
 class Outcomes:

@@ -42,5 +42,4 @@ def step_size(net: Any) -> float | None:
     if net.step_size_at is None:
         return None
     done = 0 if net.partial else net.update_ - net.first_update_
-    size: float | None = net.step_size_at(done / net.max_iter)
-    return size
+    return net.step_size_at(done / net.max_iter)

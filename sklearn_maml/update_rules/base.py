@@ -155,8 +155,7 @@ class UpdateRule(TaskSolver):
         self, problem: Any, theta: Theta, order: int, on_step: OnStep | None = None
     ) -> Params:
         """Take all inner steps; see `TaskSolver.adapt`."""
-        params: Params = problem.take_steps(theta, order, on_step)
-        return params
+        return problem.take_steps(theta, order, on_step)
 
     def linear_rates(self, params: Params, *, alpha: float, rates: Params) -> list[Params] | None:
         """Rates of a rule whose step is ``params - rate * gradient``, for compiled kernels.

@@ -177,10 +177,9 @@ def _join(parts: list[Tensor]) -> Tensor:
 def _gradients(
     gy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward(
         gy, x, weight, None, *g, (1, 1), False, (0, 0), 1, mask
     )
-    return result
 
 
 def _input_gradient(gy: Tensor, weight: Tensor, like: Tensor, g: Geometry) -> Tensor:
@@ -301,5 +300,4 @@ def convolve(x: Tensor, weight: Tensor, g: Geometry, sums: Sums, in_blocks: bool
     y : Tensor of shape (n_tasks, n_rows, out_channels, height, width)
         Differentiable any number of times.
     """
-    y: Tensor = _Convolution.apply(x, weight, g, sums, in_blocks)
-    return y
+    return _Convolution.apply(x, weight, g, sums, in_blocks)

@@ -78,10 +78,9 @@ class Vmap(Rung):
         rows, in_dim = _tensors(support)
         fast, axis = self.forward.for_vmap(theta.fast, len(support))
         shared, _ = self.forward.for_vmap(theta.shared, len(support))
-        adapted: Params = torch.func.vmap(
-            one_task, in_dims=(axis, axis, in_dim), randomness="different"
-        )(fast, shared, rows)
-        return adapted
+        return torch.func.vmap(one_task, in_dims=(axis, axis, in_dim), randomness="different")(
+            fast, shared, rows
+        )
 
     def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
         """See `Rung`."""

@@ -110,8 +110,7 @@ class SplineMixedModel(MixedModel):
             self.shared_ = RidgeCV(self.PENALTIES).fit(self._basis(train.X), train.y)
 
     def _basis(self, X: np.ndarray) -> np.ndarray:
-        basis: np.ndarray = (self.splines_.transform(X) - self.center_) / self.scale_
-        return basis
+        return (self.splines_.transform(X) - self.center_) / self.scale_
 
     def columns(self, X: np.ndarray) -> np.ndarray:
         """See `MixedModel`."""
@@ -123,8 +122,7 @@ class SplineMixedModel(MixedModel):
         """See `MixedModel`."""
         if self.differ_ or not len(X):
             return np.zeros(len(X))
-        shared: np.ndarray = self.shared_.predict(self._basis(X))
-        return shared
+        return self.shared_.predict(self._basis(X))
 
 
 def _with_ones(X: np.ndarray) -> np.ndarray:

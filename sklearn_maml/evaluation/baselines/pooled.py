@@ -219,5 +219,4 @@ def _fit_kernel(X: Tensor, target: Tensor, present: Tensor) -> np.ndarray:
         )
         for length in np.sqrt(n_features) * np.array([0.3, 1.0, 3.0])
     ]
-    parameters: np.ndarray = np.exp(min(fits, key=lambda fit: fit.fun).x)
-    return parameters
+    return np.exp(min(fits, key=lambda fit: fit.fun).x)
