@@ -402,7 +402,7 @@ def test_few_shot_estimators_pipelines_and_searches(reg):
 def test_heads_and_their_intervals_refuse_losses_without_them(reg):
     with pytest.raises(ValueError, match="return_std=True needs a learner"):
         reg.predict(X, return_std=True)
-    with pytest.raises(ValueError, match=f"ridge-head' solves .* is {reg.targets_.loss.name}"):
+    with pytest.raises(ValueError, match=f"RidgeHead solves .* is {reg.targets_.loss.name}"):
         clone(reg).set_params(update_rule="ridge-head", adapted="head").fit(X, Y + 1, groups=TASK)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_maml.data.episodes import Rows
 from sklearn_maml.evaluation.baselines.base import (
     Baseline,
     Episode,
@@ -17,7 +18,13 @@ from sklearn_maml.evaluation.baselines.base import (
     TrainingTasks,
     for_shots,
 )
-from sklearn_maml.evaluation.baselines.stacked import Stacked, support_and_query, unstack
+from sklearn_maml.evaluation.baselines.stacked import (
+    losses,
+    score,
+    stack,
+    support_and_query,
+    unstack,
+)
 
 
 class FineTunedMLP(Baseline):
@@ -47,22 +54,20 @@ class FineTunedMLP(Baseline):
                 params.append(value.requires_grad_())
         held = np.setdiff1d(np.arange(len(train.y)), rest)
         target = train.y.astype(np.int64 if train.n_classes else np.float64)
-        unseen = Stacked.of([train.X[held]], [target[held]], torch.float32)
-        rows = Stacked.of([train.X[rest]], [target[rest]], torch.float32)
+        unseen = stack([train.X[held]], [target[held]], np.float32)
+        rows = stack([train.X[rest]], [target[rest]], np.float32)
         optimizer = torch.optim.Adam(params, lr=self.BETA)
         best, since, kept = np.inf, 0, [p.detach().clone() for p in params]
         for update in range(self.MAX_UPDATES):
             batch = torch.as_tensor(rng.randint(len(rest), size=self.BATCH))
-            part = Stacked(
-                rows.X[:, batch], rows.y[:, batch], torch.full((1, self.BATCH), 1 / self.BATCH)
-            )
-            loss = part.losses(_forward(params, part.X)).sum()
+            part = Rows(rows.X[:, batch], rows.y[:, batch])
+            loss = losses(_forward(params, part.X), part).sum()
             for p, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
                 p.grad = gradient
             optimizer.step()
             if (update + 1) % self.CHECK_EVERY == 0:
                 with torch.no_grad():
-                    loss_now = float(unseen.losses(_forward(params, unseen.X)).sum())
+                    loss_now = float(losses(_forward(params, unseen.X), unseen).sum())
                 since += 1
                 if loss_now < best:
                     best, since, kept = loss_now, 0, [p.detach().clone() for p in params]
@@ -74,26 +79,26 @@ class FineTunedMLP(Baseline):
 
     def _choose(self, episodes: Sequence[Episode]) -> tuple[float, int]:
         """Rate and steps with the least mean loss of the query rows."""
-        support, query = support_and_query(episodes, torch.float32)
+        support, query = support_and_query(episodes, np.float32)
         best: tuple[float, float, int] = (np.inf, 0.0, 0)
         for rate in self.RATES:
             for step, params in enumerate(self._path(support, rate, max(self.STEPS))):
                 if step not in self.STEPS:
                     continue
                 with torch.no_grad():
-                    loss = query.score(_forward(params, query.X))
+                    loss = score(_forward(params, query.X), query)
                 if not np.isfinite(loss):
                     break
                 best = min(best, (loss, rate, step))
         return best[1], best[2]
 
-    def _path(self, support: Stacked, rate: float, steps: int) -> Any:
+    def _path(self, support: Rows, rate: float, steps: int) -> Any:
         """Yield the parameters of each task after 0, 1, ... steps."""
         params = [p.expand(len(support.X), *p.shape).clone() for p in self.params_]
         yield params
         for _ in range(steps):
             params = [p.requires_grad_() for p in params]
-            loss = support.losses(_forward(params, support.X)).sum()
+            loss = losses(_forward(params, support.X), support).sum()
             gradients = torch.autograd.grad(loss, params)
             params = [(p - rate * g).detach() for p, g in zip(params, gradients, strict=True)]
             yield params
@@ -101,7 +106,7 @@ class FineTunedMLP(Baseline):
     def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict with the parameters after fine-tuning."""
         rate, steps = for_shots(self.chosen_, k)
-        support, query = support_and_query(episodes, torch.float32)
+        support, query = support_and_query(episodes, np.float32)
         *_, params = self._path(support, rate, steps)
         with torch.no_grad():
             return unstack(_forward(params, query.X), episodes, self.n_classes)

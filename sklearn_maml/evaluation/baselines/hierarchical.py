@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.preprocessing import SplineTransformer
 from torch import Tensor
 
+from sklearn_maml.data.episodes import Rows
 from sklearn_maml.evaluation.baselines.base import (
     Baseline,
     Episode,
@@ -18,7 +19,7 @@ from sklearn_maml.evaluation.baselines.base import (
     TrainingTasks,
     for_shots,
 )
-from sklearn_maml.evaluation.baselines.stacked import Stacked, support_and_query, unstack
+from sklearn_maml.evaluation.baselines.stacked import losses, score, support_and_query, unstack
 
 
 class MixedModel(Baseline):
@@ -168,11 +169,11 @@ class HierarchicalLogistic(Baseline):
         return self
 
     def _loss(self, pooled: Tensor, episodes: Sequence[Episode], strength: float) -> float:
-        support, query = support_and_query(episodes, torch.float64)
+        support, query = support_and_query(episodes, np.float64)
         coefs = self._coefs(pooled, support, strength)
-        return query.score(_linear(query.X, coefs))
+        return score(_linear(query.X, coefs), query)
 
-    def _coefs(self, pooled: Tensor, support: Stacked, strength: float) -> Tensor:
+    def _coefs(self, pooled: Tensor, support: Rows, strength: float) -> Tensor:
         """Coefficients of each task: a convex problem, solved for all tasks at once."""
         differ = torch.ones_like(pooled)
         if self.INTERCEPTS_ALONE:
@@ -185,7 +186,7 @@ class HierarchicalLogistic(Baseline):
 
         def closure() -> Tensor:
             solver.zero_grad()
-            loss = support.losses(_linear(support.X, pooled + deviation * differ)).sum()
+            loss = losses(_linear(support.X, pooled + deviation * differ), support).sum()
             loss = loss + strength * (deviation**2).sum()
             loss.backward()
             return loss
@@ -195,7 +196,7 @@ class HierarchicalLogistic(Baseline):
 
     def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict with the coefficients of each task."""
-        support, query = support_and_query(episodes, torch.float64)
+        support, query = support_and_query(episodes, np.float64)
         pooled, strength = for_shots(self.coefs_, k), for_shots(self.strengths_, k)
         coefs = self._coefs(pooled, support, strength)
         return unstack(_linear(query.X, coefs), episodes, self.n_classes)

@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from scipy.special import softmax
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from sklearn_maml.data.episodes import Rows, pad_rows
 from sklearn_maml.evaluation.baselines.base import Episode, Predicted
+from sklearn_maml.inner import mean_loss
+from sklearn_maml.targets.losses import cross_entropy_rows
 
 
-@dataclasses.dataclass
-class Stacked:
-    """Support rows of tasks as (n_tasks, n_rows, ...) tensors; weights make means over a task."""
-
-    X: Tensor
-    y: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, X: Sequence[np.ndarray], y: Sequence[np.ndarray], dtype: torch.dtype) -> Stacked:
-        """Stack the rows of tasks; zeros without weight fill up the smaller ones."""
-        n = max(len(rows) for rows in X)
-        stacked_X = np.zeros((len(X), n, X[0].shape[1]))
-        stacked_y = np.zeros((len(X), n), dtype=y[0].dtype)
-        weight = np.zeros((len(X), n))
-        for j, (rows, target) in enumerate(zip(X, y, strict=True)):
-            stacked_X[j, : len(rows)], stacked_y[j, : len(rows)] = rows, target
-            weight[j, : len(rows)] = 1 / max(len(rows), 1)
-        is_label = stacked_y.dtype.kind == "i"
-        return cls(
-            torch.as_tensor(stacked_X, dtype=dtype),
-            torch.as_tensor(stacked_y, dtype=torch.long if is_label else dtype),
-            torch.as_tensor(weight, dtype=dtype),
-        )
-
-    def score(self, output: Tensor) -> float:
-        """Mean over tasks of what choices go by: root mean squared error, or cross-entropy."""
-        losses = self.losses(output)
-        return float((losses if self.y.dtype == torch.long else losses.sqrt()).mean())
-
-    def losses(self, output: Tensor) -> Tensor:
-        """Mean loss of the rows of each task: cross-entropy of labels, squared error of numbers."""
-        if self.y.dtype == torch.long:
-            rows = cross_entropy(output.flatten(0, 1), self.y.flatten(), reduction="none")
-            rows = rows.reshape(self.y.shape)
-        else:
-            rows = (output[..., 0] - self.y) ** 2
-        return (rows * self.weight).sum(1)
+def stack(X: Sequence[np.ndarray], y: Sequence[np.ndarray], dtype: type) -> Rows:
+    """Stack the rows of tasks, and their targets: labels or numbers."""
+    counts = np.array([len(rows) for rows in X])
+    targets = np.concatenate(y)
+    targets = targets.astype(np.int64 if targets.dtype.kind == "i" else dtype)
+    return pad_rows(np.concatenate(X).astype(dtype), targets, np.arange(counts.sum()), counts)
 
 
-def support_and_query(episodes: Sequence[Episode], dtype: torch.dtype) -> tuple[Stacked, Stacked]:
+def losses(output: Tensor, rows: Rows) -> Tensor:
+    """Mean loss of the rows of each task: cross-entropy of labels, squared error of numbers."""
+    if not rows.y.is_floating_point():
+        return mean_loss(cross_entropy_rows(output, rows.y), rows.weight)
+    return mean_loss((output[..., 0] - rows.y) ** 2, rows.weight)
+
+
+def score(output: Tensor, rows: Rows) -> float:
+    """Mean over tasks of what choices go by: root mean squared error, or cross-entropy."""
+    of_tasks = losses(output, rows)
+    return float((of_tasks.sqrt() if rows.y.is_floating_point() else of_tasks).mean())
+
+
+def support_and_query(episodes: Sequence[Episode], dtype: type) -> tuple[Rows, Rows]:
     """Stack the support sets and, for choices, the query sets of episodes."""
-    support = Stacked.of([e.X_support for e in episodes], [e.y_support for e in episodes], dtype)
+    support = stack([e.X_support for e in episodes], [e.y_support for e in episodes], dtype)
     targets = [
         np.zeros(len(e.X_query), dtype=e.y_support.dtype) if e.y_query is None else e.y_query
         for e in episodes
     ]
-    return support, Stacked.of([e.X_query for e in episodes], targets, dtype)
+    return support, stack([e.X_query for e in episodes], targets, dtype)
 
 
 def unstack(output: Tensor, episodes: Sequence[Episode], n_classes: int) -> list[Predicted]:
