@@ -172,7 +172,7 @@ def _checked(model: Any, X: Any) -> Any:
     """Rows as a container makes them for its members."""
 
     def check(rows: Any) -> np.ndarray:
-        checked: np.ndarray = validate_data(
+        return validate_data(
             model,
             rows,
             dtype=None,
@@ -180,7 +180,6 @@ def _checked(model: Any, X: Any) -> Any:
             ensure_min_samples=0,
             reset=False,
         )
-        return checked
 
     return rows_of(X, check)
 
@@ -226,8 +225,7 @@ def _one_vs_rest(model: Any, X: Any, y: Any, adapt: Any) -> Any:
                 _positions(model.classes_)(y)
             binary = model.label_binarizer_.transform(y)
             binary = binary.toarray() if hasattr(binary, "toarray") else binary
-            of_class: np.ndarray = binary[:, j]
-            return of_class
+            return binary[:, j]
 
         return change
 
