@@ -262,6 +262,29 @@ def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
             assert_allclose(got.grads[key], grad, rtol=0, atol=1e-4 * max(grad.abs().max(), 1e-3))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_head_that_is_trained_is_watched_by_its_first_member(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+    head = make_head().float()
+    batch = make_batch(head, 6, 9, weighted=False, n_tasks=4)
+    support, query = (
+        dataclasses.replace(rows, X=rows.X.float(), y=rows.y.float(), weight=None, lengths=None)
+        for rows in (batch.support, batch.query)
+    )
+    batch = EpisodeBatch(support, query)
+    visible = np.ones((2, N_ROWS), dtype=bool)
+    visible[1] = False  # the other would have prior means
+    params = {f"head.{name}": p for name, p in params_of(head).items()}
+    trainer = joint.HeadTrainer(head, visible, [])
+    step = trainer.evaluate(params, batch)
+    assert not step.grads
+    expected = trainer.outputs(params, 0, batch)[0]
+    assert_allclose(step.outputs, expected, rtol=1e-4, atol=1e-5)
+    errors = (expected - query.y).square().mean((1, 2))
+    assert_allclose(step.losses, errors, rtol=1e-4, atol=1e-5)
+
+
 def test_fits_of_either_agree(monkeypatch):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(12, 8, 2)).astype(np.float32)

@@ -183,17 +183,23 @@ class HeadTrainer:
 
     @torch.no_grad()
     def evaluate(self, meta_params: Params, batch: EpisodeBatch) -> MetaStep:
-        """Errors and outputs of the query rows, as of `meta_step`, without a gradient."""
+        """Errors and outputs of the query rows, as of `meta_step`, without a gradient.
+
+        Those of the first member alone: all others cost as much, and tell no more of what is no
+        longer trained.
+        """
         self.head.eval()
         query = batch.query
+        first = {n: _of_member(n, p, 0) for n, p in meta_params.items() if n.startswith(PREFIX)}
         if self._kernel is not None and self._kernel.takes(batch):
-            # of all rows, also for the members that do not learn from them
+            # of all rows, also those that the member does not learn from
             whole = dataclasses.replace(query, weight=None, index=None)
             asked = dataclasses.replace(batch, query=whole)
-            _, mean = self._compiled(meta_params, asked, batch.support.X.shape[1])
+            _, mean = self._compiled(first, asked, batch.support.X.shape[1])
         else:
-            run = self.functions(meta_params)
-            mean, _, _ = self._run(run, batch, self._mask(batch.support), self.n_ways)
+            mask = self._mask(batch.support)
+            mask = mask if mask is None else mask[:1]
+            mean, _, _ = self._run(self.functions(meta_params, 0), batch, mask, self.n_ways)
         return self._meta_step({}, mean, query)
 
     def _meta_step(self, grads: Params, mean: Tensor, query: Rows) -> MetaStep:

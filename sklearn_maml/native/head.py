@@ -72,20 +72,19 @@ class HeadKernel:
         n_layers = sum(name.startswith("body.weight") for name in shapes)
         layers = [f"body.{kind}{k}" for k in range(n_layers) for kind in ("weight", "bias")]
         self.names = [*PARTS, *layers]
-        self.shapes = shapes
         self.dtype = dtype
         self.classes = classes
-        self.n_members, n_linear = shapes["factor"][:2]
+        n_members, n_linear = shapes["factor"][:2]
         self.n_features = shapes["body.weight0"][1]
         self.n_outputs = n_outputs
         self._n_threads = n_threads
         code, slope = activation_code(activation) or (0, 0.0)
         n_waves = shapes["body.frequency"][2] if "body.frequency" in shapes else 0
-        sizes = [self.n_members, self.n_features, n_linear, n_outputs, shapes["log_noise"][1]]
+        sizes = [n_members, self.n_features, n_linear, n_outputs, shapes["log_noise"][1]]
         sizes += [n_waves, int(classes), int(same_classes), n_layers]
         for name in layers[::2]:
             sizes += [shapes[name][2], code]
-        self._sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        self._sizes = sizes
         self._numbers = (ctypes.c_double * 4)(slope, spread, beyond, floor)
         self._center = [part.detach().double().contiguous() for part in (center, scale)]
         width = shapes["log_scale"][1]
@@ -120,7 +119,7 @@ class HeadKernel:
         Parameters
         ----------
         params : dict of str to Tensor
-            In the dtype of the kernel.
+            In the dtype of the kernel; of all members, or of fewer.
         batch : EpisodeBatch
         weights : pair of Tensors of shape (n_tasks, n_rows) or None
             Of the rows of support and query; 0 for padding.
@@ -137,6 +136,8 @@ class HeadKernel:
         outputs : Tensor of shape (n_members, n_tasks, n_query, n_outputs)
         """
         keep: list[Tensor] = []
+        n_members = len(params["factor"])
+        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
 
         def at(tensor: Tensor | None) -> int:
             if tensor is None or not tensor.numel():
@@ -148,24 +149,16 @@ class HeadKernel:
             weight = None if weight is None else weight.to(self.dtype)
             return [at(rows.X), at(rows.y), at(weight), at(rows.index), rows.X.shape[1]]
 
-        outputs = batch.query.X.new_empty(
-            (self.n_members, *batch.query.X.shape[:2], self.n_outputs)
-        )
+        outputs = batch.query.X.new_empty((n_members, *batch.query.X.shape[:2], self.n_outputs))
         asked = [] if task_weight is None else [n for n in self.names if n in params]
-        made = {name: params[name].new_empty(self.shapes[name]) for name in asked}
+        made = {name: torch.empty_like(params[name]) for name in asked}
         n = len(self.names)
         theta = (ctypes.c_int64 * n)(*(at(params.get(name)) for name in self.names))
         grads = (ctypes.c_int64 * n)(*(at(made.get(name)) for name in self.names))
         n_rows = batch.support.X.shape[1] + batch.query.X.shape[1]
-        work = (
-            (2 if task_weight is None else 6)
-            * self.n_members
-            * len(batch)
-            * n_rows
-            * self._row_work
-        )
+        work = (2 if task_weight is None else 6) * n_members * len(batch) * n_rows * self._row_work
         arguments = [
-            ctypes.addressof(self._sizes),
+            ctypes.addressof(sizes),
             ctypes.addressof(self._numbers),
             *map(at, self._center),
             ctypes.addressof(theta),
