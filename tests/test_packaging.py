@@ -129,6 +129,17 @@ def test_the_wheel_serves_every_version_of_python_and_brings_its_kernels(release
 
 
 @builds
+def test_an_editable_install_is_a_path_that_type_checkers_follow(released, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(released, source, ignore=shutil.ignore_patterns("build", "out"))
+    wheel, _ = build("editable", source, CXX="no-such-compiler", CC="no-such-compiler")
+    files = zipfile.ZipFile(wheel)
+    (path,) = (name for name in files.namelist() if name.endswith(".pth"))
+    assert files.read(path).decode().strip() == str(source)
+    assert not [name for name in files.namelist() if name.endswith(".py")]
+
+
+@builds
 def test_without_a_compiler_the_package_installs_and_says_so(released, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(released, source, ignore=shutil.ignore_patterns("build", "out"))
