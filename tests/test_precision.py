@@ -35,6 +35,15 @@ MODULES = {
     "convolutions": nn.Sequential(
         nn.Unflatten(1, (1, 1, 1)), nn.Conv2d(1, 8, 1), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1)
     ),
+    "convolutions and batch norm": nn.Sequential(
+        nn.Linear(1, 48),
+        nn.Unflatten(1, (3, 4, 4)),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32, 1),
+    ),
 }
 
 
@@ -84,6 +93,12 @@ def test_the_meta_gradient_in_bf16_is_near_the_exact_one(module):
     )
     error = (near - exact).norm() / (exact - start).norm()
     assert 0 < error < 0.05
+
+
+def test_convolutions_in_bf16_run_for_all_tasks_at_once():
+    reg = fitted(X32, Y32, module=MODULES["convolutions and batch norm"], precision="bf16")
+    reg.adapt(X32, Y32, groups=G)  # without a warning that it falls back
+    assert reg._make_engine(reg.module_, "auto").rung == "stacked"
 
 
 def test_float64_is_never_rounded():

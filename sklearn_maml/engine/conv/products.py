@@ -40,9 +40,24 @@ CHANNEL_BLOCK = 16
 
 
 class Sums:
-    """Whether gradients of weights that the tasks share are wanted summed over the tasks only."""
+    """How products are summed.
+
+    Parameters
+    ----------
+    rounds : bool, default=False
+        Whether factors of float32 are rounded to bfloat16. Sums stay in float32 or longer; results
+        are rounded too, and returned in the type of the factors.
+
+    Attributes
+    ----------
+    only : bool
+        Whether gradients of weights that the tasks share are wanted summed over the tasks only.
+    """
 
     only = False
+
+    def __init__(self, rounds: bool = False) -> None:
+        self.rounds = rounds
 
     @contextlib.contextmanager
     def promised(self) -> Iterator[None]:
@@ -52,6 +67,17 @@ class Sums:
             yield
         finally:
             self.only = before
+
+    def rounded(self, *factors: Tensor) -> list[Tensor]:
+        """Return factors as they are multiplied; what the tasks share is rounded once."""
+        if not self.rounds:
+            return [*factors]
+        return [
+            f if f.dtype != torch.float32
+            else f[:1].bfloat16().expand(f.shape) if is_shared(f)
+            else f.bfloat16()
+            for f in factors
+        ]  # fmt: skip
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -227,7 +253,8 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = g, sums
-        return _convolve(x, weight, g, in_blocks)
+        a, b = sums.rounded(x, weight)
+        return _convolve(a, b, g, in_blocks).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
@@ -248,7 +275,8 @@ class _InputGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gy, weight)
         ctx.how = g, sums
-        return _input_gradient(gy, weight, like, g)
+        a, b, c = sums.rounded(gy, weight, like)
+        return _input_gradient(a, b, c, g).to(gy.dtype)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
@@ -268,7 +296,9 @@ class _WeightGradient(torch.autograd.Function):
         ctx.save_for_backward(gy, x)
         ctx.how = g, sums
         # a sum spread over the tasks: whoever adds the tasks' gradients up gets the same
-        return _weight_gradient(gy, x, like, g, sums.only and is_shared(like))
+        only_sum = sums.only and is_shared(like)
+        a, b, c = sums.rounded(gy, x, like)
+        return _weight_gradient(a, b, c, g, only_sum).to(gy.dtype)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:

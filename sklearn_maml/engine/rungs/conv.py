@@ -22,6 +22,7 @@ from sklearn_maml.engine.conv.layers import (
     keep_memory,
     tasks_at_a_time,
 )
+from sklearn_maml.engine.conv.products import Sums
 from sklearn_maml.engine.pieces import chunks, equal_shapes, sets_of
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.rungs.stacked import Stacked, StackedForward
@@ -92,8 +93,6 @@ class Conv(Stacked):
         """See `Rung`."""
         if not spec.is_stackable or not is_conv_net(spec.module):
             return "the module is no sequence with convolutions whose layers are known"
-        if spec.precision == "bf16":
-            return "its convolutions choose kernels of their own, in the precision of X"
         return None
 
     @property
@@ -116,10 +115,13 @@ class Conv(Stacked):
             self.net,
             self.body,
             self.spec.uses_support,
-            Pass(),
+            self._pass(),
             self.spec.module,
             in_pieces,
         )
+
+    def _pass(self) -> Pass:
+        return Pass(Sums(rounds=self.spec.precision == "bf16"))
 
     def differentiator(self, forward: StackedForward) -> Autograd:
         """See `Stacked`."""
@@ -140,7 +142,7 @@ class Conv(Stacked):
 
         def run(start: int) -> Tensor:
             own = slice(start, start + size)
-            return self.net({n: p[own] for n, p in params.items()}, X[own], Pass())
+            return self.net({n: p[own] for n, p in params.items()}, X[own], self._pass())
 
         starts = range(0, len(X), size)
         return torch.cat(side_by_side(run, starts) if self.in_threads else [*map(run, starts)])
