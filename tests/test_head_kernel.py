@@ -99,7 +99,7 @@ def params_of(head):
 
 def run(head, batch, visible=None, n_threads=None, task_weight=None):
     """Both results: of the kernel, and of torch."""
-    kernel = head_kernel(head, head.n_outputs, torch.float64)
+    kernel = head_kernel(head, head.n_outputs, dtype=torch.float64)
     if n_threads is not None:
         kernel._n_threads = n_threads
     assert kernel.takes(batch)
@@ -321,15 +321,40 @@ def test_heads_that_torch_has_to_train(monkeypatch):
     assert head_kernel(covered, 1) is None
 
 
-def test_rows_of_another_type_are_left_to_torch():
+def test_rows_of_either_precision_and_others_that_are_left_to_torch():
     head = make_head()
-    kernel = head_kernel(head, 1)  # of float32
     batch = make_batch(head, 4, 6)
-    assert not kernel.takes(batch)
-    both = [
-        dataclasses.replace(r, X=r.X.float(), y=r.y.float()) for r in (batch.support, batch.query)
+    both = (batch.support, batch.query)
+    single = EpisodeBatch(*(dataclasses.replace(rows, X=rows.X.float()) for rows in both))
+    again = (single.support, single.query)
+    double = EpisodeBatch(*(dataclasses.replace(rows, X=rows.X.double()) for rows in again))
+    kernel = head_kernel(head, 1)
+    results = [
+        kernel.step(params_of(head), rows, [None, None], None, 4, torch.full((5,), 0.1))
+        for rows in (single, double)
     ]
-    assert kernel.takes(EpisodeBatch(*both))
-    assert not kernel.takes(
-        EpisodeBatch(both[0], dataclasses.replace(both[1], X=both[1].X[..., :2]))
-    )
+    assert torch.equal(results[0][1], results[1][1])
+    for name, grad in results[0][0].items():
+        assert torch.equal(grad, results[1][0][name])
+    narrow = dataclasses.replace(batch.query, X=batch.query.X[..., :2])
+    labels = dataclasses.replace(batch.query, y=torch.zeros(5, 6, dtype=torch.int64))
+    half = dataclasses.replace(batch.query, X=batch.query.X.half())
+    for query in (narrow, labels, half):
+        assert not kernel.takes(EpisodeBatch(batch.support, query))
+
+
+@pytest.mark.parametrize("name", ["two layers", "two classes", "local labels"])
+def test_held_out_tasks_of_a_member(name, monkeypatch):
+    head = make_head(**HEADS[name]).float()
+    batch = make_batch(head, 6, 9, n_tasks=4)
+    held = [joint.HeldOut(member, batch, np.arange(4)) for member in (None, 0, 1)]
+    params = {f"head.{name}": p for name, p in params_of(head).items()}
+
+    def results():
+        trainer = joint.HeadTrainer(head, None, held)
+        return [trainer.held_out_errors(params), *trainer.errors(params, batch)]
+
+    compiled = results()
+    monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+    for got, expected in zip(compiled, results(), strict=True):
+        assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

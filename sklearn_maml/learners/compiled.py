@@ -21,7 +21,7 @@ __all__ = ["head_kernel"]
 def head_kernel(
     head: GaussianHead, n_ways: int, dtype: torch.dtype = torch.float32
 ) -> HeadKernel | None:
-    """Kernel for a head; None for those that torch has to train.
+    """Kernel for a head; None for heads that torch has to train.
 
     These have modules of users for features, losses without a closed form, or parameters on an
     accelerator.

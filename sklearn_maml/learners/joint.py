@@ -18,6 +18,7 @@ from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
+from sklearn_maml.native.head import HeadKernel
 
 __all__ = [
     "PART_OF_UPDATES",
@@ -112,18 +113,13 @@ class HeadTrainer:
         self.n_held_out = len(distinct)
         judges = [held.task for held in validation if held.member in (None, 0)]
         self.n_judges = len(np.unique(np.concatenate(judges))) if judges else 0
-        self._kernel = head_kernel(head, self.n_ways)
+        self._kernels: dict[int, HeadKernel | None] = {}
         self._places = [torch.from_numpy(np.searchsorted(distinct, p)).to(device) for p in places]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
         """Functions of these meta-parameters, of all members or of one, in float32."""
-        return self.head.functions(
-            {
-                name[len(PREFIX) :]: (p if member is None else _of_member(name, p, member)).float()
-                for name, p in meta_params.items()
-                if name.startswith(PREFIX)
-            }
-        )
+        of_head = _of_head(meta_params, member)
+        return self.head.functions({name: p.float() for name, p in of_head.items()})
 
     def meta_step(self, meta_params: Params, batch: EpisodeBatch) -> MetaStep:
         """Errors of the query rows, and the gradient of the members' negative log likelihood.
@@ -132,11 +128,24 @@ class HeadTrainer:
         """
         k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
         self.head.train()
-        if self._kernel is not None and self._kernel.takes(batch):
-            grads, mean = self._compiled(meta_params, batch, k, self._of_tasks(batch, k))
-        else:
+        kernel = self._kernel(batch, self.n_ways)
+        if kernel is None:
             grads, mean = self._gradient(meta_params, batch, k)
+        else:
+            weights = [self._present(rows) for rows in (batch.support, batch.query)]
+            of_tasks = self._of_tasks(batch, k)
+            found, mean = kernel.step(
+                _of_head(meta_params), batch, weights, self.visible, k, of_tasks
+            )
+            grads = {f"{PREFIX}{name}": grad for name, grad in found.items()}
         return self._meta_step(grads, mean, batch.query)
+
+    def _kernel(self, batch: EpisodeBatch, n_ways: int) -> HeadKernel | None:
+        """Return what computes for episodes of so many classes, or None where torch has to."""
+        if n_ways not in self._kernels:
+            self._kernels[n_ways] = head_kernel(self.head, n_ways)
+        kernel = self._kernels[n_ways]
+        return kernel if kernel is not None and kernel.takes(batch) else None
 
     def _gradient(self, meta_params: Params, batch: EpisodeBatch, k: int) -> tuple[Params, Tensor]:
         """Gradient, and outputs (n_members, n_tasks, n_query, n_outputs) of the query rows."""
@@ -155,24 +164,6 @@ class HeadTrainer:
         n_query = batch.query.X.shape[1]
         return dict(zip(names, grads, strict=True)), mean.detach()[:, :, -n_query:]
 
-    def _compiled(
-        self, meta_params: Params, batch: EpisodeBatch, k: int, of_tasks: Tensor | None = None
-    ) -> tuple[Params, Tensor]:
-        """As `_gradient`, by the kernel; without weights of the tasks, outputs alone."""
-        assert self._kernel is not None
-        of_head = {n: p.detach() for n, p in meta_params.items() if n.startswith(PREFIX)}
-        support, query = self._present(batch.support), self._present(batch.query)
-        grads, outputs = self._kernel.step(
-            {n[len(PREFIX) :]: p.float() for n, p in of_head.items()},
-            batch,
-            (None if support is None else support[0], None if query is None else query[0]),
-            self.visible,
-            k,
-            of_tasks,
-        )
-        made = {f"{PREFIX}{n}": g for n, g in grads.items()}
-        return {n: made[n].to(p.dtype) for n, p in of_head.items() if n in made}, outputs
-
     def _of_tasks(self, batch: EpisodeBatch, k: int) -> Tensor:
         """Weights (n_tasks,) of the tasks in the loss."""
         n_rows = batch.support.X.shape[1] + batch.query.X.shape[1] - k
@@ -189,18 +180,32 @@ class HeadTrainer:
         longer trained.
         """
         self.head.eval()
-        query = batch.query
-        first = {n: _of_member(n, p, 0) for n, p in meta_params.items() if n.startswith(PREFIX)}
-        if self._kernel is not None and self._kernel.takes(batch):
-            # of all rows, also those that the member does not learn from
-            whole = dataclasses.replace(query, weight=None, index=None)
-            asked = dataclasses.replace(batch, query=whole)
-            _, mean = self._compiled(first, asked, batch.support.X.shape[1])
-        else:
-            mask = self._mask(batch.support)
-            mask = mask if mask is None else mask[:1]
-            mean, _, _ = self._run(self.functions(meta_params, 0), batch, mask, self.n_ways)
-        return self._meta_step({}, mean, query)
+        return self._meta_step({}, self._mean(meta_params, batch, 0, trains=True), batch.query)
+
+    def _mean(
+        self,
+        meta_params: Params,
+        batch: EpisodeBatch,
+        member: int | None = None,
+        trains: bool = False,
+    ) -> Tensor:
+        """Return outputs (n_members, n_tasks, n_query, n_outputs) of query rows.
+
+        They are those of all members, or of one. In training, the first is given the rows alone
+        that it may see.
+        """
+        n_ways = self.n_ways if trains else self.head.n_outputs
+        kernel = self._kernel(batch, n_ways)
+        present = self._present(batch.support)
+        if kernel is None:
+            mask = self._mask(batch.support) if trains else present
+            mask = mask if mask is None or not trains else mask[:1]
+            return self._run(self.functions(meta_params, member), batch, mask, n_ways)[0]
+        # outputs of all query rows are asked for
+        asked = dataclasses.replace(batch, query=dataclasses.replace(batch.query, index=None))
+        visible = self.visible if trains else None
+        k = batch.support.X.shape[1]
+        return kernel.step(_of_head(meta_params, member), asked, [present, None], visible, k)[1]
 
     def _meta_step(self, grads: Params, mean: Tensor, query: Rows) -> MetaStep:
         """Put errors and outputs of the query rows beside gradients."""
@@ -270,8 +275,7 @@ class HeadTrainer:
         total, count = torch.zeros(2, self.n_held_out, device=self.head.factor.device)
         self.head.eval()
         for (member, batch, _), place in zip(self.validation, self._places, strict=True):
-            run = self.functions(meta_params, member)
-            mean, _, y = self._run(run, batch, self._present(batch.support))
+            mean, y = self._mean(meta_params, batch, member), self._targets(batch.query)
             weight = self._of_rows(batch.query, mean)
             of_task = totals(weight) if self.weighted else None
             if of_task is not None:
@@ -310,13 +314,13 @@ class HeadTrainer:
     def errors(self, meta_params: Params, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Errors (n_tasks,) of the first member before and after adapting, and its outputs."""
         self.head.eval()
-        run = self.functions(meta_params, 0)
-        mean, _, y = self._run(run, batch, self._present(batch.support))
+        mean, y = self._mean(meta_params, batch, 0), self._targets(batch.query)
         if self.head.same_classes:  # no class is likelier than others
             before = torch.zeros_like(mean)
         else:
-            nothing = torch.zeros(batch.support.X.shape[:2], device=mean.device)
-            before, _, _ = self._run(run, batch, nothing)
+            weight = batch.support.X.new_zeros(batch.support.X.shape[:2])
+            nothing = dataclasses.replace(batch.support, weight=weight)
+            before = self._mean(meta_params, dataclasses.replace(batch, support=nothing), 0)
         weight = self._of_rows(batch.query, mean)
         both = [
             (self.head.likelihood.error_rows(values, y) * weight).sum(-1)[0]
@@ -338,9 +342,15 @@ def _joined(support: Tensor | None, query: Tensor | None, X: Tensor) -> Tensor |
     return torch.cat([support.expand(members, -1, -1), query.expand(members, -1, -1)], -1)
 
 
-def _of_member(name: str, p: Tensor, member: int) -> Tensor:
+def _of_head(meta_params: Params, member: int | None = None) -> Params:
+    """Parameters of the head, of all members or of one."""
+    found = {n[len(PREFIX) :]: p for n, p in meta_params.items() if n.startswith(PREFIX)}
+    if member is None:
+        return found
     # those of modules of users are named by their member, of which there is then one
-    return p if name.startswith(f"{PREFIX}body.members.") else p[member : member + 1]
+    return {
+        n: p if n.startswith("body.members.") else p[member : member + 1] for n, p in found.items()
+    }
 
 
 def _counts(rows: Rows) -> Tensor:
@@ -352,19 +362,20 @@ def _counts(rows: Rows) -> Tensor:
 
 def clip_members(grads: Params) -> Params:
     """Scale the gradient of each member down to `MAX_GRAD_NORM`; to 0 where it is not finite."""
-    stacked = [g for name, g in grads.items() if not name.startswith(f"{PREFIX}body.members.")]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in stacked])
-    own = [g for name, g in grads.items() if name.startswith(f"{PREFIX}body.members.")]
+    own = {n: g for n, g in grads.items() if n.startswith(f"{PREFIX}body.members.")}
+    stacked = {n: g for n, g in grads.items() if n not in own}
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten(1) for g in stacked.values()], 1), dim=1)
     if own:
-        norms = torch.cat([norms, torch.stack([g.norm() for g in own])[:, None]])
-    norm = norms.norm(dim=0)
+        of_own = torch._foreach_norm([*own.values()])
+        norm = torch.linalg.vector_norm(torch.stack([norm[0], *of_own]))[None]
     factor = (MAX_GRAD_NORM / norm).clamp_max(1.0).nan_to_num(0.0, 0.0, 0.0)
-    scaled = {}
-    for name, g in grads.items():
-        f = factor[0] if name.startswith(f"{PREFIX}body.members.") else factor
-        f = f.view(-1, *[1] * (g.ndim - 1)) if f.ndim else f
-        scaled[name] = torch.where(f > 0, g * f, torch.zeros_like(g))
-    return scaled
+    parts = {n: factor.view(-1, *[1] * (g.ndim - 1)) for n, g in stacked.items()}
+    parts.update(dict.fromkeys(own, factor[0]))
+    scaled = torch._foreach_mul([*grads.values()], [parts[n].to(g.dtype) for n, g in grads.items()])
+    made = dict(zip(grads, scaled, strict=True))
+    if factor.is_cpu and bool((factor > 0).all()):
+        return made
+    return {n: torch.where(parts[n] > 0, g, torch.zeros_like(g)) for n, g in made.items()}
 
 
 def rate_factor(progress: float) -> float:

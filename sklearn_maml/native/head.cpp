@@ -212,7 +212,8 @@ static inline real dot_rows(i64 n, const real *a, const real *b) {
 // ---- batches of tasks --------------------------------------------------------------------------
 
 struct Set {
-    const real *X, *y, *weight;
+    const void *X; // of float or double
+    const real *y, *weight;
     const i64 *label, *index;
     i64 width;
 };
@@ -221,6 +222,7 @@ struct Job {
     Shape shape;
     Set sets[2]; // support and query
     i64 n_tasks, n_rows, k, n_visible, n_parts;
+    bool X_is_double;
     const int8_t *visible;
     const double *center, *scale;
     const real *task_weight;
@@ -280,24 +282,33 @@ static real *output_of(const Job &job, i64 member, const Row &row) {
     return number < 0 ? 0 : job.outputs + ((member * job.n_tasks + row.task) * width + number) * job.shape.n_outputs;
 }
 
+// a row of n features, standardised as far as there is a center
+template <class Number>
+static void standardise(const Job &job, i64 n, const Number *from, real *to) {
+    const double beyond = job.shape.beyond;
+    if (!job.center)
+        for (i64 c = 0; c < n; c++) to[c] = (real)from[c];
+    else
+        for (i64 c = 0; c < n; c++) {
+            double x = (from[c] - job.center[c]) / job.scale[c];
+            x = x < -beyond ? -beyond : x;
+            to[c] = (real)(x > beyond ? beyond : x);
+        }
+}
+
 static void features(const Job &job, const real *theta, i64 n, Space &a) {
     const Shape &s = job.shape;
     const i64 d = s.n_inputs - 1;
     for (i64 i = 0; i < n; i++) {
         i64 at;
         const Set &set = place_of(job, a.rows[i], at);
-        const real *from = set.X + at * d;
         real *to = a.X + i * s.in;
         store(to + s.in - V, (vec){});
         to[0] = 1;
-        if (job.center)
-            for (i64 c = 0; c < d; c++) {
-                double x = (from[c] - job.center[c]) / job.scale[c];
-                x = x < -s.beyond ? -s.beyond : x;
-                to[1 + c] = (real)(x > s.beyond ? s.beyond : x);
-            }
+        if (job.X_is_double)
+            standardise(job, d, (const double *)set.X + at * d, to + 1);
         else
-            memcpy(to + 1, from, d * sizeof(real));
+            standardise(job, d, (const float *)set.X + at * d, to + 1);
     }
     Product q = {s.n_inputs, s.in, 1, s.first, {a.X, 0}, {theta + s.input, 0}, 0};
     multiply(n, s.n_linear, q, 0, 0, a.S, s.columns);
@@ -584,10 +595,11 @@ bool HEAD_STEP(LEVEL, REAL)(const int64_t *given) {
     for (int i = 0; i < 2; i++) {
         const i64 *from = given + (i ? head::QUERY_X : head::SUPPORT_X);
         const void *y = (const void *)from[1];
-        job.sets[i] = {(const real *)from[0], s.classes ? 0 : (const real *)y, (const real *)from[2],
+        job.sets[i] = {(const void *)from[0], s.classes ? 0 : (const real *)y, (const real *)from[2],
                        s.classes ? (const i64 *)y : 0, (const i64 *)from[3], from[4]};
     }
     job.n_tasks = given[head::N_TASKS], job.k = given[N_GIVEN];
+    job.X_is_double = given[X_IS_DOUBLE];
     job.n_rows = job.sets[0].width + job.sets[1].width;
     job.visible = (const int8_t *)given[VISIBLE], job.n_visible = given[N_VISIBLE];
     job.center = (const double *)given[CENTER], job.scale = (const double *)given[SCALE];

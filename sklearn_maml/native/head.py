@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,11 @@ class HeadKernel:
         self._level = instruction_sets().index(instruction_set())
         n_layers = sum(name.startswith("body.weight") for name in shapes)
         layers = [f"body.{kind}{k}" for k in range(n_layers) for kind in ("weight", "bias")]
-        self.names = [*PARTS, *layers]
+        self._names = [*PARTS, *layers]
         self.dtype = dtype
+        # the parameters as the kernel reads them, and their gradients
+        self._theta = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        self._grads = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         self.classes = classes
         n_members, n_linear = shapes["factor"][:2]
         self.n_features = shapes["body.weight0"][1]
@@ -85,22 +89,22 @@ class HeadKernel:
         for name in layers[::2]:
             sizes += [shapes[name][2], code]
         self._sizes = sizes
-        self._numbers = (ctypes.c_double * 4)(slope, spread, beyond, floor)
+        self._numbers = [slope, spread, beyond, floor]
         self._center = [part.detach().double().contiguous() for part in (center, scale)]
-        width = shapes["log_scale"][1]
         # multiply-adds of a row's forward pass, products with the rows of its task included
-        self._row_work = sum(torch.Size(shapes[n][1:]).numel() for n in layers[::2]) + 60 * width
+        self._row_work = sum(self._theta[n][0].numel() for n in layers[::2])
+        self._row_work += 60 * shapes["log_scale"][1]
 
     def takes(self, batch: EpisodeBatch) -> bool:
         """Whether episodes have the types and shapes that the kernel is for."""
-        kind = torch.int64 if self.classes else self.dtype
         tail = () if self.classes else (self.n_outputs,)
         return all(
             rows.X.is_cpu
-            and rows.X.dtype == self.dtype
+            and rows.X.dtype in (torch.float32, torch.float64)
+            and rows.X.dtype == batch.query.X.dtype
             and rows.X.ndim == 3
             and rows.X.shape[2] == self.n_features
-            and rows.y.dtype == kind
+            and (rows.y.dtype == torch.int64) == self.classes
             and rows.y.shape == (*rows.X.shape[:2], *tail)
             for rows in (batch.support, batch.query)
         )
@@ -109,7 +113,7 @@ class HeadKernel:
         self,
         params: Params,
         batch: EpisodeBatch,
-        weights: tuple[Tensor | None, Tensor | None],
+        weights: Sequence[Tensor | None],
         visible: Tensor | None,
         n_given: int,
         task_weight: Tensor | None = None,
@@ -119,9 +123,9 @@ class HeadKernel:
         Parameters
         ----------
         params : dict of str to Tensor
-            In the dtype of the kernel; of all members, or of fewer.
+            Of all members, or of fewer.
         batch : EpisodeBatch
-        weights : pair of Tensors of shape (n_tasks, n_rows) or None
+        weights : pair of Tensors of shape (n_tasks, n_rows) or (1, n_tasks, n_rows), or None
             Of the rows of support and query; 0 for padding.
         visible : int8 Tensor of shape (n_members, n_rows) or None
             Rows of the collection that each member learns from, if the rows have an `index`.
@@ -133,46 +137,62 @@ class HeadKernel:
         Returns
         -------
         grads : dict of str to Tensor
+            In the dtypes of the parameters.
         outputs : Tensor of shape (n_members, n_tasks, n_query, n_outputs)
         """
         keep: list[Tensor] = []
-        n_members = len(params["factor"])
-        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
 
-        def at(tensor: Tensor | None) -> int:
+        def at(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
             if tensor is None or not tensor.numel():
                 return 0
-            keep.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+            keep.append(tensor.to(dtype).contiguous())
             return keep[-1].data_ptr()
 
         def rows_at(rows: Rows, weight: Tensor | None) -> list[int]:
-            weight = None if weight is None else weight.to(self.dtype)
-            return [at(rows.X), at(rows.y), at(weight), at(rows.index), rows.X.shape[1]]
+            y = at(rows.y, None if self.classes else self.dtype)
+            return [at(rows.X), y, at(weight, self.dtype), at(rows.index), rows.X.shape[1]]
 
-        outputs = batch.query.X.new_empty((n_members, *batch.query.X.shape[:2], self.n_outputs))
-        asked = [] if task_weight is None else [n for n in self.names if n in params]
-        made = {name: torch.empty_like(params[name]) for name in asked}
-        n = len(self.names)
-        theta = (ctypes.c_int64 * n)(*(at(params.get(name)) for name in self.names))
-        grads = (ctypes.c_int64 * n)(*(at(made.get(name)) for name in self.names))
+        n_members = len(params["factor"])
+        held, made = (
+            {name: of[:n_members] for name, of in part.items()}
+            for part in (self._theta, self._grads)
+        )
+        with torch.no_grad():
+            torch._foreach_copy_([*held.values()], [params[name] for name in held])
+        shape = (n_members, *batch.query.X.shape[:2], self.n_outputs)
+        outputs = torch.empty(shape, dtype=self.dtype)
+        theta, grads = (
+            (ctypes.c_int64 * len(self._names))(
+                *(of[name].data_ptr() if name in of else 0 for name in self._names)
+            )
+            for of in (held, made)
+        )
+        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
+        numbers = (ctypes.c_double * len(self._numbers))(*self._numbers)
         n_rows = batch.support.X.shape[1] + batch.query.X.shape[1]
-        work = (2 if task_weight is None else 6) * n_members * len(batch) * n_rows * self._row_work
+        work = n_members * len(batch) * n_rows * self._row_work
+        work *= 2 if task_weight is None else 6
         arguments = [
             ctypes.addressof(sizes),
-            ctypes.addressof(self._numbers),
+            ctypes.addressof(numbers),
             *map(at, self._center),
             ctypes.addressof(theta),
             len(batch),
             n_given,
             self._n_threads if work > PARALLEL_WORK else 1,
+            int(batch.query.X.dtype == torch.float64),
             *rows_at(batch.support, weights[0]),
             *rows_at(batch.query, weights[1]),
             at(visible),
             0 if visible is None else visible.shape[1],
-            at(None if task_weight is None else task_weight.to(self.dtype)),
-            at(outputs),
+            at(task_weight, self.dtype),
+            outputs.data_ptr(),
             ctypes.addressof(grads),
         ]
         packed = (ctypes.c_int64 * len(arguments))(*arguments)
         _kernels.head_step(self._level, self.dtype == torch.float64, packed)
-        return made, outputs
+        if task_weight is None:
+            return {}, outputs
+        found = {name: torch.empty_like(params[name]) for name in made}
+        torch._foreach_copy_([*found.values()], [*made.values()])
+        return found, outputs
