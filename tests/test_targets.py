@@ -484,3 +484,15 @@ def test_sizes_of_episodes_are_up_to_the_targets():
 
 def test_coding_is_of_nothing_by_default():
     assert vars(Coding()) == {"labels": None, "slots": None, "center": None}
+
+
+def test_encoded_tasks_take_the_order_of_their_rows_along():
+    tasks = collection(np.arange(6.0), [1, 0, 1, 0, 2, 2])
+    targets = RealTargets(SquaredError(), True, False)
+    targets.learn(tasks)
+    encoded = targets.encode(tasks)
+    assert encoded.order is tasks.order
+    assert not np.array_equal(encoded.y.ravel(), tasks.y)
+    some = tasks.select(np.array([0, 2]))
+    assert_array_equal(some.codes, [0, 0, 1, 1])
+    assert_array_equal(some.y[some.rows(1)], [4.0, 5.0])

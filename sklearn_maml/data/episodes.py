@@ -232,7 +232,7 @@ def pad_rows(
     counts: np.ndarray,
     sample_weight: np.ndarray | None = None,
     dtype: Any = None,
-    names: np.ndarray | None = None,
+    names: np.ndarray | bool = False,
     normalise: bool = True,
 ) -> Rows:
     """Gather rows of several tasks into one padded tensor.
@@ -248,8 +248,8 @@ def pad_rows(
         Weight of each of them.
     dtype : dtype, default=None
         That of the weights; None takes that of X.
-    names : int ndarray of shape (n_rows,), default=None
-        Becomes `Rows.index`.
+    names : int ndarray of shape (n_rows,) or bool, default=False
+        What `Rows.index` has of each row; True: its position.
     normalise : bool, default=True
         Whether weights are to sum to one in each task; otherwise they do where they are 1.
     """
@@ -276,12 +276,13 @@ def pad_rows(
         weight = (filled / np.maximum(counts, 1)[:, None]).astype(dtype)
     lengths = np.maximum(counts, 1)
     gathered = torch.from_numpy(gather(X, index))
+    own = index.copy() if isinstance(names, bool) else names.take(index)
     return Rows(
         gathered,
         gathered if y is X else torch.from_numpy(gather(y, index)),
         None if weight is None else torch.from_numpy(np.ascontiguousarray(weight)),
         lengths if (lengths < width).any() else None,
-        index=None if names is None else torch.from_numpy(names.take(index)),
+        index=None if names is False else torch.from_numpy(own),
     )
 
 

@@ -422,9 +422,9 @@ class EpisodeSampler:
         normalise: bool = True,
     ) -> list[Rows]:
         dtype = self.tasks.X.dtype
-        names = np.arange(len(X)) if self.keep_index else None
+        names: np.ndarray | bool = self.keep_index
         if labels is not None:
-            names = rows if self.keep_index else None
+            names = rows if self.keep_index else False
             X, y, rows = gather(X, rows), labels, np.arange(len(rows))
         if _is_constant(counts) and counts[0]:  # nothing to pad: gathered at once, then cut
             whole = pad_rows(

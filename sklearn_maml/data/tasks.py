@@ -6,6 +6,7 @@ of torch, nor do the spellings.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 from collections.abc import Hashable
@@ -73,26 +74,27 @@ class TaskCollection:
         """Row positions of one task, in the order the caller gave them."""
         return self.order[self.indptr[task] : self.indptr[task + 1]]
 
-    def with_y(self, y: np.ndarray) -> TaskCollection:
-        """Copy with other targets (encoded labels, standardised values)."""
-        return dataclasses.replace(self, y=y)
+    def having(self, **values: np.ndarray | None) -> TaskCollection:
+        """Copy with another `X`, `y` or `weight` of the same rows, which are not sorted again."""
+        made = copy.copy(self)
+        vars(made).update(values)
+        return made
 
-    def at(self, kept: np.ndarray) -> TaskCollection:
-        """Copy with some rows alone; the tasks stay."""
+    def at(self, kept: np.ndarray, **changes: np.ndarray) -> TaskCollection:
+        """Copy with some rows alone; the tasks stay, or are as `changes` says."""
         parts = {
             name: getattr(self, name)[kept]
             for name in ("X", "y", "codes", "in_query", "weight")
             if getattr(self, name) is not None
         }
-        return dataclasses.replace(self, **parts)
+        return dataclasses.replace(self, **{**parts, **changes})
 
     def select(self, tasks: np.ndarray) -> TaskCollection:
         """Sub-collection of the tasks at these positions."""
         position = np.full(self.n_tasks, -1)
         position[tasks] = np.arange(len(tasks))
         keep = np.flatnonzero(position[self.codes] >= 0)
-        part = self.at(keep)
-        return dataclasses.replace(part, codes=position[part.codes], ids=self.ids[tasks])
+        return self.at(keep, codes=position[self.codes[keep]], ids=self.ids[tasks])
 
     def leveled(self, most_tasks: int | None = None) -> np.ndarray | None:
         """Return positions of rows among which no task drowns the others; None: all.
@@ -124,7 +126,7 @@ class TaskCollection:
         if self.weight is None:
             return self
         means = np.bincount(self.codes, self.weight, self.n_tasks) / np.maximum(self.sizes, 1)
-        return dataclasses.replace(self, weight=self.weight / means[self.sizes > 0].mean())
+        return self.having(weight=self.weight / means[self.sizes > 0].mean())
 
     def fingerprints(self) -> dict[Hashable, int]:
         """Checksum of the rows of each named task by the key of its id.

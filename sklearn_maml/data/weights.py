@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,7 +180,7 @@ def weighted(tasks: TaskCollection, sample_weight: Any) -> TaskCollection:
         tasks, weights = tasks.take_rows(np.flatnonzero(kept)), weights[kept]
     if weights.min() == weights.max():
         return tasks
-    return dataclasses.replace(tasks, weight=np.maximum(weights, LEAST))
+    return tasks.having(weight=np.maximum(weights, LEAST))
 
 
 def merged(tasks: TaskCollection) -> TaskCollection:
@@ -207,8 +206,8 @@ def merged(tasks: TaskCollection) -> TaskCollection:
         return tasks
     weight = np.bincount(place.reshape(-1), tasks.weight, len(key)).astype(np.float64)
     if weight.min() == weight.max():
-        return dataclasses.replace(tasks.at(np.sort(first)), weight=None)
-    return dataclasses.replace(tasks.at(first), weight=weight)
+        return tasks.at(np.sort(first)).having(weight=None)
+    return tasks.at(first).having(weight=weight)
 
 
 def row_marks(X: np.ndarray) -> np.ndarray:

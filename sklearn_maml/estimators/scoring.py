@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -90,7 +89,7 @@ class Scoring(Reading, Predicting):
         tasks = self._read_tasks(X, y, groups)
         if sample_weight is not None:
             given = spread_weights(sample_weight, tasks)
-            tasks = dataclasses.replace(tasks, weight=check_weights(given, tasks.X))
+            tasks = tasks.having(weight=check_weights(given, tasks.X))
         self._warn_if_seen(tasks)
         for doubt in self._pooled(tasks, "A score", SEVERAL_TASKS * self._sizes()[0]):
             warnings.warn(doubt, stacklevel=4)

@@ -132,7 +132,7 @@ def class_permutation_audit(
     total = np.zeros((len(rows), n_ways))
     for k, permutation in enumerate(permutations):
         # labels in another order: `adapt` puts sorted labels to outputs
-        state = model.adapt(support.with_y(permutation[ranks]), None)
+        state = model.adapt(support.having(y=permutation[ranks]), None)
         assert state.labels is not None
         predicted = model.predict(state, query, codes)
         accuracy[:, k] = np.bincount(codes, predicted == permutation[truth]) / n_query

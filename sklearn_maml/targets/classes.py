@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
@@ -102,9 +101,9 @@ class ClassTargets(Targets):
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
         if self.n_ways is not None:  # labels mean something inside their task only
-            return tasks.with_y(np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
+            return tasks.having(y=np.unique(tasks.y, return_inverse=True)[1].reshape(-1))
         y = self._positions(tasks.y)
-        return dataclasses.replace(tasks, y=y, weight=self.weights(y, tasks.weight))
+        return tasks.having(y=y, weight=self.weights(y, tasks.weight))
 
     def _positions(self, y: np.ndarray) -> np.ndarray:
         if not len(y):  # of whatever type

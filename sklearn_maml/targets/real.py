@@ -133,7 +133,7 @@ class RealTargets(Targets):
         # with center_y a constant of a task goes with the mean of its support rows; without the
         # mean of all its rows float32 keeps more digits of what is left
         mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
-        return tasks.with_y(self._standardised(y - mean, tasks.X.dtype))
+        return tasks.having(y=self._standardised(y - mean, tasks.X.dtype))
 
     def encode_support(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None

@@ -66,7 +66,7 @@ class EpisodeSettings:
 
     def encoded(self, tasks: TaskCollection, targets: Targets) -> TaskCollection:
         """Tasks as episodes are drawn from."""
-        return dataclasses.replace(targets.encode(tasks), X=self.reshape(tasks.X)).balanced()
+        return targets.encode(tasks).having(X=self.reshape(tasks.X)).balanced()
 
 
 class CollectionSource:
