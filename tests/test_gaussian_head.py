@@ -530,6 +530,27 @@ def test_intervals_hold_what_they_promise(reg):
     assert 0.85 <= inside.mean() <= 0.97
 
 
+def test_intervals_of_noise_with_heavy_tails_hold_half_and_nine_tenths():
+    # a factor for nine tenths alone makes them hold .93 and .68
+    def drawn(n_tasks, seed):
+        X, y, task = slopes(n_tasks, noise=0.0, seed=seed)
+        rng = RNG(seed + 100)
+        noise = rng.randn(len(y)) * np.where(rng.uniform(size=len(y)) < 0.08, 10, 1)
+        return X, y + 0.1 * noise, task
+
+    X, y, task = drawn(60, 0)
+    reg = MAMLRegressor(
+        update_rule="gaussian-head", hidden_layer_sizes=(8,), max_iter=5, random_state=0
+    ).fit(X, y, groups=task)
+    X, y, task = drawn(300, 1)
+    support = np.arange(len(y)) % 24 < 10
+    reg.adapt(X[support], y[support], groups=task[support])
+    mean, std = reg.predict(X[~support], groups=task[~support], return_std=True)
+    far = np.abs(mean - y[~support]) / std
+    assert 0.85 < (far < 1.645).mean() < 0.95
+    assert (far < 0.6745).mean() < 0.64
+
+
 def test_standard_deviation_shrinks_with_support_and_is_at_least_the_noise(reg):
     X, y, _ = slopes(seed=7)
     few = adapt(reg, X[:2], y[:2]).predict(X[24:48], return_std=True)[1]
