@@ -88,7 +88,16 @@ class PrefixedParamsMixin:
     _prefixes: tuple[str, ...] = ()
     _examples: ClassVar[dict[str, str]] = {}  # of objects that parameters may be, for messages
 
+    # what inspect finds out takes longer than all else about parameters
+
     @classmethod
+    @functools.cache
+    def _get_param_names(cls) -> list[str]:
+        names: list[str] = super()._get_param_names()  # type: ignore[misc]
+        return names
+
+    @classmethod
+    @functools.cache
     def _signature_names(cls) -> list[str]:
         parameters = inspect.signature(cls.__init__).parameters.values()
         return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
@@ -202,9 +211,9 @@ def resolve_object(
     if isinstance(value, base):
         result: Any = clone(value).set_params(**options)
     elif isinstance(value, str) and value in known:
-        names = sorted(known[value]().get_params())
-        unknown = sorted(set(options) - set(names))
+        unknown = options and sorted(options.keys() - known[value]().get_params().keys())
         if unknown:
+            names = sorted(known[value]().get_params())
             raise ValueError(
                 f"{parameter}={value!r} got the options {unknown}; it takes {names or 'none'}."
             )

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt
 from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
+from sklearn_maml.engine.architecture import private_copy
 from sklearn_maml.engine.rungs import base
 from sklearn_maml.engine.rungs.vmap import Vmap
 from sklearn_maml.exceptions import EngineFallbackWarning
@@ -970,3 +971,22 @@ def test_out_of_memory_is_not_taken_for_a_module_that_cannot_be_batched(monkeypa
         engine.meta_step(make_meta_params(module), batch, alpha=0.1, steps=1)
     assert engine.rung == "vmap"
     assert engine.fallback_reason is None
+
+
+def test_a_copy_of_layers_of_torch_shares_parameters_and_nothing_else():
+    inner = nn.Sequential(nn.LayerNorm(4), nn.Dropout(0.1))
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), inner, nn.Linear(4, 2))
+    own, deep = private_copy(module, plain=True), private_copy(module, plain=False)
+    assert repr(own) == repr(deep)
+    for copied in (own, deep):
+        pairs = zip(copied.parameters(), module.parameters(), strict=True)
+        assert all(mine is theirs for mine, theirs in pairs)
+    own.eval()
+    own[2].append(nn.Tanh())
+    own[0].register_forward_hook(lambda *_: None)
+    own[0].weight = nn.Parameter(torch.zeros(4, 3))
+    assert module.training
+    assert module[1].inplace
+    assert len(module[2]) == 2
+    assert not module[0]._forward_hooks
+    assert module[0].weight.any()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine.architecture import is_spatial
 from sklearn_maml.engine.batch_norm import explaining_one_value, support_statistics
 from sklearn_maml.engine.forward import for_prediction, tf32
 from sklearn_maml.engine.ladder import Ladder, begin_with
@@ -37,7 +36,7 @@ from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
-from sklearn_maml.threads import several_threads
+from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.update_rules import SGD, TaskSolver
 
 __all__ = ["Engine"]
@@ -203,7 +202,9 @@ class Engine(MetaSteps):
         """
         if not self.spec.on_cpu:
             return tf32(self.spec.precision == "tf32")
-        return several_threads() if is_spatial(self.module) else super().threads(n_rows)
+        if self.spec.is_spatial:
+            return several_threads()
+        return threads_for(n_rows * self.spec.size)
 
     # -- the entry points --------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sklearn_maml.engine.architecture import (
     has_dropout,
     is_row_wise,
+    is_spatial,
     is_stackable,
     private_copy,
 )
@@ -45,6 +46,10 @@ class Spec:
         Name of the layer that the rule solves for, if it does.
     random : bool
         Whether the module may draw random numbers.
+    size : int
+        Numbers in its parameters.
+    is_spatial : bool
+        Whether it has convolutions.
     """
 
     def __init__(
@@ -60,13 +65,15 @@ class Spec:
         batch_norm: str = "inductive",
     ) -> None:
         self.pads = is_row_wise(module)
-        self.module = private_copy(module)
+        self.module = private_copy(module, plain=self.pads)
         self.row_loss = row_loss
         self.rule = rule
         self.meta_gradient = meta_gradient
         self.checkpoint_steps = checkpoint_steps
         self.precision = precision
         self.batch_norm = check_batch_norm(batch_norm)
+        self.size = sum(p.numel() for p in module.parameters())
+        self.is_spatial = is_spatial(module)
         self.random = not self.pads or has_dropout(module)
         self.norms = [n for n, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         frozen = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,8 +119,16 @@ class GradientSteps:
     def _moved_far(self, part: Parameters) -> Tensor:
         """Which tasks (n_tasks,) have a parameter that is far from where it began."""
         initial = dict(self.module.named_parameters())
-        moves = [(p - initial[n].detach()).abs().flatten(1).amax(1) for n, p in part.params.items()]
-        reach = torch.stack([initial[n].detach().abs().max() for n in part.params]).amax()
+        start = [initial[n].detach() for n in part.params]
+        reach = torch.stack(torch._foreach_norm(start, math.inf)).amax()
+        if part.n_tasks == 1:  # fewer calls of torch, each of which takes as long as the numbers
+            far = torch._foreach_sub([p[0] for p in part.params.values()], start)
+            moves = [size.unsqueeze(0) for size in torch._foreach_norm(far, math.inf)]
+        else:
+            moves = [
+                (p - s).abs().flatten(1).amax(1)
+                for p, s in zip(part.params.values(), start, strict=True)
+            ]
         return ~(torch.stack(moves).amax(0) <= SUSPECT * reach)  # NaN is far
 
     def _tame(
@@ -196,6 +205,11 @@ class AdaptedBySteps(Adapted):
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Running) -> np.ndarray:
         """See `Adapted`."""
+        no_targets = np.zeros(len(rows), dtype=rows.dtype)
+        if self.n_tasks == 1 and len(rows) <= ROWS_AT_A_TIME:  # there is nothing to sort or to cut
+            everything = np.arange(len(rows))
+            query = pad_rows(rows, no_targets, everything, np.array([len(rows)]))
+            return self._outputs(self.adapted, query, how)
         order = np.argsort(codes, kind="stable")
         tasks, counts = np.unique(codes, return_counts=True)
         # a task with very many rows is predicted in several pieces
@@ -208,23 +222,26 @@ class AdaptedBySteps(Adapted):
         size = np.repeat(counts, n_pieces) - number * ROWS_AT_A_TIME
         if not joined:
             size = np.minimum(size, ROWS_AT_A_TIME)
-        no_targets = np.zeros(len(rows), dtype=rows.dtype)
         result: np.ndarray | None = None
         for chosen in alike(size, _chunk(self.engine, how), PIECES * ROWS_AT_A_TIME):
             place = np.concatenate([order[first[j] : first[j] + size[j]] for j in chosen])
-            query = pad_rows(rows, no_targets, place, size[chosen]).to(how.device)
-            with self.engine.threads(len(place)):
-                output = self.engine.predict(
-                    self.adapted.take(piece_task[chosen]), query, batch_norm=how.batch_norm
-                )
-            if output.ndim == 2:
-                output = output.unsqueeze(-1)
-            values = query.real(output).cpu().numpy()
+            query = pad_rows(rows, no_targets, place, size[chosen])
+            values = self._outputs(self.adapted.take(piece_task[chosen]), query, how)
             if result is None:
                 result = np.empty((len(rows), values.shape[1]), dtype=values.dtype)
             result[place] = values
         assert result is not None
         return result
+
+    def _outputs(self, adapted: Parameters, query: Rows, how: Running) -> np.ndarray:
+        """Return outputs (n_rows, n_outputs) of the rows of some tasks, one after another."""
+        query = query.to(how.device)
+        with self.engine.threads(query.X.shape[0] * query.X.shape[1]):
+            output = self.engine.predict(adapted, query, batch_norm=how.batch_norm)
+        if output.ndim == 2:
+            output = output.unsqueeze(-1)
+        values: np.ndarray = query.real(output).cpu().numpy()
+        return values
 
     def module(self, task: int, how: Running) -> nn.Module:
         """See `Adapted`."""
