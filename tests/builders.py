@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sklearn_maml import native
-from sklearn_maml.data.episodes import EpisodeBatch, pad_rows
+from sklearn_maml.data.episodes import EpisodeBatch, Rows, pad_rows
 from sklearn_maml.engine import Engine
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
 from sklearn_maml.modules import adapted_names
@@ -110,3 +110,44 @@ def plain_tasks(batch):
 
 def flat(tensors):
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+
+class Number(nn.Module):
+    """One parameter, which is the prediction for every row."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([[value]], dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.value
+
+
+def number_batch(support_target, query_target):
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    return EpisodeBatch(Rows(one, support_target * one), Rows(one, query_target * one))
+
+
+def differences(loss, params, h=1e-5):
+    """Central differences of a function of parameters in every single one."""
+    grads = {}
+    for name, p in params.items():
+        grad = torch.zeros_like(p).reshape(-1)
+        for i in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = p.clone().reshape(-1)
+                moved[i] += sign * h
+                ends.append(loss({**params, name: moved.reshape(p.shape)}))
+            grad[i] = (ends[0] - ends[1]) / (2 * h)
+        grads[name] = grad.reshape(p.shape)
+    return grads
+
+
+def finite_differences(engine, meta_params, batch, *, alpha, steps):
+    """Those of the mean evaluated loss in every single meta-parameter."""
+
+    def loss(params):
+        return engine.evaluate(params, batch, alpha=alpha, steps=steps)[0].mean().item()
+
+    return differences(loss, meta_params)

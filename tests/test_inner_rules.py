@@ -11,12 +11,15 @@ import sklearn
 import torch
 from builders import (
     SIZES,
+    Number,
+    finite_differences,
     flat,
     has_kernels,
     make_batch,
     make_engine,
     make_meta_params,
     make_mlp,
+    number_batch,
     plain_tasks,
 )
 from sklearn.base import clone
@@ -69,26 +72,6 @@ def assert_same(got, expected, tolerance=1e-9):
     for name, value in expected.items():
         assert torch.isfinite(value).all(), name
         torch.testing.assert_close(got[name], value, rtol=tolerance, atol=1e-2 * tolerance)
-
-
-def finite_differences(engine, meta_params, batch, *, alpha, steps, h=1e-5):
-    """Central differences of the mean evaluated loss in every single meta-parameter."""
-
-    def loss(params):
-        return engine.evaluate(params, batch, alpha=alpha, steps=steps)[0].mean().item()
-
-    grads = {}
-    for name, p in meta_params.items():
-        grad = torch.zeros_like(p).reshape(-1)
-        for i in range(p.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = p.clone().reshape(-1)
-                moved[i] += sign * h
-                ends.append(loss({**meta_params, name: moved.reshape(p.shape)}))
-            grad[i] = (ends[0] - ends[1]) / (2 * h)
-        grads[name] = grad.reshape(p.shape)
-    return grads
 
 
 def assert_is_the_derivative(engine, meta_params, batch, *, steps=STEPS, alpha=0.3):
@@ -228,25 +211,6 @@ def test_rules_that_learn_nothing_unusual_start_as_gradient_descent_and_others_d
 
 
 # --- by hand
-
-
-class Number(nn.Module):
-    """One parameter, which is the prediction for every row."""
-
-    def __init__(self, value=1.0):
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor([[value]], dtype=torch.float64))
-
-    def forward(self, x):
-        return x * self.value
-
-
-def number_batch(support_target, query_target):
-    def rows(target):
-        one = torch.ones(1, 1, 1, dtype=torch.float64)
-        return Rows(one, target * one)
-
-    return EpisodeBatch(rows(support_target), rows(query_target))
 
 
 # theta = 1, support loss theta^2 (gradient 2 theta), alpha = 0.1

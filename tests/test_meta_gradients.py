@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import SIZES, flat, make_batch, make_engine, make_meta_params, make_mlp, plain_tasks
+from builders import (
+    SIZES,
+    Number,
+    finite_differences,
+    flat,
+    make_batch,
+    make_engine,
+    make_meta_params,
+    make_mlp,
+    number_batch,
+    plain_tasks,
+)
 from torch import nn
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
@@ -27,27 +38,6 @@ def relative_error(got, expected):
 
 
 # --- hand-derived cases
-
-
-class Number(nn.Module):
-    """One parameter, which is the prediction for every row."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor([[value]], dtype=torch.float64))
-
-    def forward(self, x):
-        return x * self.value
-
-
-def number_batch(support_target, query_target):
-    def rows(target):
-        return Rows(
-            torch.ones(1, 1, 1, dtype=torch.float64),
-            torch.full((1, 1, 1), target, dtype=torch.float64),
-        )
-
-    return EpisodeBatch(rows(support_target), rows(query_target))
 
 
 # theta = 1, support loss theta^2, query loss (theta - 1/2)^2 and alpha = 0.1, so that a step
@@ -157,26 +147,6 @@ RULES = [
     MetaSGD(per="tensor"),
     MetaSGD(max_grad_norm=0.5),
 ]
-
-
-def finite_differences(engine, meta_params, batch, *, alpha, steps, h=1e-5):
-    """Central differences of the mean query loss in every single meta-parameter."""
-
-    def loss(params):
-        return engine.meta_step(params, batch, alpha=alpha, steps=steps).losses.mean().item()
-
-    grads = {}
-    for name, p in meta_params.items():
-        grad = torch.zeros_like(p).reshape(-1)
-        for i in range(p.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = p.clone().reshape(-1)
-                moved[i] += sign * h
-                ends.append(loss({**meta_params, name: moved.reshape(p.shape)}))
-            grad[i] = (ends[0] - ends[1]) / (2 * h)
-        grads[name] = grad.reshape(p.shape)
-    return grads
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

@@ -18,6 +18,7 @@ import sklearn
 import torch
 from builders import (
     SIZES,
+    differences,
     flat,
     has_kernels,
     make_batch,
@@ -242,18 +243,8 @@ class Bilevel:
 
     def gradient(self, h=1e-5):
         self.value(self.params)  # what the solves below start from
-        grads = {}
-        for name, p in self.params.items():
-            grad = torch.zeros(p.numel(), dtype=p.dtype)
-            for i in range(p.numel()):
-                ends = []
-                for sign in (1, -1):
-                    moved = p.clone().flatten()
-                    moved[i] += sign * h
-                    ends.append(self.value({**self.params, name: moved.view(p.shape)}))
-                grad[i] = (ends[0] - ends[1]) / (2 * h)
-            grads[f"module.{name}"] = grad.view(p.shape)
-        return grads
+        slopes = differences(self.value, self.params, h)
+        return {f"module.{name}": slope for name, slope in slopes.items()}
 
 
 @pytest.fixture(scope="module")

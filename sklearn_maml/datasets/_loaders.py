@@ -68,30 +68,20 @@ def _finish(
 def load_x264(
     *,
     target: str | Sequence[str] = "log2_kbps",
-    return_X_y: bool = False,
-    return_X_y_groups: Literal[True],
-    as_frame: bool = False,
-) -> tuple[Any, Any, Any]: ...
-
-
-@overload
-def load_x264(
-    *,
-    target: str | Sequence[str] = "log2_kbps",
-    return_X_y: Literal[True],
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> tuple[Any, Any]: ...
-
-
-@overload
-def load_x264(
-    *,
-    target: str | Sequence[str] = "log2_kbps",
     return_X_y: Literal[False] = False,
     return_X_y_groups: Literal[False] = False,
     as_frame: bool = False,
 ) -> Bunch: ...
+
+
+@overload
+def load_x264(
+    *,
+    target: str | Sequence[str] = "log2_kbps",
+    return_X_y: bool = False,
+    return_X_y_groups: bool = False,
+    as_frame: bool = False,
+) -> Any: ...
 
 
 def load_x264(
@@ -100,7 +90,7 @@ def load_x264(
     return_X_y: bool = False,
     return_X_y_groups: bool = False,
     as_frame: bool = False,
-) -> Bunch | tuple[Any, ...]:
+) -> Any:
     """Load the x264 video encoding measurements (regression, one task per video).
 
     How large and how fast an encoder is at 201 settings of its options, on each of 250
@@ -199,32 +189,21 @@ def load_omniglot(
     *,
     subset: str = "all",
     rotations: bool = False,
-    return_X_y: bool = False,
-    return_X_y_groups: Literal[True],
-    as_frame: bool = False,
-) -> tuple[Any, Any, Any]: ...
-
-
-@overload
-def load_omniglot(
-    *,
-    subset: str = "all",
-    rotations: bool = False,
-    return_X_y: Literal[True],
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> tuple[Any, Any]: ...
-
-
-@overload
-def load_omniglot(
-    *,
-    subset: str = "all",
-    rotations: bool = False,
     return_X_y: Literal[False] = False,
     return_X_y_groups: Literal[False] = False,
     as_frame: bool = False,
 ) -> Bunch: ...
+
+
+@overload
+def load_omniglot(
+    *,
+    subset: str = "all",
+    rotations: bool = False,
+    return_X_y: bool = False,
+    return_X_y_groups: bool = False,
+    as_frame: bool = False,
+) -> Any: ...
 
 
 def load_omniglot(
@@ -234,7 +213,7 @@ def load_omniglot(
     return_X_y: bool = False,
     return_X_y_groups: bool = False,
     as_frame: bool = False,
-) -> Bunch | tuple[Any, ...]:
+) -> Any:
     """Load the Omniglot handwritten characters (few-shot classification).
 
     1,623 characters of 50 alphabets, each drawn once by 20 people, as 28 x 28 binary
@@ -365,28 +344,19 @@ def load_omniglot(
 @overload
 def load_vowels(
     *,
-    return_X_y: bool = False,
-    return_X_y_groups: Literal[True],
-    as_frame: bool = False,
-) -> tuple[Any, Any, Any]: ...
-
-
-@overload
-def load_vowels(
-    *,
-    return_X_y: Literal[True],
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> tuple[Any, Any]: ...
-
-
-@overload
-def load_vowels(
-    *,
     return_X_y: Literal[False] = False,
     return_X_y_groups: Literal[False] = False,
     as_frame: bool = False,
 ) -> Bunch: ...
+
+
+@overload
+def load_vowels(
+    *,
+    return_X_y: bool = False,
+    return_X_y_groups: bool = False,
+    as_frame: bool = False,
+) -> Any: ...
 
 
 def load_vowels(
@@ -394,7 +364,7 @@ def load_vowels(
     return_X_y: bool = False,
     return_X_y_groups: bool = False,
     as_frame: bool = False,
-) -> Bunch | tuple[Any, ...]:
+) -> Any:
     """Load the vowels of Peterson and Barney (classification, one task per speaker).
 
     Pitch and formants of ten vowels, each spoken twice by 76 men, women and children. All

@@ -211,26 +211,19 @@ class Ladder:
         top = self.top
         return top.name if top.ready and top.climbs_from and not top.is_wrapper else before
 
-    @property
-    def _vmap(self) -> Vmap | None:
-        return next((r for r in self.top.chain() if isinstance(r, Vmap)), None)
-
     def findings(self) -> dict[str, Any]:
         """Return the rung, and what predictions have been found to need."""
-        vmap = self._vmap
         return {
             "rung": self.rung,
             "attends": self.spec.attends,
-            "predicts_singly": vmap is not None and vmap.predicts_singly,
+            "predicts_singly": self.spec.predicts_singly,
         }
 
     def take_up(self, findings: dict[str, Any]) -> None:
         """Take the findings of another ladder for the same spec."""
         if findings["attends"]:
             self.spec.attend()
-        vmap = self._vmap
-        if vmap is not None:
-            vmap.predicts_singly = bool(findings["predicts_singly"])
+        self.spec.predicts_singly = bool(findings["predicts_singly"])
         self.climb_to(findings["rung"])
 
     def progress(self) -> dict[str, Any]:

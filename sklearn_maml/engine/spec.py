@@ -50,6 +50,8 @@ class Spec:
         Numbers in its parameters.
     is_spatial : bool
         Whether it has convolutions.
+    predicts_singly : bool
+        Whether predictions have been found not to be possible for a batch with torch.vmap.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Spec:
         self.size = sum(p.numel() for p in module.parameters())
         self.is_spatial = is_spatial(module)
         self.random = not self.pads or has_dropout(module)
+        self.predicts_singly = False
         self.norms = [n for n, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
         frozen = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
         self.parts = Parts(frozenset(adapted), frozen)

@@ -30,7 +30,7 @@ from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.theta import name_in_module
-from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource
+from sklearn_maml.training.sources import LEAST_TASKS
 
 __all__ = ["Building"]
 
@@ -129,8 +129,7 @@ class Building(Parameters):
         """Say what stands in the way of a Gaussian head, if anything does."""
         if source.single:
             return "learns how tasks differ, but got one task"
-        of_tasks = isinstance(source, CollectionSource) and not source.pooled
-        if of_tasks and source.n_tasks < LEAST_TASKS:
+        if source.of_tasks and source.n_tasks < LEAST_TASKS:
             return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
         if find_likelihood(self.targets_.loss) is None:
             return f"has no likelihood for the loss {self.targets_.loss.name}"

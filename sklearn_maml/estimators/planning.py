@@ -17,7 +17,7 @@ from sklearn_maml.learners.learner import LearnerEngine
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.training.optimizers import settings_on
-from sklearn_maml.training.sources import LEAST_TASKS, CollectionSource, CrossFitted
+from sklearn_maml.training.sources import LEAST_TASKS, CrossFitted
 
 __all__ = ["Planning"]
 
@@ -52,10 +52,11 @@ class Planning(Building):
                     "takes gradient steps) or 'sgd'."
                 )
             return Plan(source, source, with_steps=True, with_head=False)
-        of_tasks = isinstance(source, CollectionSource) and not source.pooled
-        holds_out = bool(self.early_stopping) and (not of_tasks or source.n_tasks >= LEAST_TASKS)
+        too_few = source.of_tasks and source.n_tasks < LEAST_TASKS
+        holds_out = bool(self.early_stopping) and not too_few
         # without held-out tasks nothing could tell how much steps are worth
-        with_steps = asked == "auto" and holds_out and (of_tasks or source.validation is not None)
+        judged = holds_out and (source.of_tasks or source.validation is not None)
+        with_steps = asked == "auto" and judged
         # with labels of their own, steps have added nothing to the head; see docs/defaults.md
         with_steps = with_steps and self.targets_.n_ways is None
         if continued:

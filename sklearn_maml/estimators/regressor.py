@@ -85,8 +85,8 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         `sklearn_maml.update_rules`; ``update_rule__*`` are parameters of the rule. `alpha`,
         `steps`, `meta_gradient` and `adapted` are about gradient steps; the head takes `module`,
         too. With fewer than 4 tasks, without task information, with a `loss` of your own, and for
-        modules that have batch norm or do not end in a linear layer, "auto" takes gradient steps
-        alone.
+        modules that do not end in a linear layer or whose batch norm has no running averages (or is
+        "transductive"), "auto" takes gradient steps alone.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the

@@ -20,7 +20,6 @@ from skorch.utils import to_numpy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sklearn_maml.data.episodes import to_device
 from sklearn_maml.devices import is_host
 from sklearn_maml.exceptions import InterruptedFitWarning
 from sklearn_maml.heads import SymmetricHead
@@ -36,7 +35,7 @@ from sklearn_maml.training.optimizers import load_state, without_compiler
 from sklearn_maml.training.outcomes import Outcomes, current_row, non_finite_error
 from sklearn_maml.training.outer_step import OuterStep
 from sklearn_maml.training.parts import Parts
-from sklearn_maml.training.stream import BatchLoader, FixedEpisodes, Loaders, TaskStream
+from sklearn_maml.training.stream import BatchLoader, Episodes, Loaders
 from sklearn_maml.training.validation import validate
 
 __all__ = ["MetaNet"]
@@ -324,23 +323,13 @@ class MetaNet(NeuralNet):
         kind = "train" if training else "valid"
         settings = self.get_params_for(f"iterator_{kind}").keys()
         plain = getattr(self, f"iterator_{kind}") is DataLoader
-        ours = isinstance(dataset, (TaskStream, FixedEpisodes))
-        if ours and plain and settings <= {"collate_fn", "batch_size"}:
+        if isinstance(dataset, Episodes) and plain and settings <= {"collate_fn", "batch_size"}:
             if not self._is_host:
-                self._place(dataset)
+                dataset.place(torch.device(self.device), self.engine, self.steps)
             return BatchLoader(dataset)
         iterator = super().get_iterator(dataset, training=training)
         self.loaders_.add(kind, iterator, kept=self.checkpoint is not None)
         return iterator
-
-    def _place(self, dataset: TaskStream | FixedEpisodes) -> None:
-        """Draw episodes on the device, or move those that are drawn once."""
-        device = torch.device(self.device)
-        if isinstance(dataset, TaskStream):
-            dataset.device = device
-            dataset.prepare = self.engine.preparation(self.steps)
-        else:
-            dataset.batches = to_device(dataset.batches, device)
 
     def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
         """Begin a row of the history."""

@@ -80,6 +80,8 @@ class CollectionSource:
         Tasks that validation looks at.
     held_out : int ndarray or None
         Positions of these tasks in the collection.
+    of_tasks : bool
+        Whether the tasks are known: they are no distribution, nor drawn from a pool of classes.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class CollectionSource:
         self.single = tasks.spelling == "single" and n_ways is None
         pool = n_ways if tasks.spelling == "single" else None
         self.pooled = pool is not None
+        self.of_tasks = not self.pooled
         self._kept, self._held = hold_out(
             encoded, settings.early_stopping, settings.validation_fraction, seed, pool
         )
@@ -155,7 +158,7 @@ class CollectionSource:
 class DistributionSource:
     """Episodes from an object with ``sample(n_tasks, random_state)``: fresh tasks every time."""
 
-    single = pooled = False
+    single = pooled = of_tasks = False
     ids = None
     n_tasks = None
     n_train = 1
@@ -174,6 +177,7 @@ class DistributionSource:
         learns: bool,
     ) -> None:
         self.targets, self.settings, self.read = targets, settings, read
+        self.options = {**targets.sampling(), "n_shots": settings.n_shots}
         self.distribution = distribution
         drawn = distribution.sample(VALIDATION_TASKS, random_state=seed)
         if not isinstance(drawn, (list, tuple)) or len(drawn) == 0:
@@ -197,17 +201,14 @@ class DistributionSource:
             self.validation = draw_fixed(self._sampler(tasks, targets.validation_queries), seed)
 
     def _sampler(self, tasks: TaskCollection, n_queries: int | None) -> EpisodeSampler:
-        n_shots = self.settings.n_shots
         encoded = self.settings.encoded(tasks, self.targets)
-        self.targets.check_splittable(encoded, n_shots)
+        self.targets.check_splittable(encoded, self.settings.n_shots)
         if encoded.sizes.min() == 0:
             raise ValueError(
                 f"{type(self.distribution).__name__}.sample returned a task without rows. Return "
                 "tasks with 2 rows or more."
             )
-        return EpisodeSampler(
-            encoded, n_shots=n_shots, n_queries=n_queries, **self.targets.sampling()
-        )
+        return EpisodeSampler(encoded, n_queries=n_queries, **self.options)
 
     def draw(self, which: np.ndarray, rng: np.random.Generator) -> list[EpisodeBatch]:
         """Episodes of as many fresh tasks as there are positions (n_batches, n_episodes)."""
@@ -278,21 +279,17 @@ class CrossFitted:
         self.rows_per_task = source.rows_per_task
         self.visible: np.ndarray | None = None
         self.shared_rows: np.ndarray | None = None
-        if isinstance(source, DistributionSource):
-            self.n_ways = source.targets.n_ways
-            self._take_all(source)
-            return
         self.n_ways = source.options["n_ways"]
         self.shots_range = None
         if self.n_ways is not None:
             # no matter which of them are asked for: it learns how much a row more tells
             self.shots_range = (1, max(source.options["n_shots"] or 0, HEAD_SHOTS))
-        if source.pooled:
-            self._take_all(source)
-            if not with_steps:
-                self._draw_from_pool()
-        else:
+        if source.of_tasks:
             self._cross_fit(source.encoded, n_members, with_steps, holds_out, fraction, seed)
+            return
+        self._take_all(source)
+        if source.pooled and not with_steps:
+            self._draw_from_pool()
 
     def _take_all(self, source: DistributionSource | CollectionSource) -> None:
         """Have all members learn from the episodes of the source."""

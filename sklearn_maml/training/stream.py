@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, to_device
+from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.training import schedule
 
 __all__ = ["BatchLoader", "FixedEpisodes", "Loaders", "TaskStream", "ValidateOn", "use_batch"]
@@ -19,7 +20,21 @@ UPDATES_PER_BLOCK = 64
 BLOCK_BYTES = 2**24
 
 
-class TaskStream(torch.utils.data.Dataset):
+class Episodes(torch.utils.data.Dataset):
+    """A data set of meta-batches of episodes."""
+
+    n_batches: int
+
+    def in_order(self) -> Iterator[EpisodeBatch]:
+        """Return all batches."""
+        raise NotImplementedError
+
+    def place(self, device: torch.device, engine: MetaSteps, steps: int) -> None:
+        """Keep the batches on a device, on which an engine takes so many inner steps."""
+        raise NotImplementedError
+
+
+class TaskStream(Episodes):
     """Endless shuffled passes over the tasks; its item is a task, its batch an episode batch.
 
     Batches are drawn in blocks of many, which costs far less. They are a function of the seed and
@@ -77,6 +92,19 @@ class TaskStream(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.n_updates * self.batch_size
 
+    @property
+    def n_batches(self) -> int:  # type: ignore[override]
+        """Meta-updates of an epoch."""
+        return self.n_updates
+
+    def in_order(self) -> Iterator[EpisodeBatch]:
+        """See `Episodes`."""
+        return map(self.batch, range(self.first_update, self.first_update + self.n_updates))
+
+    def place(self, device: torch.device, engine: MetaSteps, steps: int) -> None:
+        """See `Episodes`."""
+        self.device, self.prepare = device, engine.preparation(steps)
+
     def _order(self, number: int) -> np.ndarray:
         if number not in self._orders:
             rng = np.random.default_rng((self.seed, 0, number))
@@ -132,14 +160,23 @@ class TaskStream(torch.utils.data.Dataset):
         return self.__getitems__([item])
 
 
-class FixedEpisodes(torch.utils.data.Dataset):
+class FixedEpisodes(Episodes):
     """Episodes drawn once, the same at every validation."""
 
     def __init__(self, batches: list[EpisodeBatch]) -> None:
         self.batches = batches
+        self.n_batches = len(batches)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.n_batches
+
+    def in_order(self) -> Iterator[EpisodeBatch]:
+        """See `Episodes`."""
+        return iter(self.batches)
+
+    def place(self, device: torch.device, engine: MetaSteps, steps: int) -> None:
+        """See `Episodes`."""
+        self.batches = to_device(self.batches, device)
 
     def __getitems__(self, items: list[int]) -> EpisodeBatch:
         return self.batches[items[0]]
@@ -151,22 +188,14 @@ class FixedEpisodes(torch.utils.data.Dataset):
 class BatchLoader:
     """Batches of a data set in order, as a data loader gives them at a higher price."""
 
-    def __init__(self, dataset: TaskStream | FixedEpisodes) -> None:
+    def __init__(self, dataset: Episodes) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        data = self.dataset
-        return data.n_updates if isinstance(data, TaskStream) else len(data)
+        return self.dataset.n_batches
 
     def __iter__(self) -> Iterator[tuple[EpisodeBatch, Tensor]]:
-        data = self.dataset
-        batches: Iterator[EpisodeBatch]
-        if isinstance(data, TaskStream):
-            first = data.first_update
-            batches = map(data.batch, range(first, first + data.n_updates))
-        else:
-            batches = iter(data.batches)
-        return map(use_batch, batches)
+        return map(use_batch, self.dataset.in_order())
 
 
 def use_batch(batch: EpisodeBatch) -> tuple[EpisodeBatch, Tensor]:

@@ -22,13 +22,7 @@ __all__ = ["Vmap"]
 
 
 class Vmap(Rung):
-    """All tasks at once.
-
-    Attributes
-    ----------
-    predicts_singly : bool
-        Whether predictions have been found not to be possible for a batch.
-    """
+    """All tasks at once."""
 
     name = "vmap"
     safe = False
@@ -36,7 +30,6 @@ class Vmap(Rung):
     def __init__(self, spec: Spec, below: Callable[[], Rung | None]) -> None:
         super().__init__(spec, below)
         self.forward = spec.forward
-        self.predicts_singly = False
 
     def takes(self, step: Step, *sets: Rows) -> bool:
         """For one task vmap costs more than it saves."""
@@ -45,7 +38,7 @@ class Vmap(Rung):
     def predicts(self, query: Rows) -> bool:
         """See `Rung`."""
         # attention takes a fast path in evaluation that vmap cannot batch
-        one_by_one = self.forward.attends or self.predicts_singly or len(query) == 1
+        one_by_one = self.spec.attends or self.spec.predicts_singly or len(query) == 1
         return not one_by_one and (self.spec.pads or query.lengths is None)
 
     def pieces(self, batch: Any) -> list[np.ndarray] | None:
@@ -97,7 +90,7 @@ class Vmap(Rung):
             assert self.below is not None
             outputs = self.below.outputs(adapted, query)
             # not before the loop has shown that it works; meta-steps may be batched yet
-            self.predicts_singly = True
+            self.spec.predicts_singly = True
             warn_once(
                 f"{type(self.spec.module).__name__} cannot predict for a batch of tasks with "
                 "torch.vmap, so tasks are predicted one after another, with the same "
