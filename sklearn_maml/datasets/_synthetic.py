@@ -129,11 +129,7 @@ class SinusoidTasks:
         list of tuple
             One pair `(X, y)` per task, with shapes `(n_rows, 1)` and `(n_rows,)`.
         """
-        X, y = self._draw(_check_count("n_tasks", n_tasks), random_state)
-        return list(zip(X, y, strict=True))
-
-    def _draw(self, n_tasks: int, random_state: RandomState) -> tuple[FloatArray, FloatArray]:
-        """All tasks at once: X (n_tasks, n_rows, 1) and y (n_tasks, n_rows)."""
+        n_tasks = _check_count("n_tasks", n_tasks)
         rng = check_random_state(random_state)
         amplitude = rng.uniform(*self.amplitude, size=(n_tasks, 1))
         phase = rng.uniform(*self.phase, size=(n_tasks, 1))
@@ -143,7 +139,7 @@ class SinusoidTasks:
         y *= amplitude
         if self.noise:
             y += rng.normal(scale=self.noise, size=y.shape)
-        return x[..., np.newaxis], y
+        return list(zip(x[..., np.newaxis], y, strict=True))
 
 
 def make_sinusoid_tasks(
@@ -200,7 +196,6 @@ def make_sinusoid_tasks(
     [0, 0, 1, 3]
     """
     tasks = SinusoidTasks(n_rows, amplitude=amplitude, phase=phase, x_range=x_range, noise=noise)
-    n_tasks = _check_count("n_tasks", n_tasks)
-    X, y = tasks._draw(n_tasks, random_state)
-    groups = np.repeat(np.arange(n_tasks, dtype=np.int64), tasks.n_rows)
-    return X.reshape(-1, 1), y.reshape(-1), groups
+    drawn = tasks.sample(n_tasks, random_state)
+    X, y = map(np.concatenate, zip(*drawn, strict=True))
+    return X, y, np.repeat(np.arange(len(drawn), dtype=np.int64), tasks.n_rows)

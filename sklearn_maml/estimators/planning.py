@@ -104,12 +104,9 @@ class Planning(Building):
         learner.to(self.device_)
         return learner, self._make_net(learner)
 
-    def _make_net(self, learner: Any) -> Any:
+    def _all_callbacks(self) -> list[Any]:
+        """Return callbacks of the net: the user's, and a progress bar where one can be seen."""
         from skorch.callbacks import Callback, ProgressBar
-        from torch.utils.data import DataLoader
-
-        from sklearn_maml.training.net import MetaNet
-        from sklearn_maml.training.stream import use_batch
 
         callbacks = list(self.callbacks or [])
         for item in list(callbacks):
@@ -124,6 +121,14 @@ class Planning(Building):
                 callbacks.remove(item)
         if self.verbose and sys.stderr.isatty():
             callbacks.append(("progress_bar", ProgressBar()))
+        return callbacks
+
+    def _make_net(self, learner: Any) -> Any:
+        from torch.utils.data import DataLoader
+
+        from sklearn_maml.training.net import MetaNet
+        from sklearn_maml.training.stream import use_batch
+
         forwarded = ("optimizer", "iterator_train", "iterator_valid", "callbacks")
         extra = {
             name: value
@@ -145,13 +150,10 @@ class Planning(Building):
             of_head = ("head.*", {"lr": RATE * self.beta, "of_head": True})
             groups = [*settings.get("optimizer__param_groups", []), of_head]
             settings["optimizer__param_groups"] = groups
-        optimizer = self._resolve_optimizer()
-        check_keywords(optimizer, self._prefixed("optimizer"), "optimizer")
-        chosen = self._prefixed("optimizer")
-        for name, value in settings_on(
-            optimizer, chosen, list(learner.parameters()), self.device_
-        ).items():
-            settings[f"optimizer__{name}"] = value
+        optimizer, chosen = self._resolve_optimizer(), self._prefixed("optimizer")
+        check_keywords(optimizer, chosen, "optimizer")
+        own = settings_on(optimizer, chosen, list(learner.parameters()), self.device_)
+        settings |= {f"optimizer__{name}": value for name, value in own.items()}
         for prefix in ("iterator_train", "iterator_valid"):
             check_keywords(DataLoader, self._prefixed(prefix), prefix)
         net = MetaNet(
@@ -159,7 +161,7 @@ class Planning(Building):
             optimizer=optimizer,
             lr=self.beta,
             classes=np.arange(self.targets_.n_outputs) if self.targets_.are_classes else None,
-            callbacks=callbacks,
+            callbacks=self._all_callbacks(),
             verbose=int(self.verbose),
             device=str(self.device_),
             **settings,
@@ -212,11 +214,10 @@ class Planning(Building):
         net.alpha, net.steps = self._alpha(), self._n_steps()
         net.eval_steps = self._n_adapt_steps()
         net.max_iter = self._integer("max_iter")
-        if source.single:
-            net.max_iter = min(self._integer("max_iter"), SINGLE_TASK_UPDATES)
-        # splits of the same rows differ less than tasks do: fewer make a meta-batch
         net.batch_size = self._integer("meta_batch_size")
         if source.single:
+            net.max_iter = min(net.max_iter, SINGLE_TASK_UPDATES)
+            # splits of the same rows differ less than tasks do: fewer make a meta-batch
             net.batch_size = min(net.batch_size, 4)
         net.batch_size = self._prefixed("iterator_train").get("batch_size", net.batch_size)
         if not is_integer(net.batch_size) or net.batch_size < 1:
