@@ -220,6 +220,24 @@ def test_mixed_model_recovers_the_population_of_slopes():
     np.testing.assert_allclose(amplitude, [1, 3], rtol=1e-3)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("informed", [False, True])
+def test_mixed_model_of_fewer_rows_than_columns_is_the_same(weighted, informed, monkeypatch):
+    start, rng = sklearn_maml.learners.start, RNG(0)
+    task = np.repeat(np.arange(20), rng.randint(2, 9, 20))
+    X = rng.randn(len(task), 12)
+    y = (X * (1 + 0.5 * rng.randn(20, 12))[task]).sum(1) + 0.1 * rng.randn(len(task))
+    weight = rng.uniform(0.2, 2, len(y)) if weighted else None
+    information = rng.uniform(0.5, 3, len(y)) if informed else None
+    of_rows = start._mixed_model(X, y, task, weight, information)
+    made = []
+    monkeypatch.setattr(start, "_ByRows", lambda *a: made.append(start._ByColumns(*a)) or made[0])
+    of_columns = start._mixed_model(X, y, task, weight, information)
+    assert made
+    for one, other in zip(of_rows, of_columns, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
 def test_mixed_model_of_very_many_tasks_takes_some_of_them(monkeypatch):
     X, y, task = slopes(n_tasks=1000, spread=0.5)
     monkeypatch.setattr(sklearn_maml.learners.start, "MIXED_ENTRIES", 400 * 9)

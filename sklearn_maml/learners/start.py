@@ -93,40 +93,121 @@ def _mixed_model(
     ones = np.c_[np.ones(len(X)), X]
     n_columns = ones.shape[1]
     parts = _tasks(codes, n_columns)
-    rows_of_all = np.concatenate(parts)
     each, root = _of_tasks(parts, weight)
-    n_rows = float(each @ np.array([len(rows) for rows in parts]))
-    of_task, of_matrix = each[:, None], each[:, None, None]
-    used, left_of = y[rows_of_all], ones if information is None else ones * information[:, None]
-    if root is not None:
-        used = used * (root[rows_of_all] * np.sqrt(each.repeat([*map(len, parts)])))
-        left_of = left_of * np.square(root)[:, None]
-    gram = np.stack([left_of[rows].T @ ones[rows] for rows in parts])
-    moment = np.stack([left_of[rows].T @ y[rows] for rows in parts])
+    sizes = np.array([len(rows) for rows in parts])
+    of_row = np.ones(len(y)) if information is None else information
+    of_row = of_row if root is None else of_row * np.square(root)
+    kind = _ByRows if sizes.max() < n_columns else _ByColumns
+    tasks = kind(ones, y, of_row, parts, each)
     eye = np.eye(n_columns)
     mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5 if information is None else 1.0
     for _ in range(ROUNDS):
-        precision = np.linalg.inv(cov)
-        posterior = np.linalg.inv(precision + gram / noise)
-        shrunk = posterior @ gram / noise
-        left = (of_matrix * (gram - gram @ shrunk)).sum(0) / noise
-        right = moment - np.einsum("tpq,tq->tp", gram @ posterior, moment) / noise
-        right = (of_task * right).sum(0) / noise
+        left, right = tasks.condition(cov, noise)
         mean = np.linalg.solve(left + 1e-8 * np.trace(left) / n_columns * eye, right)
-        means = np.einsum("tpq,tq->tp", posterior, precision @ mean + moment / noise)
-        deviation = np.sqrt(of_task) * (means - mean)
-        cov = (of_matrix * posterior).mean(0) + deviation.T @ deviation / len(parts)
+        means, cov, error = tasks.about(mean)
+        deviation = np.sqrt(each)[:, None] * (means - mean)
+        cov = cov + deviation.T @ deviation / len(parts)
         cov = (cov + cov.T) / 2 + 1e-8 * eye
-        if information is not None:
-            continue
-        error = used @ used - 2 * (of_task * means * moment).sum()
-        error += np.einsum("tp,tpq,tq->", of_task * means, gram, means)
-        error += noise * np.einsum("tpp->", of_matrix * shrunk)
-        noise = max(float(error) / n_rows, NOISE_FLOOR)
+        if information is None:
+            noise = max(error / float(each @ sizes), NOISE_FLOOR)
     fitted = np.full(len(y), np.nan)
     for rows, coef in zip(parts, means, strict=True):
         fitted[rows] = ones[rows] @ coef
     return mean, cov, noise, fitted
+
+
+class _ByColumns:
+    """Tasks of a mixed model as sums over their rows.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n_rows, n_columns)
+    y, weight : ndarrays of shape (n_rows,)
+    parts : list of int ndarrays
+        Rows of each task.
+    each : ndarray of shape (n_tasks,)
+        What the tasks count, 1 on average.
+    """
+
+    def __init__(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        parts: list[np.ndarray],
+        each: np.ndarray,
+    ) -> None:
+        weighted = X * weight[:, None]
+        self.gram = np.stack([weighted[rows].T @ X[rows] for rows in parts])
+        self.moment = np.stack([weighted[rows].T @ y[rows] for rows in parts])
+        self.square = sum(
+            a * (weight[rows] @ y[rows] ** 2) for a, rows in zip(each, parts, strict=True)
+        )
+        self.each = each
+
+    def condition(self, cov: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        """Condition on the rows of each task; return the system that the mean solves."""
+        self.noise, self.precision = noise, np.linalg.inv(cov)
+        self.posterior = np.linalg.inv(self.precision + self.gram / noise)
+        self.shrunk = self.posterior @ self.gram / noise
+        left = (self.each[:, None, None] * (self.gram - self.gram @ self.shrunk)).sum(0)
+        right = (
+            self.moment - np.einsum("tpq,tq->tp", self.gram @ self.posterior, self.moment) / noise
+        )
+        return left / noise, (self.each[:, None] * right).sum(0) / noise
+
+    def about(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Coefficients of the tasks, mean covariance of them, and sum of the squared errors."""
+        gram, each = self.gram, self.each[:, None]
+        right = self.precision @ mean + self.moment / self.noise
+        means = np.einsum("tpq,tq->tp", self.posterior, right)
+        error = self.square - 2 * (each * means * self.moment).sum()
+        error += np.einsum("tp,tpq,tq->", each * means, gram, means)
+        error += self.noise * np.einsum("tpp->", each[:, :, None] * self.shrunk)
+        return means, (each[:, :, None] * self.posterior).mean(0), float(error)
+
+
+class _ByRows:
+    """The same of their rows, for tasks that have fewer of them than columns.
+
+    With the rows B and targets r by the roots of their weights, and ``K = inv(B C B' + noise)``,
+    the posterior covariance is ``C - C B'K B C``; see `_ByColumns`.
+    """
+
+    def __init__(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        parts: list[np.ndarray],
+        each: np.ndarray,
+    ) -> None:
+        n = max(len(rows) for rows in parts)
+        self.B, self.r = np.zeros((len(parts), n, X.shape[1])), np.zeros((len(parts), n))
+        for j, rows in enumerate(parts):  # rows of padding are 0, and tell nothing
+            root = np.sqrt(weight[rows])
+            self.B[j, : len(rows)] = X[rows] * root[:, None]
+            self.r[j, : len(rows)] = y[rows] * root
+        self.each = each
+
+    def condition(self, cov: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        """See `_ByColumns`."""
+        n, p = self.B.shape[1:]
+        self.cov, self.noise = cov, noise
+        self.H = (self.B.reshape(-1, p) @ cov).reshape(self.B.shape)
+        self.K = np.linalg.inv(self.H @ self.B.transpose(0, 2, 1) + noise * np.eye(n))
+        solved = (self.each[:, None, None] * (self.K @ self.B)).reshape(-1, p)
+        return self.B.reshape(-1, p).T @ solved, solved.T @ self.r.ravel()
+
+    def about(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """See `_ByColumns`."""
+        n, p = self.B.shape[1:]
+        u = np.einsum("tij,tj->ti", self.K, self.r - self.B @ mean)
+        means = mean + np.einsum("tip,ti->tp", self.H, u)
+        solved = (self.each[:, None, None] * (self.K @ self.H)).reshape(-1, p)
+        cov = self.each.mean() * self.cov - self.H.reshape(-1, p).T @ solved / len(u)
+        of_task = self.noise * (u * u).sum(1) + n - self.noise * np.einsum("tii->t", self.K)
+        return means, cov, float(self.noise * (self.each @ of_task))
 
 
 def _tasks(codes: np.ndarray, n_columns: int) -> list[np.ndarray]:
