@@ -24,7 +24,7 @@ from sklearn_maml.learners.building import (
 )
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.learner import Learner, Problem
-from sklearn_maml.learners.likelihoods import find_likelihood
+from sklearn_maml.learners.likelihoods import Likelihood, find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names
@@ -94,7 +94,7 @@ class Building(Parameters):
             if own is not None:
                 learner.head = self._build_network(own, None)
             elif of_head:
-                likelihood = find_likelihood(self.targets_.loss)
+                likelihood = self._likelihood()
                 assert likelihood is not None
                 learner.head = (
                     kind_of_head(likelihood)
@@ -131,7 +131,7 @@ class Building(Parameters):
             return "learns how tasks differ, but got one task"
         if source.of_tasks and source.n_tasks < LEAST_TASKS:
             return f"needs at least {LEAST_TASKS} tasks; got {source.n_tasks}"
-        if find_likelihood(self.targets_.loss) is None:
+        if self._likelihood() is None:
             return f"has no likelihood for the loss {self.targets_.loss.name}"
         if self.targets_.center_y:  # by support rows: an error that it would not know of
             return "learns how the levels of tasks differ itself, but center_y is set"
@@ -149,6 +149,12 @@ class Building(Parameters):
             )
         return why_no_head(module, self._networks().two_rows())
 
+    def _likelihood(self) -> Likelihood | None:
+        """Find what a Gaussian head takes the targets for."""
+        targets = self.targets_
+        shared = targets.are_classes and targets.n_ways is None
+        return find_likelihood(targets.loss, targets.n_outputs if shared else None)
+
     def _head_body(self) -> ModuleBody | None:
         """Networks of a Gaussian head's members; None: the default ones."""
         if self.module is None:
@@ -162,7 +168,7 @@ class Building(Parameters):
         if rows is not None:
             tasks = tasks.take_rows(rows)
             visible = None if visible is None else visible[:, rows]
-        likelihood = find_likelihood(self.targets_.loss)
+        likelihood = self._likelihood()
         assert likelihood is not None
         head = build_head(
             tasks.X,

@@ -116,6 +116,7 @@ def build_head(
     if not likelihood.are_classes:
         y = y.reshape(-1, n_outputs).astype(np.float64)
     if isinstance(likelihood, NewtonLikelihood):
+        y = likelihood.seen(likelihood.encoded(y, n_outputs))
         options = {"units": likelihood.unit(y), "level": np.average(y, axis=0, weights=weight)}
     for j in range(n_members):
         rows = slice(None) if visible is None else visible[j]
@@ -123,12 +124,12 @@ def build_head(
         if same_classes:
             zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
             start = (zero, np.eye(1 + n_linear), one, one)
-        elif likelihood.are_classes:
-            start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         elif isinstance(likelihood, NewtonLikelihood):
             start = start_of_outputs(
                 Z[rows], y[rows], codes[rows], likelihood, options["units"], of_rows
             )
+        elif likelihood.are_classes:
+            start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         else:
             start = start_of_numbers(Z[rows], y[rows], codes[rows], of_rows)
         starts.append(start)
@@ -155,9 +156,9 @@ def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 def kind_of_head(likelihood: Likelihood) -> type[GaussianHead]:
     """Class of the heads of a likelihood."""
-    if likelihood.are_classes:
-        return ClassHead
-    return LaplaceHead if isinstance(likelihood, NewtonLikelihood) else GaussianHead
+    if isinstance(likelihood, NewtonLikelihood):
+        return LaplaceHead
+    return ClassHead if likelihood.are_classes else GaussianHead
 
 
 def population_range(y: np.ndarray, n_outputs: int, likelihood: Likelihood) -> Any:

@@ -133,7 +133,7 @@ class Conditioned(Adapted):
     @classmethod
     def _of_none(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
         """No tasks."""
-        shift = np.empty((head.n_members, 0, head.n_columns, head.n_outputs), like.X.dtype)
+        shift = np.empty((head.n_members, 0, head.n_columns, head.n_latent), like.X.dtype)
         edge = np.empty((0, head.n_outputs))
         support = Support(like.X[:0], like.y[:0], like.codes[:0], 0)
         return cls(head, calibration, shift, edge, edge, support, {})
@@ -164,7 +164,7 @@ class Conditioned(Adapted):
             task = int(summed[j])
             sums[task] = sums[task] + found if task in sums else found
         kept = rows.without(summed)
-        shape = (head.n_members, more.n_tasks, head.n_columns, head.n_outputs)
+        shape = (head.n_members, more.n_tasks, head.n_columns, head.n_latent)
         shift = np.empty(shape, dtype=self.shift.dtype)
         shift[:, : self.n_tasks] = self.shift
         given = Given(run, kept, sums, tasks)
@@ -239,6 +239,8 @@ class Conditioned(Adapted):
         self, rows: np.ndarray, codes: np.ndarray, how: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs and standard deviations: noise, and doubt about the task."""
+        if self.head.likelihood.are_classes:
+            raise TypeError("classes have probabilities in place of standard deviations")
         means, within = self._moments(rows, codes)
         likelihood, loss = self.head.likelihood, self.head.likelihood.loss
         between = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
@@ -312,8 +314,6 @@ class Conditioned(Adapted):
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
-        if self.head.likelihood.are_classes:
-            raise TypeError("classes have probabilities in place of standard deviations")
         run = _exact(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
         given = Given(run, self.support, self.sums, asked)

@@ -81,7 +81,8 @@ class GaussianHead(nn.Module):
         wide = np.zeros((len(starts), body.width, means.shape[2]))
         if not same_classes:
             self.mean = _parameter(np.concatenate([means, wide], axis=1))
-        self.n_outputs = means.shape[2]
+        self.n_latent = means.shape[2]
+        self.n_outputs = likelihood.n_outputs(self.n_latent)
         self.factor = _parameter(factors)
         self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
         self.log_noise = _parameter(0.5 * np.log(ratio))
@@ -122,7 +123,8 @@ class GaussianHead(nn.Module):
         n_members, n_linear = weights["factor"].shape[:2]
         noises = np.ones((n_members, weights["log_noise"].shape[1]))
         amplitudes = noises if "log_amplitude" in weights else noises[:, :1]
-        mean, factor = np.zeros((n_linear, n_outputs)), np.eye(n_linear)
+        n_latent = weights["mean"].shape[2] if "mean" in weights else n_outputs
+        mean, factor = np.zeros((n_linear, n_latent)), np.eye(n_linear)
         starts = [(mean, factor, a, n) for a, n in zip(amplitudes, noises, strict=True)]
         made: Any = body
         activation = options.pop("activation")
@@ -138,7 +140,7 @@ class GaussianHead(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Return population predictions (n_rows, n_outputs): the mean of the prior means."""
         mean = self.functions(dict(self.named_parameters())).columns(X)[0].mean(0)
-        return mean.expand(-1, self.n_outputs)
+        return self.likelihood.spread(mean).expand(-1, self.n_outputs)
 
 
 def _parameter(values: np.ndarray) -> nn.Parameter:

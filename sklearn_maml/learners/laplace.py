@@ -61,7 +61,7 @@ class LaplaceHead(GaussianHead):
         **options: Any,
     ) -> None:
         super().__init__(body, starts, center, scale, **options)
-        units = np.ones(self.n_outputs) if units is None else units
+        units = np.ones(self.n_latent) if units is None else units
         self.register_buffer("unit", torch.tensor(units, dtype=torch.float64))
         if level is not None:
             with torch.no_grad():
@@ -208,7 +208,8 @@ class LaplaceFunctions(HeadFunctions):
             root = S.new_ones(1, *X.shape[:2])
         m = (root if root.ndim == 3 else root[None]).double().unsqueeze(-1)
         space = _Dual(S @ S.mT) if _is_dual(S) else _Primal(S)
-        at, of_rows, inverse = self._posterior(space, prior, y.double(), m)
+        y = self.likelihood.seen(y).double()
+        at, of_rows, inverse = self._posterior(space, prior, y, m)
         return LaplacePosterior(S.mT @ at if _is_dual(S) else at, S, of_rows, inverse)
 
     def _posterior(
@@ -234,7 +235,7 @@ class LaplaceFunctions(HeadFunctions):
             of_query = S.unsqueeze(2)
             variance = ((of_query @ given.inverse) * of_query).sum(-1).mT
         output, variance, _ = self._predicted(prior + S @ given.shift, variance)
-        return output, variance
+        return self.likelihood.spread(output), variance
 
     def room(self, n_rows: np.ndarray) -> int:
         """See `HeadFunctions`."""
@@ -256,13 +257,14 @@ class LaplaceFunctions(HeadFunctions):
         prior, S = (part.double() for part in self.columns(X))
         variance = (root @ S.unsqueeze(1).mT).square().sum(-2)
         parts = (prior + S @ shift).unsqueeze(1), variance.mT.unsqueeze(1)
-        return self.likelihood.average(self._predicted(*parts)[0].squeeze(1))
+        output = self.likelihood.average(self._predicted(*parts)[0].squeeze(1))
+        return self.likelihood.spread(output)
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Negative log likelihood of query rows, each by itself; see `HeadFunctions`."""
         prior, S = self.of_tasks(X)
         # all that the rows have to do with each other
-        gram, prior, y = (S @ S.mT).double(), prior.double(), y.double()
+        gram, prior, y = (S @ S.mT).double(), prior.double(), self.likelihood.seen(y).double()
         m = prior.new_ones(1, *X.shape[:2]) if mask is None else mask.double()
         m = m.unsqueeze(-1)
         cross = gram[:, :, :k, k:]
@@ -273,7 +275,7 @@ class LaplaceFunctions(HeadFunctions):
         mean = prior[:, :, k:] + cross.mT @ at
         output, _, dispersion = self._predicted(mean, _variance(inverse, root, cross, norm))
         rows = self.likelihood.surprise(output, y[:, k:], (dispersion, self.shape()[1]))
-        return (rows * m[:, :, k:]).sum((2, 3)), output
+        return (rows * m[:, :, k:]).sum((2, 3)), self.likelihood.spread(output)
 
 
 def _variance(inverse: Tensor, root: Tensor, cross: Tensor, norm: Tensor) -> Tensor:

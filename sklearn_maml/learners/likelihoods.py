@@ -39,6 +39,7 @@ __all__ = [
     "NewtonLikelihood",
     "Normal",
     "Positive",
+    "TwoClasses",
     "find_likelihood",
     "scalars",
 ]
@@ -80,6 +81,18 @@ class Likelihood:
     def targets(self, y: Tensor, classes: Tensor) -> Tensor:
         """Return `encoded` targets in float32, of the classes 0, 1, ... in `classes`."""
         return y.float()
+
+    def n_outputs(self, n_latent: int) -> int:
+        """Return how many outputs a row has where a head has so many numbers of it."""
+        return n_latent
+
+    def seen(self, y: Any) -> Any:
+        """Return what `encoded` targets say about these numbers."""
+        return y
+
+    def spread(self, latent: Tensor) -> Tensor:
+        """Return the outputs that these numbers stand for."""
+        return latent
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """Return the best outputs for targets (n_rows, n_outputs); `lowest` if infinite."""
@@ -421,6 +434,25 @@ class Labels(NewtonLikelihood):
         return np.ones(y.shape[1])
 
 
+class TwoClasses(Classes, Labels):
+    """Two classes that tasks share: a head has the logit of the second one, as of a label.
+
+    In place of codes, from which a row that is no surprise would be as far as one that is.
+    """
+
+    def n_outputs(self, n_latent: int) -> int:
+        """See `Likelihood`."""
+        return 2 * n_latent
+
+    def seen(self, y: Any) -> Any:
+        """See `Likelihood`."""
+        return y[..., 1:]
+
+    def spread(self, latent: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        return torch.cat([-latent, latent], -1) / 2
+
+
 class HeavyTails(NewtonLikelihood):
     """Numbers of which some are far off, as for losses that are linear in large errors.
 
@@ -538,7 +570,12 @@ _LIKELIHOODS: dict[type[Loss], Callable[[Loss], Likelihood]] = {
 }
 
 
-def find_likelihood(loss: Loss) -> Likelihood | None:
-    """Return the likelihood that a Gaussian head has for a loss, or None."""
+def find_likelihood(loss: Loss, n_classes: int | None = None) -> Likelihood | None:
+    """Return the likelihood that a Gaussian head has for a loss, or None.
+
+    `n_classes` are those that tasks share, if they do.
+    """
     kind = _LIKELIHOODS.get(type(loss))
+    if kind is Classes and n_classes == 2:
+        kind = TwoClasses
     return None if kind is None else kind(loss)

@@ -35,7 +35,8 @@ HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
 # Rows of all classes together in episodes that have as many of each: of every second meta-batch,
 # so that support sets with a row of each class are learned from beside those that come as they do.
 # There are none where a class has less than this part of the rows that would be its own if all had
-# as many: their query rows would teach that it is frequent
+# as many: their query rows would teach that it is frequent. Nor of two classes, where each row of a
+# support set counts by how much of a surprise it is
 HEAD_ROWS_BY_CLASS, RARE = 10, 0.5
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
@@ -495,9 +496,9 @@ class CrossFitted:
 
 
 def _are_frequent(y: np.ndarray) -> bool:
-    """Whether no class is rare: query rows that have as many of each would say that it is not."""
+    """Whether there are more than two classes, of which none is rare; see `RARE`."""
     counts = np.bincount(y)
-    return bool(RARE * len(y) <= len(counts) * counts[counts > 0].min())
+    return len(counts) > 2 and bool(RARE * len(y) <= len(counts) * counts[counts > 0].min())
 
 
 def _collect_quickly(drawn: Any, like: TaskCollection) -> TaskCollection | None:
