@@ -14,7 +14,7 @@ from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
-from sklearn_maml.learners.laplace import LaplaceFunctions, LaplacePosterior
+from sklearn_maml.learners.laplace import LaplacePosterior
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.learners.sums import (
@@ -347,11 +347,10 @@ class Conditioned(Adapted):
 
     def _root(self, task: int) -> Tensor | None:
         """Root of the covariance of the weights of a task, where outputs depend on it."""
-        run = _exact(self.head)
-        if not (isinstance(run, LaplaceFunctions) and run.likelihood.uses_variance):
+        if not self.head.likelihood.uses_variance:
             return None
         with torch.no_grad():
-            given = Given(run, self.support, self.sums, np.array([task]))
+            given = Given(_exact(self.head), self.support, self.sums, np.array([task]))
             posterior = given.posterior(np.zeros(1, int))
             assert isinstance(posterior, LaplacePosterior)
             return posterior.covariance_root()[:, 0]

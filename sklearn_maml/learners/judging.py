@@ -15,7 +15,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import Engine
 from sklearn_maml.learners.conditioned import MARGIN, Calibration
 from sklearn_maml.learners.joint import HeadTrainer
-from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood, Normal
+from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
 
 __all__ = ["choose", "held_out_outputs", "judge_head"]
@@ -66,8 +66,7 @@ def judge_head(
     ]
     known = _Deviations.joined([part for hidden, part in held if not hidden])
     trainer.head.likelihood.learn_quantile(trainer.head, known.quantile)
-    # of a likelihood that takes Newton steps, the dispersion is the same for all tasks
-    freedom = known.freedom() if type(trainer.head.likelihood) is Normal else None
+    freedom = known.freedom() if trainer.head.likelihood.noise_differs else None
     plain = dataclasses.replace(plain, factor=known.factor(freedom), freedom=freedom)
     unseen = [part for hidden, part in held if hidden]
     if not unseen:
@@ -107,15 +106,13 @@ class _Deviations:
         mean, variance, y = trainer.outputs(meta_params, member, batch)
         assert variance is not None
         likelihood = trainer.head.likelihood
-        if type(likelihood) is Normal:
-            misfit, n_rows = (t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
-        else:
-            assert isinstance(likelihood, NewtonLikelihood)
-            mean = likelihood.center(mean, variance, trainer.head)
-            misfit = n_rows = mean.new_ones(())
-        values = (y - mean, variance.sqrt(), misfit, n_rows)
+        mean = likelihood.center(mean, variance, trainer.head)
+        told = (mean.new_ones(()), mean.new_ones(()))
+        if likelihood.noise_differs:
+            told = tuple(t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
         error, std, misfit, n_rows = (
-            batch.query.real(v.expand_as(mean)).double().cpu().numpy() for v in values
+            batch.query.real(v.expand_as(mean)).double().cpu().numpy()
+            for v in (y - mean, variance.sqrt(), *told)
         )
         return cls(error, std, misfit, n_rows, trainer.weights(batch.query))
 

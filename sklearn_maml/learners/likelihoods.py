@@ -66,9 +66,12 @@ class Likelihood:
     are_classes : bool
     uses_variance : bool
         Whether outputs depend on the doubt about them, not on their mode alone.
+    noise_differs : bool
+        Whether tasks differ in their noise, of which support sets tell by their misfit.
     """
 
     are_classes: ClassVar[bool] = False
+    noise_differs: ClassVar[bool] = False
     uses_variance: bool = False
 
     def __init__(self, loss: Loss) -> None:
@@ -104,6 +107,10 @@ class Likelihood:
 
     def learn_quantile(self, head: Any, quantile: Callable[[float], np.ndarray]) -> None:
         """Take where the quantile that is predicted was on held-out tasks, if there is one."""
+
+    def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
+        """Middle of the targets, whose variance this is: what intervals are about."""
+        return outputs
 
     def average(self, outputs: Tensor) -> Tensor:
         """Put outputs of all members (n_members, n_rows, n_outputs) together."""
@@ -152,6 +159,8 @@ class Likelihood:
 
 class Normal(Likelihood):
     """Numbers with normal noise."""
+
+    noise_differs: ClassVar[bool] = True
 
 
 class Classes(Likelihood):
@@ -246,7 +255,7 @@ class NewtonLikelihood(Likelihood):
         return float(DISPERSIONS[int(np.argmin(found))])
 
     def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
-        """Middle of the targets, whose variance this is: what intervals are about."""
+        """See `Likelihood`."""
         return torch.from_numpy(self.loss.predict(outputs.cpu().numpy())).to(outputs)
 
     def error_rows(self, mean: Tensor, y: Tensor) -> Tensor:
@@ -514,7 +523,7 @@ class HeavyTails(NewtonLikelihood):
         return self.level is not None
 
     def center(self, outputs: Tensor, variance: Tensor, head: Any) -> Tensor:
-        """See `NewtonLikelihood`."""
+        """See `Likelihood`."""
         return outputs - head.unit * variance.sqrt()
 
     def learn_quantile(self, head: Any, quantile: Callable[[float], np.ndarray]) -> None:
