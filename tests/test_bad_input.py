@@ -1100,7 +1100,9 @@ def test_the_warning_comes_again_in_the_next_fit():
         assert len(record) == 1
 
 
-def test_a_diverging_task_leaves_the_others_intact():
+@pytest.mark.parametrize("together", [1, 2**17])
+def test_a_diverging_task_leaves_the_others_intact(together, monkeypatch):
+    monkeypatch.setattr("sklearn_maml.learners.gradient.CACHED", together)
     for hidden in ((), (4,)):
         params = {**FLAT, "hidden_layer_sizes": hidden}
         reg = MAMLRegressor(alpha=0.1, max_iter=10, **params).fit(X, Y, groups=G)

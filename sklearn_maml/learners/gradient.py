@@ -27,6 +27,7 @@ ROWS_AT_A_TIME, PIECES = 4096, 16
 # looking at all tasks would cost as much as a step. Steps have diverged where it is so many times
 # what it was before, or without any features; parts of the rate that are tried then.
 SUSPECT, GROWTH, SHORTER = 0.25, 10.0, (0.1, 0.01)
+CACHED = 2**17  # numbers that are looked at together
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,7 @@ class GradientSteps:
             far = torch._foreach_sub([p[0] for p in part.params.values()], start)
             moves = [size.unsqueeze(0) for size in torch._foreach_norm(far, math.inf)]
         else:
-            moves = [
-                (p - s).abs().flatten(1).amax(1)
-                for p, s in zip(part.params.values(), start, strict=True)
-            ]
+            moves = [_largest(p, s) for p, s in zip(part.params.values(), start, strict=True)]
         return ~(torch.stack(moves).amax(0) <= SUSPECT * reach)  # NaN is far
 
     def _tame(
@@ -180,6 +178,13 @@ class GradientSteps:
                 reach = reach.where(rows.weight[..., None] > 0, 0)
             sizes.append(reach.flatten(1).amax(1))
         return torch.stack(sizes)
+
+
+def _largest(values: Tensor, start: Tensor) -> Tensor:
+    """Largest difference (n_tasks,) from where values (n_tasks, ...) began."""
+    # some tasks at a time, whose differences stay in the caches of a CPU
+    n = max(CACHED // start.numel(), 1) if values.is_cpu else len(values)
+    return torch.cat([(some - start).abs_().flatten(1).amax(1) for some in values.split(n)])
 
 
 def _replace(adapted: Parameters, tasks: np.ndarray, other: Parameters, which: Tensor) -> None:
