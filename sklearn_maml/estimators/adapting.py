@@ -192,7 +192,7 @@ class Adapting(Building):
             self._n_adapt_steps() if steps is None else steps,
             self._running(),
             self._rung,
-            quiet=getattr(self, "n_tasks_", 1) == 1,
+            quiet=self.n_tasks_ == 1,
             link=loss.inverse_link if loss.scales else None,
         )
         adapted = learner.adapt(support)

@@ -348,7 +348,7 @@ class BaseMAML(Training, Stored, Scoring):
         self._take_targets(targets)
         self._score_seed = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.device_ = resolve_device(self.device)
-        self._fingerprints = {}
+        self.n_tasks_, self.tasks_, self._fingerprints = 1, None, {}
         with SeededTorch(self.device_, seed):
             module = self._networks().make()
         self._learner = self._make_learner(module)
