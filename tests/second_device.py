@@ -117,7 +117,7 @@ def _watch_card() -> Iterator[Counts]:
         if "synchronizing CUDA operation" in str(w.message):
             counts.synchronisations += 1
             counts.where.append(f"{w.filename.split('/')[-1]}:{w.lineno}")
-        elif "set_sync_debug_mode" not in str(w.message):
+        elif "Synchronization debug mode" not in str(w.message):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 

@@ -133,6 +133,7 @@ def assert_unhindered(updates, n_first=0):
 # --- the device itself
 
 
+@emulated
 def test_the_device_computes_what_the_cpu_does():
     torch.manual_seed(0)
     a, w = torch.randn(3, 4), torch.randn(5, 4, 2)
@@ -196,7 +197,8 @@ def test_the_device_draws_from_a_generator_of_its_own():
         lambda d, a: d + a,
         lambda d, a: d @ a.T,
         lambda d, a: torch.cat([d, a]),
-        lambda d, a: d[torch.tensor([0, 1])],
+        # a card takes positions of the CPU and moves them
+        pytest.param(lambda d, a: d[torch.tensor([0, 1])], marks=emulated),
         lambda d, a: d.index_select(0, torch.tensor([0])),
         lambda d, a: torch.from_numpy(np.ones((3, 4), np.float32)) * d,
     ],

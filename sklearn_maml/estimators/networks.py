@@ -112,6 +112,9 @@ class Networks:
         n_outputs = self.targets.n_outputs
         rows = self.two_rows()
         probe = copy.deepcopy(module).eval()
+        for layer in probe.modules():
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()  # those of a copy lie apart, of which cuDNN warns
         try:
             with torch.no_grad():
                 output = probe(rows)
