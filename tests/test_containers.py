@@ -24,7 +24,7 @@ from sklearn.ensemble import (
     VotingRegressor,
 )
 from sklearn.exceptions import NotFittedError
-from sklearn.feature_selection import RFE, SelectFromModel, SequentialFeatureSelector
+from sklearn.feature_selection import RFE, SelectFromModel
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, RANSACRegressor, Ridge
 from sklearn.model_selection import (
@@ -248,17 +248,6 @@ def elimination(reg):
     kept = NEW_X[:, [0, 2, 3]]
     one = copy.copy(model.estimator_).adapt(kept[SUPPORT], NEW_Y[SUPPORT])
     return model, one.predict(kept)
-
-
-def behind_a_selection(reg):
-    select = SequentialFeatureSelector(Ridge(), n_features_to_select=3, cv=2)
-    select = select.fit(X, X[:, TASK] + Y)
-    select.estimator = FewShotRegressor(reg)  # which it does without from now on
-    columns = np.flatnonzero(select.get_support())
-    assert columns[-1] == TASK
-    model = make_pipeline(select, clone(reg).set_params(task_column=2)).fit(X, Y)
-    kept = NEW_X[:, columns]
-    return model, copy.copy(model[-1]).adapt(kept[SUPPORT], NEW_Y[SUPPORT]).predict(kept)
 
 
 REGRESSORS = [

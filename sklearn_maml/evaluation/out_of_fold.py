@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["task_cross_val_predict"]
 
 # parts of the rows of a task, each of which is predicted after adapting to others
 N_PARTS = 5
+EPISODES_AT_A_TIME = 1000
 METHODS = ("predict", "predict_proba", "decision_function")
 
 
@@ -162,7 +164,8 @@ def _fold(
         "decision_function": of_model.decision,
     }[method]
     answers, places = [], []
-    for episodes in _batches(_episodes(tasks, n_shots, is_classifier(fitted), rng)):
+    drawn = _episodes(tasks, n_shots, is_classifier(fitted), rng)
+    while episodes := list(itertools.islice(drawn, EPISODES_AT_A_TIME)):
         support, query = zip(*episodes, strict=True)
         of_support, of_query = (
             np.repeat(np.arange(len(part)), list(map(len, part))) for part in (support, query)
@@ -197,14 +200,3 @@ def _episodes(
             elif n_shots is not None:
                 others = others[:n_shots]
             yield others, query
-
-
-def _batches(episodes: Iterator[Any], size: int = 1000) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for episode in episodes:
-        batch.append(episode)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -186,7 +186,7 @@ class HeadTrainer:
         self,
         meta_params: Params,
         batch: EpisodeBatch,
-        member: int | None = None,
+        member: int | None,
         trains: bool = False,
     ) -> Tensor:
         """Return outputs (n_members, n_tasks, n_query, n_outputs) of query rows.

@@ -242,7 +242,7 @@ def _warn_of_outliers(
     y: np.ndarray,
     deviations: np.ndarray,
     rows: np.ndarray | None,
-    sample_weight: np.ndarray | None = None,
+    sample_weight: np.ndarray | None,
 ) -> None:
     """Warn of a few targets, of `rows` or all, that make up nearly all of the variance."""
     few = int(FEW * len(y))
