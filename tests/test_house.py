@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import sklearn_maml
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +60,7 @@ def test_the_package_keeps_the_order_of_imports(imports, capsys):
 
 def test_an_orderly_package_passes(imports, package):
     folder = package(
-        __init__="from .estimators import MAMLRegressor\nfrom . import distributed",
+        __init__="from .estimators import MAMLRegressor\nfrom . import few_shot",
         exceptions="import numpy",
         _compat="import torch",
         _validation="from ._compat import x",
@@ -72,7 +74,7 @@ def test_an_orderly_package_passes(imports, package):
         heads="",
         training__in__schedule="from ..engine import e",
         estimators="def f():\n    from .training.net import Net",
-        distributed="from .estimators import MAMLRegressor",
+        few_shot="from .estimators import MAMLRegressor",
         learners__in____init__="from .base import Learner",
         learners__in__base="from ..engine import e\nfrom ..targets.losses import L",
         learners__in__mixture="from sklearn_maml.learners.base import Learner",
@@ -97,7 +99,7 @@ def test_an_orderly_package_passes(imports, package):
         ("devices", "def f():\n    from .engine import e", "devices.py:2: 'devices' may not"),
         ("devices", "if TYPE_CHECKING:\n    from .engine import e", "devices.py:2: 'devices' may"),
         ("update_rules", "from .meta_gradients import X", "'update_rules' may not import from"),
-        ("storage", "from .evaluation import task_scorer", "'storage' may not import from"),
+        ("few_shot", "from .evaluation import task_scorer", "'few_shot' may not import from"),
         ("data__in__rows", "from ..targets import T", "'data' may not import from 'targets'"),
         ("learners__in__base", "from ..training.net import N", "'learners' may not import from"),
         ("evaluation__in__a", "from ..inspection import D", "'evaluation' may not import from"),
@@ -419,3 +421,16 @@ def test_the_wheel_contains_the_data_and_the_notices(tmp_path):
     }
     assert {"sklearn_maml/py.typed", "sklearn_maml/native/mlp.cpp"} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]
+
+
+@pytest.mark.parametrize("name", ["comparison", "estimators", "few_shot"])
+def test_modules_of_before_have_what_they_had(name):
+    module = importlib.import_module(f"sklearn_maml.{name}")
+    for public in module.__all__:
+        assert getattr(module, public) is getattr(sklearn_maml, public, getattr(module, public))
+    had = {
+        "comparison": {"compare_baselines", "summarize_comparison"},
+        "estimators": {"MAMLClassifier", "MAMLRegressor"},
+        "few_shot": {"FewShotClassifier", "FewShotRegressor", "adapt"},
+    }
+    assert had[name] <= set(module.__all__)

@@ -37,9 +37,9 @@ LAYERS: list[set[str]] = [
     {"model_files"},
     {"persistence", "versions"},
     {"estimators"},
-    {"datasets"},
+    {"few_shot", "datasets"},
     {"evaluation"},
-    {"inspection", "distributed"},
+    {"inspection", "comparison", "distributed"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Stricter than their place in the order.
