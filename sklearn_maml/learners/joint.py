@@ -127,7 +127,8 @@ class HeadTrainer:
         That of a member is the sum over the tasks that it may see, over the number of all tasks.
         """
         k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
-        self.head.train()
+        if not self.head.training:
+            self.head.train()
         kernel = self._kernel(batch, self.n_ways)
         if kernel is None:
             grads, mean = self._gradient(meta_params, batch, k)

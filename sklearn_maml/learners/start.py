@@ -144,27 +144,30 @@ class _ByColumns:
             a * (weight[rows] @ y[rows] ** 2) for a, rows in zip(each, parts, strict=True)
         )
         self.each = each
+        # sums over tasks are products with all their matrices, on top of each other
+        self.stacked = (each[:, None, None] * self.gram).reshape(-1, X.shape[1])
+        self.sums = self.stacked.reshape(self.gram.shape).sum(0), each @ self.moment
 
     def condition(self, cov: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
         """Condition on the rows of each task; return the system that the mean solves."""
         self.noise, self.precision = noise, np.linalg.inv(cov)
         self.posterior = np.linalg.inv(self.precision + self.gram / noise)
-        self.shrunk = self.posterior @ self.gram / noise
-        left = (self.each[:, None, None] * (self.gram - self.gram @ self.shrunk)).sum(0)
-        right = (
-            self.moment - np.einsum("tpq,tq->tp", self.gram @ self.posterior, self.moment) / noise
-        )
-        return left / noise, (self.each[:, None] * right).sum(0) / noise
+        self.shrunk = self.posterior @ (self.gram / noise)
+        shrunk = self.shrunk.reshape(self.stacked.shape)
+        left = self.sums[0] - self.stacked.T @ shrunk
+        right = self.sums[1] - (self.each[:, None] * self.moment).ravel() @ shrunk
+        return left / noise, right / noise
 
     def about(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         """Coefficients of the tasks, mean covariance of them, and sum of the squared errors."""
-        gram, each = self.gram, self.each[:, None]
         right = self.precision @ mean + self.moment / self.noise
-        means = np.einsum("tpq,tq->tp", self.posterior, right)
-        error = self.square - 2 * (each * means * self.moment).sum()
-        error += np.einsum("tp,tpq,tq->", each * means, gram, means)
-        error += self.noise * np.einsum("tpp->", each[:, :, None] * self.shrunk)
-        return means, (each[:, :, None] * self.posterior).mean(0), float(error)
+        means = (self.posterior @ right[..., None])[..., 0]
+        weighted = self.each[:, None] * means
+        error = self.square - 2 * (weighted * self.moment).sum()
+        error += (weighted * (self.gram @ means[..., None])[..., 0]).sum()
+        error += self.noise * np.einsum("t,tpp->", self.each, self.shrunk)
+        cov = self.each @ self.posterior.reshape(len(means), -1) / len(means)
+        return means, cov.reshape(self.precision.shape), float(error)
 
 
 class _ByRows:
