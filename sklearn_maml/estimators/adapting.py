@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from typing import Any
 
@@ -37,16 +36,15 @@ class State(Coding):
     named: bool = False  # whether they are the caller's, rather than places in a list
     scaled: bool = False  # whether weights were, which those of further rows cannot be compared to
 
+    def __post_init__(self) -> None:
+        # no field: files do without; what it makes to look ids up is its own, so that predictions
+        # leave a state as it was
+        self.known_ids = KnownIds(np.empty(0, int) if self.ids is None else self.ids)
+
     @property
     def n_tasks(self) -> int:
         """Number of tasks."""
         return self.adapted.n_tasks
-
-    @functools.cached_property
-    def known_ids(self) -> KnownIds:
-        """The ids, to look others up in."""
-        assert self.ids is not None
-        return KnownIds(self.ids)
 
     def followed_by(self, other: State) -> State:
         """Have the tasks of another state behind those of this one; not of local labels."""
@@ -119,7 +117,7 @@ class Adapting(Building):
         more = self._support(tasks, y, positions[tasks.codes], n_tasks, sample_weight)
         with torch.inference_mode(False):  # a caller may have it on
             state = dataclasses.replace(before, adapted=before.adapted.extended(more), ids=ids)
-        if ids is before.ids is not None:
+        if ids is before.ids:
             state.known_ids = before.known_ids
         return state
 
