@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,22 @@ def test_mixed_model_recovers_the_population_of_slopes():
     np.testing.assert_allclose(factor @ factor.T, 0.25 * np.eye(3), atol=0.06)
     np.testing.assert_allclose(noise, [0.01, 0.09], rtol=0.2)
     np.testing.assert_allclose(amplitude, [1, 3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("update_rule", ["auto", HEAD])
+def test_classes_of_images_that_tasks_share_are_learned(update_rule):
+    rng = RNG(0)
+    y = np.array([0, 0, 0, 1, 2, 2, 0, 1])[None].repeat(6, 0)
+    X = 0.1 * rng.randn(6, 8, 1, 3, 3) + np.eye(3)[y][:, :, None, :, None]
+    net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    clf = MAMLClassifier(module=net, update_rule=update_rule, max_iter=200, random_state=0).fit(
+        X, y
+    )
+    assert (clf.adapt(X[0], y[0]).predict(X[1]) == y[1]).mean() > 0.8
+    mean, _, _, _ = sklearn_maml.learners.start.start_of_classes(
+        X[0].reshape(8, -1)[:, :0], y[0], 4
+    )
+    np.testing.assert_allclose(softmax(mean[0, :3]), [0.5, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -473,15 +490,21 @@ def test_the_start_is_left_only_where_held_out_tasks_show_a_gain():
         assert joint.held_out({}) == pytest.approx(1.0)
         joint.trainer.errors = 0.9 * start  # on every task; few prove nothing all the same
         assert joint.held_out({}) == pytest.approx(1.0 if kept else 0.9)
+        # nothing is known of images at the start
+        joint = Joint(trainer=HeldOutErrors(start, n_linear=0), engine=None)
+        joint.held_out({})
+        joint.trainer.errors = 0.99 * start
+        assert joint.held_out({}) == pytest.approx(0.99)
 
 
 class HeldOutErrors:
-    """Stands for a trainer whose held-out errors are known."""
+    """Stands for a trainer whose held-out errors are known, of rows with so many columns."""
 
     validation = (None,)
 
-    def __init__(self, errors):
+    def __init__(self, errors, n_linear=1):
         self.errors = errors
+        self.head = SimpleNamespace(center=np.ones(n_linear))
 
     def held_out_errors(self, meta_params):
         return self.errors

@@ -522,6 +522,8 @@ class Joint(MetaSteps):
         errors = self.trainer.held_out_errors(meta_params).double().cpu()
         if self.at_start is None:
             self.at_start = errors
+        if not len(self.trainer.head.center):  # no tables: nothing is known at the start
+            return float(errors.mean())
         gain = self.at_start - errors
         if len(gain) < LEAST_HELD_OUT:  # it proves nothing
             errors = self.at_start

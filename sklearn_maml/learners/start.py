@@ -314,7 +314,11 @@ def start_of_classes(
     mean = np.zeros((1 + n_features, n_classes))
     rows = slice(None, None, -(-len(X) // POOLED_ROWS))
     X, labels, weight = X[rows], labels[rows], weight if weight is None else weight[rows]
-    if labels.min() < labels.max():  # other classes may be in the tasks held out alone
+    if not n_features:  # rows are no tables: the classes' frequencies
+        counts = np.bincount(labels, weight, n_classes)
+        logs = np.log(counts[counts > 0])
+        mean[0, counts > 0] = logs - logs.mean()
+    elif labels.min() < labels.max():  # other classes may be in the tasks held out alone
         from sklearn.linear_model import LogisticRegression  # which not every process needs
 
         with warnings.catch_warnings():  # a start need not be exact
