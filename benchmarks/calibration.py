@@ -1,6 +1,6 @@
 """Calibration on unseen tasks of real collections: coverage of intervals, reliability of classes.
 
-    python benchmarks/calibration.py [--data FOLDER] [--seeds 0,1] [--plot FILE]
+    python benchmarks/calibration.py [--data FOLDER] [--collections vowels] [--seeds 0,1] [--plot F]
 
 Tasks, support and query rows are those of `tabular.py`, and so are the collections; K = 0 is
 without labelled rows. Regression: the part of the query targets within ``y +- 1.645 std`` of
@@ -64,13 +64,14 @@ def main() -> None:
     """Print a line for each collection."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
+    parser.add_argument("--collections", default="", help="beginnings of names, comma-separated")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--plot", type=Path, help="PNG file for the reliability curves")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for name, collection in COLLECTIONS.items():
         path = find_file(collection, args.data)
-        if path is None:
+        if path is None or not name.startswith(tuple(args.collections.split(","))):
             continue
         X, y, task = load(path, collection)
         kinds = CLASSIFIERS if collection.classification else {"": {}}
