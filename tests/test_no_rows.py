@@ -122,6 +122,21 @@ def test_it_is_the_prediction_before_adaptation(mixed):
     np.testing.assert_allclose(population(mixed), before.predict(NEW), rtol=1e-10)
 
 
+@pytest.mark.parametrize("make", [MAMLRegressor, MAMLClassifier])
+def test_a_share_of_gradient_steps_begins_with_the_first_row(make):
+    y = Y if make is MAMLRegressor else C
+    model = make(**SMALL).fit(X, y, groups=G)
+    ask = "predict" if make is MAMLRegressor else "predict_proba"
+    outputs = {}
+    for share in (0.0, 0.4, 1.0):
+        model.learner_weights_ = {"gaussian-head": 1 - share, "gradient-steps": share}
+        model.adapt([(X[:0], y[:0]), (X[:1], y[:1])])
+        outputs[share] = [np.asarray(p) for p in getattr(model, ask)([NEW, NEW])]
+    np.testing.assert_array_equal(outputs[0.4][0], outputs[0.0][0])
+    assert not np.allclose(outputs[0.4][1], outputs[0.0][1])
+    assert not np.allclose(outputs[1.0][0], outputs[0.0][0])
+
+
 def test_a_support_set_of_given_episodes_may_be_empty():
     tasks = [
         (X[j == G][: j % 3], Y[j == G][: j % 3], X[j == G][3:], Y[j == G][3:]) for j in range(9)

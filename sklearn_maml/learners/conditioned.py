@@ -117,6 +117,12 @@ class Conditioned(Adapted):
         """Number of tasks."""
         return self.shift.shape[1]
 
+    def has_rows(self) -> np.ndarray:
+        """Whether each task has labelled rows that count."""
+        has: np.ndarray = self.support.sizes > 0
+        has[list(self.sums)] = True
+        return has
+
     @classmethod
     def on(cls, head: GaussianHead, calibration: Calibration, support: Support) -> Conditioned:
         """Condition on support sets."""

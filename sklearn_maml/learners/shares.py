@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
+from torch import nn
 
 from sklearn_maml.learners.base import Adapted
 from sklearn_maml.learners.conditioned import Conditioned
@@ -92,6 +93,9 @@ def find_logit_scale(
 class Mixed(Adapted):
     """Tasks that were learned both ways; the standard deviation is that of the head.
 
+    Without labelled rows predictions are the head's: it learns from such episodes, and the
+    initialisation of gradient steps is trained for what comes after them.
+
     Parameters
     ----------
     head : Conditioned
@@ -116,6 +120,7 @@ class Mixed(Adapted):
         self.likelihood = head.head.likelihood
         self.steps_scale = steps_scale
         self.scale = scale
+        self._mixes = head.has_rows() | (share == 1)
 
     @property
     def n_tasks(self) -> int:
@@ -123,13 +128,18 @@ class Mixed(Adapted):
         return self.steps.n_tasks
 
     def _mix(self, head: np.ndarray, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
+        mixes = self._mixes[codes]
+        if not mixes.any():
+            return head
         steps = self.steps.outputs(rows, codes, how)
-        if not self.likelihood.are_classes:
+        if self.likelihood.are_classes:
+            steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
+            mixed = self.likelihood.mix(head, steps, self.share)
+            mixed = log_softmax(self.scale * mixed, axis=1)
+        else:
             # beyond the targets that were seen, steps know no more than the head does
-            return self.likelihood.mix(head, self.head.bounded(steps, codes), self.share)
-        steps = log_softmax(self.steps_scale * steps.astype(np.float64), axis=1)
-        mixed = self.likelihood.mix(head, steps, self.share)
-        return log_softmax(self.scale * mixed, axis=1)
+            mixed = self.likelihood.mix(head, self.head.bounded(steps, codes), self.share)
+        return mixed if mixes.all() else np.where(mixes[:, None], mixed, head)
 
     def outputs(self, rows: np.ndarray, codes: np.ndarray, how: Any) -> np.ndarray:
         """See `Adapted`."""
@@ -149,8 +159,10 @@ class Mixed(Adapted):
         """See `Adapted`: those that tell the head most."""
         return self.head.telling_rows(rows, pools, tasks, n)
 
-    def module(self, task: int, how: Any) -> PlainMixture:
+    def module(self, task: int, how: Any) -> nn.Module:
         """See `Adapted`."""
+        if not self._mixes[task]:
+            return self.head.module(task, how)
         scales = (self.steps_scale, self.scale) if self.likelihood.are_classes else None
         head, steps = self.head.module(task, how), self.steps.module(task, how)
         return PlainMixture(head, steps, self.share, scales)
