@@ -226,7 +226,7 @@ def test_classes_of_images_that_tasks_share_are_learned(update_rule):
     rng = RNG(0)
     y = np.array([0, 0, 0, 1, 2, 2, 0, 1])[None].repeat(6, 0)
     X = 0.1 * rng.randn(6, 8, 1, 3, 3) + np.eye(3)[y][:, :, None, :, None]
-    torch.manual_seed(0)  # of twelve starts of so few filters, one has most of them dead
+    torch.manual_seed(0)  # from one start in eight so few filters do not learn it
     net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     clf = MAMLClassifier(module=net, update_rule=update_rule, max_iter=200, random_state=0).fit(
         X, y
