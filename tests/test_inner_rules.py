@@ -837,8 +837,10 @@ def test_sample_weights_reach_the_heads():
     weight = np.arange(20) % 4.0
     predicted = reg.adapt(new, y_new, sample_weight=weight).predict(new)
     kept = weight > 0
-    only = reg.adapt(new[kept], y_new[kept], sample_weight=7 * weight[kept]).predict(new)
+    only = reg.adapt(new[kept], y_new[kept], sample_weight=weight[kept]).predict(new)
     np.testing.assert_allclose(predicted, only, rtol=1e-10)
+    surer = reg.adapt(new[kept], y_new[kept], sample_weight=7 * weight[kept]).predict(new)
+    assert np.abs(surer - predicted).max() > 1e-3
     equal = reg.adapt(new[kept], y_new[kept]).predict(new)
     assert np.abs(equal - predicted).max() > 1e-3
 

@@ -352,6 +352,8 @@ COUNTED = {
     "classes by steps": {"update_rule": "sgd"},
     "weights of classes": {"update_rule": "gaussian-head", "class_weight": "balanced"},
     "local labels": {"update_rule": "gaussian-head", "n_ways": 2},
+    "ridge head": {"update_rule": "ridge-head", "adapted": "head", "steps": 1},
+    "logistic head": {"update_rule": "logistic-head", "adapted": "head", "steps": 1},
 }
 
 
@@ -359,7 +361,7 @@ COUNTED = {
 def counted(request):
     """A fitted model, and targets it takes."""
     params = COUNTED[request.param]
-    if request.param in ("classes", "classes by steps", "weights of classes", "local labels"):
+    if "class" in request.param or request.param in ("local labels", "logistic head"):
         model, y = MAMLClassifier(**SMALL, **params), LABELS
     else:
         model, y = MAMLRegressor(**SMALL, **params), Y

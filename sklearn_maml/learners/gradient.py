@@ -80,6 +80,11 @@ class GradientSteps:
         # what was changed since (clipping, say) may be nothing for the rung of the last call
         engine = self.make_engine(begin_with(self.rung))
         engine.ladder.expect_tasks(len(sizes), int(sizes.max()), self.steps, self.rung)
+        # a mean of losses has ratios of weights alone, a sum beside a penalty what they are
+        in_closed_form = engine.spec.head is not None
+        given = support.weight
+        if given is not None and in_closed_form:
+            given = support.evidence()
         adapted: Parameters | None = None
         moved: list[Tensor] = []
         at_a_time = _chunk(engine, self.how)
@@ -87,8 +92,10 @@ class GradientSteps:
 
         def rows_of(tasks: np.ndarray) -> Rows:
             place = np.concatenate([order[ends[j] - sizes[j] : ends[j]] for j in tasks])
-            weight = None if support.weight is None else support.weight[place]
-            rows = pad_rows(support.X, support.y, place, sizes[tasks], weight)
+            weight = None if given is None else given[place]
+            rows = pad_rows(
+                support.X, support.y, place, sizes[tasks], weight, normalise=not in_closed_form
+            )
             return rows.to(self.how.device)
 
         for chosen in pieces:

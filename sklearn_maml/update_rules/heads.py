@@ -109,7 +109,7 @@ class ClosedFormHead(TaskSolver):
             Inputs of the layer on the support rows.
         y : Tensor of shape (..., n_rows, n_outputs), or int64 (..., n_rows) for classes
         weight : Tensor of shape (..., n_rows) or None
-            Weights that sum to one, 0 for padding; None for equal weights.
+            Weights over the number of rows, 0 for padding; None where all weights are 1.
         rates : dict of str to Tensor
             Current values of what `initial_rates` returned.
         order : {0, 1, 2}
@@ -128,7 +128,7 @@ class ClosedFormHead(TaskSolver):
             features, lam = features.detach(), lam.detach()
         if weight is None:
             row_weight = features.new_ones(features.shape[:-1])
-        else:  # as many as there are rows, in all, so that `lam` means the same with weights
+        else:
             row_weight = weight * (weight > 0).sum(-1, keepdim=True)
         classification = not y.is_floating_point()
         if classification:  # not one_hot, which vmap does not know for every version of torch
@@ -174,10 +174,10 @@ class RidgeHead(ClosedFormHead):
 
     Adapting finds the weights ``W`` and the intercept ``b`` of the last linear layer with the
     smallest ``sum_i a_i |W x_i + b - y_i|^2 + lam |W|^2`` over the support rows (eq. 4), where
-    ``x`` are the inputs of that layer and the row weights ``a_i`` are 1, or proportional to
-    `sample_weight` with mean 1. With fewer rows than features it solves for one number a row
-    (eq. 5). The intercept is not penalised: features and targets are centred. A layer without bias
-    has none.
+    ``x`` are the inputs of that layer and the row weights ``a_i`` are 1, or the `sample_weight` of
+    `adapt`; those of meta-training have a mean of 1. With fewer rows than features it solves for
+    one number a row (eq. 5). The intercept is not penalised: features and targets are centred. A
+    layer without bias has none.
 
     For the classifier the targets are 1 for the class of a row and 0 for the others, and the
     solution is multiplied by a learned scale, as in eq. 6; that equation's offset, the same for
@@ -230,9 +230,9 @@ class LogisticHead(ClosedFormHead):
     smallest ``sum_i a_i log(1 + exp(-y_i f_i)) + lam / 2 (|w|^2 + b^2)`` with ``f_i = w . x_i + b``
     over the support rows, where ``x`` are the inputs of the last linear layer, ``y_i`` is 1 if the
     row is of the class of that output (one against the rest) and -1 otherwise, and the row weights
-    ``a_i`` are 1, or proportional to `sample_weight` with mean 1. The intercept is penalised like
-    the weights, so that support sets of one class have a solution, too. All logits are multiplied
-    by a learned scale.
+    ``a_i`` are 1, or the `sample_weight` of `adapt`; those of meta-training have a mean of 1. The
+    intercept is penalised like the weights, so that support sets of one class have a solution, too.
+    All logits are multiplied by a learned scale.
 
     The rest of the network, `lam` and the scale are meta-learned, with the exact gradient through
     the Newton steps. It needs ``adapted="head"`` and a module that ends in a `torch.nn.Linear`.
