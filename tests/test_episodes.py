@@ -123,6 +123,19 @@ def test_taking_tasks_pads_them_to_their_own_longest():
     assert even.X.flatten().tolist() == [2, 2]
 
 
+def test_first_rows_of_each_task():
+    X, y = np.arange(9.0)[:, None], np.arange(9.0)[:, None]
+    rows = pad_rows(X, y, np.arange(9), np.array([2, 4, 3]))
+    three = rows.first(3)
+    assert three.lengths.tolist() == [2, 3, 3]
+    assert three.real(three.X).flatten().tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert three.weight[0, 2] == 0
+    none = rows.first(0)
+    assert none.X.shape == (3, 1, 1)
+    assert none.lengths.tolist() == none.weight.flatten().tolist() == [0, 0, 0]
+    assert Rows(rows.X, rows.y).first(1).weight is None
+
+
 # --- regression episodes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -386,3 +387,32 @@ def test_heads_of_classes_learn_from_no_rows_too(monkeypatch):
     clf = MAMLClassifier(max_iter=100, hidden_layer_sizes=(4,), random_state=0)
     clf.fit(X, (X[:, 0] > 0).astype(int), groups=task)
     assert {0, 1, 2} < given
+
+
+def test_intervals_without_rows_are_calibrated_by_themselves():
+    # few tasks are far from the others, which makes the prior wide for most of them
+    def tasks(n_tasks, seed):
+        rng = np.random.RandomState(seed)
+        level = rng.randn(n_tasks) * np.where(np.arange(n_tasks) % 10, 0.1, 3.0)
+        A = rng.uniform(-1, 1, (12 * n_tasks, 1))
+        task = np.repeat(np.arange(n_tasks), 12)
+        return A, A[:, 0] + level[task] + 0.1 * rng.randn(len(task)), task
+
+    reg = MAMLRegressor(unseen_tasks="prior", **SMALL)
+    A, y, task = tasks(60, 0)
+    reg.fit(A, y, groups=task)
+    A, y, task = tasks(200, 1)
+
+    def half(given):
+        rows = np.arange(len(y)) % 12 < given
+        reg.adapt(A[rows], y[rows], groups=task[rows])
+        mean, std = reg.predict(A[~rows], groups=task[~rows], return_std=True)
+        return np.mean(np.abs(mean - y[~rows]) < 0.674 * std)
+
+    of_none = half(0)
+    assert 0.4 < half(5) < 0.65
+    factor = reg.calibration_.factor[-1:]
+    reg.calibration_ = dataclasses.replace(
+        reg.calibration_, factor=factor, sizes=reg.calibration_.sizes[-1:]
+    )
+    assert half(0) > of_none + 0.1

@@ -810,13 +810,16 @@ def test_intervals_are_calibrated_on_weighted_rows():
     bad = np.arange(4000) % 5 == 0
     error[bad] *= 20
     weight = np.where(bad, 1e-6, 1.0)
+    task = np.arange(4000)
+
+    def deviations(rows, weight=None):
+        own = ones[rows]
+        return _Deviations(5, error[rows], own, own, own, 0 * own, task[rows], weight)
+
     plain, down, without = (
-        _Deviations(*parts)
-        for parts in (
-            (error, ones, ones, ones, None),
-            (error, ones, ones, ones, weight),
-            (*(values[~bad] for values in (error, ones, ones, ones)), None),
-        )
+        deviations(task >= 0),
+        deviations(task >= 0, weight),
+        deviations(~bad),
     )
     free = np.array([1e9])
     assert_allclose(down.factor(free), without.factor(free), rtol=5e-3)

@@ -90,6 +90,15 @@ class Rows:
             index=None if self.index is None else pick(self.index, tasks, stop),
         )
 
+    def first(self, n: int) -> Rows:
+        """Return the first n rows of each task; n may be 0."""
+        X, weight, lengths = self.X[:, : max(n, 1)], self.weight, self.lengths
+        if n == 0:
+            weight, lengths = X.new_zeros(X.shape[:2]), np.zeros(len(X), dtype=int)
+        weight = None if weight is None else weight[:, : X.shape[1]]
+        lengths = None if lengths is None else np.minimum(lengths, n)
+        return Rows(X, self.y[:, : X.shape[1]], weight, lengths)
+
     def real(self, values: Tensor) -> Tensor:
         """Drop the padding of `values` (n_tasks, n_rows, ...) and pool the rows of the tasks."""
         if self.lengths is None:

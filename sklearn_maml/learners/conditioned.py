@@ -29,7 +29,7 @@ from sklearn_maml.learners.sums import (
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
-__all__ = ["MARGIN", "Calibration", "Conditioned"]
+__all__ = ["MARGIN", "Calibration", "Conditioned", "interpolated"]
 
 MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
@@ -46,11 +46,13 @@ class Calibration:
     ----------
     low, high : ndarrays of shape (n_outputs,)
         Range of the targets of meta-training.
-    factor : ndarray of shape (n_outputs,) or float
+    factor : ndarray of shape (n_sizes, n_outputs) or (n_outputs,), or float
         Of the standard deviations; of the logits, in classification.
+    sizes : ndarray of shape (n_sizes,) or None
+        Rows of the support sets that the factors of standard deviations are for; None: all.
     seen : int64 ndarray or None
         Marks of the distinct rows of features, where tasks share them.
-    factor_unseen : ndarray of shape (n_outputs,) or None
+    factor_unseen : ndarray of the shape of `factor` or None
         `factor` for rows that are not among them.
     steps_scale, scale : float
         Factors of the logits of gradient steps, and of those of the mixture with them.
@@ -62,11 +64,25 @@ class Calibration:
     low: np.ndarray
     high: np.ndarray
     factor: np.ndarray | float = 1.0
+    sizes: np.ndarray | None = None
     seen: np.ndarray | None = None
     factor_unseen: np.ndarray | None = None
     steps_scale: float = 1.0
     scale: float = 1.0
     freedom: np.ndarray | None = None
+
+    def factors(self, n_rows: np.ndarray, unseen: bool) -> np.ndarray:
+        """Factors (n_tasks, n_outputs) of the deviations of tasks with so many support rows."""
+        factor: Any = self.factor_unseen if unseen else self.factor
+        if self.sizes is None:
+            return np.broadcast_to(factor, (len(n_rows), len(self.low)))
+        return interpolated(n_rows, self.sizes, factor)
+
+
+def interpolated(at: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Factors (n_at, n_outputs) at numbers of rows between, or beyond, those there are any for."""
+    place, known = np.log1p(at), np.log1p(sizes)
+    return np.exp(np.stack([np.interp(place, known, log) for log in np.log(factors).T], 1))
 
 
 class Conditioned(Adapted):
@@ -250,17 +266,20 @@ class Conditioned(Adapted):
         means, within = self._moments(rows, codes)
         likelihood, loss = self.head.likelihood, self.head.likelihood.loss
         between = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
-        std = np.sqrt(self._factor(rows) ** 2 * within.mean(0) + between.var(0))
+        std = np.sqrt(self._factor(rows, codes) ** 2 * within.mean(0) + between.var(0))
         return self.bounded(likelihood.average(torch.from_numpy(means)).numpy(), codes), std
 
-    def _factor(self, rows: np.ndarray) -> np.ndarray:
+    def _factor(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
-        shape = (len(rows), self.head.n_outputs)
-        factor = np.broadcast_to(self.calibration.factor, shape).copy()
-        if self.calibration.seen is not None:
-            unseen = ~np.isin(row_marks(rows), self.calibration.seen)
-            factor[unseen] = self.calibration.factor_unseen
-        return factor
+        n_rows = np.bincount(self.support.codes, self.support.counts(), self.n_tasks)
+        for task, found in self.sums.items():
+            n_rows[task] = found.n_rows
+        factor = self.calibration.factors(n_rows, unseen=False)[codes]
+        if self.calibration.seen is None:
+            return factor
+        seen = np.isin(row_marks(rows), self.calibration.seen)
+        of_unseen = self.calibration.factors(n_rows, unseen=True)[codes]
+        return np.where(seen[:, None], factor, of_unseen)
 
     def telling_rows(
         self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
@@ -291,7 +310,7 @@ class Conditioned(Adapted):
                 free = number < sizes[batch][:, None]
                 place = order[np.where(free, first[batch][:, None] + number, 0)]
                 posterior = given.posterior(batch)
-                weight = self._weight(run, posterior, rows, place, free)
+                weight = self._weight(run, posterior, rows, tasks[batch], place, free)
                 kind = Dense if place.shape[1] <= n_columns else LowRank
                 S = Columns(columns, place, entries)
                 model = kind(S, run.covariance(posterior), run.noise(), weight)
@@ -304,11 +323,13 @@ class Conditioned(Adapted):
         run: HeadFunctions,
         posterior: Posterior,
         rows: np.ndarray,
+        tasks: np.ndarray,
         place: np.ndarray,
         present: np.ndarray,
     ) -> Tensor:
         """Return what variances (n_members, n_tasks, n_noises, n_rows) count in those of `std`."""
-        factor = self._factor(rows[place.ravel()]).reshape(*place.shape, -1)
+        codes = np.repeat(tasks, place.shape[1])
+        factor = self._factor(rows[place.ravel()], codes).reshape(*place.shape, -1)
         (weight,) = tensors(self.head, factor**2 * present[..., None])
         weight = (weight * run.amplitude_of_tasks() ** 2).mT
         if self.calibration.freedom is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.compiled import head_kernel
-from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
+from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions, Posterior
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.native.head import HeadKernel
 
@@ -221,13 +221,13 @@ class HeadTrainer:
         batch: EpisodeBatch,
         mask: Tensor | None,
         n_ways: int | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Posterior]:
         support, query = (self._targets(rows, n_ways) for rows in (batch.support, batch.query))
         given = run.condition(
             batch.support.X, support, None if mask is None else mask.to(support.dtype).sqrt()
         )
         mean, variance = run.query(batch.query.X, given)
-        return mean, variance, query
+        return mean, variance, query, given
 
     def _targets(self, rows: Rows, n_ways: int | None = None) -> Tensor:
         classes = self._classes[: self.head.n_outputs if n_ways is None else n_ways]
@@ -291,25 +291,28 @@ class HeadTrainer:
     @torch.no_grad()
     def outputs(
         self, meta_params: Params, member: int | None, batch: EpisodeBatch
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Mean (n_tasks, n_query, n_outputs) of a member, or the first, its variance; targets."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs (n_tasks, n_query, n_outputs) of a member, or the first, and targets."""
         self.head.eval()
         run = self.functions(meta_params, member or 0)
-        mean, variance, y = self._run(run, batch, self._present(batch.support))
-        return mean[0], None if variance is None else variance[0], y
+        mean, _, y, _ = self._run(run, batch, self._present(batch.support))
+        return mean[0], y
 
     @torch.no_grad()
-    def misfits(self, meta_params: Params, member: int | None, batch: EpisodeBatch) -> Any:
-        """Misfit (n_tasks, n_outputs) of the support sets, and their rows (n_tasks, 1)."""
-        run = self.functions(meta_params, member or 0)
-        weight = self._present(batch.support)
-        given = run.condition(
-            batch.support.X,
-            self._targets(batch.support),
-            None if weight is None else weight.to(batch.support.X.dtype).sqrt(),
-        )
-        misfit, n_rows = run.misfit(given)
-        return misfit[0], n_rows[0]
+    def predictive(
+        self, meta_params: Params, batch: EpisodeBatch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return outputs of all members, variances of targets, targets, and misfits.
+
+        The first two are (n_members, n_tasks, n_query, n_outputs); for the misfits, of support
+        sets (n_members, n_tasks, n_outputs), see `HeadFunctions.misfit`.
+        """
+        self.head.eval()
+        run = self.functions(meta_params)
+        mean, variance, y, given = self._run(run, batch, self._present(batch.support))
+        assert variance is not None
+        differs = self.head.likelihood.noise_differs
+        return mean, variance.expand_as(mean), y, run.misfit(given)[0] if differs else None
 
     @torch.no_grad()
     def errors(self, meta_params: Params, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,9 +322,8 @@ class HeadTrainer:
         if self.head.same_classes:  # no class is likelier than others
             before = torch.zeros_like(mean)
         else:
-            weight = batch.support.X.new_zeros(batch.support.X.shape[:2])
-            nothing = dataclasses.replace(batch.support, weight=weight)
-            before = self._mean(meta_params, dataclasses.replace(batch, support=nothing), 0)
+            nothing = dataclasses.replace(batch, support=batch.support.first(0))
+            before = self._mean(meta_params, nothing, 0)
         weight = self._of_rows(batch.query, mean)
         both = [
             (self.head.likelihood.error_rows(values, y) * weight).sum(-1)[0]

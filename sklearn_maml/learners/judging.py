@@ -11,10 +11,10 @@ import torch
 from scipy.special import log_softmax, ndtri
 from torch import Tensor
 
-from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine import Engine
-from sklearn_maml.learners.conditioned import MARGIN, Calibration
-from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.learners.conditioned import MARGIN, Calibration, interpolated
+from sklearn_maml.learners.joint import HeadTrainer, HeldOut
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
 
@@ -23,7 +23,11 @@ __all__ = ["choose", "held_out_outputs", "judge_head"]
 # 1.645 standard deviations are to hold nine targets in ten, .674 of them half. Where tails are
 # heavier than those of a normal distribution no factor does both: the geometric mean of the two is
 # taken, but not less than holds the least. Factors of the deviations that may be learned
-LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.5, 3.0)
+LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
+# Sizes of support sets for which there are factors, beside those of held-out episodes; what a
+# factor is drawn to that of all, in tasks; part of the squared errors of a member that those of the
+# mean of all members are at least
+FEWER, DRAWN, LEAST_KEPT = (0, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
 
@@ -51,83 +55,126 @@ def judge_head(
     if trainer.head.likelihood.are_classes:
         parts = []
         for member, batch, _ in trainer.validation:
-            logits, _, y = trainer.outputs(meta_params, member, batch)
-            parts.append([batch.query.real(t).double().cpu().numpy() for t in (logits, y)])
+            pair = trainer.outputs(meta_params, member, batch)
+            parts.append([batch.query.real(t).double().cpu().numpy() for t in pair])
         outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
         weight = _joined([trainer.weights(batch.query) for _, batch, _ in trainer.validation])
         return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets, weight))
     last = trainer.head.n_members - 1
-    held = [
-        (
-            shared_rows is not None and member == last,
-            _Deviations.of(trainer, meta_params, member, batch),
-        )
-        for member, batch, _ in trainer.validation
-    ]
-    known = _Deviations.joined([part for hidden, part in held if not hidden])
-    trainer.head.likelihood.learn_quantile(trainer.head, known.quantile)
-    freedom = known.freedom() if trainer.head.likelihood.noise_differs else None
-    plain = dataclasses.replace(plain, factor=known.factor(freedom), freedom=freedom)
-    unseen = [part for hidden, part in held if hidden]
-    if not unseen:
-        return plain
-    return dataclasses.replace(
-        plain, seen=shared_rows, factor_unseen=_Deviations.joined(unseen).factor(freedom)
-    )
+    whole: dict[bool, list[_Deviations]] = {False: [], True: []}  # of rows that were hidden: True
+    of_parts: dict[bool, list[_Deviations]] = {False: [], True: []}
+    judged = set()
+    for held in trainer.validation:
+        hidden = shared_rows is not None and held.member == last
+        support = held.episodes.support
+        found = _Deviations.of(trainer, meta_params, held, support)
+        whole[hidden].append(found)
+        for n in FEWER if held.member not in judged else ():
+            if n < found.support:
+                of_first = _Deviations.of(trainer, meta_params, held, support.first(n))
+                of_parts[hidden].append(of_first)
+        judged.add(held.member)
+    joined = _Deviations.joined(whole[False])
+    trainer.head.likelihood.learn_quantile(trainer.head, joined.quantile)
+    freedom = joined.freedom() if trainer.head.likelihood.noise_differs else None
+    sizes, factor = _factors([*whole[False], *of_parts[False]], freedom)
+    made = dataclasses.replace(plain, sizes=sizes, factor=factor, freedom=freedom)
+    if not whole[True]:
+        return made
+    of_unseen = interpolated(sizes, *_factors([*whole[True], *of_parts[True]], freedom))
+    return dataclasses.replace(made, seen=shared_rows, factor_unseen=of_unseen)
+
+
+def _factors(
+    parts: Sequence[_Deviations], freedom: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes of support sets (n_sizes,), and the factors (n_sizes, n_outputs) that belong to them.
+
+    Few tasks tell little of each size: their factors are drawn to that of all sizes but 0.
+    """
+    with_rows = [part for part in parts if part.support > 0] or parts
+    of_all = np.log(_Deviations.joined(with_rows).factor(freedom))
+    sizes = sorted({part.support for part in parts})
+    logs = []
+    for size in sizes:
+        own = _Deviations.joined([part for part in parts if part.support == size])
+        n_tasks = len(np.unique(own.task))
+        log = np.log(own.factor(freedom))
+        logs.append((n_tasks * log + DRAWN * of_all) / (n_tasks + DRAWN))
+    return np.array(sizes, dtype=float), np.exp(logs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Deviations:
-    """Errors and standard deviations of held-out targets, and what support sets tell.
+    """Errors and variances of held-out targets, and what support sets tell.
 
     Attributes
     ----------
-    error, std, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
-        See `HeadFunctions.misfit` for the last two.
+    support : int
+        Rows of the support sets, or of the median one.
+    error, variance, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
+        Of a member that has not seen the task; see `HeadFunctions.misfit` for the last two.
+    between : ndarray of shape (n_values, n_outputs)
+        Variance of the outputs of all members.
+    task : int ndarray of shape (n_values,)
     weight : ndarray of shape (n_values,) or None
         Of the rows.
     """
 
+    support: int
     error: np.ndarray
-    std: np.ndarray
+    variance: np.ndarray
     misfit: np.ndarray
     n_rows: np.ndarray
+    between: np.ndarray
+    task: np.ndarray
     weight: np.ndarray | None
 
     @classmethod
     def of(
-        cls,
-        trainer: HeadTrainer,
-        meta_params: dict[str, Tensor],
-        member: int | None,
-        batch: EpisodeBatch,
+        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut, support: Rows
     ) -> _Deviations:
-        """Those of the query rows of a batch."""
-        mean, variance, y = trainer.outputs(meta_params, member, batch)
-        assert variance is not None
-        likelihood = trainer.head.likelihood
-        mean = likelihood.center(mean, variance, trainer.head)
-        told = (mean.new_ones(()), mean.new_ones(()))
-        if likelihood.noise_differs:
-            told = tuple(t.unsqueeze(1) for t in trainer.misfits(meta_params, member, batch))
-        error, std, misfit, n_rows = (
-            batch.query.real(v.expand_as(mean)).double().cpu().numpy()
-            for v in (y - mean, variance.sqrt(), *told)
+        """Those of the query rows of held-out episodes, given these support sets."""
+        query = held.episodes.query
+        batch = EpisodeBatch(support, query)
+        outputs, variances, y, misfits = trainer.predictive(meta_params, batch)
+        centers = trainer.head.likelihood.center(outputs, variances, trainer.head)
+        own = held.member or 0
+        like = centers[own]
+        sizes = support.lengths
+        if sizes is None:
+            sizes = np.full(len(batch), support.X.shape[1])
+        n_rows = torch.as_tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
+        task = torch.as_tensor(held.task, device=like.device)[:, None].expand(y.shape[:2])
+        error, variance, misfit_, n_rows_, between = (
+            query.real(v.expand_as(like)).double().cpu().numpy()
+            for v in (y - like, variances[own], misfit, n_rows, centers.var(0, correction=0))
         )
-        return cls(error, std, misfit, n_rows, trainer.weights(batch.query))
+        return cls(
+            int(np.median(sizes)),
+            error,
+            variance,
+            misfit_,
+            n_rows_,
+            between,
+            query.real(task).cpu().numpy(),
+            trainer.weights(query),
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[_Deviations]) -> _Deviations:
-        """All of them."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(_joined([getattr(part, name) for part in parts]) for name in names))
+        """All of them; `support` is that of the first."""
+        names = [field.name for field in dataclasses.fields(cls)][1:]
+        each = [_joined([getattr(part, name) for part in parts]) for name in names]
+        return cls(parts[0].support, *each)
 
     def scaled(self, freedom: np.ndarray | float | None) -> np.ndarray:
-        """Return standard deviations under a prior of so many degrees of freedom."""
+        """Return variances under a prior of so many degrees of freedom."""
         if freedom is None:
-            return self.std
-        scale: np.ndarray = np.sqrt((freedom + self.misfit) / (freedom + self.n_rows))
-        return self.std * scale
+            return self.variance
+        scale: np.ndarray = (freedom + self.misfit) / (freedom + self.n_rows)
+        return self.variance * scale
 
     def freedom(self) -> np.ndarray:
         """Degrees of freedom (n_outputs,) under which the errors are likeliest.
@@ -136,22 +183,35 @@ class _Deviations:
         """
         losses = []
         for freedom in FREEDOMS:
-            std = self.scaled(freedom)
+            std = np.sqrt(self.scaled(freedom))
             log_std = np.average(np.log(std), axis=0, weights=self.weight)
             error = np.average(np.abs(self.error) / std, axis=0, weights=self.weight)
             losses.append(log_std + np.log(np.maximum(error, np.finfo(float).tiny)))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
     def factor(self, freedom: np.ndarray | None) -> np.ndarray:
-        """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
-        deviations = np.abs(self.error) / self.scaled(freedom)
-        outer, inner = (_quantile(deviations, p, self.weight) / _within(p) for p in LEVELS)
-        least = _quantile(deviations, LEAST_LEVEL, self.weight) / _within(LEVELS[0])
+        """Factors (n_outputs,) of the deviations that make the intervals hold their part.
+
+        Those of the mean of all members, whose squared errors are less than those of one, by what
+        the members differ in; this is in the variances of predictions.
+        """
+        squares, variance = self.error**2, self.scaled(freedom)
+        mean, between = (
+            np.average(v, axis=0, weights=self.weight) for v in (squares, self.between)
+        )
+        kept = np.clip(1 - between / np.maximum(mean, np.finfo(float).tiny), LEAST_KEPT, 1)
+
+        def needed(hold: float, level: float) -> np.ndarray:
+            squared = (kept * squares / _within(level) ** 2 - self.between) / variance
+            return np.sqrt(np.maximum(_quantile(squared, hold, self.weight), 0))
+
+        outer, inner = (needed(level, level) for level in LEVELS)
+        least = needed(LEAST_LEVEL, LEVELS[0])
         return np.clip(np.maximum(np.sqrt(outer * inner), least), *FACTORS)
 
     def quantile(self, level: float) -> np.ndarray:
         """Find how many deviations (n_outputs,) from the center this part of targets is below."""
-        return _quantile(self.error / self.std, level, self.weight)
+        return _quantile(self.error / np.sqrt(self.variance), level, self.weight)
 
 
 def _within(level: float) -> float:
@@ -194,7 +254,7 @@ def held_out_outputs(
     for batch in batches:
         with engine.threads(batch.query.X.shape[0] * batch.query.X.shape[1]):
             _, of_steps = engine.evaluate(own, batch, alpha=alpha, steps=steps)
-        of_head, _, y = trainer.outputs(meta_params, 0, batch)
+        of_head, y = trainer.outputs(meta_params, 0, batch)
         episode = torch.arange(len(batch), device=y.device)[:, None].expand(y.shape[:2]) + first
         first += len(batch)
         for values, part in zip((of_head, of_steps, y, episode), parts, strict=True):
