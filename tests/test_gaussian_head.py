@@ -930,6 +930,38 @@ def test_steps_that_fall_behind_are_given_up_and_training_ends_with_the_head():
     assert all(p.requires_grad for p in reg.net_.module_.parameters())
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_steps_are_compared_with_the_head_that_is_kept(spoilt):
+    n_tasks = 20
+    joint = Joint(SimpleNamespace(n_judges=n_tasks), engine=object())
+    of_steps = torch.linspace(1.0, 2.0, n_tasks)
+    of_start = 0.5 * of_steps
+    given_up = []
+    for k in range(3):
+        of_head = of_steps + 1 if spoilt else of_start - 0.1 * k
+        joint.compare(of_head, of_steps, of_start if k == 0 else of_head)
+        if not spoilt:
+            joint.keep()
+        given_up.append(joint.fall_behind())
+    assert given_up == [False, True, True]
+    assert torch.equal(joint.kept, (of_start if spoilt else of_head).double())
+    # those of a head that is no better than steps
+    joint.compare(of_steps, of_steps, of_steps)
+    joint.keep()
+    assert not joint.fall_behind()
+
+
+def test_steps_end_where_training_spoils_a_start_that_they_do_not_reach():
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(1200, 60)), np.repeat(np.arange(100), 12)
+    y = (X[:, :3] * (1 + 0.5 * rng.normal(size=(100, 3)))[task]).sum(1)
+    # a rate at which the head is worse than steps by the second validation
+    settings = {"max_iter": 400, "hidden_layer_sizes": (8,), "steps": 1, "beta": 0.03}
+    rows = list(MAMLRegressor(random_state=0, **settings).fit(X, y, groups=task).history_)
+    assert rows[1]["valid_loss"] > rows[1]["steps_valid_loss"]
+    assert "steps_valid_loss" not in rows[2]
+
+
 def test_the_table_says_which_learners_predict(capsys):
     reg = fitted(max_iter=4, verbose=1)
     assert "gaussian-head" in capsys.readouterr().out

@@ -398,21 +398,24 @@ class Joint(MetaSteps):
     trainer : HeadTrainer
     engine : Engine or None
         Of the gradient steps. They learn from the episodes that `EpisodeBatch.of_steps` names.
-    behind : list of (ndarray, ndarray)
-        Held-out errors of the first member and of gradient steps, task by task, since the last
-        epoch.
+    behind : list of (ndarray, ndarray, ndarray)
+        Held-out errors of the first member, of gradient steps, and of the first member as it is
+        kept so far, task by task, since the last epoch.
     at_start : Tensor or None
         Errors on the held-out tasks at the start of the head.
+    kept : Tensor or None
+        The last of these, once they are known.
     has_share : bool
         Whether steps have shown their worth on the tasks of a fit that this one continues.
     """
 
     trainer: HeadTrainer
     engine: Engine | None
-    behind: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    behind: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     n_validations: int = 0
     head_is_done: bool = False
     at_start: Tensor | None = None
+    kept: Tensor | None = None
     has_share: bool = False
 
     @property
@@ -446,6 +449,7 @@ class Joint(MetaSteps):
             "n_validations": self.n_validations,
             "head_is_done": self.head_is_done,
             "at_start": self.at_start,
+            "kept": self.kept,
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
@@ -453,6 +457,7 @@ class Joint(MetaSteps):
         self.n_validations = progress["n_validations"]
         self.head_is_done = progress["head_is_done"]
         self.at_start = progress["at_start"]
+        self.kept = progress["kept"]
         if progress["steps"] is None:
             self.engine = None
         elif self.engine is not None:
@@ -507,10 +512,10 @@ class Joint(MetaSteps):
             start = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
             factor.lerp_(start, rate * DECAY)
 
-    def compare(self, of_head: Tensor, of_steps: Tensor) -> None:
-        """Note held-out errors of the same episodes."""
-        pair = (of_head.double().cpu().numpy(), of_steps.double().cpu().numpy())
-        self.behind.append(pair)
+    def compare(self, of_head: Tensor, of_steps: Tensor, of_kept: Tensor) -> None:
+        """Note held-out errors of the same episodes; the last of the head that is kept so far."""
+        parts = (part.double().cpu().numpy() for part in (of_head, of_steps, of_kept))
+        self.behind.append(tuple(parts))
 
     def held_out(self, meta_params: Params) -> float:
         """Error of the members on their held-out tasks; NaN if there are none.
@@ -539,13 +544,24 @@ class Joint(MetaSteps):
         """Whether there are too few held-out tasks for gradient steps to get a share."""
         return self.trainer.n_judges < LEAST_HELD_OUT and not self.has_share
 
+    def keep(self) -> None:
+        """Note that the head of the last comparisons is the best so far."""
+        if self.behind:
+            self.kept = torch.from_numpy(np.concatenate([parts[0] for parts in self.behind]))
+
     def fall_behind(self) -> bool:
-        """Whether held-out tasks say by now that gradient steps will have no share."""
-        pairs, self.behind = self.behind, []
-        if not pairs or self.engine is None:
+        """Whether held-out tasks say by now that gradient steps will have no share.
+
+        Beside the head that is kept: what training has spoilt since will not predict.
+        """
+        behind, self.behind = self.behind, []
+        if not behind or self.engine is None:
             return False
         self.n_validations += 1
-        head, steps = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        _, steps, kept = (np.concatenate(part) for part in zip(*behind, strict=True))
+        if self.kept is None:
+            self.kept = torch.from_numpy(kept)
+        head = self.kept.numpy()
         difference = steps - head
         if self.n_validations < LEAST_VALIDATIONS or self.trainer.n_judges < LEAST_HELD_OUT:
             return False

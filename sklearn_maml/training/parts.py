@@ -102,6 +102,8 @@ class Parts:
             if loss < self.best.get(part, math.inf):
                 self.best[part] = loss
                 self._keep(net, part, state)
+                if part == "head":
+                    self.joint.keep()
         if self.joint.fall_behind():
             self.give_up_steps(net)
         return min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)

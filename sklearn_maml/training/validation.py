@@ -32,7 +32,11 @@ def validate(net: Any, episodes: EpisodeBatch) -> tuple[Tensor, Tensor, dict[str
             of_steps = losses
         before, losses, output = joint.trainer.errors(params, episodes)
         if joint.engine is not None:
-            joint.compare(losses, of_steps)
+            of_kept = losses
+            if joint.kept is None and net.best_state_ is not None:  # the start
+                start = {n: p for n, p in net.best_state_.items() if n in params}
+                _, of_kept, _ = joint.trainer.errors(start, episodes)
+            joint.compare(losses, of_steps, of_kept)
     row["valid_loss_before"] = before.mean()
     return losses, output, row
 
