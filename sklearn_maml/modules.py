@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sklearn_maml._validation import did_you_mean, is_integer
+from sklearn_maml._validation import as_integer, did_you_mean, is_integer
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "check_head_is_last",
     "copy_buffers",
     "head_names",
+    "layer_sizes",
     "linear_head",
     "make_mlp",
 ]
@@ -37,11 +38,17 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def make_mlp(n_in: int, n_out: int, hidden: Any, activation: str) -> nn.Sequential:
-    """Build the default network, a multilayer perceptron."""
-    sizes = np.atleast_1d(hidden).tolist()
+def layer_sizes(hidden: Any) -> list[int]:
+    """Sizes of hidden layers; a tuner may give 8.0."""
+    sizes = [as_integer(size) for size in np.atleast_1d(hidden).tolist()]
     if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"hidden_layer_sizes must be positive integers; got {hidden!r}.")
+    return sizes
+
+
+def make_mlp(n_in: int, n_out: int, hidden: Any, activation: str) -> nn.Sequential:
+    """Build the default network, a multilayer perceptron."""
+    sizes = layer_sizes(hidden)
     layers: list[nn.Module] = []
     for a, b in zip([n_in, *sizes], sizes, strict=False):
         layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]

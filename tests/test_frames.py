@@ -69,6 +69,11 @@ def test_frames_of_every_kind_have_the_task_column(name, expected):
     assert_array_equal(by_column(frame, column), expected)
 
 
+def test_frames_of_narwhals_are_those_in_them(expected):
+    narwhals = pytest.importorskip("narwhals")
+    assert_array_equal(by_column(narwhals.from_native(pl.DataFrame(FRAME))), expected)
+
+
 def test_tables_of_arrow_are_taken_wherever_frames_are(expected):
     table = pa.table(FRAME)
     reg = MAMLRegressor(**SMALL, task_column="task").fit(table, Y)
@@ -103,6 +108,7 @@ REFUSED = {
     "dates": (FRAME.assign(day=DAY), ValueError, r"'day' \(datetime64.*FunctionTransformer"),
     "polars dates": (pl.DataFrame(FRAME.assign(day=DAY)), ValueError, r"'day' \(Datetime"),
     "durations": (FRAME.assign(day=DAY - DAY), ValueError, r"'day' \(timedelta64"),
+    "infinite": (FRAME.assign(n=np.inf), ValueError, r"infinity .*in the columns \['n'\]"),
     "missing": (
         FRAME.assign(n=pd.array([None, *range(39)], dtype="Int64")),
         ValueError,
@@ -175,6 +181,17 @@ def test_integers_that_a_tuner_gives_as_floats_are_integers(name, kind):
         MAMLRegressor(**{**SMALL, name: 3.5}).fit(X, Y, groups=TASK)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "gaussian-head"])
+@pytest.mark.parametrize("sizes", [4.0, (4.0,), np.array([4.0])], ids=["one", "tuple", "array"])
+def test_sizes_of_layers_that_a_tuner_gives_as_floats_are_integers(rule, sizes):
+    params = {**SMALL, "update_rule": rule}
+    exact = MAMLRegressor(**params).fit(X, Y, groups=TASK)
+    reg = MAMLRegressor(**{**params, "hidden_layer_sizes": sizes}).fit(X, Y, groups=TASK)
+    assert reg.score(X, Y, groups=TASK) == exact.score(X, Y, groups=TASK)
+    with pytest.raises(ValueError, match="hidden_layer_sizes must be positive integers"):
+        MAMLRegressor(**{**params, "hidden_layer_sizes": (4.5,)}).fit(X, Y, groups=TASK)
+
+
 def test_other_integers_and_few_shot_steps_too():
     exact = {"n_iter_no_change": 2, "max_tasks_in_memory": 2, "early_stopping": True}
     models = [
@@ -222,6 +239,13 @@ NO_MODULES = {
 def test_what_builds_a_module_is_refused_with_the_way_to_give_it(name):
     module, message = NO_MODULES[name]
     with pytest.raises(ValueError, match=message):
+        MAMLRegressor(**SMALL, module=module).fit(X, Y, groups=TASK)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_module_of_torchscript_is_refused_with_the_way_out():
+    module = torch.jit.script(nn.Sequential(nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match=r"TorchScript.*Pass the torch\.nn\.Module"):
         MAMLRegressor(**SMALL, module=module).fit(X, Y, groups=TASK)
 
 

@@ -312,6 +312,22 @@ def test_numbers_and_texts_of_them_are_different_ids():
 
 
 @pytest.mark.parametrize(
+    "ids",
+    [
+        [2**63 + 5, 2**63 + 6, 1, 0],  # hashes of 64 bits
+        [2**63 + 5, 2**63 + 6, -1, 0],
+        [np.uint64(2**63 + 5), np.uint64(2**63 + 6), np.int64(-1), np.int64(0)],
+        [2**53, 2**53 + 1, 0.5, 1],
+    ],
+    ids=["unsigned", "signed", "of numpy", "beside fractions"],
+)
+def test_large_whole_numbers_in_a_list_stay_apart(ids):
+    distinct, codes = encode_ids(ids, 4)
+    assert [distinct[code] for code in codes] == ids
+    assert len({*codes.tolist()}) == 4
+
+
+@pytest.mark.parametrize(
     ("ids", "shown"),
     [
         (MOMENTS, "[2020-02-29, 2021-01-01, 2021-03-28]"),

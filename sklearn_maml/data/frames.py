@@ -35,9 +35,13 @@ def is_frame(X: Any) -> bool:
 
 
 def as_frame(X: Any) -> Any:
-    """Make a frame of a table of pyarrow; refuse one that is not computed yet."""
+    """Make a frame of a table of pyarrow, dask or narwhals; refuse a LazyFrame."""
     if type(X).__name__ == "LazyFrame":
         raise TypeError("X is a LazyFrame, whose rows are not computed yet. Pass X.collect().")
+    if hasattr(X, "columns") and hasattr(X, "__dask_graph__"):
+        return X.compute()
+    if hasattr(X, "columns") and hasattr(X, "to_native"):
+        return as_frame(X.to_native())
     if type(X).__module__.startswith("pyarrow") and hasattr(X, "column_names"):
         try:
             return X.to_pandas(split_blocks=True)  # which takes columns as they are
@@ -97,6 +101,9 @@ def _diagnosis(X: Any, error: Exception) -> str | None:
             f"Input X contains NaN in the columns {missing[:5]}. Fill them in, with "
             "sklearn.impute.SimpleImputer in a pipeline in front, or leave their rows out."
         )
+    if "contains infinity" in str(error):
+        wide = [name for name, column in _columns_of(X) if _is_infinite(column)]
+        return f"{error} It is in the columns {wide[:5]}." if wide else None
     texts = {
         name: kind
         for (name, kind), (_, column) in zip(_kinds(X), _columns_of(X), strict=True)
@@ -142,6 +149,10 @@ def _all_numbers(column: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _is_infinite(column: Any) -> bool:
+    return bool(np.isinf(np.asarray(column, dtype=np.float64)).any())
 
 
 def _has_missing(column: Any) -> bool:

@@ -197,6 +197,8 @@ def _columns(ids: Any, name: str) -> list[Any]:
     if isinstance(ids, IdColumns):
         return [column for part in ids for column in _columns(part, name)]
     library = type(ids).__module__.partition(".")[0]
+    if library == "dask":  # a series of dask has columns, too
+        ids = ids.compute()
     if hasattr(ids, "columns") and hasattr(ids, "shape"):  # a frame
         parts = ids.columns if library == "pyarrow" else _columns_of_frame(ids)
         return [column for part in parts for column in _columns(part, name)]
@@ -244,11 +246,19 @@ def _is_zoned_or_nested(series: Any) -> bool:
 def as_array(values: Any) -> np.ndarray:
     """Values as an array that keeps apart what they are.
 
-    Of a list with texts numpy makes texts of all else, NaN too.
+    Of a list with texts numpy makes texts of all else, NaN too; and floats of integers beyond 63
+    bits beside others, or of large ones beside floats: several hashes would become one number.
     """
     array = np.asanyarray(values)
-    mixed = array.dtype.kind in "US" and isinstance(values, (list, tuple)) and array.ndim == 1
-    return _objects(values) if mixed and len({*map(type, values)}) > 1 else array
+    if not isinstance(values, (list, tuple)) or array.ndim != 1 or array.dtype.kind not in "USf":
+        return array
+    kinds = {*map(type, values)}
+    if array.dtype.kind == "f":
+        large = bool((np.abs(array) >= 2**53).any())
+        lost = large and any(issubclass(kind, numbers.Integral) for kind in kinds)
+    else:
+        lost = len(kinds) > 1
+    return _objects(values) if lost else array
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray:

@@ -78,6 +78,12 @@ class Networks:
                 self.hidden_layer_sizes,
                 self.activation,
             )
+        elif isinstance(self.module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"module is TorchScript, a {type(self.module).__name__}, whose parameters belong "
+                "to compiled code. Pass the torch.nn.Module that it was made from; what adapts "
+                "can be exported afterwards (adapted_module)."
+            )
         elif isinstance(self.module, nn.Module):
             if options:
                 raise ValueError(

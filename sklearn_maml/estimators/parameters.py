@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 # parameters that tuners may give as 3.0
 INTEGERS = (
+    "hidden_layer_sizes",
     "steps",
     "adapt_steps",
     "n_ways",

@@ -15,7 +15,7 @@ from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood
 from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
-from sklearn_maml.modules import ACTIVATIONS, check_head_is_last
+from sklearn_maml.modules import ACTIVATIONS, check_head_is_last, layer_sizes
 
 __all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why_no_head"]
 
@@ -134,7 +134,7 @@ def build_head(
             start = start_of_numbers(Z[rows], y[rows], codes[rows], of_rows)
         starts.append(start)
     if body is None:
-        sizes = [flat.shape[1], *np.atleast_1d(hidden).tolist()]
+        sizes = [flat.shape[1], *layer_sizes(hidden)]
         waved = table and flat.shape[1] <= MOST_WAVED and not same_classes
         n_waves = N_WAVES if waved else 0
         made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
