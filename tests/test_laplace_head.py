@@ -202,6 +202,23 @@ def test_the_mode_is_found_from_far_away(loss):
     assert all(torch.isfinite(part).all() for part in run.query(X, given))
 
 
+def test_the_mode_is_found_where_newton_steps_would_miss_it():
+    """Rows at dozens of their scales, where a logistic distribution has next to no curvature."""
+    for seed in range(3):
+        head, rng = random_head(LIKELIHOODS["quantile"], seed=seed), RNG(seed)
+        with torch.no_grad():
+            head.log_noise.fill_(-3.0)
+        X, y = (
+            torch.as_tensor(rng.randn(8, 6, 2)),
+            torch.as_tensor(10 * rng.standard_t(2, (8, 6, 1))),
+        )
+        run = functions(head)
+        given, (prior, S) = run.condition(X, y), run.of_tasks(X)
+        _, first, _ = run.likelihood.derivatives(prior + S @ given.shift, y, run.shape())
+        slope = S.mT @ first + given.shift
+        assert slope.abs().max() < 1e-6 * float(given.root.square().max())
+
+
 @pytest.mark.parametrize("loss", LIKELIHOODS)
 @pytest.mark.parametrize("k", [0, 3, 12])
 def test_the_loss_has_the_derivatives_of_its_differences(loss, k):
@@ -245,6 +262,42 @@ def test_derivatives_of_likelihoods_are_those_of_scipy():
         np.testing.assert_allclose(first, (up - down) / (2 * h), atol=1e-6)
         np.testing.assert_allclose(second, (up + down - 2 * value.numpy()) / h**2, atol=1e-5)
         assert (second > 0).all()
+
+
+@pytest.mark.parametrize("loss", LIKELIHOODS)
+@pytest.mark.parametrize("output", [-0.7, 1.3])
+def test_what_is_expected_of_a_label_is_the_mean_over_labels(loss, output):
+    """Both second derivatives, over labels of a likelihood's own distribution."""
+    likelihood, rng = LIKELIHOODS[loss], RNG(0)
+    shape = torch.tensor(0.4, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    mean, size = np.exp(output), 1 / 0.4
+    draws = {
+        "poisson": lambda n: 0.5 * rng.negative_binomial(size, size / (size + mean / 0.5), n),
+        "gamma": lambda n: rng.gamma(size, mean / size, n),
+        "quantile": lambda n: rng.logistic(output, np.sqrt(3 * 0.4) / np.pi, n),
+        "binary": lambda n: rng.rand(n) < special.expit(output),
+    }
+    y = torch.as_tensor(draws[loss](200_000), dtype=torch.float64)
+    at = torch.full((1,), output, dtype=torch.float64, requires_grad=True)
+    information, cost = likelihood.expected(at.detach(), shape)
+    mean_of_rows = likelihood.derivatives(at.detach(), y, shape)[2].mean()
+    assert information.item() == pytest.approx(mean_of_rows.item(), rel=0.02)
+    if loss == "quantile":  # the loss has corners in place of curvature
+        assert cost == 1
+        return
+    value = likelihood.loss.rows(at.expand(len(y), 1), y[:, None]).mean()
+    (slope,) = torch.autograd.grad(value, at, create_graph=True)
+    assert cost.item() == pytest.approx(torch.autograd.grad(slope, at)[0].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("n_support", [0, 3, 20])  # fewer and more rows than columns
+def test_the_covariance_is_that_of_its_root(n_support):
+    head, rng = random_head(LIKELIHOODS["poisson"], n_outputs=2), RNG(1)
+    run = functions(head)
+    X, y = rng.randn(2, n_support, 2), draw("poisson", rng, (2, n_support, 2))
+    given = run.condition(torch.as_tensor(X), torch.as_tensor(y))
+    root = given.covariance_root()
+    torch.testing.assert_close(run.covariance(given), root.mT @ root)
 
 
 # -- fits ----------------------------------------------------------------------------------------
@@ -419,11 +472,6 @@ def test_a_fit_of_counts_is_continued():
     model.fit(X, y, groups=task)
     assert model.n_iter_ > 30
     assert np.isfinite(model.adapt(X[:5], y[:5]).predict(X)).all()
-
-
-def test_rows_to_label_are_refused_with_a_reason(fitted):
-    with pytest.raises(ValueError, match="suggest_rows is for loss='squared_error'"):
-        fitted.suggest_rows(counts()[0][:20], 2)
 
 
 def test_absolute_errors_are_calibrated_to_the_median_of_skewed_noise():

@@ -8,7 +8,7 @@ the mode itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ MOST_STEPS, NEAR = 30, 1e-4
 # as many, unasked, where the answer would have to be waited for; tasks take four to six
 STEPS_ON_DEVICE = 10
 FAR = 3.0  # standard deviations
-LENGTHS = (1.0, 0.5, 0.2, 0.05)
+LENGTHS = (1.0, 0.5, 0.2, 0.05, 0.01)
 
 
 class LaplaceHead(GaussianHead):
@@ -69,6 +69,11 @@ class LaplaceHead(GaussianHead):
                 noise = self.likelihood.guess(torch.from_numpy(level), run.shape())[1]
                 least = noise.flatten(1).amin(1)
                 self.log_scale[:] = (0.3 * least.sqrt()).log()[:, None]
+
+    @property
+    def n_systems(self) -> int:
+        """See `GaussianHead`: what rows tell depends on the output."""
+        return self.n_latent
 
     def functions(self, params: Params, body: Any = None) -> LaplaceFunctions:
         """See `GaussianHead`."""
@@ -171,6 +176,13 @@ class LaplacePosterior:
         """Whether the system is one of rows."""
         return _is_dual(self.S)
 
+    def covariance(self) -> Tensor:
+        """Covariance (n_members, n_tasks, n_outputs, n_columns, n_columns) of w."""
+        if not self.dual:
+            return self.inverse
+        A = self.root.mT.unsqueeze(-1) * self.S.unsqueeze(2)
+        return _with_one(-A.mT @ (self.inverse @ A))
+
     def covariance_root(self) -> Tensor:
         """Root R of the covariance of w, which is R'R; (..., n_columns, n_columns)."""
         factor = torch.linalg.cholesky(_Primal(self.S).system(self.root))
@@ -237,6 +249,19 @@ class LaplaceFunctions(HeadFunctions):
         output, variance, _ = self._predicted(prior + S @ given.shift, variance)
         return self.likelihood.spread(output), variance
 
+    def covariance(self, given: LaplacePosterior) -> Tensor:  # type: ignore[override]
+        """See `HeadFunctions`."""
+        return given.covariance()
+
+    def expected(  # type: ignore[override]
+        self, parts: Iterable[tuple[Tensor, Tensor]], given: LaplacePosterior
+    ) -> tuple[Tensor, Tensor]:
+        """See `HeadFunctions`; as if predictions were right."""
+        a = self.amplitude_of_tasks()
+        output = torch.cat([a * (prior + S @ given.shift) for prior, S in parts], 2)
+        information, cost = self.likelihood.expected(output, self.shape())
+        return (1 / (a**2 * information)).mT, (a**2 * cost).mT
+
     def room(self, n_rows: np.ndarray) -> int:
         """See `HeadFunctions`."""
         p, n_outputs = self.head.n_columns, self.head.n_outputs
@@ -297,10 +322,14 @@ class _Problem:
     def derivatives(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Objective (n_members, n_tasks, n_outputs), and derivatives of rows by S w."""
         a = self.run.amplitude_of_tasks()
-        output = a * (self.prior + self.space.outputs(at))
-        value, first, second = self.run.likelihood.derivatives(output, self.y, self.run.shape())
+        value, first, second = self.run.likelihood.derivatives(
+            self._outputs(at), self.y, self.run.shape()
+        )
         objective = (self.m.square() * value).sum(2) + self.space.length(at) / 2
         return objective, a * first, a**2 * second
+
+    def _outputs(self, at: Tensor) -> Tensor:
+        return self.run.amplitude_of_tasks() * (self.prior + self.space.outputs(at))
 
     def root(self, information: Tensor) -> Tensor:
         """Roots of the information of rows, of which padding has none."""
@@ -343,8 +372,16 @@ class _Problem:
         return at
 
     def _best(self, at: Tensor, step: Tensor) -> Tensor:
-        """Go the best of a few parts of a step, each output of a task for itself."""
-        places = torch.stack([at + t * step for t in LENGTHS])
+        """Go the best of a few parts of a step, each output of a task for itself.
+
+        Or one that is never too long, where the likelihood knows one.
+        """
+        parts = [at + t * step for t in LENGTHS]
+        bound = self.run.likelihood.bound(self._outputs(at), self.y, self.run.shape())
+        if bound is not None:
+            a = self.run.amplitude_of_tasks()
+            parts.append(self.newton(at, self.derivatives(at)[1], a**2 * bound))
+        places = torch.stack(parts)
         tried = torch.stack([self.derivatives(place)[0] for place in places])
         best = tried.nan_to_num(torch.inf).argmin(0)
         return places.gather(0, best[None, :, :, None].expand(1, *at.shape))[0]
