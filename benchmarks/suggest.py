@@ -1,6 +1,7 @@
 """Rows chosen by `suggest_rows` against random ones, on held-out tasks of real collections.
 
     python benchmarks/suggest.py [--data FOLDER] [--seeds 0,1,2] [--plot FILE] [--csv FILE]
+                                 [--loss absolute_error | --classes 2]
 
 Collections and held-out tasks are those of `tabular.py`. Of each task, half of its rows (at most
 80) are the pool that labels are bought from, the others the query rows, which never are. K rows
@@ -10,6 +11,10 @@ mean; the last two know the features only, standardised. Errors are root mean sq
 tasks, in standard deviations of the training targets, mean over tasks and seeds: of the query
 rows, and of all rows without a label. "5 of 8" is the error with five chosen rows over that with
 eight random ones, with its standard error over tasks.
+
+With --loss, errors are mean absolute ones. With --classes N, a classifier predicts which of N parts
+of the training targets, of the same size, a target is in, and errors are log-losses. Labels then
+decide which rows tell most: "one by one" adapts to each label before it chooses the next row.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import pandas as pd
 from sklearn.cluster import KMeans
 from tabular import COLLECTIONS, find_file, load, split
 
-from sklearn_maml import MAMLRegressor
+from sklearn_maml import MAMLClassifier, MAMLRegressor
 
 NAMES = [
     "x264 kbps",
@@ -39,7 +44,7 @@ SHOTS = range(1, 11)
 DRAWS = 20
 # drawn by `split`, support and query rows together
 LARGEST = 160
-CHOSEN, RANDOM = "chosen", "random"
+CHOSEN, ONE_BY_ONE, RANDOM = "chosen", "one by one", "random"
 COLORS = {
     CHOSEN: ("#0072B2", "o", "-"),
     RANDOM: ("#8C8C8C", "s", "-"),
@@ -67,30 +72,56 @@ def by_distance(Z, n):
     return np.array(rows)
 
 
-def errors(reg, Z, y, supports, others):
+def one_by_one(model, Z, y, pools, n):
+    """Rows (n_pools, n) each chosen once the labels of those before it are known."""
+    chosen = np.empty((len(pools), n), dtype=int)
+    for k in range(n):
+        left = [np.setdiff1d(pool, rows[:k]) for pool, rows in zip(pools, chosen, strict=True)]
+        of = np.repeat(np.arange(len(pools)), [len(rows) for rows in left])
+        rows = np.concatenate(left)
+        chosen[:, k] = rows[model.suggest_rows(Z[rows], 1, groups=of)]
+        known = chosen[:, : k + 1].ravel()
+        model.adapt(Z[known], y[known], groups=np.repeat(np.arange(len(pools)), k + 1))
+    return chosen
+
+
+def errors(model, Z, y, supports, others):
     """Return the error (n_sets,) of each set of rows, adapted to, on those in `others`."""
     given, asked = np.concatenate(supports), np.concatenate(others)
     codes = np.repeat(np.arange(len(supports)), [len(rows) for rows in supports])
     of = np.repeat(np.arange(len(others)), [len(rows) for rows in others])
-    reg.adapt(Z[given], y[given], groups=codes)
-    off = (reg.predict(Z[asked], groups=of) - y[asked]) / reg.y_scale_[0]
+    model.adapt(Z[given], y[given], groups=codes)
+    if isinstance(model, MAMLClassifier):
+        p = model.predict_proba(Z[asked], groups=of)[np.arange(len(asked)), y[asked]]
+        return np.bincount(of, -np.log(np.maximum(p, 1e-12))) / np.bincount(of)
+    off = (model.predict(Z[asked], groups=of) - y[asked]) / model.y_scale_[0]
+    if model.loss != "squared_error":
+        return np.bincount(of, np.abs(off)) / np.bincount(of)
     return np.sqrt(np.bincount(of, off**2) / np.bincount(of))
 
 
-def of_seed(name, X, y, task, collection, seed):
+def of_seed(name, X, y, task, collection, seed, loss="squared_error", classes=None):
     """Errors of each method, K and held-out task; a frame."""
     train, episodes = split(X, y, task, collection, seed)
+    model = MAMLRegressor(loss=loss, random_state=seed)
+    if classes:
+        model = MAMLClassifier(random_state=seed)
+        y = np.searchsorted(np.quantile(y[train], np.arange(1, classes) / classes), y)
     scale = X[train].std(0)
     Z = (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
-    reg = MAMLRegressor(random_state=seed).fit(Z[train], y[train], groups=task[train])
+    model.fit(Z[train], y[train], groups=task[train])
     tasks = [np.concatenate(parts)[:LARGEST] for parts in episodes[max(episodes)]]
     pools, queries = [rows[::2] for rows in tasks], [rows[1::2] for rows in tasks]
     sizes = [len(pool) for pool in pools]
     # before any adapt: all of them are new
     pooled = np.concatenate(pools)
     start = time.process_time()
-    chosen = reg.suggest_rows(Z[pooled], max(SHOTS), groups=np.repeat(np.arange(len(sizes)), sizes))
+    chosen = model.suggest_rows(
+        Z[pooled], max(SHOTS), groups=np.repeat(np.arange(len(sizes)), sizes)
+    )
     seconds = time.process_time() - start
+    if classes or loss != "squared_error":
+        followed = one_by_one(model, Z, y, pools, max(SHOTS))
     far = [pool[by_distance(Z[pool], max(SHOTS))] for pool in pools]
     draws = [np.random.RandomState(draw) for draw in range(DRAWS)]
     shuffled = [[rng.permutation(pool) for pool in pools] for rng in draws]
@@ -102,6 +133,8 @@ def of_seed(name, X, y, task, collection, seed):
             "farthest point": [rows[:k] for rows in far],
             RANDOM: [rows[:k] for draw in shuffled for rows in draw],
         }
+        if classes or loss != "squared_error":
+            sets[ONE_BY_ONE] = list(followed[:, :k])
         for method, supports in sets.items():
             repeats = len(supports) // len(tasks)
             rest = [
@@ -109,8 +142,8 @@ def of_seed(name, X, y, task, collection, seed):
                 for all_rows, rows in zip(tasks * repeats, supports, strict=True)
             ]
             found = {
-                "query": errors(reg, Z, y, supports, queries * repeats),
-                "unlabelled": errors(reg, Z, y, supports, rest),
+                "query": errors(model, Z, y, supports, queries * repeats),
+                "unlabelled": errors(model, Z, y, supports, rest),
             }
             means = {key: value.reshape(repeats, -1).mean(0) for key, value in found.items()}
             records += [
@@ -123,7 +156,8 @@ def of_seed(name, X, y, task, collection, seed):
 def five_of_eight(frame, rows):
     """Ratio of the error with five chosen rows to that with eight random ones, and its error."""
     table = frame.pivot(index=["seed", "task"], columns=["method", "K"], values=rows)
-    five, eight = table[CHOSEN, 5], table[RANDOM, 8]
+    best = ONE_BY_ONE if ONE_BY_ONE in table.columns.levels[0] else CHOSEN
+    five, eight = table[best, 5], table[RANDOM, 8]
     ratio = five.mean() / eight.mean()
     return ratio, (five - ratio * eight).std(ddof=1) / np.sqrt(len(five)) / eight.mean()
 
@@ -184,6 +218,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with collections that are not shipped")
     parser.add_argument("--collections", default=",".join(NAMES), help="names, comma-separated")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--loss", default="squared_error", help="of the regressor")
+    parser.add_argument("--classes", type=int, help="of a classifier, in place of the regressor")
     parser.add_argument("--csv", type=Path, help="file for the errors; it is read if it is there")
     parser.add_argument("--plot", type=Path, help="file for the figure")
     args = parser.parse_args()
@@ -198,7 +234,8 @@ def main() -> None:
                 continue
             X, y, task = load(path, COLLECTIONS[name])
             seeds = [int(seed) for seed in args.seeds.split(",")]
-            parts += [of_seed(name, X, y, task, COLLECTIONS[name], seed) for seed in seeds]
+            how = {"loss": args.loss, "classes": args.classes}
+            parts += [of_seed(name, X, y, task, COLLECTIONS[name], seed, **how) for seed in seeds]
         frame = pd.concat(parts)
         if args.csv is not None:
             frame.to_csv(args.csv, index=False)

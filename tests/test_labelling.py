@@ -25,9 +25,24 @@ from sklearn_maml.learners import telling
 from sklearn_maml.learners.base import Several, Support
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.conditioned import Calibration, Conditioned, row_marks
-from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.likelihoods import Normal
-from sklearn_maml.targets import SquaredError
+from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.likelihoods import (
+    Classes,
+    Counts,
+    HeavyTails,
+    Labels,
+    Normal,
+    Positive,
+)
+from sklearn_maml.targets import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Gamma,
+    Poisson,
+    SquaredError,
+)
 
 RNG = np.random.RandomState
 
@@ -136,19 +151,21 @@ def test_weights_of_labelled_rows_and_scales_of_tasks_count(n_pool):
     assert got == gains.argmax()
 
 
-def test_variances_and_sums_follow_labels_exactly(monkeypatch):
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_variances_and_sums_follow_labels_exactly(monkeypatch, of_rows):
     monkeypatch.setattr(telling, "ROWS_AT_A_TIME", 4)
     rng = RNG(0)
     shape = n_members, n_tasks, n_noises, n_rows, n_columns = 2, 3, 2, 11, 6
     S = torch.from_numpy(rng.randn(n_members, n_tasks, n_rows, n_columns))
     root = torch.from_numpy(rng.randn(n_members, n_tasks, n_noises, n_columns, n_columns))
-    C, noise = root @ root.mT, torch.from_numpy(0.1 + rng.rand(n_members, n_noises))
+    C = root @ root.mT
     weight = torch.from_numpy(rng.rand(*shape[:4]))
     place = np.arange(n_tasks * n_rows).reshape(n_tasks, n_rows)
 
     def columns(rows):
-        return S.flatten(1, 2)[:, rows]
+        return S.flatten(1, 2)[:, rows, :1], S.flatten(1, 2)[:, rows]
 
+    noise = torch.from_numpy(0.1 + rng.rand(*shape[:4] if of_rows else (n_members, 1, n_noises, 1)))
     both = []
     for kept in (True, False):
         monkeypatch.setattr(telling, "MOST_ENTRIES", 10**6 if kept else 0)
@@ -167,7 +184,8 @@ def test_variances_and_sums_follow_labels_exactly(monkeypatch):
             for j in range(n_members):
                 for o in range(n_noises):
                     one = K[j, t, o]
-                    K[j, t, o] = one - torch.outer(one[c], one[c]) / (one[c, c] + noise[j, o])
+                    of_row = noise.expand(*shape[:4])[j, t, o, c]
+                    K[j, t, o] = one - torch.outer(one[c], one[c]) / (one[c, c] + of_row)
     for model in both:
         torch.testing.assert_close(model.variance, K.diagonal(dim1=-2, dim2=-1))
         explained = (K.square() * weight.unsqueeze(-2)).sum(-1)
@@ -243,6 +261,50 @@ def reg(fitted):
 
 
 GRID = np.linspace(-1, 1, 9)[:, None]
+
+
+NEWTON = {
+    "poisson": Counts(Poisson()),
+    "gamma": Positive(Gamma()),
+    "absolute_error": HeavyTails(AbsoluteError()),
+    "binary": Labels(BinaryCrossEntropy()),
+}
+
+
+@pytest.mark.parametrize("loss", NEWTON)
+@pytest.mark.parametrize("n_pool", [6, 14])
+@pytest.mark.parametrize("n_known", [0, 4, 14])
+def test_rows_of_other_losses_are_those_of_the_expected_loss(loss, n_pool, n_known):
+    """By labels as they are expected: noise and cost of each row, by its predicted output."""
+    rng, likelihood = RNG(4), NEWTON[loss]
+    body = MLPBody(2, [3, 6], nn.ReLU(), torch.Generator().manual_seed(0))
+    start = [(0.3 * rng.randn(4, 1), np.tril(rng.randn(4, 4)), np.ones(1), np.full(1, 0.3))] * 2
+    head = LaplaceHead(body, start, np.zeros(3), np.ones(3), likelihood=likelihood).double()
+    y = np.abs(rng.randn(n_known, 1)) + 0.1
+    y = np.round(y) % 2 if loss == "binary" else y
+    X, pool = rng.randn(n_known, 3), rng.randn(n_pool, 3)
+    support = Support(X, y, np.zeros(n_known, int), 1, None)
+    got = Conditioned.on(head, calibration(), support).telling_rows(
+        pool, np.zeros(n_pool, int), np.zeros(1, int), 3
+    )
+    run = head.functions({name: p.detach() for name, p in head.named_parameters()})
+    given = run.condition(torch.from_numpy(X[None]), torch.from_numpy(y[None]))
+    prior, S = run.columns(torch.from_numpy(pool))
+    output = (prior + S @ given.shift[:, 0]).unsqueeze(1)
+    information, cost = likelihood.expected(output, run.shape())
+    information, cost = information.numpy().reshape(2, -1), cost.numpy().reshape(2, -1)
+    root = given.covariance_root()[:, 0, 0] @ S.mT
+    K, chosen = (root.mT @ root).numpy(), []
+    for _ in range(3):
+        gains = np.zeros(n_pool)
+        for j in range(2):
+            gains += (cost[j] * K[j] ** 2).sum(1) / (np.diag(K[j]) + 1 / information[j])
+        gains[chosen] = -np.inf
+        c = int(gains.argmax())
+        chosen.append(c)
+        for j in range(2):
+            K[j] = K[j] - np.outer(K[j, c], K[j, c]) / (K[j, c, c] + 1 / information[j, c])
+    assert got.tolist() == [chosen]
 
 
 def test_lines_through_the_origin_are_measured_far_out(reg):
@@ -396,10 +458,74 @@ def test_learners_that_know_no_variance_are_refused_with_a_way_out():
         steps.suggest_rows(GRID, 3, groups=np.zeros(9))
     clf = MAMLClassifier(update_rule="sgd", max_iter=1, hidden_layer_sizes=(4,), steps=1)
     clf.fit(X, y > 0, groups=task)
-    with pytest.raises(TypeError, match="predict_proba"):
+    with pytest.raises(ValueError, match="suggest_rows needs a learner"):
         suggest_rows(clf, GRID, 3)
     with pytest.raises(TypeError, match="no meta-learned model"):
         suggest_rows(StandardScaler().fit(X), GRID, 3)
+
+
+def test_classes_of_new_tasks_are_asked_for_where_they_differ():
+    """Thresholds differ by less than 1: what is far from there has the same class always."""
+    rng = RNG(0)
+    X, task = rng.uniform(-3, 3, (1200, 1)), np.repeat(np.arange(60), 20)
+    y = X[:, 0] + rng.uniform(-0.5, 0.5, 60)[task] > 0
+    clf = MAMLClassifier(update_rule="gaussian-head", max_iter=200, hidden_layer_sizes=(8,))
+    clf.set_params(random_state=0).fit(X, y, groups=task)
+    pool = np.linspace(-3, 3, 25)[:, None]
+    assert abs(pool[clf.suggest_rows(pool, 1)[0], 0]) < 0.8
+    # a label tells where to ask next
+    known = adapt(clf, [[0.2]], [False])
+    rows = suggest_rows(known, pool, 3)
+    assert len(set(rows)) == 3
+    assert known.predict_proba(pool)[rows[0]].max() < 0.9
+
+
+def test_doubt_about_classes_counts_where_none_is_certain():
+    rng, generator = RNG(0), torch.Generator().manual_seed(0)
+    body = MLPBody(2, [3, 6], nn.ReLU(), generator)
+    start = [(rng.randn(4, 3), np.tril(rng.randn(4, 4)), np.ones(1), np.full(1, 0.3))] * 2
+    options = {"likelihood": Classes(CrossEntropy())}
+    head = ClassHead(body, start, np.zeros(3), np.ones(3), **options).double()
+    X, pool, one = rng.randn(5, 3), rng.randn(9, 3), np.zeros(1, int)
+    support = Support(X, np.arange(5) % 3, np.zeros(5, int), 1, None)
+    (got,) = Conditioned.on(head, calibration(3), support).telling_rows(
+        pool, np.zeros(9, int), one, 1
+    )
+    run = head.functions({name: p.detach() for name, p in head.named_parameters()})
+    given = run.condition(torch.from_numpy(X[None]), torch.eye(3).double()[np.arange(5) % 3][None])
+    prior, S = run.columns(torch.from_numpy(pool))
+    p, K = (prior + S @ given.shift[:, 0]).softmax(-1), S @ run.covariance(given)[:, 0, 0] @ S.mT
+    cost = 1 - p.square().sum(-1)
+    of_rows = K.diagonal(dim1=-2, dim2=-1) + run.noise()
+    assert got[0] == ((K.square() * cost.unsqueeze(1)).sum(-1) / of_rows).sum(0).argmax()
+
+
+def test_tasks_whose_labels_are_their_own_can_be_asked_for_before_any_is_known():
+    X, y, task = slopes(12)
+    y = 2 * task + (X[:, 0] > 0)
+    options = {"update_rule": "gaussian-head", "max_iter": 3, "hidden_layer_sizes": (4,)}
+    clf = MAMLClassifier(n_ways=2, n_shots=2, n_queries=2, random_state=0, **options)
+    clf.fit(X, y, groups=task)
+    rows = clf.suggest_rows(GRID, 4)
+    assert len(set(rows)) == 4
+    assert min(GRID[rows, 0]) < -0.5
+    assert max(GRID[rows, 0]) > 0.5
+    adapted = adapt(clf, GRID[rows], np.where(GRID[rows, 0] > 0, "b", "a"))
+    assert set(adapted.predict(GRID)) == {"a", "b"}
+    assert adapted.suggest_rows(GRID, 2).shape == (2,)
+    with pytest.raises(ValueError, match="no classes to predict"):
+        clf.set_params(unseen_tasks="prior").predict(GRID)
+
+
+def test_counts_are_asked_for_where_they_are_many():
+    """The rate of a task is a factor of all rates: large ones tell most of it."""
+    rng = RNG(0)
+    X, task = rng.uniform(-2, 2, (600, 1)), np.repeat(np.arange(40), 15)
+    y = rng.poisson(np.exp(X[:, 0] + rng.randn(40)[task])).astype(float)
+    reg = MAMLRegressor(loss="poisson", update_rule="gaussian-head", max_iter=20, random_state=0)
+    reg.set_params(hidden_layer_sizes=(8,)).fit(X, y, groups=task)
+    first = reg.suggest_rows(GRID, 3)[0]
+    assert GRID[first, 0] >= 0.5
 
 
 def test_pools_of_several_tasks_go_through_pipelines():

@@ -152,8 +152,12 @@ class Adapting(Building):
                 "with the old rows and the new ones together."
             )
 
-    def _prior_state(self) -> State:
+    def _prior_state(self, asker: str = "predict") -> State:
         """State of a task without labelled rows."""
+        if self.targets_.n_ways is not None and asker == "suggest_rows":
+            X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
+            none = np.zeros(0, dtype=np.intp)
+            return State(adapted=self._learn(Support(X, none, none, 1), None), ids=None)
         if self.targets_.n_ways is not None:
             raise ValueError(
                 f"unseen_tasks={self.unseen_tasks!r} predicts for tasks without labelled rows, but "

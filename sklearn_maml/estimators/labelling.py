@@ -30,7 +30,8 @@ class Suggesting(Predicting):
         The Gaussian head knows the variance of its predictions before a label is known, and how
         much of it the label of a row would take away, at that row and at all others. The row that
         takes most of the mean variance over the pool away is first; the second is the best one
-        given the first, and so on.
+        given the first, and so on. Of classes, and of other losses than squared error, what a label
+        tells depends on what it says: where possible, adapt to it before asking for the next row.
 
         Parameters
         ----------
@@ -57,8 +58,7 @@ class Suggesting(Predicting):
         ------
         ValueError
             If `n` is no positive integer or a pool has fewer rows; if gradient steps predict
-            alone, which know no variance, or a head of another `loss` than squared error, whose
-            variance depends on the labels; if several tasks are adapted to and `groups` is None.
+            alone, which know no variance; if several tasks are adapted to and `groups` is None.
         NotFittedError
             If the estimator is not meta-fitted.
 
@@ -68,12 +68,15 @@ class Suggesting(Predicting):
 
         Notes
         -----
-        Of row c of a pool the criterion is :math:`\sum_j K_{jc}^2 / (K_{cc} + \sigma^2)`, with
-        the posterior covariance K of the noiseless targets, averaged over the members of the head,
-        the outputs in units of their standard deviations in `fit`: active learning by expected
-        variance (Cohn, Ghahramani & Jordan 1996, sec. 4), which is exact for a Gaussian head.
-        Where members disagree is left out, as labels need not settle it. Rows that are equally
-        good are taken by position.
+        Of row c of a pool the criterion is :math:`\sum_j w_j K_{jc}^2 / (K_{cc} + \sigma_c^2)`,
+        with the posterior covariance K of the outputs, averaged over the members of the head:
+        active learning by expected variance (Cohn, Ghahramani & Jordan 1996, sec. 4). For squared
+        errors it is exact, with the variance of the noise and equal weights, of outputs in units of
+        their standard deviations in `fit`. For other losses, :math:`1 / \sigma_c^2` is the
+        information that is expected of a label (of counts, more where many are expected), and
+        :math:`w_j` the expected second derivative of the loss; for classes,
+        :math:`w_j = 1 - \sum_k p_{jk}^2`. Where members disagree is left out, as labels need not
+        settle it. Rows that are equally good are taken by position.
 
         References
         ----------
@@ -121,8 +124,8 @@ def suggest_rows(
     Parameters
     ----------
     estimator : estimator
-        A meta-fitted `MAMLRegressor`, or a model that predicts what one predicts: a Pipeline,
-        search, FewShot or frozen estimator made of one, or any of these in a
+        A meta-fitted `MAMLRegressor` or `MAMLClassifier`, or a model that predicts what one
+        predicts: a Pipeline, search, FewShot or frozen estimator made of one, or any of these in a
         TransformedTargetRegressor, whose variance is that of the transformed target. What `adapt`
         returned goes on from the rows that it was given.
     X_pool : array-like of shape (n_pool, n_features)
@@ -141,8 +144,8 @@ def suggest_rows(
     Raises
     ------
     TypeError
-        If there is no `MAMLRegressor` in `estimator`, or if `estimator` predicts something else
-        than the one there is, such as an ensemble.
+        If there is no MAML estimator in `estimator`, or if `estimator` predicts something else than
+        the one there is, such as an ensemble.
     NotFittedError
         If `estimator` is not fitted.
     ValueError
@@ -169,12 +172,6 @@ def suggest_rows(
         check_is_fitted(estimator)
         estimator = estimator.regressor_
     transformers, maml = open_chain(estimator)
-    if not isinstance(maml, Suggesting):
-        raise TypeError(
-            f"suggest_rows is for a MAMLRegressor; got a {type(maml).__name__}. What labels of "
-            "classes take away is not known before they are: the variance is not that of a "
-            "Gaussian. Take the rows whose predict_proba is least sure."
-        )
     check_is_fitted(maml)
     pools: Any = X_pool
     if transformers and isinstance(pools, (list, tuple)) and n_axes(pools[:1]) > 2:

@@ -148,10 +148,10 @@ class Predicting(Adapting):
                     f"groups (the task id of each row) to {asker}."
                 )
             one = np.zeros(1, dtype=np.intp)
-            return state or self._prior_state(), one, np.zeros(n_rows, dtype=np.intp)
+            return state or self._prior_state(asker), one, np.zeros(n_rows, dtype=np.intp)
         ids, codes = encode_ids(groups, n_rows, name)
         if state is None:
-            return self._prior_state(), np.zeros(len(ids), dtype=np.intp), codes
+            return self._prior_state(asker), np.zeros(len(ids), dtype=np.intp), codes
         if state.ids is None:
             raise ValueError(
                 f"{asker} got {name}, but the estimator was adapted to one task without an id. "
@@ -178,7 +178,7 @@ class Predicting(Adapting):
                     stacklevel=4,
                 )
             positions = np.where(unknown, state.n_tasks, positions)
-            state = state.followed_by(self._prior_state())
+            state = state.followed_by(self._prior_state(asker))
         return state, positions, codes
 
     def adapted_module(self, task: Any = None) -> nn.Module:

@@ -15,7 +15,6 @@ from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
 from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
 from sklearn_maml.learners.laplace import LaplacePosterior
-from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.learners.sums import (
     CACHED_ROWS,
@@ -285,24 +284,18 @@ class Conditioned(Adapted):
         self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
     ) -> np.ndarray:
         """See `Adapted`; variances are those of `std`, the members' disagreement apart."""
-        if isinstance(self.head.likelihood, NewtonLikelihood):
-            raise ValueError(
-                "suggest_rows is for loss='squared_error': how sure a label makes predictions "
-                f"depends on the label with {self.head.likelihood.loss.name}. Take the rows of the "
-                "largest std of predict(..., return_std=True), or fit a transformed target."
-            )
-        run, n_noises = _exact(self.head), self.head.log_noise.shape[1]
+        run, n_systems = _exact(self.head), self.head.n_systems
         given = Given(run, self.support, self.sums, tasks)
         order = np.argsort(pools, kind="stable")
         sizes = np.bincount(pools, minlength=len(tasks))
         first = np.cumsum(sizes) - sizes
         n_columns = self.head.n_columns
         entries = self.head.n_members * n_columns
-        most_tasks = max(MOST_ENTRIES // (entries * n_noises * n_columns), 1)
+        most_tasks = max(MOST_ENTRIES // (entries * n_systems * n_columns), 1)
         chosen = np.empty((len(tasks), n), dtype=np.intp)
 
-        def columns(of_pools: np.ndarray) -> Tensor:
-            return run.of_tasks(*tensors(self.head, rows[of_pools]))[1]
+        def columns(of_pools: np.ndarray) -> tuple[Tensor, Tensor]:
+            return run.of_tasks(*tensors(self.head, rows[of_pools]))
 
         with torch.no_grad():
             for batch in alike(sizes, most_tasks, MOST_ENTRIES // entries):
@@ -310,11 +303,12 @@ class Conditioned(Adapted):
                 free = number < sizes[batch][:, None]
                 place = order[np.where(free, first[batch][:, None] + number, 0)]
                 posterior = given.posterior(batch)
-                weight = self._weight(run, posterior, rows, tasks[batch], place, free)
-                kind = Dense if place.shape[1] <= n_columns else LowRank
                 S = Columns(columns, place, entries)
-                model = kind(S, run.covariance(posterior), run.noise(), weight)
-                found = greedy(model, run.noise(), free, n)
+                noise, cost = run.expected(S.with_prior(), posterior)
+                weight = self._weight(run, posterior, rows, tasks[batch], place, free, cost)
+                kind = Dense if place.shape[1] <= n_columns else LowRank
+                model = kind(S, run.covariance(posterior), noise, weight)
+                found = greedy(model, free, n)
                 chosen[batch] = np.take_along_axis(place, found, 1)
         return chosen
 
@@ -326,16 +320,19 @@ class Conditioned(Adapted):
         tasks: np.ndarray,
         place: np.ndarray,
         present: np.ndarray,
+        cost: Tensor,
     ) -> Tensor:
-        """Return what variances (n_members, n_tasks, n_noises, n_rows) count in those of `std`."""
-        codes = np.repeat(tasks, place.shape[1])
-        factor = self._factor(rows[place.ravel()], codes).reshape(*place.shape, -1)
+        """Return what variances (n_members, n_tasks, n_systems, n_rows) count in those of `std`."""
+        factor = np.ones((*place.shape, 1))
+        if not self.head.likelihood.are_classes:
+            codes = np.repeat(tasks, place.shape[1])
+            factor = self._factor(rows[place.ravel()], codes).reshape(*place.shape, -1)
         (weight,) = tensors(self.head, factor**2 * present[..., None])
-        weight = (weight * run.amplitude_of_tasks() ** 2).mT
+        weight = weight.mT * cost
         if self.calibration.freedom is not None:
             (freedom,) = tensors(self.head, self.calibration.freedom)
             weight = weight * run.spread(posterior, freedom).unsqueeze(-1)
-        if run.noise().shape[1] == 1:
+        if self.head.n_systems == 1:
             weight = weight.sum(-2, keepdim=True)
         return weight.expand(self.head.n_members, -1, -1, -1)
 

@@ -12,7 +12,7 @@ so that a linear truth needs no training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,6 +100,11 @@ class GaussianHead(nn.Module):
     def n_columns(self) -> int:
         """Number of weights of an output."""
         return self.factor.shape[-1] + self.body.width
+
+    @property
+    def n_systems(self) -> int:
+        """Number of covariances of the weights of a task: outputs of the same noise share one."""
+        return self.log_noise.shape[1]
 
     def functions(self, params: Params, body: Any = None) -> HeadFunctions:
         """Return what the head computes with parameters of these values.
@@ -472,6 +477,28 @@ class HeadFunctions:
         half = torch.linalg.solve_triangular(given.factor, given.S.unsqueeze(2), upper=False)
         return torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.mT @ half
 
+    def expected(
+        self, parts: Iterable[tuple[Tensor, Tensor]], given: Posterior
+    ) -> tuple[Tensor, Tensor]:
+        """Return how much labels of rows would be off, and what doubt about their outputs costs.
+
+        Parameters
+        ----------
+        parts : iterable of (prior, S)
+            Of some rows after the others, see `of_tasks`.
+        given : Posterior
+
+        Returns
+        -------
+        noise : Tensor of shape (n_members, n_tasks or 1, n_systems, n_rows or 1)
+            Variance of a label about the output, by the squared amplitude.
+        cost : Tensor of shape (n_members or 1, n_tasks or 1, n_outputs, n_rows or 1)
+            Factor of the variance of an output, by the squared amplitude, in the expected loss.
+        """
+        a = self.amplitude_of_tasks()
+        noise = self.noise()[:, None, :, None]
+        return noise, (a**2).mT if isinstance(a, Tensor) else noise.new_ones(1, 1, 1, 1)
+
     def _variance(self, S: Tensor, given: Posterior) -> Tensor:
         """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""
         noise = self.noise()[:, None, :, None]
@@ -539,3 +566,11 @@ class ClassFunctions(HeadFunctions):
         """Return logits; see `HeadFunctions`. They have no variances."""
         prior, S = self.of_tasks(X)
         return prior + S @ given.shift, None
+
+    def expected(
+        self, parts: Iterable[tuple[Tensor, Tensor]], given: Posterior
+    ) -> tuple[Tensor, Tensor]:
+        """See `HeadFunctions`: doubt costs nothing where one class is certain all the same."""
+        p = [(prior + S @ given.shift).softmax(-1) for prior, S in parts]
+        cost = torch.cat([1 - some.square().sum(-1) for some in p], -1)
+        return self.noise()[:, None, :, None], cost.unsqueeze(2)
