@@ -13,6 +13,7 @@ import torch
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import SinusoidTasks, make_sinusoid_tasks
 from sklearn_maml.exceptions import NotAdaptedError, SingleTaskWarning
+from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.training import outcomes, outer_step, schedule
 
 SMALL = {"hidden_layer_sizes": (4,), "max_iter": 3, "random_state": 0}
@@ -63,6 +64,46 @@ def test_a_call_goes_on_from_a_fit():
     assert 0 < moved < 0.05  # three steps of Adam, from where it was
     again = model.fit(X, Y, groups=G)  # which starts anew
     torch.testing.assert_close(weights(again), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("params", [STEPS, HEAD], ids=["steps", "head"])
+@pytest.mark.parametrize("partial", [True, False])
+def test_few_tasks_move_what_many_have_taught_in_proportion_to_their_number(params, partial):
+    params = {**params, "warm_start": True, "early_stopping": False}
+    many = MAMLRegressor(**params).fit(X, Y, groups=G)
+    rows = part(0, size=3)
+
+    def moved(model):
+        before = weights(model)
+        call = model.partial_fit if partial else model.fit
+        call(X[rows], Y[rows], groups=G[rows])
+        return (weights(model) - before).abs().max()
+
+    few = copy.deepcopy(many)
+    of_three = moved(few)
+    few.net_.most_tasks_ = 3  # as if it had known no more
+    assert many.net_.most_tasks_ == 24
+    assert of_three > 0
+    assert moved(few) > 4 * of_three
+
+
+def test_how_many_tasks_have_taught_is_saved(tmp_path):
+    model = MAMLRegressor(**STEPS).fit(X, Y, groups=G)
+    model.save(tmp_path / "model", training=True)
+    one, other = (go(m, part(0, size=2)) for m in (model, MAMLRegressor.load(tmp_path / "model")))
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+    assert other.net_.most_tasks_ == 24
+
+
+def test_a_continued_fit_keeps_its_start_until_held_out_tasks_find_better():
+    params = {**STEPS, "early_stopping": "auto", "warm_start": True}
+    model = MAMLRegressor(**{**params, "max_iter": 60}).fit(X, Y, groups=G)
+    start = weights(model)
+    model.set_params(beta=3.0).fit(X, Y, groups=G)  # which leads nowhere
+    torch.testing.assert_close(weights(model), start, rtol=0, atol=0)
+    assert MetaTrainingDisplay.from_estimator(model).kept is None
+    model.set_params(beta=1e-3, max_iter=200).fit(X, Y, groups=G)
+    assert not torch.equal(weights(model), start)
 
 
 @pytest.mark.parametrize(

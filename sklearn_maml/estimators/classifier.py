@@ -165,7 +165,7 @@ class MAMLClassifier(
         predicts for the population of tasks, as after `adapt` to a task without rows. May be
         changed after `fit`.
     warm_start : bool, default=False
-        Whether another `fit` continues from the parameters and the optimiser state of the last.
+        Whether another `fit` goes on from the last, which stands until held-out tasks do better.
     random_state : int, RandomState instance or None, default=None
         Seeds initialisation, episodes, and the splits of `score`.
     verbose : int, default=0

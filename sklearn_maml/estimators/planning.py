@@ -225,7 +225,7 @@ class Planning(Building):
                 "iterator_train__batch_size is the number of tasks of a meta-batch: expected an "
                 f"int of at least 1, got {net.batch_size!r}."
             )
-        net.rows_per_task = source.rows_per_task
+        net.n_tasks, net.rows_per_task = source.n_tasks, source.rows_per_task
         net.max_grad_norm = self.max_grad_norm
         net.symmetric_head = self._symmetric_head(learner) if plan.with_steps else None
         net.step_size_at = None if engine is None else engine.spec.meta_gradient.step_size_at

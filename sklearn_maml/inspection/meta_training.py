@@ -126,7 +126,9 @@ class MetaTrainingDisplay:
             valid = column("valid_loss")
             # a fit that was continued keeps the best of its own epochs
             own = np.where(n_updates > maml.net_.first_update_, valid, np.nan)
-            if np.isfinite(own).any():
+            goes_on = maml.net_.first_update_ > 0  # and may have kept what it started from
+            at_start = goes_on and maml.net_.best_update_ == maml.net_.first_update_
+            if np.isfinite(own).any() and not at_start:
                 kept = int(np.nanargmin(own))
         # until they are given up
         of_steps = column("steps_valid_loss")

@@ -27,6 +27,7 @@ COUNTERS = (
     "best_loss_",
     "best_update_",
     "interrupted_",
+    "most_tasks_",
 )
 # parameters that the numbers of a fit do not depend on, and the seed, which is compared itself
 UNCOMPARED = ("callbacks", "device", "random_state", "verbose", "warm_start")

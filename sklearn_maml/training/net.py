@@ -36,7 +36,7 @@ from sklearn_maml.training.outcomes import Outcomes, current_row, non_finite_err
 from sklearn_maml.training.outer_step import OuterStep
 from sklearn_maml.training.parts import Parts
 from sklearn_maml.training.stream import BatchLoader, Episodes, Loaders
-from sklearn_maml.training.validation import validate
+from sklearn_maml.training.validation import judge_start, validate
 
 __all__ = ["MetaNet"]
 
@@ -82,6 +82,8 @@ class MetaNet(NeuralNet):
         What `engine` is, or shares among processes, where a Gaussian head is trained.
     partial : bool, default=False
         Whether more calls will come: rates then are constant, and the last parameters are kept.
+    n_tasks : int or None, default=None
+        Tasks that are trained on; None for a distribution of them.
     **kwargs : dict
         Parameters of `skorch.NeuralNet`.
     """
@@ -106,12 +108,14 @@ class MetaNet(NeuralNet):
         checkpoint: Any = None,
         joint: Any = None,
         partial: bool = False,
+        n_tasks: int | None = None,
         criterion: Any = nn.Identity,
         **kwargs: Any,
     ) -> None:
         self.engine = engine
         self.joint = joint
         self.partial = partial
+        self.n_tasks = n_tasks
         self.alpha = alpha
         self.steps = steps
         self.eval_steps = eval_steps
@@ -147,6 +151,7 @@ class MetaNet(NeuralNet):
             super().initialize()
         self.update_ = 0
         self.non_finite_ = 0
+        self.most_tasks_ = 0
         self._is_host = is_host(self.device)
         self.listeners_ = Listeners()
         self.loaders_ = Loaders()
@@ -175,6 +180,7 @@ class MetaNet(NeuralNet):
         self.initialize()
         self.history_ = history
         self.update_ = net.update_
+        self.most_tasks_ = net.most_tasks_
         if type(self.optimizer_) is type(net.optimizer_):
             settings = [
                 {name: value for name, value in group.items() if name != "params"}
@@ -249,15 +255,16 @@ class MetaNet(NeuralNet):
             self.checkpoint.take_result(self)
             return self
         self.parts_ = None if self.joint is None else Parts(self.joint)
+        schedule.weigh_tasks(self)
         for group in self.optimizer_.param_groups:
-            group["base_lr"] = group["lr"]
+            group["base_lr"] = group["lr"] = self.trust_ * group["lr"]
         with new_schedules(self):
             self.notify("on_train_begin", X=X, y=y)
         self.outer_step_.project(self)
         if self.checkpoint is not None:
             self.checkpoint.begin(self)
-        if self.parts_ is not None and self.update_ == self.first_update_ and not self.partial:
-            self.parts_.begin(self)
+        if self.update_ == self.first_update_ and not self.partial:
+            judge_start(self)
         left = self.max_iter - (self.update_ - self.first_update_)
         self.engine.expect(
             self.update_,

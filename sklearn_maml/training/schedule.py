@@ -7,7 +7,14 @@ from typing import Any
 
 from sklearn_maml.learners.joint import PART_OF_UPDATES, rate_factor
 
-__all__ = ["UPDATES_PER_EPOCH", "count_epochs", "count_head_updates", "decay_rate", "step_size"]
+__all__ = [
+    "UPDATES_PER_EPOCH",
+    "count_epochs",
+    "count_head_updates",
+    "decay_rate",
+    "step_size",
+    "weigh_tasks",
+]
 
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
@@ -42,4 +49,16 @@ def step_size(net: Any) -> float | None:
     if net.step_size_at is None:
         return None
     done = 0 if net.partial else net.update_ - net.first_update_
-    return net.step_size_at(done / net.max_iter)
+    size = net.step_size_at(done / net.max_iter)
+    return None if size is None else net.trust_ * size
+
+
+def weigh_tasks(net: Any) -> None:
+    """Have few tasks move what many have taught in proportion to their number.
+
+    Held-out tasks that judge what is kept make that superfluous.
+    """
+    n_tasks, before = net.n_tasks or 0, net.most_tasks_
+    judged = not net.partial and bool(net.train_split.batches)
+    net.trust_ = 1.0 if judged or not n_tasks or not before else min(n_tasks / before, 1.0)
+    net.most_tasks_ = max(n_tasks, before)

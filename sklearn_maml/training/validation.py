@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch
 
-__all__ = ["compare_supports", "validate"]
+__all__ = ["compare_supports", "judge_start", "validate"]
+
+
+def judge_start(net: Any) -> None:
+    """Keep what a fit starts from, where that is trained, until held-out tasks do better."""
+    if net.parts_ is not None:
+        net.parts_.begin(net)
+        return
+    if not net.update_ or not net.train_split.batches:
+        return
+    device = torch.device(net.device)
+    losses = torch.cat([validate(net, batch.to(device))[0] for batch in net.train_split.batches])
+    finite = torch.isfinite(losses)
+    if bool(finite.any()):
+        net.best_loss_ = float(losses[finite].mean())
+        net.best_state_ = copy.deepcopy(net.module_.state_dict())
 
 
 def validate(net: Any, episodes: EpisodeBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
