@@ -13,8 +13,14 @@ from torch import nn
 from sklearn_maml import MAMLRegressor
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.laplace import LaplaceHead
-from sklearn_maml.learners.likelihoods import Counts, HeavyTails, Labels, Positive
-from sklearn_maml.targets import BinaryCrossEntropy, Gamma, Poisson, Quantile
+from sklearn_maml.learners.likelihoods import (
+    Counts,
+    HeavyTails,
+    HyperbolicTails,
+    Labels,
+    Positive,
+)
+from sklearn_maml.targets import BinaryCrossEntropy, Gamma, Huber, Poisson, Quantile
 
 RNG = np.random.RandomState
 LIKELIHOODS = {
@@ -22,6 +28,7 @@ LIKELIHOODS = {
     "gamma": Positive(Gamma()),
     "quantile": HeavyTails(Quantile(0.8)),
     "binary": Labels(BinaryCrossEntropy()),
+    "huber": HyperbolicTails(Huber(0.7)),
 }
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 30, "random_state": 0}
 
@@ -63,7 +70,7 @@ def random_head(likelihood, n_outputs=1, n_members=2, seed=0):
 
 
 def draw(loss, rng, shape, unit=1.0):
-    if loss == "quantile":
+    if loss in ("quantile", "huber"):
         return rng.standard_t(2, shape)
     if loss == "binary":
         return rng.randint(0, 2, shape).astype(float)
@@ -75,10 +82,18 @@ def functions(head):
     return head.functions({name: p.detach() for name, p in head.named_parameters()})
 
 
+def hyperbolic(output, variance, delta=0.7):
+    """Distribution of scipy: generalised hyperbolic, of about this variance."""
+    rate = (delta + np.sqrt(delta**2 + 8 * variance)) / (2 * variance)
+    return stats.genhyperbolic(p=1, a=rate * delta, b=0, loc=output, scale=delta)
+
+
 def log_density(loss, y, output, dispersion, unit):
     """Of scipy."""
     if loss == "quantile":
         return stats.logistic.logpdf(y, output, np.sqrt(3 * dispersion) / np.pi)
+    if loss == "huber":
+        return hyperbolic(output, dispersion).logpdf(y)
     if loss == "binary":
         return stats.bernoulli.logpmf(y, special.expit(output))
     mean = np.exp(output)
@@ -121,7 +136,7 @@ def test_posterior_is_the_mode_that_scipy_finds_and_the_curvature_there(loss, n_
         np.testing.assert_allclose(slope, 0, atol=2e-5)
         doubt = a**2 * np.einsum("rp,pq,rq->r", S_new[j], np.linalg.inv(curvature), S_new[j])
         mean = a * (prior_new[j, :, k] + S_new[j] @ mode)
-        if loss == "quantile":
+        if loss in ("quantile", "huber"):
             total = dispersion + doubt
             np.testing.assert_allclose(variance[j, 0, :, k], total, rtol=1e-4)
             quantiles = mean + units[k] * np.sqrt(total)
@@ -158,6 +173,15 @@ def _differences(f, at, h=1e-4):
         for p in steps
     ]
     return np.array(slope), np.array(curvature)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.3, 2.0, 1e4])
+def test_the_variance_of_the_smooth_huber_loss_is_that_of_the_noise(delta):
+    variance = torch.tensor(0.4, dtype=torch.float64)
+    rate = HyperbolicTails(Huber(delta))._rate(variance).item()
+    z = rate * delta
+    exactly = delta / rate * special.kve(2, z) / special.kve(1, z)
+    assert exactly == pytest.approx(0.4, rel=0.12 if delta in (0.3, 2.0) else 0.02)
 
 
 def test_a_poisson_task_is_solved_as_by_hand():
@@ -250,7 +274,7 @@ def test_derivatives_of_likelihoods_are_those_of_scipy():
         expected = log_density(loss, y, output, 0.7, 1.0)
         value, first, second = likelihood.derivatives(*parts, shape)
         constant = -expected - value.numpy()
-        if loss == "quantile":  # what all tasks tell is learned under another distribution
+        if loss in ("quantile", "huber"):  # of all tasks another distribution is learned
             std = np.sqrt(0.7)
             expected = stats.t.logpdf(y, 4, output - std, std / np.sqrt(2))
             surprise -= stats.t.logpdf(0, 4, 0, 1 / np.sqrt(2))
@@ -276,13 +300,15 @@ def test_what_is_expected_of_a_label_is_the_mean_over_labels(loss, output):
         "gamma": lambda n: rng.gamma(size, mean / size, n),
         "quantile": lambda n: rng.logistic(output, np.sqrt(3 * 0.4) / np.pi, n),
         "binary": lambda n: rng.rand(n) < special.expit(output),
+        "huber": lambda n: hyperbolic(output, 0.4).rvs(n, random_state=rng),
     }
     y = torch.as_tensor(draws[loss](200_000), dtype=torch.float64)
     at = torch.full((1,), output, dtype=torch.float64, requires_grad=True)
     information, cost = likelihood.expected(at.detach(), shape)
     mean_of_rows = likelihood.derivatives(at.detach(), y, shape)[2].mean()
-    assert information.item() == pytest.approx(mean_of_rows.item(), rel=0.02)
-    if loss == "quantile":  # the loss has corners in place of curvature
+    near = 0.1 if loss == "huber" else 0.02
+    assert information.item() == pytest.approx(mean_of_rows.item(), rel=near)
+    if loss in ("quantile", "huber"):  # the loss has corners in place of curvature
         assert cost == 1
         return
     value = likelihood.loss.rows(at.expand(len(y), 1), y[:, None]).mean()
@@ -415,6 +441,23 @@ def lines(n_tasks=40, n_rows=24, seed=0, noise="normal"):
     y = coef[:, :1] + np.einsum("trp,tp->tr", X, coef[:, 1:])
     y += 0.4 * (rng.exponential(1, y.shape) if noise == "skew" else rng.randn(*y.shape))
     return X.reshape(-1, 2), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
+
+
+def test_delta_of_the_huber_loss_says_how_far_a_row_pulls():
+    X, y, task = lines()
+    pulls = []
+    for delta in (0.03, 0.3, 1000.0):
+        model = MAMLRegressor(loss=Huber(delta), **SMALL).fit(X, y, groups=task)
+        X_new, y_new = lines(1, seed=1)[:2]
+        known = [model.adapt(X_new[:6], y_new[:6]).predict(X_new)]
+        known += [model.adapt(X_new[:6], y_new[:6] + 8 * (np.arange(6) == 0)).predict(X_new)]
+        pulls.append(np.abs(known[1] - known[0]).mean())
+    assert pulls[0] < 0.9 * pulls[1]
+    assert pulls[1] < 0.5 * pulls[2]
+    squared = MAMLRegressor(**SMALL).fit(X, y, groups=task)
+    known = squared.adapt(X_new[:6], y_new[:6] + 8 * (np.arange(6) == 0)).predict(X_new)
+    known = np.abs(known - squared.adapt(X_new[:6], y_new[:6]).predict(X_new)).mean()
+    assert pulls[2] == pytest.approx(known, rel=0.3)  # least squares
 
 
 @pytest.mark.parametrize("loss", ["absolute_error", "huber"])

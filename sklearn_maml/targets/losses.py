@@ -80,8 +80,8 @@ class Huber(Loss):
     delta : float, default=0.3
         Errors above it count linearly. In units of the targets as the loss sees them: with
         ``normalize_y=True`` robust standard deviations of y over all tasks, which the errors
-        inside of a task are smaller than; else units of y. For gradient steps: the likelihood of
-        the Gaussian head is robust by itself.
+        inside of a task are smaller than; else units of y. The Gaussian head has a smooth version
+        of the loss (Charbonnier et al. 1997), which is linear from about there.
     """
 
     name: ClassVar[str] = "Huber loss"
