@@ -4,9 +4,10 @@
 
 Tasks, support and query rows are those of `tabular.py`, and so are the collections; K = 0 is
 without labelled rows. Regression: the part of the query targets within ``y +- 1.645 std`` of
-``predict(..., return_std=True)``, mean over tasks, which should be 0.90; the same for 0.50; and the
-continuous ranked probability score of normal distributions, in standard deviations of the training
-targets, beside that of one which knows no tasks: mean and deviation of the training targets.
+``predict(..., return_std=True)``, mean over tasks, which should be 0.90; the same for 0.50; both
+for the quantiles of ``predict(..., return_quantiles=)``; and the continuous ranked probability
+score of normal distributions, in standard deviations of the training targets, beside that of one
+which knows no tasks: mean and deviation of the training targets.
 Classification: log-loss and the expected calibration error of `predict_proba`, by default and of
 gradient steps alone, which nothing calibrates; with --plot the reliability curves.
 """
@@ -31,14 +32,18 @@ CLASSIFIERS = {
 
 
 def coverage(reg, X, y, task, episodes) -> tuple[float, ...]:
-    """Parts of the query targets in 90 % and 50 % intervals, and two CRPS; means over tasks."""
+    """Parts of the query targets in four intervals, and two CRPS; means over tasks."""
     support, query = (np.concatenate(rows) for rows in zip(*episodes, strict=True))
     reg.adapt(X[support], y[support], groups=task[support])
-    mean, std = reg.predict(X[query], groups=task[query], return_std=True)
+    mean, std, quantiles = reg.predict(
+        X[query], groups=task[query], return_std=True, return_quantiles=(0.05, 0.25, 0.75, 0.95)
+    )
     z = np.abs(mean - y[query]) / std
     _, codes = np.unique(task[query], return_inverse=True)
     center, scale = reg.y_mean_[0], reg.y_scale_[0]
     parts = [z < norm.ppf(0.5 + level / 2) for level in (0.9, 0.5)]
+    above = y[query][:, None] > quantiles
+    parts += [above[:, 0] & ~above[:, 3], above[:, 1] & ~above[:, 2]]
     parts += [normal_crps(y[query], m, s) / scale for m, s in ((mean, std), (center, scale))]
     return tuple(float((np.bincount(codes, part) / np.bincount(codes)).mean()) for part in parts)
 
@@ -91,9 +96,13 @@ def main() -> None:
                     results[k].append(measure(model, Z, y, task, episodes[k]))
             for k, found in results.items():
                 if not collection.classification:
-                    ninety, fifty, crps, of_all = np.mean(found, axis=0)
+                    *inside, crps, of_all = np.mean(found, axis=0)
+                    by_std, by_quantiles = (
+                        f"90 %: {ninety:.3f}   50 %: {fifty:.3f}"
+                        for ninety, fifty in (inside[:2], inside[2:])
+                    )
                     print(
-                        f"{name:28s} K={k:<3d} 90 %: {ninety:.3f}   50 %: {fifty:.3f}   "
+                        f"{name:28s} K={k:<3d} {by_std}   by quantiles: {by_quantiles}   "
                         f"CRPS: {crps:.4f} (of all tasks {of_all:.4f})",
                         flush=True,
                     )

@@ -595,6 +595,13 @@ def test_intervals_of_noise_with_heavy_tails_hold_half_and_nine_tenths():
     far = np.abs(mean - y[~support]) / std
     assert 0.85 < (far < 1.645).mean() < 0.95
     assert (far < 0.6745).mean() < 0.64
+    # no standard deviation does both; quantiles do
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = reg.predict(X[~support], groups=task[~support], return_quantiles=levels)[1]
+    below = y[~support][:, None] < quantiles
+    np.testing.assert_allclose(below.mean(0), levels, atol=0.03)
+    ends = (quantiles[:, 4] - quantiles[:, 0]) / (quantiles[:, 3] - quantiles[:, 1])
+    assert ends.min() > 3  # 2.44 of a normal distribution
 
 
 def test_disagreement_of_members_counts_once():
@@ -660,21 +667,72 @@ def test_outputs_have_a_noise_of_their_own():
     np.testing.assert_allclose(errors[0][2], 100 * errors[0][0], rtol=0.3)
 
 
+def test_quantiles_have_the_shape_of_predictions_and_one_more_axis(reg):
+    X, y, task = slopes(n_tasks=3, seed=7)
+    Y, levels = np.c_[y, 10 * y], [0.1, 0.5, 0.9]
+    one = slopes(8, 8)
+    two = quick().fit(one[0], np.c_[one[1], 10 * one[1]], groups=one[2])
+    for model, target in ((reg, y), (two, Y)):
+        model = copy.copy(model).adapt(X, target, groups=task)
+        mean, std, quantiles = model.predict(
+            X, groups=task, return_std=True, return_quantiles=levels
+        )
+        assert quantiles.shape == (*mean.shape, 3)
+        np.testing.assert_allclose(quantiles[..., 1], mean, rtol=1e-6)
+        spread = (quantiles[..., 2] - mean) / std
+        np.testing.assert_allclose(spread, spread[:1] + 0 * spread, rtol=1e-4)
+        sets = [(X[task == j], target[task == j]) for j in range(3)]
+        parts = model.adapt(sets).predict([X for X, _ in sets], return_quantiles=levels)[1]
+        np.testing.assert_allclose(np.concatenate(parts), quantiles, rtol=1e-6)
+
+
+def test_quantiles_are_normal_where_nothing_is_known_of_tails():
+    made = Calibration(np.zeros(2), np.ones(2))
+    np.testing.assert_allclose(
+        made.multiples(np.array([0.25, 0.95])), [[-0.6745, 1.6449]] * 2, 1e-4
+    )
+    nearly = dataclasses.replace(made, tails=np.array([1e4, 3.0]))
+    normal, heavy = nearly.multiples(np.array([0.75, 0.95]))
+    np.testing.assert_allclose(normal, [0.6745, 1.6449], rtol=1e-3)
+    assert heavy[0] < 0.62 < 1.8 < heavy[1]
+    np.testing.assert_allclose(heavy.prod(), normal.prod(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [0.5, (0, 0.5), (0.5, 1.0), ("a",), [[0.5]], (np.nan,)])
+def test_levels_of_quantiles_are_between_0_and_1(reg, levels):
+    X, y, _ = slopes(seed=3)
+    with pytest.raises(ValueError, match="return_quantiles has to be a sequence of levels"):
+        adapt(reg, X[:5], y[:5]).predict(X, return_quantiles=levels)
+
+
+def test_quantiles_need_a_gaussian_head_of_numbers_with_normal_noise():
+    X, y, _ = slopes(seed=3)
+    steps = fitted(update_rule="sgd", max_iter=3).adapt(X[:5], y[:5])
+    with pytest.raises(ValueError, match="return_quantiles needs a learner that knows"):
+        steps.predict(X, return_quantiles=[0.5])
+    counts = MAMLRegressor(loss="poisson", hidden_layer_sizes=(8,), max_iter=2, random_state=0)
+    y = np.abs(y).round()
+    counts.fit(X, y, groups=np.arange(len(y)) % 8).adapt(X[:5], y[:5])
+    with pytest.raises(ValueError, match="return_quantiles is for loss='squared_error'"):
+        counts.predict(X, return_quantiles=[0.5])
+
+
 def test_steps_alone_have_no_standard_deviation():
     X, y, _ = slopes(seed=3)
     with pytest.raises(ValueError, match="gaussian-head"):
         fitted(update_rule="sgd", max_iter=3).adapt(X[:5], y[:5]).predict(X, return_std=True)
 
 
-def test_few_shot_regressor_and_pipelines_return_standard_deviations():
+def test_few_shot_regressor_and_pipelines_return_deviations_and_quantiles():
     X, y, task = slopes(12, 12)
     model = MAMLRegressor(max_iter=4, random_state=0, update_rule=HEAD)
     with config_context(enable_metadata_routing=True):
         pipe = make_pipeline(StandardScaler(), model).fit(X, y, groups=task)
         adapted = adapt(pipe, X[:24], y[:24], groups=task[:24])
-        mean, std = adapted.predict(X[:12], groups=task[:12], return_std=True)
+        options = {"return_std": True, "return_quantiles": (0.1, 0.9)}
+        found = adapted.predict(X[:12], groups=task[:12], **options)
     few = FewShotRegressor(pipe).fit(X[:12], y[:12])
-    for one, other in zip(few.predict(X[:12], return_std=True), (mean, std), strict=True):
+    for one, other in zip(few.predict(X[:12], **options), found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8)
     np.testing.assert_allclose(few.predict(X[:12]), few.predict(X[:12], return_std=True)[0])
 
@@ -733,8 +791,9 @@ def test_saved_models_predict_and_adapt_as_they_did(kind, share, request, tmp_pa
     assert same.learner_weights_ == model.learner_weights_
     for _ in range(2):
         if kind == "reg" and share < 1:
+            options = {"return_std": True, "return_quantiles": (0.1, 0.9)}
             for one, other in zip(
-                model.predict(X, return_std=True), same.predict(X, return_std=True), strict=True
+                model.predict(X, **options), same.predict(X, **options), strict=True
             ):
                 np.testing.assert_array_equal(one, other)
         ask = "predict" if kind == "reg" else "predict_proba"

@@ -34,6 +34,7 @@ def regression(path: Path) -> None:
     mean, std = reg.predict(X, return_std=True)
     assert_type(mean, Array)
     assert_type(std, Array)
+    assert_type(reg.predict(X, return_quantiles=(0.05, 0.95)), tuple[Array, ...])
     assert_type(reg.score(X, y, groups=task), float)
     assert_type(reg.module_, nn.Module)
     assert_type(reg.adapted_module(), nn.Module)

@@ -226,14 +226,23 @@ class FewShotRegressor(RegressorMixin, _FewShot):
     _prior_class = MAMLRegressor
 
     @overload
-    def predict(self, X: ArrayLike, return_std: Literal[False] = False) -> NDArray[Any]: ...
+    def predict(
+        self, X: ArrayLike, return_std: Literal[False] = False, return_quantiles: None = None
+    ) -> NDArray[Any]: ...
 
     @overload
     def predict(
-        self, X: ArrayLike, return_std: Literal[True]
+        self, X: ArrayLike, return_std: Literal[True], return_quantiles: None = None
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
-    def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
+    @overload
+    def predict(
+        self, X: ArrayLike, return_std: bool = False, *, return_quantiles: ArrayLike
+    ) -> tuple[NDArray[Any], ...]: ...
+
+    def predict(
+        self, X: ArrayLike, return_std: bool = False, return_quantiles: ArrayLike | None = None
+    ) -> Any:
         """Predict for rows of the task.
 
         Parameters
@@ -242,6 +251,8 @@ class FewShotRegressor(RegressorMixin, _FewShot):
             Query rows.
         return_std : bool, default=False
             Whether to return standard deviations, too, as `MAMLRegressor.predict` does.
+        return_quantiles : array-like of shape (n_quantiles,), default=None
+            Levels of quantiles to return, too, likewise.
 
         Returns
         -------
@@ -249,14 +260,18 @@ class FewShotRegressor(RegressorMixin, _FewShot):
             Predictions.
         std : ndarray of the same shape
             Only if `return_std`.
+        quantiles : ndarray of that shape and one more axis of length n_quantiles
+            Only with `return_quantiles`.
 
         Raises
         ------
         ValueError
-            With `return_std`, if gradient steps predict alone.
+            With `return_std` or `return_quantiles`, if gradient steps predict alone.
         """
-        model = self._fitted_model(X)
-        return model.predict(X, return_std=True) if return_std else model.predict(X)
+        options: dict[str, Any] = {"return_std": True} if return_std else {}
+        if return_quantiles is not None:
+            options["return_quantiles"] = return_quantiles
+        return self._fitted_model(X).predict(X, **options)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

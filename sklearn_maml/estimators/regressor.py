@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar
 
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import RegressorMixin
@@ -11,6 +11,7 @@ from sklearn.metrics import r2_score
 
 from sklearn_maml._types import Tasks, Weights
 from sklearn_maml.estimators.base import BaseMAML
+from sklearn_maml.estimators.intervals import PredictingNumbers
 from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.targets.losses import resolve_loss
 from sklearn_maml.targets.real import RealTargets
@@ -18,7 +19,7 @@ from sklearn_maml.targets.real import RealTargets
 __all__ = ["MAMLRegressor"]
 
 
-class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
+class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     r"""Regressor that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and
@@ -253,7 +254,11 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
     _targets_class = RealTargets
     __stored_attributes__: ClassVar = RealTargets.learned
 
-    __metadata_request__predict: ClassVar = {"groups": True, "return_std": True}
+    __metadata_request__predict: ClassVar = {
+        "groups": True,
+        "return_std": True,
+        "return_quantiles": True,
+    }
 
     def __init__(
         self,
@@ -331,55 +336,6 @@ class MAMLRegressor(RegressorMixin, Suggesting, BaseMAML):
         self.random_state = random_state
         self.verbose = verbose
         self.__dict__.update(net_params)
-
-    @overload
-    def predict(
-        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: Literal[False] = False
-    ) -> NDArray[Any]: ...
-
-    @overload
-    def predict(
-        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: Literal[True]
-    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
-
-    def predict(
-        self, X: Tasks, *, groups: ArrayLike | None = None, return_std: bool = False
-    ) -> Any:
-        """Predict with the parameters adapted to the task of each row.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-        groups : array-like of shape (n_queries,), default=None
-            Task id of each row, if `adapt` was called with task ids.
-        return_std : bool, default=False
-            Whether to return the standard deviations of the targets, too: of a new observation,
-            noise included. They come from the Gaussian head, calibrated on held-out tasks;
-            ``y +- 1.645 std`` is meant to hold nine targets in ten of a new task. With
-            ``loss="quantile"`` they are about the middle of the targets, not about the quantile.
-
-        Returns
-        -------
-        y : ndarray of shape (n_queries,) or (n_queries, n_outputs)
-            Predicted values.
-        std : ndarray of the same shape
-            Only if `return_std`. In the units of y.
-
-        Raises
-        ------
-        NotAdaptedError
-            If `adapt` was not called, unless `unseen_tasks` is "prior".
-        ValueError
-            If a task id was not adapted to, likewise; with `return_std`, without a Gaussian head.
-        """
-        state, rows, codes, shape_like = self._rows_to_predict(X, groups)
-        if not return_std:
-            return shape_like(self._decide(state, rows, codes))
-        outputs, std = self._outputs_and_std(state, rows, codes)
-        std = self._finite(self.targets_.decode_std(std).astype(rows.dtype))
-        values = self._finite(self.targets_.decode(outputs, codes, state))
-        return shape_like(values), shape_like(std)
 
     def score(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
@@ -58,6 +59,8 @@ class Calibration:
     freedom : ndarray of shape (n_outputs,) or None
         Degrees of freedom of the prior of a task's scale: large where all tasks have the same,
         small where the rows of a support set tell more of it than other tasks do.
+    tails : ndarray of shape (n_outputs,) or None
+        Degrees of freedom of a Student distribution with the tails of the errors; None: normal.
     """
 
     low: np.ndarray
@@ -69,6 +72,17 @@ class Calibration:
     steps_scale: float = 1.0
     scale: float = 1.0
     freedom: np.ndarray | None = None
+    tails: np.ndarray | None = None
+
+    def multiples(self, levels: np.ndarray) -> np.ndarray:
+        """Return how many deviations (n_outputs, n_levels) above predictions quantiles are."""
+        if self.tails is None:
+            return np.broadcast_to(ndtri(levels), (len(self.low), len(levels)))
+        # factors of deviations are between what intervals of 90 % and of 50 % ask for
+        normal = ndtri(0.95) * ndtri(0.75)
+        student = stdtrit(self.tails, 0.95) * stdtrit(self.tails, 0.75)
+        found: np.ndarray = stdtrit(self.tails[:, None], levels)
+        return np.sqrt(normal / student)[:, None] * found
 
     def factors(self, n_rows: np.ndarray, unseen: bool) -> np.ndarray:
         """Factors (n_tasks, n_outputs) of the deviations of tasks with so many support rows."""

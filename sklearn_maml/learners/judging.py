@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, ndtri
+from scipy.special import log_softmax, ndtri, stdtrit
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
@@ -30,6 +30,8 @@ LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
 FEWER, DRAWN, LEAST_KEPT = (0, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
+# degrees of freedom of the errors, from those of a normal distribution down
+TAILS = np.geomspace(1e4, 2.0, 60)
 
 
 def judge_head(
@@ -78,7 +80,9 @@ def judge_head(
     trainer.head.likelihood.learn_quantile(trainer.head, joined.quantile)
     freedom = joined.freedom() if trainer.head.likelihood.noise_differs else None
     sizes, factor = _factors([*whole[False], *of_parts[False]], freedom)
-    made = dataclasses.replace(plain, sizes=sizes, factor=factor, freedom=freedom)
+    made = dataclasses.replace(
+        plain, sizes=sizes, factor=factor, freedom=freedom, tails=joined.tails(freedom)
+    )
     if not whole[True]:
         return made
     of_unseen = interpolated(sizes, *_factors([*whole[True], *of_parts[True]], freedom))
@@ -189,8 +193,8 @@ class _Deviations:
             losses.append(log_std + np.log(np.maximum(error, np.finfo(float).tiny)))
         return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
 
-    def factor(self, freedom: np.ndarray | None) -> np.ndarray:
-        """Factors (n_outputs,) of the deviations that make the intervals hold their part.
+    def needed(self, freedom: np.ndarray | None) -> np.ndarray:
+        """Factors (n_levels + 1, n_outputs) of the deviations for `LEVELS` and `LEAST_LEVEL`.
 
         Those of the mean of all members, whose squared errors are less than those of one, by what
         the members differ in; this is in the variances of predictions.
@@ -200,14 +204,22 @@ class _Deviations:
             np.average(v, axis=0, weights=self.weight) for v in (squares, self.between)
         )
         kept = np.clip(1 - between / np.maximum(mean, np.finfo(float).tiny), LEAST_KEPT, 1)
-
-        def needed(hold: float, level: float) -> np.ndarray:
+        parts = []
+        for level, hold in zip((*LEVELS, LEVELS[0]), (*LEVELS, LEAST_LEVEL), strict=True):
             squared = (kept * squares / _within(level) ** 2 - self.between) / variance
-            return np.sqrt(np.maximum(_quantile(squared, hold, self.weight), 0))
+            parts.append(_quantile(squared, hold, self.weight))
+        return np.clip(np.sqrt(np.maximum(parts, 0)), *FACTORS)
 
-        outer, inner = (needed(level, level) for level in LEVELS)
-        least = needed(LEAST_LEVEL, LEVELS[0])
-        return np.clip(np.maximum(np.sqrt(outer * inner), least), *FACTORS)
+    def factor(self, freedom: np.ndarray | None) -> np.ndarray:
+        """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
+        outer, inner, least = self.needed(freedom)
+        return np.maximum(np.sqrt(outer * inner), least)
+
+    def tails(self, freedom: np.ndarray | None) -> np.ndarray:
+        """Degrees of freedom (n_outputs,) of a Student distribution with the tails of errors."""
+        outer, inner, _ = self.needed(freedom)
+        ratios = stdtrit(TAILS, 0.95) / stdtrit(TAILS, 0.75) / (_within(0.9) / _within(0.5))
+        return np.exp(np.interp(outer / inner, ratios, np.log(TAILS)))
 
     def quantile(self, level: float) -> np.ndarray:
         """Find how many deviations (n_outputs,) from the center this part of targets is below."""
