@@ -622,8 +622,23 @@ def test_some_of_very_many_tasks_are_looked_at():
         with mock.patch.object(sources, "EpisodeSampler", side_effect=EpisodeSampler) as made:
             reg.fit(X, X[:, 0] + task % 7, groups=task)
         sizes = {call.args[0].n_tasks for call in made.call_args_list}
-        held_out = {"sgd": 2550, "gaussian-head": 3000}[rule]
-        assert sizes == {held_out, MOST_VALIDATED}
+        of_rule = {"sgd": {2550}, "gaussian-head": {3000, sources.MOST_OF_MEMBER}}[rule]
+        assert sizes == {*of_rule, MOST_VALIDATED}
+
+
+def test_members_are_judged_on_as_many_tasks_each():
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(9000, 1)), np.repeat(np.arange(3000), 3)
+    settings = {"max_iter": 1, "hidden_layer_sizes": (2,), "random_state": 0}
+    with mock.patch.object(sources, "HeldOut", side_effect=sources.HeldOut) as made:
+        MAMLRegressor(**settings).fit(X, X[:, 0] + task % 7, groups=task)
+    seen = {}
+    for call in made.call_args_list:
+        member, episodes, of_episode = call.args
+        assert len(episodes) == len(of_episode)
+        seen.setdefault(member, set()).update(of_episode.tolist())
+    assert [len(tasks) for tasks in seen.values()] == [sources.MOST_OF_MEMBER] * 5
+    assert len(set().union(*seen.values())) == 5 * sources.MOST_OF_MEMBER
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

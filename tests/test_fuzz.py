@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_maml import FewShotRegressor, MAMLClassifier, MAMLRegressor, adapt, adapt_predict
+from sklearn_maml.data import tasks as data_tasks
 from sklearn_maml.data.tasks import TaskCollection
 
 rng = np.random.default_rng(0)
@@ -297,6 +298,18 @@ def test_tasks_of_enormous_rows_have_marks():
     rows = np.sign(X) * 1e308
     tasks = TaskCollection(rows, Y, G, np.unique(G), None, "groups")
     assert tasks.fingerprints() == tasks.fingerprints()
+
+
+def test_marks_of_rows_depend_on_neither_their_order_nor_their_layout(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, task = rng.normal(size=(60, 40)).astype(np.float32), np.repeat(np.arange(6), 10)
+    marks = TaskCollection(rows, rows[:, 0], task, np.arange(6), None, "groups").fingerprints()
+    assert len(set(marks.values())) == 6
+    monkeypatch.setattr(data_tasks, "SUMMED_ROWS", 7)
+    order = rng.permutation(60)
+    for X in (rows, np.asfortranarray(rows)):
+        tasks = TaskCollection(X[order], X[order, 0], task[order], np.arange(6), None, "groups")
+        assert tasks.fingerprints() == marks
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "a", None, True])

@@ -258,6 +258,12 @@ def test_mixed_model_of_fewer_rows_than_columns_is_the_same(weighted, informed, 
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_systems_that_rounding_leaves_indefinite_are_inverted_all_the_same():
+    systems = np.stack([np.diag([2.0, 4.0]), np.diag([1.0, -1e-12])])
+    found = sklearn_maml.learners.start._inverses(systems)
+    np.testing.assert_allclose(found, np.linalg.inv(systems))
+
+
 def test_mixed_model_of_very_many_tasks_takes_some_of_them(monkeypatch):
     X, y, task = slopes(n_tasks=1000, spread=0.5)
     monkeypatch.setattr(sklearn_maml.learners.start, "MIXED_ENTRIES", 400 * 9)

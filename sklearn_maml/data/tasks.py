@@ -19,6 +19,7 @@ __all__ = ["TaskCollection"]
 
 # rows that may speak for a task where all tasks are pooled, in units of those of the median task
 LEVEL = 20
+SUMMED_ROWS = 65_536  # at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,11 @@ class TaskCollection:
         It tells its own rows from new rows of it.
         """
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well
-            return {
-                key: zlib.crc32(
-                    np.sort(self.X[self.rows(j)].reshape(self.sizes[j], -1).sum(1)).tobytes()
-                )
-                for j, key in enumerate(keys_of(self.ids))
-            }
+            # of rows in C order, whatever that of X: sums depend on it
+            parts = np.array_split(self.X, -(-len(self.X) // SUMMED_ROWS) or 1)
+            sums = [np.ascontiguousarray(x).reshape(len(x), -1).sum(1) for x in parts]
+        marks = np.concatenate(sums)[self.order]
+        return {
+            key: zlib.crc32(np.sort(marks[self.indptr[j] : self.indptr[j + 1]]).tobytes())
+            for j, key in enumerate(keys_of(self.ids))
+        }

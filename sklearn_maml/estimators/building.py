@@ -35,7 +35,7 @@ from sklearn_maml.training.sources import LEAST_TASKS
 __all__ = ["Building"]
 
 # tasks that the start of a head is computed of, at most: more would tell little
-STARTING_TASKS = 2500
+STARTING_TASKS = 1000
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 

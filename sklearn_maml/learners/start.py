@@ -146,28 +146,37 @@ class _ByColumns:
         self.each = each
         # sums over tasks are products with all their matrices, on top of each other
         self.stacked = (each[:, None, None] * self.gram).reshape(-1, X.shape[1])
-        self.sums = self.stacked.reshape(self.gram.shape).sum(0), each @ self.moment
 
     def condition(self, cov: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
         """Condition on the rows of each task; return the system that the mean solves."""
         self.noise, self.precision = noise, np.linalg.inv(cov)
-        self.posterior = np.linalg.inv(self.precision + self.gram / noise)
-        self.shrunk = self.posterior @ (self.gram / noise)
-        shrunk = self.shrunk.reshape(self.stacked.shape)
-        left = self.sums[0] - self.stacked.T @ shrunk
-        right = self.sums[1] - (self.each[:, None] * self.moment).ravel() @ shrunk
-        return left / noise, right / noise
+        self.posterior = _inverses(self.precision + self.gram / noise)
+        # a Gram matrix G, with the posterior P, leaves G (1 - P G / noise) = G P precision
+        stacked = self.posterior.reshape(self.stacked.shape)
+        left = self.stacked.T @ stacked
+        right = (self.each[:, None] * self.moment).ravel() @ stacked
+        return left @ self.precision / noise, right @ self.precision / noise
 
     def about(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         """Coefficients of the tasks, mean covariance of them, and sum of the squared errors."""
         right = self.precision @ mean + self.moment / self.noise
         means = (self.posterior @ right[..., None])[..., 0]
+        cov = (self.each @ self.posterior.reshape(len(means), -1)).reshape(self.precision.shape)
+        # likewise, G m = moment + noise * precision (mean - m), and P G / noise = 1 - P precision
         weighted = self.each[:, None] * means
-        error = self.square - 2 * (weighted * self.moment).sum()
-        error += (weighted * (self.gram @ means[..., None])[..., 0]).sum()
-        error += self.noise * np.einsum("t,tpp->", self.each, self.shrunk)
-        cov = self.each @ self.posterior.reshape(len(means), -1) / len(means)
-        return means, cov.reshape(self.precision.shape), float(error)
+        error = self.square - (weighted * self.moment).sum()
+        error += self.noise * (weighted * ((mean - means) @ self.precision)).sum()
+        error += self.noise * (len(mean) * self.each.sum() - (cov * self.precision).sum())
+        return means, cov / len(means), float(error)
+
+
+def _inverses(systems: np.ndarray) -> np.ndarray:
+    """Inverses of positive definite matrices (n_tasks, n, n), in half the time of `inv`."""
+    factors, failed = torch.linalg.cholesky_ex(torch.from_numpy(systems))
+    if failed.any():  # by rounding errors
+        return np.linalg.inv(systems)
+    inverses: np.ndarray = torch.cholesky_inverse(factors).numpy()
+    return inverses
 
 
 class _ByRows:
@@ -198,7 +207,7 @@ class _ByRows:
         n, p = self.B.shape[1:]
         self.cov, self.noise = cov, noise
         self.H = (self.B.reshape(-1, p) @ cov).reshape(self.B.shape)
-        self.K = np.linalg.inv(self.H @ self.B.transpose(0, 2, 1) + noise * np.eye(n))
+        self.K = _inverses(self.H @ self.B.transpose(0, 2, 1) + noise * np.eye(n))
         solved = (self.each[:, None, None] * (self.K @ self.B)).reshape(-1, p)
         return self.B.reshape(-1, p).T @ solved, solved.T @ self.r.ravel()
 

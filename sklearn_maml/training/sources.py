@@ -40,6 +40,7 @@ HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
 HEAD_ROWS_BY_CLASS, RARE = 10, 0.5
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
+MOST_OF_MEMBER = 100  # of these tasks; those of the first member judge gradient steps, too
 # Of labels that mean something inside an episode only: most support rows of a class, if
 # n_shots is not larger; classes of an episode, and the part of a large pool that they are
 HEAD_SHOTS, HEAD_WAYS, PART_OF_POOL = 5, 20, 0.05
@@ -340,13 +341,18 @@ class CrossFitted:
         self.visible = sees[:, tasks.codes]
         self._hide_rows(tasks, rng)
         for j, fold in enumerate(self.folds):
-            fold = fold[evenly(len(fold), MOST_VALIDATED)]
+            fold = fold[evenly(len(fold), MOST_OF_MEMBER if j else MOST_VALIDATED)]
             batches, which = self._held_out_episodes(tasks, j, fold, seed)
+            if j == 0:
+                self.validation, self.task_of_episode = batches, np.concatenate(which)
+            if len(fold) > MOST_OF_MEMBER:
+                few = evenly(len(fold), MOST_OF_MEMBER)
+                kept = [np.flatnonzero(np.isin(task, few)) for task in which]
+                batches = [batch.take(own) for batch, own in zip(batches, kept, strict=True)]
+                which = [task[own] for task, own in zip(which, kept, strict=True)]
             self.member_validation += [
                 HeldOut(j, batch, fold[task]) for batch, task in zip(batches, which, strict=True)
             ]
-            if j == 0:
-                self.validation, self.task_of_episode = batches, np.concatenate(which)
 
     def _make_samplers(self, tasks: TaskCollection) -> None:
         """Make what draws from the tasks; several take turns."""
