@@ -78,23 +78,18 @@ class Autograd:
         cotangents: list[Tensor],
     ) -> list[Tensor]:
         """Product with the Jacobian; inputs that play no part get zeros."""
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        with torch.enable_grad():
-            outputs = function(leaves)
-        pairs = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(x) for x in inputs]
-        outputs, cotangents = map(list, zip(*pairs, strict=True))
-        return list(
-            torch.autograd.grad(
-                outputs, leaves, cotangents, allow_unused=True, materialize_grads=True
-            )
-        )
+        return self.pull_back(function, inputs, retain=False)(cotangents)
 
     def pull_back(
-        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        inputs: list[Tensor],
+        retain: bool = True,
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+        """Products with the Jacobian from one graph, which lives as long as what is returned.
+
+        Without `retain` it is let go of by the first product.
+        """
         leaves = [x.detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
             outputs = function(leaves)
@@ -108,7 +103,7 @@ class Autograd:
                     [outputs[i] for i in places],
                     leaves,
                     [cotangents[i] for i in places],
-                    retain_graph=True,
+                    retain_graph=retain,
                     allow_unused=True,
                     materialize_grads=True,
                 )
@@ -148,9 +143,7 @@ class Functorch:
         cotangents: list[Tensor],
     ) -> list[Tensor]:
         """Product with the Jacobian; inputs that play no part get zeros."""
-        pull_back: Any = torch.func.vjp(function, inputs)[1]
-        with torch.no_grad():  # else it builds the graph of a further derivative
-            return list(pull_back(cotangents)[0])
+        return self.pull_back(function, inputs)(cotangents)
 
     def pull_back(
         self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
@@ -159,7 +152,7 @@ class Functorch:
         pull_back: Any = torch.func.vjp(function, inputs)[1]
 
         def products(cotangents: list[Tensor]) -> list[Tensor]:
-            with torch.no_grad():
+            with torch.no_grad():  # else it builds the graph of a further derivative
                 return list(pull_back(cotangents)[0])
 
         return products

@@ -211,9 +211,3 @@ class InnerProblem:
         """Gradient of the support loss in the parameters that adapt, in the graph of both."""
         shared = self.start(meta_params).shared
         return self.differentiator.grad(lambda p: self.support_loss({**shared, **p}), fast, 2)
-
-    def pull_back(
-        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
-    ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
-        return self.differentiator.pull_back(function, inputs)

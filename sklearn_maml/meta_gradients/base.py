@@ -55,11 +55,6 @@ class Problem(Protocol):
     def support_grad(self, fast: Params, meta_params: Params) -> Params:
         """Gradient of the support loss in the parameters that adapt, in the graph of both."""
 
-    def pull_back(
-        self, function: Callable[[Tensors], Tensors], inputs: Tensors
-    ) -> Callable[[Tensors], Tensors]:
-        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
-
 
 class MetaGradient(BaseEstimator):
     """Base class of meta-gradients.

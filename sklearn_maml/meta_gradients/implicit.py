@@ -133,7 +133,8 @@ class Implicit(MetaGradient):
             rest = dict(zip(others, inputs[len(fast) :], strict=False))
             return list(problem.support_grad(own, {**meta_params, **rest}).values())
 
-        hessian = problem.pull_back(slope, list(fast.values()))
+        pull_back = problem.differentiator.pull_back
+        hessian = pull_back(slope, list(fast.values()))
         solve = self._conjugate_gradients if self.solver == "cg" else self._neumann
         v = solve(hessian, list(by_fast.values()), problem.batched)
         total = {
@@ -141,7 +142,7 @@ class Implicit(MetaGradient):
             for n, x in zip(fast, v, strict=True)
         }
         if others:
-            mixed = problem.pull_back(slope, [*fast.values(), *others.values()])(v)[len(fast) :]
+            mixed = pull_back(slope, [*fast.values(), *others.values()])(v)[len(fast) :]
             for name, m in zip(others, mixed, strict=True):
                 total[name] = by_others[name] - m / self.proximal
         return {name: total[name] for name in meta_params}, outcome

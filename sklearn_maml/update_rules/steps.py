@@ -138,9 +138,6 @@ class SGD(_LinearRule):
     SGD(max_grad_norm=1.0)
     """
 
-    def __init__(self, max_grad_norm: float | None = None) -> None:
-        super().__init__(max_grad_norm=max_grad_norm)
-
     def _rates_of_step(
         self, k: int, params: Params, *, alpha: float, rates: Params
     ) -> dict[str, Any]:
@@ -275,9 +272,6 @@ class LearnedAlpha(_LinearRule):
     >>> 0.02 < alpha < 0.05
     True
     """
-
-    def __init__(self, max_grad_norm: float | None = None) -> None:
-        super().__init__(max_grad_norm=max_grad_norm)
 
     def initial_rates(self, params: Params, steps: int = 1, classification: bool = False) -> Params:
         """Log-factor of the rate, 0; see `TaskSolver.initial_rates`."""

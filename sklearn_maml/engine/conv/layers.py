@@ -19,9 +19,11 @@ __all__ = [
     "Pass",
     "compose",
     "conv_forward",
+    "elementwise_layer",
     "gradient_now",
     "is_conv_net",
     "keep_memory",
+    "linear_layer",
     "spread",
     "tasks_at_a_time",
 ]
@@ -147,7 +149,9 @@ def _batch_norm(
     return forward
 
 
-def _linear(name: str, has_bias: bool) -> Layer:
+def linear_layer(name: str, has_bias: bool) -> Layer:
+    """Forward pass of a linear layer; `name` comes before those of its parameters."""
+
     def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
         rows = x.flatten(1, -2)
         weight = params[f"{name}weight"].transpose(1, 2)
@@ -155,7 +159,7 @@ def _linear(name: str, has_bias: bool) -> Layer:
             out = torch.baddbmm(params[f"{name}bias"].unsqueeze(1), rows, weight)
         else:
             out = torch.bmm(rows, weight)
-        return out.unflatten(1, x.shape[1:-1])
+        return out if x.ndim == 3 else out.unflatten(1, x.shape[1:-1])
 
     return forward
 
@@ -174,7 +178,8 @@ def _pool(layer: nn.Module) -> Layer:
     return forward
 
 
-def _elementwise(layer: nn.Module) -> Layer:
+def elementwise_layer(layer: nn.Module) -> Layer:
+    """Forward pass of a layer that looks at one number at a time."""
     return lambda params, x, how: layer(x)
 
 
@@ -268,13 +273,13 @@ def conv_forward(module: nn.Module, elementwise: tuple[type[nn.Module], ...]) ->
         elif type(m) is nn.ReLU and before in NORMS:
             pass  # done by the norm
         elif type(m) is nn.Linear:
-            layers.append(_linear(name, m.bias is not None))
+            layers.append(linear_layer(name, m.bias is not None))
         elif type(m) is nn.Flatten:
             layers.append(_flatten(m))
         elif type(m) in ROW_WISE_POOLS:
             layers.append(_pool(m))
         elif type(m) in elementwise:
-            layers.append(_elementwise(m))
+            layers.append(elementwise_layer(m))
         else:
             layers.append(_unknown(m, has_support=k < last_norm))
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine.conv.layers import Layer, Pass, compose, is_conv_net, spread
+from sklearn_maml.engine.conv.layers import (
+    Layer,
+    Pass,
+    compose,
+    elementwise_layer,
+    is_conv_net,
+    linear_layer,
+    spread,
+)
 from sklearn_maml.engine.forward import rounded
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
@@ -160,15 +168,6 @@ def stacked_forward(module: nn.Module) -> Layer:
     """Forward pass of a stackable module for parameters with a leading task axis."""
     layers: list[Layer] = []
 
-    def linear(name: str, has_bias: bool) -> Layer:
-        def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
-            weight = params[f"{name}weight"].transpose(-1, -2)
-            if not has_bias:
-                return torch.bmm(x, weight)
-            return torch.baddbmm(params[f"{name}bias"].unsqueeze(-2), x, weight)
-
-        return forward
-
     def layer_norm(name: str, layer: nn.LayerNorm) -> Layer:
         def forward(params: Params, x: Tensor, how: Pass) -> Tensor:
             x = functional.layer_norm(x, tuple(layer.normalized_shape), eps=layer.eps)
@@ -180,16 +179,13 @@ def stacked_forward(module: nn.Module) -> Layer:
 
         return forward
 
-    def elementwise(layer: nn.Module) -> Layer:
-        return lambda params, x, how: layer(x)
-
     # a layer without parameters may be used twice in a sequence
     for name, m in module.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if type(m) is nn.Linear:
-            layers.append(linear(prefix, m.bias is not None))
+            layers.append(linear_layer(prefix, m.bias is not None))
         elif type(m) is nn.LayerNorm:
             layers.append(layer_norm(prefix, m))
         elif type(m) is not nn.Sequential:
-            layers.append(elementwise(m))
+            layers.append(elementwise_layer(m))
     return compose(layers)

@@ -118,7 +118,6 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
 
 def states_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return the states of Python's, NumPy's and torch's random numbers."""
-    """Return the states of Python's, NumPy's and torch's random numbers."""
     return (
         random.getstate(),
         np.random.get_state(),
@@ -127,7 +126,6 @@ def states_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether states are equal."""
     """Whether states are equal."""
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(same, a, b))
@@ -145,7 +143,6 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether an operation draws random numbers."""
     """Whether an operation draws random numbers."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
