@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -307,3 +310,84 @@ def test_a_copy_of_a_model_with_learned_rates_shares_them():
     shared = storages(model)
     own = [n for place, n in storages(copies).items() if place not in shared]
     assert sum(own) == 3 * n_weights * 4
+
+
+# -- what is not done again ------------------------------------------------------------------------
+
+
+def by_hand(model, X, y):
+    """What `adapt` gives without anything that earlier calls have left."""
+    anew = copy.deepcopy(model)
+    return anew.adapt(X, y).predict(X)
+
+
+CHANGES = {
+    "rate": lambda model: model.set_params(alpha=0.3),
+    "steps": lambda model: model.set_params(adapt_steps=5),
+    "bound": lambda model: model.set_params(update_rule__max_grad_norm=1e-3),
+    "numbers": lambda model: model.module_[0].weight.data.mul_(2),
+    "a parameter": lambda model: setattr(model.module_[0], "bias", nn.Parameter(torch.ones(6))),
+    "a layer": lambda model: model.module_.__setitem__(1, nn.Tanh()),
+    "a hook": lambda model: model.module_[1].register_forward_hook(lambda m, x, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_adapt_sees_what_has_changed_since_the_last_call(change):
+    X, y = tasks("mlp", "regressor")
+    model = MAMLRegressor(**{**SMALL, **MODELS["mlp"]}).fit(X, y)
+    first = adapt(model, X[0], y[0]).predict(X[0])
+    CHANGES[change](model)
+    second = adapt(model, X[0], y[0]).predict(X[0])
+    assert np.abs(first - second).max() > 1e-4
+    np.testing.assert_allclose(second, by_hand(model, X[0], y[0]), rtol=1e-5)
+
+
+def test_copies_share_the_engine_of_a_small_network():
+    X, y = tasks("mlp", "regressor")
+    model = MAMLRegressor(**{**SMALL, **MODELS["mlp"]}).fit(X, y)
+    one, other, third = (adapt(model, X[j], y[j])._state.adapted.engine for j in range(3))
+    assert one is other is third
+    gone = weakref.ref(model._learner)
+    model.fit(X, y)
+    gc.collect()
+    assert gone() is None  # what is kept for a model goes with it
+    assert adapt(model, X[0], y[0])._state.adapted.engine is not one
+
+
+def test_parameters_are_looked_at_again_once_they_change():
+    X, y = tasks("mlp", "regressor")
+    model = MAMLRegressor(**{**SMALL, **MODELS["mlp"]}).fit(X, y)
+    for bad, message in (({"alpha": -1}, "alpha"), ({"center_y": True}, "was changed after fit")):
+        adapt(model, X[0], y[0])
+        before = model.get_params()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                adapt(model.set_params(**bad), X[0], y[0])
+        model.set_params(**{name: before[name] for name in bad})
+    named = MAMLRegressor(**{**SMALL, **MODELS["mlp"]}, adapted=["0.*"]).fit(X, y)
+    adapt(named, X[0], y[0])
+    named.adapted[0] = "2.*"  # in place
+    with pytest.raises(ValueError, match="adapted was changed after fit"):
+        adapt(named, X[0], y[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_plain_arrays_are_looked_through(bad):
+    X, y = tasks("mlp", "regressor")
+    model = MAMLRegressor(**{**SMALL, **MODELS["mlp"]}).fit(X, y).adapt(X[0], y[0])
+    rows, targets = X[0].copy(), y[0].copy()
+    rows[1, 0], targets[2] = bad, bad
+    for call in (
+        lambda: model.predict(rows),
+        lambda: adapt(model, rows, y[0]),
+        lambda: adapt(model, X[0], targets),
+    ):
+        with pytest.raises(ValueError, match=r"contains (NaN|infinity)"):
+            call()
+    with pytest.raises(ValueError, match="features"):
+        model.predict(np.c_[X[0], X[0]])
+    huge = np.full_like(
+        X[0], np.finfo(X.dtype).max / 2
+    )  # whose sum is infinite, but not one of them
+    assert model.predict(huge).shape == y[0].shape

@@ -181,6 +181,8 @@ def validate_rows(
     estimator: Any, X: Any, X_seen: Any, *, reset: bool, with_column: bool, dtype: Any = FLOATS
 ) -> np.ndarray:
     """Validate feature rows; `X_seen` is X as the caller gave it (names, feature count)."""
+    if not reset and X is X_seen and _is_sound(X, estimator, dtype):
+        return X
     if is_frame(X) and X.shape[1] == 0 and with_column:
         raise ValueError(
             "X holds the task column only: 0 feature(s) are left while a minimum of 1 is required."
@@ -207,6 +209,19 @@ def validate_rows(
             f"Found array with 0 feature(s) (shape={array.shape}) while a minimum of 1 is required."
         )
     return array
+
+
+def _is_sound(X: Any, estimator: Any, dtype: Any) -> bool:
+    """Whether rows are a small array that scikit-learn would return as it is, much later."""
+    return (
+        type(X) is np.ndarray
+        and X.dtype == dtype
+        and X.ndim == 2
+        and 0 < X.size <= 10_000
+        and X.shape[1] == estimator.n_features_in_
+        and not hasattr(estimator, "feature_names_in_")
+        and bool(np.isfinite(X).all())
+    )
 
 
 def refuse_graphs(**arguments: Any) -> None:
@@ -356,8 +371,11 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
         y = _labels(y, estimator)
         check_consistent_length(X, y)
         return y
-    with np.errstate(over="ignore", invalid="ignore"):
-        y = _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)
+    if not (type(y) is np.ndarray and y.dtype in FLOATS and y.ndim in (1, 2)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)
+    elif not np.isfinite(y).all():
+        _check_y(y, multi_output=True, y_numeric=True, estimator=estimator)  # which says so
     check_consistent_length(X, y)
     if y.ndim > 2:
         raise ValueError(f"y must be (n_rows,) or (n_rows, n_outputs); got shape {y.shape}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +22,7 @@ __all__ = [
     "is_stackable",
     "mixes_rows",
     "private_copy",
+    "signature",
 ]
 
 ELEMENTWISE = (
@@ -111,6 +113,20 @@ def is_stackable(module: nn.Module) -> bool:
         or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
         for m in module.modules()
     )
+
+
+def signature(module: nn.Module) -> list[Any]:
+    """Return what changes with the layers, hooks and parameters of a module; not their numbers."""
+    found: list[Any] = []
+    left = [module]
+    while left:
+        parts = vars(left.pop())
+        found += id(parts), len(parts), len(parts["_forward_hooks"]), len(parts["_backward_hooks"])
+        found.append(len(parts["_forward_pre_hooks"]))
+        for p in parts["_parameters"].values():
+            found += (id(p),) if p is None else (id(p), p.requires_grad, p.dtype, p.device)
+        left.extend(child for child in parts["_modules"].values() if child is not None)
+    return found
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

@@ -114,6 +114,14 @@ class Engine(MetaSteps):
         return self.ladder.rung
 
     @property
+    def is_shareable(self) -> bool:
+        """Whether any number of threads may adapt and predict with it at the same time.
+
+        A rung that runs tasks itself leaves the module alone.
+        """
+        return self.ladder.top.one_by_one and self.ladder.top.ready
+
+    @property
     def fallback_reason(self) -> str | None:
         """Why tasks run one after another."""
         return self.ladder.fallback_reason

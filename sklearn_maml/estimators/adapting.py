@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from sklearn_maml.data.ids import KnownIds, join_ids, show_ids
 from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.engine import Engine
+from sklearn_maml.engine.architecture import signature
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.base import NO_EXTENSION, Adapted, Several, Support
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
@@ -19,10 +22,12 @@ from sklearn_maml.learners.learner import AdaptedBySupport
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.targets.base import Coding
-from sklearn_maml.threads import one_thread
+from sklearn_maml.threads import n_threads_asked, one_thread
 
 __all__ = ["Adapting", "State"]
 
+# Engines that any number of adapted models may share, by what was meta-learned
+_ENGINES: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
 # Threads that adapt one and the same model: the state and what follows from it change together.
 _STATE_LOCK = threading.Lock()
 
@@ -187,9 +192,8 @@ class Adapting(Building):
     def _steps_adapted(self, support: Support, steps: int | None) -> Adapted:
         loss = self.targets_.loss
         learner = GradientSteps(
-            self._learner.module,
             {n: p for n, p in self._learner.meta_params().items() if not n.startswith("head.")},
-            lambda rung: self._make_engine(self._learner.module, rung),
+            self._engine_to_adapt,
             self._alpha(),
             self._n_adapt_steps() if steps is None else steps,
             self._running(),
@@ -199,7 +203,38 @@ class Adapting(Building):
         )
         adapted = learner.adapt(support)
         self._rung = learner.rung
+        if adapted.engine.is_shareable:
+            _ENGINES[self._learner] = self._engine_key(), adapted.engine
         return adapted
+
+    def _engine_to_adapt(self, rung: str) -> Engine:
+        """Make an engine, or take that of the last call where nothing it depends on has changed.
+
+        Of a small network that takes less time to adapt than an engine to make.
+        """
+        key, engine = _ENGINES.get(self._learner, (None, None))
+        if engine is not None and key == self._engine_key():
+            return engine
+        return self._make_engine(self._learner.module, rung)
+
+    def _engine_key(self) -> Any:
+        """Return what an engine is made of; equal to that of before if the engine would be."""
+        if not (isinstance(self.update_rule, str) and isinstance(self.meta_gradient, str)):
+            return object()  # whose attributes may change
+        return (
+            signature(self._learner.module),
+            self.update_rule,
+            self.meta_gradient,
+            self._prefixed("update_rule"),
+            self._prefixed("meta_gradient"),
+            self.adapted if isinstance(self.adapted, str) else tuple(self.adapted),
+            self._row_loss(),
+            self.checkpoint_steps,
+            self.max_tasks_in_memory,
+            self.precision,
+            self.batch_norm,
+            n_threads_asked(),
+        )
 
     def _running(self) -> Running:
         return Running(self.batch_norm, self._integer("max_tasks_in_memory"), self.device_)

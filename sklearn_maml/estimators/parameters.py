@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
@@ -49,6 +50,8 @@ INTEGERS = (
     "n_iter_no_change",
     "max_tasks_in_memory",
 )
+# values that may become others in place
+CHANGEABLE = (list, dict, np.ndarray, BaseEstimator, Loss)
 # name of a setting that adapting depends on
 PROXIMAL = "the proximal term of meta_gradient"
 
@@ -75,6 +78,9 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     _rung: str
     _score_seed: int
     _task_sizes: tuple[float, int] | None
+    # values of the parameters that have been found to be valid, and to be those of the fit
+    _valid: tuple[Any, ...] = ()
+    _unchanged: tuple[tuple[Any, ...], Any] = ((), None)
     _weight_column: str | None
     _prefixes = (
         "module",
@@ -126,10 +132,14 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     def _validate_params(self) -> None:
         """Validate parameters; numbers such as 3.0 are integers, too."""
         params = self.get_params(deep=False)
+        values = (*params.values(),)
+        if _are(values, self._valid):  # a second look takes as long as adapting
+            return
         whole = {name: as_integer(params[name]) for name in INTEGERS if name in params}
         validate_parameter_constraints(
             self._parameter_constraints, {**params, **whole}, type(self).__name__
         )
+        self._valid = values
 
     def _integer(self, name: str) -> Any:
         """Value of an integer parameter."""
@@ -225,7 +235,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
             else (self._rule_name() in ("auto", "gaussian-head") and self._rule_name())
             or type(rule),
             PROXIMAL: gradient.proximal > 0,
-            "adapted": self.adapted,
+            "adapted": self.adapted if isinstance(self.adapted, str) else (*self.adapted,),
             **self._make_targets().settings(),
             "head": getattr(self, "head", "free"),
             "hidden_layer_sizes": str(self.hidden_layer_sizes),
@@ -244,6 +254,10 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
 
     def _check_unchanged(self, everything: bool = False) -> None:
         """Refuse parameters that no longer fit what was meta-learned; all of them, to continue."""
+        values = (*self.get_params(deep=False).values(),)
+        known = not everything and self._fit_settings is self._unchanged[1]
+        if known and _are(values, self._unchanged[0]):
+            return
         now = self._settings(self._learner.module if everything else None)
         names = ["update_rule", PROXIMAL, "adapted", "n_ways", "center_y", "loss", "class_weight"]
         if everything:  # a fit goes on with the meta-gradient of now
@@ -256,6 +270,8 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
                     "adapt_steps and batch_norm may be changed, and lam and max_grad_norm of "
                     "update_rule and meta_gradient."
                 )
+        if not any(isinstance(value, CHANGEABLE) for value in values):
+            self._unchanged = values, self._fit_settings
 
     def _reshape(self, X: Any) -> Any:
         """Rows as the module takes them: the default network takes flat rows."""
@@ -267,3 +283,8 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
                 f"X has rows of shape {X.shape[1:]}, but {type(self).__name__} was meta-fitted on "
                 f"rows of shape {self.feature_shape_}. Give the same features."
             )
+
+
+def _are(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    """Whether values are the very objects that are known."""
+    return len(values) == len(known) and all(map(operator.is_, values, known))

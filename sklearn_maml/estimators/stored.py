@@ -39,6 +39,8 @@ class Stored(Planning, Adapting):
         "_fit_settings",
         "_learner",
         "_state",
+        "_unchanged",
+        "_valid",
         "targets_",
     )
 

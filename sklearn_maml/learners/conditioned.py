@@ -195,7 +195,7 @@ class Conditioned(Adapted):
         enough = less | (n_rows > most_rows) | np.isin(tasks, list(self.sums))
         summed = tasks[enough & run.has_sums]
         sums = dict(self.sums)
-        for j, found in sums_over(run, rows.of(summed)).items():
+        for j, found in sums_over(run, rows.of(summed)).items() if len(summed) else ():
             task = int(summed[j])
             sums[task] = sums[task] + found if task in sums else found
         kept = rows.without(summed)
