@@ -72,8 +72,8 @@ class PredictingNumbers(Predicting):
             Levels, such as ``(0.05, 0.95)`` for the ends of intervals that hold nine targets in
             ten, of quantiles to return, too: those of a Student distribution about the
             prediction, whose degrees of freedom held-out tasks choose, so that intervals of 50 %
-            and of 90 % hold their part both where errors have heavy tails. For
-            ``loss="squared_error"``.
+            and of 90 % hold their part both where errors have heavy tails. For the losses
+            "squared_error", "absolute_error" and "huber".
 
         Returns
         -------
@@ -118,10 +118,11 @@ class PredictingNumbers(Predicting):
             )
         if self.calibration_ is None:
             raise ValueError(no_std("this model", "return_quantiles"))
-        if not self._learner.head.likelihood.noise_differs:
+        if not self._learner.head.likelihood.is_centered:
             raise ValueError(
-                f"return_quantiles is for loss='squared_error'; got loss={self.loss!r}, whose "
-                "targets are not about as far above predictions as below. Ask for return_std, or "
-                "fit with loss='quantile', quantile=0.95 for one quantile."
+                "return_quantiles is for losses whose targets are about as far above predictions "
+                "as below, 'squared_error', 'absolute_error' and 'huber'; got "
+                f"loss={self.loss!r}. Ask for return_std, or fit with loss='quantile' for one "
+                "quantile."
             )
         return self.calibration_.multiples(asked.astype(np.float64))

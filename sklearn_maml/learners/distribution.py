@@ -35,11 +35,14 @@ class Likelihood:
         Whether outputs depend on the doubt about them, not on their mode alone.
     noise_differs : bool
         Whether tasks differ in their noise, of which support sets tell by their misfit.
+    is_centered : bool
+        Whether targets are about as far above predictions as below.
     """
 
     are_classes: ClassVar[bool] = False
     noise_differs: ClassVar[bool] = False
     uses_variance: bool = False
+    is_centered: bool = False
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
@@ -128,6 +131,7 @@ class Normal(Likelihood):
     """Numbers with normal noise."""
 
     noise_differs: ClassVar[bool] = True
+    is_centered = True
 
 
 class Classes(Likelihood):

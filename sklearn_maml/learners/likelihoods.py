@@ -321,6 +321,11 @@ class HeavyTails(NewtonLikelihood):
         return self.loss.quantile if isinstance(self.loss, Quantile) else None
 
     @property
+    def is_centered(self) -> bool:  # type: ignore[override]
+        """See `Likelihood`."""
+        return self.level in (None, 0.5)
+
+    @property
     def uses_variance(self) -> bool:  # type: ignore[override]
         """See `NewtonLikelihood`."""
         return self.level is not None
