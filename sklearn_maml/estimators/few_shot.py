@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
+from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
 
@@ -18,7 +18,7 @@ from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.classifier import MAMLClassifier
 from sklearn_maml.estimators.containers import Walk, register_container
 from sklearn_maml.estimators.models import is_local, models_in, nothing_to_adapt
-from sklearn_maml.estimators.numbered import NumberedClasses, are_numbers_of
+from sklearn_maml.estimators.numbered import AnswersForClasses, NumberedClasses, are_numbers_of
 from sklearn_maml.estimators.regressor import MAMLRegressor
 from sklearn_maml.persistence import SaveMixin
 
@@ -63,7 +63,7 @@ class _FewShot(SaveMixin, BaseEstimator):
         X : array-like of shape (n_support, n_features)
             Support rows.
         y : array-like of shape (n_support,) or (n_support, n_outputs)
-            Their targets.
+            Their targets, or labels.
         sample_weight : array-like of shape (n_support,), default=None
             Weights of the rows in the support loss.
 
@@ -91,10 +91,10 @@ class _FewShot(SaveMixin, BaseEstimator):
         # a pipeline has as many as its first step, which may be none
         n_features = getattr(model, "n_features_in_", None)
         self.n_features_in_ = np.shape(X)[1] if n_features is None else n_features
-        if hasattr(model, "feature_names_in_"):
-            self.feature_names_in_ = model.feature_names_in_
-        elif hasattr(self, "feature_names_in_"):
-            del self.feature_names_in_
+        for name in ("feature_names_in_", "classes_"):
+            self.__dict__.pop(name, None)
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
         return self
 
     def _validate_params(self) -> None:
@@ -279,7 +279,7 @@ class FewShotRegressor(RegressorMixin, _FewShot):
         return tags
 
 
-class FewShotClassifier(ClassifierMixin, _FewShot):
+class FewShotClassifier(AnswersForClasses, _FewShot):
     """Classifier for one task that learns from few rows by adapting a meta-learned prior.
 
     An ordinary scikit-learn estimator: ``fit`` adapts a copy of the prior to the rows it is given,
@@ -343,77 +343,14 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     _prior_class = MAMLClassifier
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Adapt the prior to one task.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_support, n_features)
-            Support rows.
-        y : array-like of shape (n_support,)
-            Their labels.
-        sample_weight : array-like of shape (n_support,), default=None
-            Weights of the rows in the support loss.
-
-        Returns
-        -------
-        self : object
-            The fitted estimator.
-        """
-        super().fit(X, y, sample_weight=sample_weight)
-        self.classes_ = self.model_.classes_
-        return self
-
     def _prior_for(self, y: Any) -> Any:
         if is_local(self.prior):
             return self.prior
         known = np.asarray(getattr(self.prior, "classes_", []))
         return NumberedClasses(self.prior) if are_numbers_of(known, y) else self.prior
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
-        """Predict class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        p : ndarray of shape (n_queries, n_classes)
-            Probabilities in the order of `classes_`.
-        """
-        return self._fitted_model(X).predict_proba(X)
-
-    def predict_log_proba(self, X: ArrayLike) -> NDArray[Any]:
-        """Predict the logarithm of class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        log_p : ndarray of shape (n_queries, n_classes)
-            In the order of `classes_`.
-        """
-        return self._fitted_model(X).predict_log_proba(X)
-
-    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the outputs of the network for each class (logits).
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
-            In the order of `classes_`.
-        """
-        return self._fitted_model(X).decision_function(X)
+    def _answer(self, method: str, X: ArrayLike) -> NDArray[Any]:
+        return getattr(self._fitted_model(X), method)(X)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

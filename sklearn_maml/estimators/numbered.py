@@ -13,10 +13,63 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_maml.estimators.containers import changed_targets, register_container
 from sklearn_maml.persistence import SaveMixin
 
-__all__ = ["NumberedClasses", "are_numbers_of"]
+__all__ = ["AnswersForClasses", "NumberedClasses", "are_numbers_of"]
 
 
-class NumberedClasses(SaveMixin, ClassifierMixin, BaseEstimator):
+class AnswersForClasses(ClassifierMixin):
+    """What fitted classifiers of one task answer besides labels, of what another one answers."""
+
+    def _answer(self, method: str, X: ArrayLike) -> NDArray[Any]:
+        """Return what a method of the other classifier says, for the classes of this one."""
+        raise NotImplementedError
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
+        """Predict class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+
+        Returns
+        -------
+        p : ndarray of shape (n_queries, n_classes)
+            Probabilities in the order of `classes_`.
+        """
+        return self._answer("predict_proba", X)
+
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[Any]:
+        """Predict the logarithm of class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+
+        Returns
+        -------
+        log_p : ndarray of shape (n_queries, n_classes)
+            In the order of `classes_`.
+        """
+        return self._answer("predict_log_proba", X)
+
+    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the outputs of the network for each class (logits).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_queries, n_features)
+            Query rows.
+
+        Returns
+        -------
+        scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
+            In the order of `classes_`.
+        """
+        return self._answer("decision_function", X)
+
+
+class NumberedClasses(SaveMixin, AnswersForClasses, BaseEstimator):
     """Fitted classifier that takes and gives numbers in place of its labels.
 
     A prior for a `FewShotClassifier` inside tools that number the labels of a task before they
@@ -144,57 +197,16 @@ class NumberedClasses(SaveMixin, ClassifierMixin, BaseEstimator):
             return self.predict_proba(X).argmax(1)
         return np.searchsorted(self._labels(), self.estimator.predict(X))
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
-        """Predict class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        p : ndarray of shape (n_queries, n_classes)
-            In the order of `classes_`.
-        """
-        if self._has_fewer():
-            return np.exp(self.predict_log_proba(X))
-        return self.estimator.predict_proba(X)
-
-    def predict_log_proba(self, X: ArrayLike) -> NDArray[Any]:
-        """Predict the logarithm of class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        log_p : ndarray of shape (n_queries, n_classes)
-            In the order of `classes_`.
-        """
-        log_p = self.estimator.predict_log_proba(X)
-        return log_softmax(self._columns(log_p), axis=1) if self._has_fewer() else log_p
-
-    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the outputs of the network for each class (logits).
-
-        Parameters
-        ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-
-        Returns
-        -------
-        scores : ndarray of shape (n_queries, n_classes), or (n_queries,) for two classes
-            In the order of `classes_`.
-        """
-        scores = self.estimator.decision_function(X)
+    def _answer(self, method: str, X: ArrayLike) -> NDArray[Any]:
         if not self._has_fewer():
-            return scores
+            return getattr(self.estimator, method)(X)
+        if method == "predict_proba":
+            return np.exp(self.predict_log_proba(X))
+        values = getattr(self.estimator, method)(X)
+        if method == "predict_log_proba":
+            return log_softmax(self._columns(values), axis=1)
         # of two classes the second is compared with the first
-        wide = scores if scores.ndim > 1 else np.stack([np.zeros_like(scores), scores], 1)
+        wide = values if values.ndim > 1 else np.stack([np.zeros_like(values), values], 1)
         scores = self._columns(wide)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 

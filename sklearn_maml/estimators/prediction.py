@@ -49,15 +49,23 @@ class Queries:
         Where the groups come from, for messages.
     lengths : list of int or None
         Rows of each part of a list, or of each block of a stack.
-    shape_like : callable
-        Shapes what was found for each row as the rows came.
+    stacked : bool
+        Whether they came as blocks of a stack.
     """
 
     rows: np.ndarray
     groups: Any
     name: str
     lengths: list[int] | None
-    shape_like: Callable[[np.ndarray], Any]
+    stacked: bool
+
+    def shape_like(self, values: np.ndarray) -> Any:
+        """Shape what was found for each row as the rows came."""
+        if self.lengths is None:
+            return values
+        if self.stacked:
+            return values.reshape(len(self.lengths), -1, *values.shape[1:])
+        return np.split(values, np.cumsum(self.lengths)[:-1])
 
 
 class Predicting(Adapting):
@@ -77,8 +85,7 @@ class Predicting(Adapting):
         check_is_fitted(self)
         refuse_graphs(X=X, groups=groups)
         X = as_frame(X)
-        shape_like: Callable[[np.ndarray], Any] = _as_is
-        name = "groups"
+        name, stacked = "groups", False
         lengths: list[int] | None = None
         if isinstance(X, (list, tuple)) and len(X) and n_axes(X[0]) > len(self.feature_shape_):
             if groups is not None:
@@ -89,24 +96,21 @@ class Predicting(Adapting):
             lengths = [len(part) for part in X]
             groups = np.repeat(np.arange(len(X)), lengths)
             name = "a list of query sets (task ids 0, 1, ...)"
-            cuts = np.cumsum(lengths)[:-1]
             X = concatenate_rows(X)
-            shape_like = _Split(cuts)
         elif (
             groups is None and getattr(X, "ndim", 0) >= 3 and X.ndim == len(self.feature_shape_) + 2
         ):
             n_tasks, n_rows = X.shape[:2]
-            lengths = [n_rows] * n_tasks
+            lengths, stacked = [n_rows] * n_tasks, True
             groups = np.repeat(np.arange(n_tasks), n_rows)
             X = np.asarray(X).reshape(-1, *X.shape[2:])
-            shape_like = _Stack(n_tasks, n_rows)
         weight_column = vars(self).get("_weight_column")
         if weight_column is not None:
             X, _ = take_column(X, weight_column)
         X_seen = X
         if self.task_column is not None:
             X, ids = split_task_column(X, self.task_column)
-            if shape_like is _as_is:  # else the place in the list or stack tells the task
+            if lengths is None:  # else the place in the list or stack tells the task
                 name = f"the task column {self.task_column!r}"
                 if groups is not None:  # which are for a splitter alone
                     check_groups(groups, encode_ids(ids, len(X), name)[1], self.task_column)
@@ -122,7 +126,7 @@ class Predicting(Adapting):
         self._check_features(rows)
         if lengths is not None:
             _check_places(self.__dict__.get("_state"), len(lengths), asker)
-        return Queries(self._reshape(rows), groups, name, lengths, shape_like)
+        return Queries(self._reshape(rows), groups, name, lengths, stacked)
 
     def _find_tasks(
         self, groups: Any, n_rows: int, name: str, asker: str = "predict"
@@ -337,27 +341,3 @@ def _check_places(state: State | None, n_sets: int, asker: str) -> None:
             f"{asker} got {n_sets} query sets, and adapt got {state.n_tasks} tasks without ids. "
             "Pass a query set of each task, in the order of adapt."
         )
-
-
-def _as_is(values: np.ndarray) -> np.ndarray:
-    return values
-
-
-class _Split:
-    """Answer a list of query sets with a list."""
-
-    def __init__(self, cuts: np.ndarray) -> None:
-        self.cuts = cuts
-
-    def __call__(self, values: np.ndarray) -> list[np.ndarray]:
-        return np.split(values, self.cuts)
-
-
-class _Stack:
-    """Answer a 3-D array of query sets with one more leading axis."""
-
-    def __init__(self, n_tasks: int, n_rows: int) -> None:
-        self.shape = (n_tasks, n_rows)
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        return values.reshape(*self.shape, *values.shape[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,18 +95,13 @@ def make_methods(
         elif maml_inside(model) is not None:
             methods[key] = model
         else:
-            methods[key] = per_task.PerTask(_Cloner(model))
+            methods[key] = per_task.PerTask(_cloner(model))
     return methods, []
 
 
-class _Cloner:
+def _cloner(model: Any) -> Callable[[int], Any]:
     """Make clones of an estimator, whatever the number of rows."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, n_rows: int) -> Any:
-        return clone(self.model)
+    return lambda n_rows: clone(model)
 
 
 def families(methods: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -74,18 +75,18 @@ def task_scorer(
     return TaskScorer(scoring, n_shots, n_repeats, average, random_state)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TaskScorer:
     """Callable made by `task_scorer`."""
 
-    def __init__(
-        self, scoring: Any, n_shots: int | None, n_repeats: int, average: str, random_state: Any
-    ) -> None:
-        self.scoring = scoring
-        self.n_shots = n_shots
-        self.n_repeats = n_repeats
-        self.average = average
-        self.random_state = random_state
-        self.requests: dict[str, Any] = {"groups": True, "sample_weight": None}
+    scoring: Any
+    n_shots: int | None
+    n_repeats: int
+    average: str
+    random_state: Any
+    requests: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"groups": True, "sample_weight": None}
+    )
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,7 @@ CURVES = [BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 CURVE_POINTS = 10
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class AdaptationCurveDisplay:
     """Score on query rows against the number of inner steps.
 
@@ -91,24 +93,13 @@ class AdaptationCurveDisplay:
     array([0, 1, 2, 3, 4, 5])
     """
 
-    def __init__(
-        self,
-        *,
-        steps: np.ndarray,
-        scores: np.ndarray,
-        trained_steps: int | None,
-        score_name: str,
-        unit: str = "tasks",
-        estimator_name: str | None = None,
-        learners: str | None = None,
-    ) -> None:
-        self.steps = steps
-        self.scores = scores
-        self.trained_steps = trained_steps
-        self.score_name = score_name
-        self.unit = unit
-        self.estimator_name = estimator_name
-        self.learners = learners
+    steps: np.ndarray
+    scores: np.ndarray
+    trained_steps: int | None
+    score_name: str
+    unit: str = "tasks"
+    estimator_name: str | None = None
+    learners: str | None = None
 
     @classmethod
     def from_estimator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,7 @@ from sklearn_maml.inspection.shared import (
 GRID_POINTS = 200
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FewShotFitDisplay:
     """Fits of tasks with one feature: the initialisation, the support rows, the adapted curves.
 
@@ -72,26 +74,14 @@ class FewShotFitDisplay:
     (1, 3, 200)
     """
 
-    def __init__(
-        self,
-        *,
-        grid: np.ndarray,
-        steps: np.ndarray,
-        curves: np.ndarray,
-        support: list[tuple[np.ndarray, np.ndarray]],
-        tasks: np.ndarray | None = None,
-        feature_name: str = "Feature",
-        target_name: str = "Target",
-        learners: str | None = None,
-    ) -> None:
-        self.grid = grid
-        self.steps = steps
-        self.curves = curves
-        self.support = support
-        self.tasks = tasks
-        self.feature_name = feature_name
-        self.target_name = target_name
-        self.learners = learners
+    grid: np.ndarray
+    steps: np.ndarray
+    curves: np.ndarray
+    support: list[tuple[np.ndarray, np.ndarray]]
+    tasks: np.ndarray | None = None
+    feature_name: str = "Feature"
+    target_name: str = "Target"
+    learners: str | None = None
 
     @classmethod
     def from_estimator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sklearn_maml.inspection.shared import (
 )
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class MetaTrainingDisplay:
     """Losses of meta-training against meta-updates.
 
@@ -73,28 +75,15 @@ class MetaTrainingDisplay:
     array([ 50, 100])
     """
 
-    def __init__(
-        self,
-        *,
-        n_updates: np.ndarray,
-        train_loss: np.ndarray,
-        valid_loss: np.ndarray | None = None,
-        valid_loss_before: np.ndarray | None = None,
-        non_finite: np.ndarray | None = None,
-        kept: int | None = None,
-        loss_name: str = "Query loss",
-        steps_valid_loss: np.ndarray | None = None,
-        learners: str | None = None,
-    ) -> None:
-        self.n_updates = n_updates
-        self.train_loss = train_loss
-        self.valid_loss = valid_loss
-        self.valid_loss_before = valid_loss_before
-        self.non_finite = non_finite
-        self.kept = kept
-        self.loss_name = loss_name
-        self.steps_valid_loss = steps_valid_loss
-        self.learners = learners
+    n_updates: np.ndarray
+    train_loss: np.ndarray
+    valid_loss: np.ndarray | None = None
+    valid_loss_before: np.ndarray | None = None
+    non_finite: np.ndarray | None = None
+    kept: int | None = None
+    loss_name: str = "Query loss"
+    steps_valid_loss: np.ndarray | None = None
+    learners: str | None = None
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> MetaTrainingDisplay:

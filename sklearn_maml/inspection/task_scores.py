@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sklearn_maml.inspection.shared import (
 )
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class TaskScoresDisplay:
     """Score of each task before and after adaptation, in order.
 
@@ -72,22 +74,12 @@ class TaskScoresDisplay:
     (20,)
     """
 
-    def __init__(
-        self,
-        *,
-        task: np.ndarray,
-        before: np.ndarray,
-        after: np.ndarray,
-        score_name: str,
-        greater_is_better: bool,
-        unit: str = "tasks",
-    ) -> None:
-        self.task = task
-        self.before = before
-        self.after = after
-        self.score_name = score_name
-        self.greater_is_better = greater_is_better
-        self.unit = unit
+    task: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    score_name: str
+    greater_is_better: bool
+    unit: str = "tasks"
 
     @property
     def harmed(self) -> np.ndarray:

@@ -62,13 +62,8 @@ class ShrunkIntercept(Pooled):
         """Take the shrinkage from the variance of residuals within and between tasks."""
         super().fit(train)
         residual = self.residuals(train)
-        parts = [residual[rows] for rows in train.rows_of_tasks()]
-        sizes = np.array([len(part) for part in parts])
-        squares = sum(((part - part.mean()) ** 2).sum() for part in parts)
-        within = squares / max((sizes - 1).sum(), 1)
-        means = np.array([part.mean() for part in parts])
-        # means of few rows vary with the noise, too
-        between = np.mean(means**2) - within * np.mean(1 / sizes)
+        within, means, noise = _components([residual[rows] for rows in train.rows_of_tasks()])
+        between = np.mean(means**2) - noise
         within = max(within, np.finfo(float).tiny)
         self.ratio_ = within / between if between > 0 else np.inf
         self.within_, self.between_ = within, max(between, 0.0)
@@ -149,12 +144,9 @@ class TargetEncoded(Baseline):
         """Fit a model for each number of support rows."""
         super().fit(train)
         tasks = train.rows_of_tasks()
-        sizes = np.array([len(rows) for rows in tasks])
-        means = np.array([train.y[rows].mean() for rows in tasks])
-        squares = sum(((train.y[rows] - train.y[rows].mean()) ** 2).sum() for rows in tasks)
-        within = squares / max((sizes - 1).sum(), 1)
+        within, means, noise = _components([train.y[rows] for rows in tasks])
         self.mean_ = means.mean()
-        between = means.var() - within * np.mean(1 / sizes)
+        between = means.var() - noise
         self.ratio_ = within / between if between > 0 else np.inf
         rng = np.random.RandomState(train.seed)
         self.models_ = {}
@@ -180,6 +172,14 @@ class TargetEncoded(Baseline):
         """Predict with the model of K support rows."""
         model = for_shots(self.models_, k)
         return [model.predict(self._encoded(e.X_query, e.y_support)) for e in episodes]
+
+
+def _components(parts: Sequence[np.ndarray]) -> tuple[float, np.ndarray, float]:
+    """Variance within tasks, their means, and what noise adds to the variance of these."""
+    sizes = np.array([len(part) for part in parts])
+    squares = sum(((part - part.mean()) ** 2).sum() for part in parts)
+    within = squares / max((sizes - 1).sum(), 1)
+    return within, np.array([part.mean() for part in parts]), within * np.mean(1 / sizes)
 
 
 def _fit_kernel(X: Tensor, target: Tensor, present: Tensor) -> np.ndarray:
