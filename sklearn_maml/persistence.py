@@ -60,10 +60,7 @@ class SaveMixin(Leaf):
         training: bool = True,
         trusted: Iterable[str] = (),
     ) -> None:
-        """Save the fitted estimator to a file, without pickle.
-
-        The file is a safetensors file: weights, with parameters and all else as JSON. It is
-        replaced in one go, and takes no rows of the training data.
+        """Save the fitted estimator to a file, without pickle; see `sklearn_maml.save`.
 
         Parameters
         ----------
@@ -75,8 +72,7 @@ class SaveMixin(Leaf):
             Whether the state of the optimiser is saved, from which a fit with ``warm_start=True``
             goes on; with Adam it takes twice the space of the weights.
         trusted : iterable of str, default=()
-            Types beside those known to skops that a pipeline in a FewShot estimator may have; see
-            `sklearn_maml.save`.
+            Types beside those known to skops that a pipeline in a FewShot estimator may have.
 
         Raises
         ------
@@ -86,30 +82,6 @@ class SaveMixin(Leaf):
             If the estimator has something that no file can hold.
         ValueError
             If parameters were changed after `fit` that what was learned depends on.
-
-        See Also
-        --------
-        sklearn_maml.save : Save pipelines and searches, too.
-        sklearn_maml.load : Load an estimator of any class.
-
-        Notes
-        -----
-        Parameters that cannot be written as plain data, such as a module class of your own or
-        skorch callbacks, are not in the file: `load` asks for them.
-
-        Examples
-        --------
-        >>> import os, tempfile
-        >>> import sklearn_maml
-        >>> from sklearn_maml.datasets import make_sinusoid_tasks
-        >>> X, y, task = make_sinusoid_tasks(n_tasks=20, random_state=0)
-        >>> reg = sklearn_maml.MAMLRegressor(max_iter=10, random_state=0)
-        >>> reg = reg.fit(X, y, groups=task).adapt(X[:10], y[:10])
-        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
-        >>> reg.save(path)
-        >>> same = sklearn_maml.load(path)
-        >>> bool((same.predict(X) == reg.predict(X)).all())
-        True
         """
         save(path, self, tasks=tasks, training=training, trusted=trusted)
 
@@ -123,11 +95,7 @@ class SaveMixin(Leaf):
         trusted: Iterable[str] = (),
         **objects: Any,
     ) -> Self:
-        """Load an estimator that `save` wrote.
-
-        A file runs no code: it names classes of the library and of torch.optim only, and has plain
-        data besides. Its digest tells damage, not forgery; do not take predictions from a file of
-        unknown origin for those of your model.
+        """Load an estimator of this class that `save` wrote; see `sklearn_maml.load`.
 
         Parameters
         ----------
@@ -136,8 +104,7 @@ class SaveMixin(Leaf):
         module : torch.nn.Module class or instance, default=None
             What the estimator was given as `module`, unless it was None.
         device : str or torch.device, default=None
-            Where the model is to be; it becomes the parameter `device`. None takes that of the
-            file, or the CPU if there is no such device, with a warning.
+            Where the model is to be; None takes the device of the file, or the CPU.
         trusted : iterable of str, default=()
             What `save` was given as `trusted`.
         **objects : dict
@@ -154,11 +121,6 @@ class SaveMixin(Leaf):
             If the file is something else, has another class, is damaged, or is of a later version.
         ValueError
             If a parameter has to be passed; the message names it.
-
-        Warns
-        -----
-        DeviceWarning
-            If the model is on the CPU for want of the device it was fitted on.
         """
         return _load(path, cls, module, device, trusted, objects)
 

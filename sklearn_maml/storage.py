@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -268,37 +268,28 @@ class Decoder:
             return node
         if TAG not in node:
             return {key: self.decode(item) for key, item in node.items()}
-        method = getattr(self, f"_{str(node[TAG]).replace('.', '_')}_node", None)
-        if method is not None:
-            return method(node)
+        make = self._kinds.get(str(node[TAG]))
+        if make is not None:
+            return make(self, node)
         if self._other is None:
             raise ValueError(f"{node[TAG]!r} is not known")
         return self._other(node, self)
 
-    def _float_node(self, node: Any) -> float:
-        return float(node["value"])
-
-    def _tuple_node(self, node: Any) -> tuple[Any, ...]:
-        return tuple(map(self.decode, node["items"]))
-
-    def _dict_node(self, node: Any) -> dict[Any, Any]:
-        return dict(zip(self.decode(node["keys"]), self.decode(node["values"]), strict=True))
-
-    def _lists_node(self, node: Any) -> list[Any]:
+    def _lists(self, node: Any) -> list[Any]:
         ends = np.cumsum(self.decode(node["lengths"])).tolist()
         items = self.decode(node["items"])
         if ends[-1] != len(items):
             raise ValueError("the lengths of the parts are not those of the whole")
         return [items[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _list_node(self, node: Any) -> list[Any]:
+    def _list(self, node: Any) -> list[Any]:
         values = self.tensors[node["name"]]
         if node["of"] == "str":
             text = values.numpy().tobytes().decode("utf-8", "surrogatepass")
             return list(map(str, json.loads(text)))
         return list(values.tolist())
 
-    def _records_node(self, node: Any) -> list[dict[Any, Any]]:
+    def _records(self, node: Any) -> list[dict[Any, Any]]:
         rows = [
             iter(zip(*map(self.decode, columns), strict=True) if columns else [])
             for columns in node["columns"]
@@ -308,10 +299,7 @@ class Decoder:
             dict(zip(keys[k], next(rows[k], ()), strict=True)) for k in self.decode(node["which"])
         ]
 
-    def _scalar_node(self, node: Any) -> Any:
-        return np.frombuffer(bytes.fromhex(node["bytes"]), dtype=_read_dtype(node["dtype"]))[0]
-
-    def _array_node(self, node: Any) -> np.ndarray:
+    def _array(self, node: Any) -> np.ndarray:
         shape = tuple(map(int, node["shape"]))
         if "items" in node:
             items = self.decode(node["items"])
@@ -326,28 +314,33 @@ class Decoder:
             flat = flat.astype(dtype, copy=True)
         return flat.reshape(shape)
 
-    def _tensor_node(self, node: Any) -> Tensor:
-        return self.tensors[node["name"]]
-
-    def _device_node(self, node: Any) -> torch.device:
-        return torch.device(str(node["name"]))
-
-    def _torch_dtype_node(self, node: Any) -> torch.dtype:
-        return _TORCH_DTYPES[node["name"]]
-
-    def _dtype_node(self, node: Any) -> np.dtype:
-        return _read_dtype(node["name"])
-
-    def _datetime_node(self, node: Any) -> datetime.datetime:
-        return datetime.datetime.fromisoformat(node["value"])
-
-    def _path_node(self, node: Any) -> Path:
-        return Path(str(node["name"]))
-
-    def _RandomState_node(self, node: Any) -> np.random.RandomState:  # noqa: N802
+    def _random_state(self, node: Any) -> np.random.RandomState:
         generator = np.random.RandomState(0)
         generator.set_state(self.decode(node["state"]))
         return generator
+
+    # how values are made of nodes, by what `TAG` says; nothing else in a file is
+    _kinds: ClassVar[dict[str, Callable[[Decoder, Any], Any]]] = {
+        "float": lambda decoder, node: float(node["value"]),
+        "tuple": lambda decoder, node: tuple(map(decoder.decode, node["items"])),
+        "dict": lambda decoder, node: dict(
+            zip(decoder.decode(node["keys"]), decoder.decode(node["values"]), strict=True)
+        ),
+        "lists": _lists,
+        "list": _list,
+        "records": _records,
+        "scalar": lambda decoder, node: np.frombuffer(
+            bytes.fromhex(node["bytes"]), dtype=_read_dtype(node["dtype"])
+        )[0],
+        "array": _array,
+        "tensor": lambda decoder, node: decoder.tensors[node["name"]],
+        "device": lambda decoder, node: torch.device(str(node["name"])),
+        "torch.dtype": lambda decoder, node: _TORCH_DTYPES[node["name"]],
+        "dtype": lambda decoder, node: _read_dtype(node["name"]),
+        "datetime": lambda decoder, node: datetime.datetime.fromisoformat(node["value"]),
+        "path": lambda decoder, node: Path(str(node["name"])),
+        "RandomState": _random_state,
+    }
 
 
 def _read_dtype(name: Any) -> np.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.utils import Bunch
@@ -38,7 +38,7 @@ def _finish(
     return_X_y: bool,
     return_X_y_groups: bool,
     as_frame: bool,
-) -> Bunch | tuple[Any, ...]:
+) -> Any:
     """Give the arrays of `bunch` the form that the caller asked for."""
     if as_frame:
         # Optional dependency: needed for nothing but this.
@@ -62,26 +62,6 @@ def _finish(
     if return_X_y_groups:
         return bunch.data, bunch.target, bunch.groups
     return bunch
-
-
-@overload
-def load_x264(
-    *,
-    target: str | Sequence[str] = "log2_kbps",
-    return_X_y: Literal[False] = False,
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> Bunch: ...
-
-
-@overload
-def load_x264(
-    *,
-    target: str | Sequence[str] = "log2_kbps",
-    return_X_y: bool = False,
-    return_X_y_groups: bool = False,
-    as_frame: bool = False,
-) -> Any: ...
 
 
 def load_x264(
@@ -182,28 +162,6 @@ def load_x264(
         filename=filename,
     )
     return _finish(bunch, list(names), return_X_y, return_X_y_groups, as_frame)
-
-
-@overload
-def load_omniglot(
-    *,
-    subset: str = "all",
-    rotations: bool = False,
-    return_X_y: Literal[False] = False,
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> Bunch: ...
-
-
-@overload
-def load_omniglot(
-    *,
-    subset: str = "all",
-    rotations: bool = False,
-    return_X_y: bool = False,
-    return_X_y_groups: bool = False,
-    as_frame: bool = False,
-) -> Any: ...
 
 
 def load_omniglot(
@@ -339,24 +297,6 @@ def load_omniglot(
         filename=filename,
     )
     return _finish(bunch, ["character"], return_X_y, return_X_y_groups, as_frame)
-
-
-@overload
-def load_vowels(
-    *,
-    return_X_y: Literal[False] = False,
-    return_X_y_groups: Literal[False] = False,
-    as_frame: bool = False,
-) -> Bunch: ...
-
-
-@overload
-def load_vowels(
-    *,
-    return_X_y: bool = False,
-    return_X_y_groups: bool = False,
-    as_frame: bool = False,
-) -> Any: ...
 
 
 def load_vowels(
