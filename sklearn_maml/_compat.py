@@ -5,12 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = [
-    "HAS_SKLEARN_CALLBACKS",
-    "CallbackSupportMixin",
-    "with_callbacks",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 try:  # scikit-learn >= 1.9

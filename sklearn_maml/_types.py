@@ -8,8 +8,6 @@ from typing import Any, Protocol, TypeAlias
 
 from numpy.typing import ArrayLike
 
-__all__ = ["PathLike", "TaskDistribution", "Tasks", "Weights"]
-
 PathLike: TypeAlias = str | os.PathLike[str]
 
 

@@ -11,17 +11,6 @@ from typing import Any, ClassVar, TypeVar
 
 from sklearn.base import clone
 
-__all__ = [
-    "PrefixedParamsMixin",
-    "as_integer",
-    "check_keywords",
-    "did_you_mean",
-    "is_integer",
-    "is_number",
-    "keeps_state_on_error",
-    "resolve_object",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -16,8 +16,6 @@ from typing import Any
 import sklearn.metrics
 import sklearn.model_selection
 
-__all__ = ["Leaf", "Placeholder", "is_composite", "put_together", "take_apart"]
-
 # entries of the memo of deepcopy: estimators that were taken out, and those to be put back
 TAKEN, GIVEN = "sklearn_maml: taken", "sklearn_maml: given"
 

@@ -10,18 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "SeededTorch",
-    "accelerators",
-    "backend_of",
-    "forked_generators",
-    "free_memory",
-    "generator_states",
-    "is_host",
-    "resolve_device",
-    "set_generator_states",
-]
-
 
 def is_host(device: torch.device | str) -> bool:
     """Whether tensors of a device can be read without waiting for it."""

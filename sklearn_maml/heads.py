@@ -12,8 +12,6 @@ from sklearn_maml.modules import head_names
 from sklearn_maml.theta import name_in_module, name_in_rule
 from sklearn_maml.update_rules import TaskSolver
 
-__all__ = ["SymmetricHead", "find_head"]
-
 
 class SymmetricHead:
     """Projection of meta-parameters, and of meta-gradients, on those that treat classes alike.

@@ -28,8 +28,6 @@ from sklearn_maml.targets.losses import LOSSES
 from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.update_rules import UPDATE_RULES
 
-__all__ = ["ESTIMATORS", "Reader", "Writer", "describe", "look_up"]
-
 # objects with parameters that a file may name
 OBJECTS: dict[str, type] = {
     **{c.__name__ + "Rule": c for c in UPDATE_RULES.values()},

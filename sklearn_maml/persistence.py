@@ -19,8 +19,6 @@ from sklearn_maml.model_files import ESTIMATORS, Reader, Writer
 from sklearn_maml.storage import TAG, Decoder, Encoder, read_tree, write_tree
 from sklearn_maml.threads import one_thread
 
-__all__ = ["SaveMixin", "load", "save"]
-
 # Those of scikit-learn that belong to the process: set_output, set_callbacks.
 LEFT_OUT = {"_sklearn_output_config", "_skl_callbacks", "_parent_callback_ctx"}
 # modules of the estimators that a file may name

@@ -24,17 +24,6 @@ from torch import Tensor
 
 from sklearn_maml.exceptions import FileFormatError
 
-__all__ = [
-    "FORMAT",
-    "Decoder",
-    "Encoder",
-    "as_array",
-    "as_tensor",
-    "digest_of",
-    "read_tree",
-    "write_tree",
-]
-
 # raised with every change after which versions would misread each other's files
 FORMAT = 3
 # entries of the metadata

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["Params", "Parts", "Theta", "name_in_module", "name_in_rule", "rate_key"]
-
 Params = dict[str, Tensor]
 
 # the names of `MetaLearner` for the parameters of its two parts

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["n_threads_asked", "one_thread", "several_threads", "side_by_side", "threads_for"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -10,8 +10,6 @@ import torch
 
 from sklearn_maml.native import NativeUnavailableError, instruction_set, instruction_sets
 
-__all__ = ["show_versions"]
-
 PACKAGES = (
     "sklearn-maml",
     "numpy",

@@ -16,22 +16,6 @@ from torch import Tensor
 
 from sklearn_maml.devices import is_host
 
-__all__ = [
-    "EpisodeBatch",
-    "Rows",
-    "centered",
-    "gather",
-    "gathered",
-    "joined_rows",
-    "normalised",
-    "pad_rows",
-    "pick",
-    "put_back",
-    "to_device",
-    "totals",
-    "with_prepared",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Rows:

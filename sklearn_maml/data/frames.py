@@ -13,16 +13,6 @@ from scipy.sparse import issparse
 
 from sklearn_maml.data.ids import IdColumns
 
-__all__ = [
-    "PASS_THROUGH",
-    "as_frame",
-    "check_columns",
-    "is_frame",
-    "naming_columns",
-    "split_task_column",
-    "take_column",
-]
-
 PASS_THROUGH = (
     "Let the column pass through ('passthrough' in a ColumnTransformer): a transformer such as a "
     "scaler would change the ids."

@@ -17,21 +17,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "IdColumns",
-    "KnownIds",
-    "as_array",
-    "check_groups",
-    "encode_ids",
-    "find_ids",
-    "is_missing",
-    "join_ids",
-    "keys_of",
-    "look_scaled",
-    "show_id",
-    "show_ids",
-]
-
 # types whose text is their value, by name: the libraries may not be there
 _AS_TEXT = {"Period", "Interval", "UUID", "time"}
 _EPOCH = datetime.datetime(1970, 1, 1)

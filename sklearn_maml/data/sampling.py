@@ -27,8 +27,6 @@ from sklearn_maml.data.episodes import (
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import free_memory
 
-__all__ = ["MOST_VALIDATED", "EpisodeSampler", "Split", "draw_fixed", "evenly"]
-
 # With n_shots=None the support size varies from episode to episode, so that one model serves
 # small and large support sets; see docs/defaults.md for the measurement behind the range.
 SUPPORT_RANGE = (5, 20)

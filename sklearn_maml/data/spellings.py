@@ -22,15 +22,6 @@ from sklearn_maml.data.frames import (
 from sklearn_maml.data.ids import as_array, check_groups, encode_ids, is_missing
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = [
-    "collect_tasks",
-    "concatenate_rows",
-    "count_rows",
-    "is_task_distribution",
-    "n_axes",
-    "refuse_graphs",
-]
-
 FLOATS = (np.float64, np.float32)
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from sklearn_maml.data.ids import show_id
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["check_splittable", "hold_out", "name_of", "part_of", "usable"]
-
 
 def hold_out(
     tasks: TaskCollection,

@@ -15,8 +15,6 @@ import numpy as np
 
 from sklearn_maml.data.ids import keys_of
 
-__all__ = ["TaskCollection"]
-
 # rows that may speak for a task where all tasks are pooled, in units of those of the median task
 LEVEL = 20
 SUMMED_ROWS = 65_536  # at a time

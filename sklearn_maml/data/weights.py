@@ -13,16 +13,6 @@ from sklearn_maml.data.ids import encode_ids, find_ids, show_ids
 from sklearn_maml.data.spellings import is_task_list, refuse_graphs
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = [
-    "COUNTS",
-    "check_weights",
-    "merged",
-    "row_marks",
-    "spread_weights",
-    "take_weights",
-    "weighted",
-]
-
 # Exponents of the largest weight of support rows that are taken at their word: rows that count as
 # more than 2**10 each let systems become singular, and ones of less than 2**-50 say nothing.
 COUNTS = (-50, 10)

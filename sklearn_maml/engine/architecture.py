@@ -12,19 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sklearn_maml.engine.conv.layers import is_conv_net
 from sklearn_maml.modules import ContextMLP
 
-__all__ = [
-    "ELEMENTWISE",
-    "attends",
-    "has_dropout",
-    "is_recurrent",
-    "is_row_wise",
-    "is_spatial",
-    "is_stackable",
-    "mixes_rows",
-    "private_copy",
-    "signature",
-]
-
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,

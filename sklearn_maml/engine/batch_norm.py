@@ -18,8 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_maml.data.episodes import Rows
 
-__all__ = ["TaskBatchNorm", "replace_batch_norms", "run_on_query"]
-
 
 class TaskBatchNorm(_BatchNorm):
     """Stands for a batch-norm layer; `run_on_query` chooses where its statistics come from.

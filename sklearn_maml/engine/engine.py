@@ -39,8 +39,6 @@ from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.update_rules import SGD, TaskSolver
 
-__all__ = ["Engine"]
-
 
 class Engine(MetaSteps):
     """Meta-gradients, adaptation and prediction for batches of tasks.

@@ -21,8 +21,6 @@ from sklearn_maml.engine.batch_norm import replace_batch_norms, run_on_query
 from sklearn_maml.inner.problem import LossOfQuery
 from sklearn_maml.theta import Params
 
-__all__ = ["ModuleForward", "for_prediction", "rounded", "tf32"]
-
 
 class ModuleForward:
     """Runs a module with the parameters of one task.

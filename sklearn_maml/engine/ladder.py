@@ -22,8 +22,6 @@ from sklearn_maml.engine.tracing.recording import first_line
 from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = ["RUNGS", "Ladder", "begin_with"]
-
 # the fastest first; one that another is climbed to from, after it
 RUNGS: list[type[Rung]] = [Native, Traced, Conv, Stacked, Vmap, Loop]
 

@@ -13,8 +13,6 @@ from sklearn_maml.engine.spec import MetaStep
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import threads_for
 
-__all__ = ["MetaSteps"]
-
 
 class MetaSteps(ABC):
     """Makes meta-steps: an `Engine`, or what stands in its place.

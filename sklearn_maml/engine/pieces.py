@@ -17,18 +17,6 @@ from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import side_by_side
 
-__all__ = [
-    "Memory",
-    "chunks",
-    "equal_shapes",
-    "is_out_of_memory",
-    "join_outputs",
-    "join_params",
-    "join_steps",
-    "run_pieces",
-    "sets_of",
-]
-
 Batch = Any  # EpisodeBatch or Rows
 Result = TypeVar("Result")
 Places = Sequence[np.ndarray]

@@ -25,8 +25,6 @@ from sklearn_maml.native import Layout, describe
 from sklearn_maml.theta import Params, Parts
 from sklearn_maml.update_rules import TaskSolver
 
-__all__ = ["Adapted", "MetaStep", "Spec", "Step", "check_batch_norm"]
-
 Buffers = dict[str, Tensor]
 
 

@@ -24,8 +24,6 @@ from sklearn_maml.learners.shares import Mixed
 from sklearn_maml.targets.base import Coding
 from sklearn_maml.threads import n_threads_asked, one_thread
 
-__all__ = ["Adapting", "State"]
-
 # Engines that any number of adapted models may share, by what was meta-learned
 _ENGINES: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
 # Threads that adapt one and the same model: the state and what follows from it change together.

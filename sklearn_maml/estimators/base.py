@@ -29,8 +29,6 @@ from sklearn_maml.training.checkpoint import begin_checkpointed
 from sklearn_maml.training.distributed import find_processes
 from sklearn_maml.training.sources import CollectionSource, DistributionSource
 
-__all__ = ["BaseMAML"]
-
 
 class BaseMAML(Training, Stored, Scoring):
     """What the classifier and the regressor share."""

@@ -32,8 +32,6 @@ from sklearn_maml.targets.base import Targets
 from sklearn_maml.theta import name_in_module
 from sklearn_maml.training.sources import LEAST_TASKS
 
-__all__ = ["Building"]
-
 # tasks that the start of a head is computed of, at most: more would tell little
 STARTING_TASKS = 1000
 

@@ -15,8 +15,6 @@ from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.estimators.labels import ClassesOrLabels
 from sklearn_maml.estimators.prediction import PredictingClasses
 
-__all__ = ["MAMLClassifier"]
-
 
 class MAMLClassifier(
     ClassifierMixin, ClassesOrLabels, Suggesting, PredictingClasses, ContinuingClasses

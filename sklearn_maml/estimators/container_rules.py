@@ -22,8 +22,6 @@ from sklearn_maml.estimators.containers import (
 )
 from sklearn_maml.estimators.models import forward, is_local, models_in, rows_of
 
-__all__: list[str] = []
-
 
 def _of_sklearn(*names: str) -> Callable[[Rule], Rule]:
     """Register the rule of containers of scikit-learn, which have to be fitted."""

@@ -26,16 +26,6 @@ from sklearn_maml.estimators.models import (
     nothing_to_adapt,
 )
 
-__all__ = [
-    "OF_SKLEARN",
-    "Rule",
-    "Walk",
-    "adapt",
-    "changed_targets",
-    "changed_tasks",
-    "register_container",
-]
-
 M = TypeVar("M", bound=BaseMAML)
 Rule = Callable[[Any, Any, Any, Any], Any]  # (container, X, y, adapt) -> container
 

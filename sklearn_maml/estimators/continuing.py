@@ -14,8 +14,6 @@ from sklearn_maml.data.ids import as_array
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.threads import one_thread
 
-__all__ = ["ContinuingClasses"]
-
 
 class ContinuingClasses(BaseMAML):
     """Knows the labels of parts to come."""

@@ -22,8 +22,6 @@ from sklearn_maml.estimators.numbered import AnswersForClasses, NumberedClasses,
 from sklearn_maml.estimators.regressor import MAMLRegressor
 from sklearn_maml.persistence import SaveMixin
 
-__all__ = ["FewShotClassifier", "FewShotRegressor"]
-
 
 class _FewShot(SaveMixin, BaseEstimator):
     """What the two FewShot estimators share: `fit` adapts a prior to one task."""

@@ -11,8 +11,6 @@ from sklearn_maml._types import Tasks
 from sklearn_maml.estimators.prediction import Predicting
 from sklearn_maml.learners.base import no_std
 
-__all__ = ["PredictingNumbers"]
-
 
 class PredictingNumbers(Predicting):
     """Predicts numbers, and how far off they may be."""

@@ -16,8 +16,6 @@ from sklearn_maml.estimators.models import open_chain, transform_rows
 from sklearn_maml.estimators.prediction import Predicting
 from sklearn_maml.threads import one_thread
 
-__all__ = ["Suggesting", "suggest_rows"]
-
 
 class Suggesting(Predicting):
     """Finds the rows of a pool whose labels tell most about the others."""

@@ -11,8 +11,6 @@ from sklearn_maml.targets.base import Targets
 from sklearn_maml.targets.classes import ClassTargets
 from sklearn_maml.targets.labels import LabelTargets
 
-__all__ = ["ClassesOrLabels"]
-
 
 class ClassesOrLabels(Building):
     """Makes targets by the parameter `loss`, and heads that treat classes alike."""

@@ -13,19 +13,6 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_maml.data.spellings import count_rows, is_task_list, refuse_graphs
 from sklearn_maml.estimators.base import BaseMAML
 
-__all__ = [
-    "best_of_search",
-    "forward",
-    "is_local",
-    "is_search",
-    "models_in",
-    "nothing_to_adapt",
-    "open_chain",
-    "rows_of",
-    "transform_rows",
-]
-
-
 # what objects have that may hold estimators
 METHODS = ("fit", "predict", "predict_proba", "transform")
 # a longer list or dict is a vocabulary, or data

@@ -16,8 +16,6 @@ from torch.nn.parameter import UninitializedParameter
 from sklearn_maml.modules import build_module, make_mlp
 from sklearn_maml.targets.base import Targets
 
-__all__ = ["Networks"]
-
 
 def _way_out(module: Any) -> str:
     """Say how to give what is no module."""

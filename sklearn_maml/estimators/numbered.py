@@ -13,8 +13,6 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_maml.estimators.containers import changed_targets, register_container
 from sklearn_maml.persistence import SaveMixin
 
-__all__ = ["AnswersForClasses", "NumberedClasses", "are_numbers_of"]
-
 
 class AnswersForClasses(ClassifierMixin):
     """What fitted classifiers of one task answer besides labels, of what another one answers."""

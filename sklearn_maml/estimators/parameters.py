@@ -30,8 +30,6 @@ from sklearn_maml.targets.losses import LOSSES
 from sklearn_maml.training.sources import N_MEMBERS, EpisodeSettings
 from sklearn_maml.update_rules import TaskSolver, resolve_update_rule
 
-__all__ = ["PROXIMAL", "Parameters"]
-
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,

@@ -19,8 +19,6 @@ from sklearn_maml.training.checkpoint import Checkpoint
 from sklearn_maml.training.optimizers import settings_on
 from sklearn_maml.training.sources import LEAST_TASKS, CrossFitted
 
-__all__ = ["Planning"]
-
 # meta-updates on splits of one task, where there are no others; more of them overfit its rows
 SINGLE_TASK_UPDATES = 100
 

@@ -27,9 +27,6 @@ from sklearn_maml.exceptions import NotAdaptedError, TaskColumnWarning
 from sklearn_maml.learners.plain import PlainModel
 from sklearn_maml.threads import one_thread
 
-__all__ = ["Predicting", "PredictingClasses"]
-
-
 ADAPT_FIRST = (
     "Call adapt with support rows of these tasks first, or set unseen_tasks='prior' for "
     "predictions without any. To score new tasks inside scikit-learn's tools, leave scoring=None "

@@ -27,9 +27,6 @@ from sklearn_maml.exceptions import SingleTaskWarning, SmallTaskWarning, TaskCol
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.training.sources import CollectionSource
 
-__all__ = ["SEVERAL_TASKS", "Reading"]
-
-
 # as many times the rows of a task are those of several
 SEVERAL_TASKS = 2
 

@@ -16,8 +16,6 @@ from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.targets.losses import resolve_loss
 from sklearn_maml.targets.real import RealTargets
 
-__all__ = ["MAMLRegressor"]
-
 
 class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     r"""Regressor that meta-learns, from related tasks, to adapt to a new task from a few rows.

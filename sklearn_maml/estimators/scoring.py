@@ -20,8 +20,6 @@ from sklearn_maml.estimators.reading import SEVERAL_TASKS, Reading
 from sklearn_maml.estimators.task_model import Scored, TaskModel
 from sklearn_maml.exceptions import SeenTaskWarning
 
-__all__ = ["SCORED_EPISODES", "Scoring"]
-
 # tasks drawn from a task distribution for `score`
 SCORED_TASKS = 600
 # episodes of a score where tasks are drawn from a pool of classes

@@ -21,8 +21,6 @@ from sklearn_maml.storage import FORMAT, Decoder, Encoder, as_array, as_tensor
 from sklearn_maml.theta import name_in_rule
 from sklearn_maml.training.checkpoint import net_state, restore_net
 
-__all__ = ["Stored"]
-
 # marks a state of plain data
 PLAIN = "sklearn_maml"
 

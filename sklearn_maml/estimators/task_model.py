@@ -11,8 +11,6 @@ import numpy as np
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators.adapting import State
 
-__all__ = ["Scored", "TaskModel"]
-
 
 @dataclass
 class Scored:

@@ -23,8 +23,6 @@ from sklearn_maml.modules import copy_buffers
 from sklearn_maml.training.checkpoint import CheckpointedFit, net_state
 from sklearn_maml.training.distributed import Processes
 
-__all__ = ["Training", "gains_nothing"]
-
 # A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
 # sinusoids, even at a tenth of the published alpha or of the default beta, the gain is above its
 # standard error from there on; see docs/diagnostics.md.

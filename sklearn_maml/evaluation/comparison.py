@@ -37,8 +37,6 @@ from sklearn_maml.evaluation.scoring import check_count
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["compare_baselines", "summarize_comparison"]
-
 # tasks drawn from a task distribution
 DRAWN_TASKS = 200
 # fewer leave nothing to learn from, or no spread over tasks to take a standard error from

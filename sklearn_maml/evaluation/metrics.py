@@ -19,8 +19,6 @@ from sklearn_maml.evaluation.scoring import (
     score_tasks,
 )
 
-__all__ = ["task_scorer", "task_scores"]
-
 
 def task_scorer(
     scoring: Any,

@@ -20,8 +20,6 @@ from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.evaluation.methods import maml_inside
 from sklearn_maml.evaluation.scoring import check_count, open_model
 
-__all__ = ["task_cross_val_predict"]
-
 # parts of the rows of a task, each of which is predicted after adapting to others
 N_PARTS = 5
 EPISODES_AT_A_TIME = 1000

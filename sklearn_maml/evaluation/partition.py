@@ -19,8 +19,6 @@ from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.estimators.models import open_chain, transform_rows
 from sklearn_maml.targets.base import Coding
 
-__all__ = ["adapt_predict"]
-
 
 @overload
 def adapt_predict(

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from sklearn_maml.theta import Params
 
-__all__ = ["Autograd", "Differentiator", "Functorch"]
-
 LossFunction = Callable[[Params], Tensor]
 
 

@@ -17,8 +17,6 @@ from sklearn_maml.inner.differentiate import Differentiator
 from sklearn_maml.theta import Params, Parts, Theta
 from sklearn_maml.update_rules import TaskSolver
 
-__all__ = ["Forward", "InnerProblem", "LossOfQuery", "fit_outputs", "mean_loss"]
-
 OnStep = Callable[[Params], None]
 LossOfQuery = Callable[["Forward", Params, Rows, Rows], tuple[Tensor, Any]]
 

@@ -20,8 +20,6 @@ from sklearn_maml.devices import (
 from sklearn_maml.inner.problem import InnerProblem
 from sklearn_maml.theta import Params
 
-__all__ = ["RecomputedSteps"]
-
 
 @dataclasses.dataclass
 class RecomputedSteps(InnerProblem):

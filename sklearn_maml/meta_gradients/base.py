@@ -11,8 +11,6 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.theta import Params, Parts, Theta
 
-__all__ = ["MetaGradient", "Problem", "Tensors"]
-
 Tensors = list[Tensor]
 
 

@@ -13,8 +13,6 @@ from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.meta_gradients.base import MetaGradient, Problem, Tensors
 from sklearn_maml.theta import Params, name_in_module
 
-__all__ = ["Implicit"]
-
 
 class Implicit(MetaGradient):
     r"""Gradient of the solution of a regularised inner problem (iMAML; Rajeswaran et al. 2019).

@@ -10,8 +10,6 @@ from sklearn_maml.meta_gradients.implicit import Implicit
 from sklearn_maml.meta_gradients.reptile import Reptile
 from sklearn_maml.meta_gradients.unrolled import FirstOrder, SecondOrder
 
-__all__ = ["META_GRADIENTS", "prepares_positions", "resolve_meta_gradient"]
-
 META_GRADIENTS: dict[str, type[MetaGradient]] = {
     "second-order": SecondOrder,
     "first-order": FirstOrder,

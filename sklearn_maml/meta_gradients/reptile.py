@@ -13,8 +13,6 @@ from sklearn_maml.data.episodes import EpisodeBatch, joined_rows, totals
 from sklearn_maml.meta_gradients.base import MetaGradient, Problem
 from sklearn_maml.theta import Params, name_in_module
 
-__all__ = ["Reptile"]
-
 
 class Reptile(MetaGradient):
     r"""Steps towards the adapted parameters (Reptile; Nichol et al. 2018, algorithm 2).

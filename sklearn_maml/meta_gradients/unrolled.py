@@ -12,8 +12,6 @@ from sklearn_maml._validation import is_integer
 from sklearn_maml.meta_gradients.base import MetaGradient, Problem
 from sklearn_maml.theta import Params
 
-__all__ = ["FirstOrder", "SecondOrder"]
-
 
 class _Unrolled(MetaGradient):
     """What the gradients through the inner steps share: the loss of several steps."""

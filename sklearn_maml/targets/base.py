@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from sklearn_maml.data.splitting import check_splittable, usable
 from sklearn_maml.data.tasks import TaskCollection
 
-__all__ = ["Coding", "Loss", "Targets"]
-
 
 class Loss(BaseEstimator, ABC):
     """Loss of the rows of a task, and what its targets and outputs mean.

@@ -16,8 +16,6 @@ from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.targets.base import Coding, Targets
 from sklearn_maml.targets.losses import CrossEntropy
 
-__all__ = ["ClassTargets"]
-
 
 class ClassTargets(Targets):
     """Class labels, which tasks share or, with `n_ways`, mean something inside a task only.

@@ -11,8 +11,6 @@ from sklearn_maml.targets.base import Coding
 from sklearn_maml.targets.losses import BinaryCrossEntropy
 from sklearn_maml.targets.real import RealTargets
 
-__all__ = ["LabelTargets"]
-
 
 class LabelTargets(RealTargets):
     """Columns of 0 and 1, one for each label, that all tasks share; outputs are their logits."""

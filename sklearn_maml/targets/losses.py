@@ -13,21 +13,6 @@ from torch.nn.functional import logsigmoid
 from sklearn_maml._validation import is_number
 from sklearn_maml.targets.base import Loss
 
-__all__ = [
-    "LOSSES",
-    "AbsoluteError",
-    "BinaryCrossEntropy",
-    "CrossEntropy",
-    "Gamma",
-    "Huber",
-    "Poisson",
-    "Quantile",
-    "SquaredError",
-    "cross_entropy_rows",
-    "resolve_loss",
-    "squared_error_rows",
-]
-
 # The compiled kernels know a loss by the function `rows`, see `engine.rungs.native`: what is
 # differentiated here twice by autograd is written out there.
 

@@ -15,8 +15,6 @@ from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.exceptions import OutlierWarning
 from sklearn_maml.targets.base import Coding, Loss, Targets
 
-__all__ = ["RealTargets"]
-
 # part of their standard deviation to which predictions are exact
 DIGITS = 1e-3
 # targets are warned of if so few of so many are so many times as far out as the median, and make

@@ -11,15 +11,6 @@ import numpy as np
 from skorch.callbacks import Callback, EpochScoring, LRScheduler, PassthroughScoring, PrintLog
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = [
-    "EpochLog",
-    "FiniteMean",
-    "Listeners",
-    "SklearnCallbacks",
-    "new_schedules",
-    "raised_by_callback",
-]
-
 
 class FiniteMean(PassthroughScoring):
     """Epoch mean of the finite batch losses."""

@@ -17,8 +17,6 @@ from sklearn_maml.exceptions import FileFormatError
 from sklearn_maml.storage import Decoder, Encoder, digest_of, read_tree, write_tree
 from sklearn_maml.training.optimizers import load_state, without_compiler
 
-__all__ = ["Checkpoint", "CheckpointedFit", "begin_checkpointed", "net_state", "restore_net"]
-
 # counters of a net that a fit goes on from
 COUNTERS = (
     "update_",

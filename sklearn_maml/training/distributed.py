@@ -40,8 +40,6 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.engine import MetaStep, MetaSteps
 
-__all__ = ["Processes", "SharedEngine", "find_processes", "single_process"]
-
 _alone = contextvars.ContextVar("_alone", default=False)
 # one fit at a time: the collectives of two, in threads, would be taken for each other's
 _fitting = threading.Lock()

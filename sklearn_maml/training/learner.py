@@ -10,8 +10,6 @@ from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.theta import rate_key
 from sklearn_maml.update_rules import TaskSolver
 
-__all__ = ["MetaLearner"]
-
 
 class MetaLearner(nn.Module):
     """The meta-parameters: the user's module as initialisation, and what the rule learns.

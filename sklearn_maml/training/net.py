@@ -38,8 +38,6 @@ from sklearn_maml.training.parts import Parts
 from sklearn_maml.training.stream import BatchLoader, Episodes, Loaders
 from sklearn_maml.training.validation import judge_start, validate
 
-__all__ = ["MetaNet"]
-
 
 class StopTraining(KeyboardInterrupt):
     """Ends the fit loop from inside; skorch's loop stops on KeyboardInterrupt."""

@@ -18,19 +18,6 @@ from torch.utils import _foreach_utils
 from sklearn_maml.devices import is_host
 from sklearn_maml.engine.tracing.graphs import CudaGraph, captured
 
-__all__ = [
-    "FlatStep",
-    "begin",
-    "can_fuse",
-    "can_mask",
-    "has_fused_kernel",
-    "load_state",
-    "settings_on",
-    "step_fused",
-    "step_masked",
-    "without_compiler",
-]
-
 # most parameters of a network that are laid end to end: a larger one gains nothing
 FLAT_LIMIT = 2**18
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.exceptions import MetaTrainingError, NonFiniteStepWarning
 
-__all__ = ["Outcomes", "current_row", "non_finite_error", "note_non_finite", "shortened"]
-
 # epochs of the history that are kept of earlier calls of partial_fit
 MOST_EPOCHS = 1000
 # meta-steps seen before a majority of non-finite ones stops the fit

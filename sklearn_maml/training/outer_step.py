@@ -24,8 +24,6 @@ from sklearn_maml.training.optimizers import (
 from sklearn_maml.training.outcomes import current_row, note_non_finite
 from sklearn_maml.training.schedule import decay_rate, step_size
 
-__all__ = ["OuterStep", "Prepared"]
-
 
 @dataclasses.dataclass
 class Prepared:

@@ -15,8 +15,6 @@ from sklearn_maml.training.outcomes import current_row, note_non_finite
 from sklearn_maml.training.outer_step import Prepared
 from sklearn_maml.training.schedule import count_head_updates, decay_rate
 
-__all__ = ["Parts"]
-
 
 class Parts:
     """The two parts that one fit trains.

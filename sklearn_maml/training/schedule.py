@@ -7,15 +7,6 @@ from typing import Any
 
 from sklearn_maml.learners.joint import PART_OF_UPDATES, rate_factor
 
-__all__ = [
-    "UPDATES_PER_EPOCH",
-    "count_epochs",
-    "count_head_updates",
-    "decay_rate",
-    "step_size",
-    "weigh_tasks",
-]
-
 # meta-updates between two lines of the history, validations and early-stopping decisions
 UPDATES_PER_EPOCH = 50
 

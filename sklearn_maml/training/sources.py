@@ -17,15 +17,6 @@ from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.joint import HeldOut
 from sklearn_maml.targets.base import Targets
 
-__all__ = [
-    "LEAST_TASKS",
-    "N_MEMBERS",
-    "CollectionSource",
-    "CrossFitted",
-    "DistributionSource",
-    "EpisodeSettings",
-]
-
 # tasks drawn from a task distribution for validation, and to learn what its tasks look like
 VALIDATION_TASKS = 100
 # Gaussian head (docs/defaults.md has what these were compared with): members, and tasks from which

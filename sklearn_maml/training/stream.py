@@ -13,8 +13,6 @@ from sklearn_maml.data.episodes import EpisodeBatch, to_device
 from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.training import schedule
 
-__all__ = ["BatchLoader", "FixedEpisodes", "Loaders", "TaskStream", "ValidateOn", "use_batch"]
-
 # meta-batches drawn at a time, at most (a power of two), and the memory they may take
 UPDATES_PER_BLOCK = 64
 BLOCK_BYTES = 2**24

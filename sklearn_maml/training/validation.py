@@ -11,8 +11,6 @@ from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch
 
-__all__ = ["compare_supports", "judge_start", "validate"]
-
 
 def judge_start(net: Any) -> None:
     """Keep what a fit starts from, where that is trained, until held-out tasks do better."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from sklearn_maml.targets.base import Loss
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["TaskSolver", "UpdateRule", "has_linear_rates"]
-
 OnStep = Callable[[Params], None]
 
 

@@ -16,8 +16,6 @@ from sklearn_maml.targets.losses import CrossEntropy, SquaredError
 from sklearn_maml.theta import Params, Theta
 from sklearn_maml.update_rules.base import OnStep, TaskSolver
 
-__all__ = ["ClosedFormHead", "LogisticHead", "RidgeHead"]
-
 
 class ClosedFormHead(TaskSolver):
     """Base class of rules that solve for the last linear layer (Bertinetto et al. 2019).

@@ -16,8 +16,6 @@ from sklearn_maml.update_rules.steps import (
     PerLayerPerStep,
 )
 
-__all__ = ["UPDATE_RULES", "resolve_update_rule"]
-
 UPDATE_RULES: dict[str, type[TaskSolver]] = {
     "sgd": SGD,
     "meta-sgd": MetaSGD,

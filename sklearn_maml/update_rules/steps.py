@@ -12,16 +12,6 @@ from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.theta import Params
 from sklearn_maml.update_rules.base import TaskSolver, UpdateRule
 
-__all__ = [
-    "SGD",
-    "Adam",
-    "LearnedAlpha",
-    "MetaSGD",
-    "Momentum",
-    "PerLayerPerStep",
-    "norm_of_steps",
-]
-
 
 def clip_gradient(grads: Params, max_norm: float, batched: bool) -> Params:
     """Scale the gradient of each task to at most `max_norm` (2-norm over all parameters)."""

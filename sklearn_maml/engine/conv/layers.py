@@ -14,20 +14,6 @@ from sklearn_maml.engine.conv.norms import normalise
 from sklearn_maml.engine.conv.products import Sums, channels_last, convolve, is_shared
 from sklearn_maml.inner import Autograd
 
-__all__ = [
-    "ConvAutograd",
-    "Pass",
-    "compose",
-    "conv_forward",
-    "elementwise_layer",
-    "gradient_now",
-    "is_conv_net",
-    "keep_memory",
-    "linear_layer",
-    "spread",
-    "tasks_at_a_time",
-]
-
 Params = dict[str, Tensor]
 Layer = Callable[[Params, Tensor, "Pass"], Tensor]
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["normalise"]
-
 
 class _Norm(torch.autograd.Function):
     """Batch norm of (n_tasks, n, channels) over n, with an affine map or without, maybe a ReLU.

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Geometry", "Sums", "channels_last", "convolve", "is_shared"]
-
 # stride and padding
 Geometry = tuple[tuple[int, int], tuple[int, int]]
 

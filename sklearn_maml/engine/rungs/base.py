@@ -17,8 +17,6 @@ from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import Differentiator, Forward, InnerProblem, RecomputedSteps
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["CannotClimbError", "Outlook", "Rung", "warn_once"]
-
 Outlook = dict[str, int]
 
 

@@ -33,8 +33,6 @@ from sklearn_maml.meta_gradients import FirstOrder, Implicit, SecondOrder
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import side_by_side
 
-__all__ = ["Conv"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ConvForward(StackedForward):

@@ -15,8 +15,6 @@ from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
 from sklearn_maml.inner import Autograd
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["Loop"]
-
 
 class Loop(Rung):
     """The plain loop over tasks, on which all other rungs are judged."""

@@ -29,8 +29,6 @@ from sklearn_maml.theta import Params, Theta, name_in_module, name_in_rule
 from sklearn_maml.threads import n_threads_asked
 from sklearn_maml.update_rules import has_linear_rates, norm_of_steps
 
-__all__ = ["Native"]
-
 # losses that the kernels have derivatives of, in the order of `LossOfRow` of mlp.cpp
 LOSSES: tuple[Any, ...] = (
     squared_error_rows,

@@ -31,8 +31,6 @@ from sklearn_maml.inner import Autograd
 from sklearn_maml.inner.problem import LossOfQuery
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["Stacked", "StackedForward"]
-
 
 @dataclasses.dataclass(frozen=True)
 class StackedForward:

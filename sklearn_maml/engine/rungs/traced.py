@@ -23,8 +23,6 @@ from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["Traced"]
-
 
 class Traced(Rung):
     """Records and captures steps, after they have been found to give the same numbers.

@@ -18,8 +18,6 @@ from sklearn_maml.engine.tracing.recording import first_line
 from sklearn_maml.inner import Functorch
 from sklearn_maml.theta import Params, Theta
 
-__all__ = ["Vmap"]
-
 
 class Vmap(Rung):
     """All tasks at once."""

@@ -21,17 +21,6 @@ from sklearn_maml.engine.tracing.recording import (
 )
 from sklearn_maml.exceptions import EngineFallbackWarning
 
-__all__ = [
-    "CudaGraph",
-    "Results",
-    "captured",
-    "captures",
-    "close",
-    "module_key",
-    "prepared",
-    "settings_key",
-]
-
 # graphs kept in the process
 MAX_GRAPHS = 64
 # largest difference from the eager step, relative to the largest value

@@ -13,19 +13,6 @@ from torch import Tensor, fx
 
 from sklearn_maml.devices import accelerators, generator_states, set_generator_states
 
-__all__ = [
-    "Function",
-    "Untraceable",
-    "first_line",
-    "is_random",
-    "record",
-    "recording",
-    "restore",
-    "same",
-    "states_of",
-    "trace",
-]
-
 # Elements of a constant that is computed when the graph is built; larger ones cost memory
 MAX_CONSTANT = 1 << 16
 
@@ -156,6 +143,7 @@ class Graph:
         self.is_random = any(map(is_random, graph.graph.nodes))
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Run the graph."""
         # the graph was recorded for contiguous inputs
         dense = [t.contiguous() for t in tensors]
         with torch.inference_mode():

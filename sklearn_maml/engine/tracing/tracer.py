@@ -24,8 +24,6 @@ from sklearn_maml.engine.tracing.recording import (
     states_of,
 )
 
-__all__ = ["Tracer"]
-
 # Updates still to come on a shape that make its trace pay. Tracing took 35 to 90 eager updates in
 # every case measured (it grows with the graph as the updates do), and a second more where it was
 # the first of the process; it saves more than half of each update that follows.

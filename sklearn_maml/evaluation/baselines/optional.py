@@ -10,8 +10,6 @@ import numpy as np
 from sklearn_maml.evaluation.baselines.base import Baseline, Episode, Predicted, TrainingTasks
 from sklearn_maml.evaluation.baselines.per_task import PerTask
 
-__all__ = ["GPBoost", "make_tabpfn"]
-
 
 class GPBoost(Baseline):
     """Boosting with a random intercept of each task (Sigrist 2022), by the package gpboost.
