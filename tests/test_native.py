@@ -8,6 +8,7 @@ import itertools
 import os
 import pickle
 import shutil
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -344,6 +345,50 @@ def test_options(options, rows, classes):
     sizes = (3, 10, 6, 3)
     batch = make_batch(sizes, classes=classes, **ROWS[rows])
     assert_equals_loop(mlp(sizes), batch, classes=classes, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("sizes", [(80, 10, 6, 3), (70, 64, 1)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_many_more_inputs_than_rows(options, sizes):
+    """Steps are then taken in the space that a task's rows span."""
+    # a rate at which steps do not diverge, as rounding errors would
+    assert_wide_equals_loop(sizes, torch.float64, **{"alpha": 0.02, **OPTIONS[options]})
+
+
+@pytest.mark.parametrize("options", ["five steps", "first order", "clipped, recomputed"])
+def test_many_more_inputs_than_rows_in_float32(options, instructions):
+    settings = {"alpha": 0.02, **OPTIONS[options]}
+    assert_wide_equals_loop((80, 17, 3), torch.float32, **settings)
+    assert_wide_equals_loop((80, 3), torch.float32, **settings)
+
+
+def assert_wide_equals_loop(sizes, dtype, **options):
+    batch = make_batch(sizes, 9, dtype=dtype, ragged=True, weighted=True)
+    # rows that tell no more of the space
+    batch.support.X[0, 1] = batch.support.X[0, 0]
+    batch.query.X[1, 0] = 0
+    batch.query.X[2, 0] = 2 * batch.support.X[2, 0]
+    assert_equals_loop(mlp(sizes, dtype=dtype), batch, **options)
+
+
+def test_steps_among_few_of_many_inputs_take_a_part_of_the_time():
+    sizes = (800, 32, 1)
+    module, batch = mlp(sizes, dtype=torch.float32), make_batch(sizes, 25, dtype=torch.float32)
+    kernel = make_engine(module, "native")
+    params = make_meta_params(module, kernel.spec.rule, kernel.spec.parts.adapted)
+    uneven = {"0.weight": torch.linspace(0.09, 0.11, 800).expand(32, -1).contiguous()}
+    even = {"0.weight": torch.full((32, 800), 0.1)}
+
+    def seconds(rates):
+        begun = time.process_time()
+        kernel.ladder.top.kernel.meta_step(
+            params, [rates], batch.support, batch.query, steps=5, second_order=True,
+            rate_grads=False, recompute=False,
+        )  # fmt: skip
+        return time.process_time() - begun
+
+    pairs = [(seconds(even), seconds(uneven)) for _ in range(9)]
+    assert np.median([fast / slow for fast, slow in pairs]) < 0.6
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if "clipped" in name])

@@ -203,12 +203,6 @@ static double dot(i64 n, const double *a, const double *b) { // of whole vectors
     return total;
 }
 
-static inline real dot_rows(i64 n, const real *a, const real *b) {
-    vec acc = {};
-    for (i64 j = 0; j < n; j += V) acc += load(a + j) * load(b + j);
-    return sum(acc);
-}
-
 // ---- batches of tasks --------------------------------------------------------------------------
 
 struct Set {

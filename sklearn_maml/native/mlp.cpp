@@ -122,22 +122,15 @@ struct Net {
 static i64 weight_rows(const Layer &l) { return l.by_input ? l.in : l.out; }
 static i64 weight_stride(const Layer &l) { return l.by_input ? l.op : l.ip; }
 
-// sizes: n_layers, the loss, then (in, out, activation, has_bias) of each layer; the parameter of
-// the loss follows the slopes, and the norm that gradients are clipped to
-static void describe(const i64 *sizes, const double *slopes, Net &net) {
-    net.n_layers = sizes[0];
-    net.loss = sizes[1];
-    net.parameter = (real)slopes[net.n_layers];
-    net.classes = net.loss == CROSS_ENTROPY;
+// `first_by_input`: the first layer has that layout in any case
+static void lay_out(Net &net, bool first_by_input) {
     net.scratch = 0;
     i64 at = 0, turned = 0;
     for (i64 l = 0; l < net.n_layers; l++) {
-        const i64 *s = sizes + 2 + 4 * l;
         Layer &y = net.layer[l];
-        y.in = s[0], y.out = s[1], y.act = s[2], y.has_bias = s[3];
-        y.slope = (real)slopes[l];
         y.ip = pad(y.in), y.op = pad(y.out);
-        y.by_input = y.in * y.op <= y.out * y.ip; // the layout with less padding
+        // the layout with less padding
+        y.by_input = y.in * y.op <= y.out * y.ip || (first_by_input && !l);
         y.weight = at, at += weight_rows(y) * weight_stride(y);
         y.bias = at, at += y.op;
         y.turned = turned, turned += (y.by_input ? y.out : y.in) * pad(weight_rows(y));
@@ -145,6 +138,22 @@ static void describe(const i64 *sizes, const double *slopes, Net &net) {
     }
     net.packed = at;
     net.turned = turned;
+}
+
+// sizes: n_layers, the loss, then (in, out, activation, has_bias) of each layer; the parameter of
+// the loss follows the slopes, and the norm that gradients are clipped to
+static void describe(const i64 *sizes, const double *slopes, bool first_by_input, Net &net) {
+    net.n_layers = sizes[0];
+    net.loss = sizes[1];
+    net.parameter = (real)slopes[net.n_layers];
+    net.classes = net.loss == CROSS_ENTROPY;
+    for (i64 l = 0; l < net.n_layers; l++) {
+        const i64 *s = sizes + 2 + 4 * l;
+        Layer &y = net.layer[l];
+        y.in = s[0], y.out = s[1], y.act = s[2], y.has_bias = s[3];
+        y.slope = (real)slopes[l];
+    }
+    lay_out(net, first_by_input);
 }
 
 // Natural tensors (weight and bias of each layer in turn) <-> packed; null ones are left alone
@@ -415,11 +424,11 @@ static Set task(const Net &net, const Rows &rows, i64 j, real *buffer) {
 }
 
 struct Job {
-    Net net;
+    Net net, inner; // inner: what tasks take steps in, see `narrow`; the same as net unless `wide`
     Rows support, query;
-    real *theta, *rates; // packed; the last of n_rates serves all further steps
+    real *theta, *rates; // packed, rates of inner; the last of n_rates serves all further steps
     i64 n_tasks, steps, n_rates, n_blocks;
-    bool second_order, recompute, adapts[2 * MAX_LAYERS]; // adapts: which tensors have rates
+    bool wide, second_order, recompute, adapts[2 * MAX_LAYERS]; // adapts: which tensors have rates
     real most; // norm that gradients are clipped to, or 0
     real *losses, *outputs;
     real *grads, *rate_grads; // packed, of each block; rate_grads may be null
@@ -430,7 +439,7 @@ struct Job {
 
 static i64 rate_number(const Job &job, i64 k) { return k < job.n_rates ? k : job.n_rates - 1; }
 
-static real *rate(const Job &job, i64 k) { return job.rates + rate_number(job, k) * job.net.packed; }
+static real *rate(const Job &job, i64 k) { return job.rates + rate_number(job, k) * job.inner.packed; }
 
 static void step(i64 n, const real *theta, const real *rate, const real *grad, real *next) {
     for (i64 i = 0; i < n; i += V) store(next + i, load(theta + i) - load(rate + i) * load(grad + i));
@@ -439,7 +448,7 @@ static void step(i64 n, const real *theta, const real *rate, const real *grad, r
 // scales the part of a gradient that adapts to a norm of at most job.most, in place, and drops the
 // rest; returns the factor
 static real clip(const Job &job, real *grad) {
-    const Net &net = job.net;
+    const Net &net = job.inner;
     vec squares = {};
     for (i64 t = 0; t < 2 * net.n_layers; t++) {
         const Layer &y = net.layer[t / 2];
@@ -456,7 +465,7 @@ static real clip(const Job &job, real *grad) {
 
 // change of the clipped gradient `grad`, for a change u of the gradient that it was made of, in place
 static void clip_change(const Job &job, real factor, const real *grad, real *u) {
-    const i64 size = job.net.packed;
+    const i64 size = job.inner.packed;
     vec along = {};
     for (i64 i = 0; i < size; i += V) along += load(grad + i) * load(u + i);
     vec share = splat(sum(along) / (job.most * job.most));
@@ -475,13 +484,14 @@ static bool keeps_grads(const Job &job) {
 }
 
 struct MetaSpace {
-    real *Xs, *Xq, *kept, *factor, *v;
+    real *Xs, *Xq, *Q, *kept, *factor, *v;
     Theta *theta, u;
     Pass query, change, *passes;
     void place(const Job &job, i64 n_passes, Arena &a) {
-        const Net &net = job.net;
+        const Net &net = job.inner;
         Xs = a.take(job.support.width * net.layer[0].ip);
         Xq = a.take(job.query.width * net.layer[0].ip);
+        Q = a.take(job.wide ? net.layer[0].in * job.net.layer[0].ip : 0);
         for (i64 k = 0; k <= job.steps; k++) {
             bool again = job.second_order && !job.recompute; // the transposes serve the sweep, too
             // first order has no use for what it leaves behind
@@ -498,8 +508,61 @@ struct MetaSpace {
     }
 };
 
+// Row `number` of Q, n numbers of inputs, becomes orthogonal to the rows before it, with norm 1, or 0 if
+// it is a sum of them; `to` gets the inputs as a sum of rows of Q.
+static void split(i64 number, i64 n, real *Q, real *to) {
+    real *q = Q + number * n;
+    const real before = F(sqrt)(dot_rows(n, q, q));
+    for (int round = 0; round < 2; round++) // again, for what rounding has left
+        for (i64 j = 0; j < number; j++) {
+            const real *other = Q + j * n, along = dot_rows(n, other, q);
+            to[j] += along;
+            for (i64 i = 0; i < n; i += V) store(q + i, load(q + i) - along * load(other + i));
+        }
+    const real norm = F(sqrt)(dot_rows(n, q, q));
+    if (norm <= 4 * EPSILON * before) { // not so where there is a NaN
+        memset(q, 0, n * sizeof(real));
+        return;
+    }
+    to[number] = norm;
+    for (i64 i = 0; i < n; i += V) store(q + i, load(q + i) / norm);
+}
+
+// The inputs of a task are L Q, for an orthonormal basis Q of the space that they span. Gradients of the
+// first layer's weights W are in that space, and W Q' takes the same steps on L as W on the inputs, if
+// all of W has one rate: they are much smaller where there are fewer rows than inputs.
+static void narrow(const Job &job, Set &support, Set &query, const MetaSpace &s) {
+    const Layer &full = job.net.layer[0], &first = job.inner.layer[0];
+    memset(s.Q, 0, first.in * full.ip * sizeof(real));
+    i64 number = 0;
+    for (int which = 0; which < 2; which++) {
+        Set *set = which ? &query : &support;
+        real *L = which ? s.Xq : s.Xs;
+        memset(L, 0, set->rows * first.ip * sizeof(real));
+        for (i64 i = 0; i < set->rows; i++, number++) {
+            memcpy(s.Q + number * full.ip, set->X + i * set->stride, full.in * sizeof(real));
+            split(number, full.ip, s.Q, L + i * first.ip);
+        }
+        set->X = L, set->stride = first.ip;
+    }
+    real *theta = s.theta[0].packed;
+    multiply(first.in, first.out, {full.in, full.ip, 1, full.op, {s.Q, 0}, {job.theta, 0}, 0}, 0, 0, theta, first.op);
+    memcpy(theta + first.bias, job.theta + full.bias, (job.inner.packed - first.bias) * sizeof(real));
+}
+
+// total += v; of the first layer's weights Q' v
+static void add_gradient(const Job &job, const real *Q, const real *v, real *total) {
+    const Layer &full = job.net.layer[0], &first = job.inner.layer[0];
+    i64 at = 0, to = 0;
+    if (job.wide) {
+        multiply(full.in, full.out, {first.in, 1, full.ip, first.op, {Q, 0}, {v, 0}, 0}, total, full.op, total, full.op);
+        at = first.bias, to = full.bias;
+    }
+    for (; at < job.inner.packed; at += V, to += V) store(total + to, load(total + to) + load(v + at));
+}
+
 static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &arena) {
-    const Net &net = job.net;
+    const Net &net = job.inner;
     const i64 size = net.packed, K = job.steps;
     const i64 n_passes = job.second_order && !job.recompute && K ? K : 1;
     MetaSpace s;
@@ -512,19 +575,18 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
         return false;
     }
     s.place(job, n_passes, arena);
-    real *total = job.grads + block * size;
-    memset(total, 0, size * sizeof(real));
+    real *total = job.grads + block * job.net.packed;
+    memset(total, 0, job.net.packed * sizeof(real));
     real *rate_total = job.rate_grads ? job.rate_grads + block * job.n_rates * size : 0;
     if (rate_total) memset(rate_total, 0, job.n_rates * size * sizeof(real));
     const bool keeps = job.second_order && !job.recompute;
-    memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
-    turn_weights(net, s.theta[0], FORWARD | BACKWARD);
     for (i64 j = begin; j < end; j++) {
-        if (j > begin && !keeps) { // the task before has overwritten them
-            if (!job.second_order) memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
-            turn_weights(net, s.theta[0], FORWARD | BACKWARD);
-        }
-        Set support = task(net, job.support, j, s.Xs), query = task(net, job.query, j, s.Xq);
+        Set support = task(job.net, job.support, j, s.Xs), query = task(job.net, job.query, j, s.Xq);
+        if (job.wide)
+            narrow(job, support, query, s);
+        else if (j == begin || !job.second_order) // the task before has overwritten them
+            memcpy(s.theta[0].packed, job.theta, size * sizeof(real));
+        if (j == begin || job.wide || !keeps) turn_weights(net, s.theta[0], FORWARD | BACKWARD);
         for (i64 k = 0; k < K; k++) {
             real *grad = s.kept + (keeps_grads(job) ? k * size : 0);
             Pass &pass = s.passes[k < n_passes ? k : 0];
@@ -558,7 +620,7 @@ static bool meta_tasks(const Job &job, i64 begin, i64 end, i64 block, Arena &are
             turn_weights(net, s.u, FORWARD | BACKWARD);
             add_curvature(net, at, s.u, support, pass, s.change, s.v);
         }
-        for (i64 i = 0; i < size; i += V) store(total + i, load(total + i) + load(s.v + i));
+        add_gradient(job, s.Q, s.v, total);
     }
     free(s.passes), free(s.theta);
     return true;
@@ -645,11 +707,28 @@ static Rows rows_of(const Net &net, const i64 *a) {
             net.classes ? (const i64 *)a[1] : 0, (const i64 *)a[3], a[4]};
 }
 
-static bool start(const i64 *a, Job &job) {
-    describe((const i64 *)a[SIZES], (const double *)a[SLOPES], job.net);
+// Whether a meta-step is cheaper in the space of a task's rows, and may be taken there: `narrow`. An input
+// of each row is gone through as often as there are rows to find the space, and that often in a step.
+enum { WIDE = 4 };
+static bool is_wide(const i64 *a) {
+    const i64 *sizes = (const i64 *)a[SIZES], n_layers = sizes[0], n = sizes[2] * sizes[3];
+    const i64 n_rows = a[SUPPORT_X + 4] + a[QUERY_X + 4];
+    if (!n_rows || sizes[2] < WIDE * n_rows || a[RATE_GRADS]) return false;
+    for (i64 k = 0; k < a[N_RATES]; k++) {
+        const real *rate = ((const real *const *)a[RATES])[2 * n_layers * k];
+        for (i64 i = 1; rate && i < n; i++)
+            if (rate[i] != rate[0]) return false;
+    }
+    return true;
+}
+
+static bool start(const i64 *a, Job &job, bool wide) {
+    describe((const i64 *)a[SIZES], (const double *)a[SLOPES], wide, job.net);
     const Net &net = job.net;
     job.support = rows_of(net, a + SUPPORT_X);
     job.query = rows_of(net, a + QUERY_X);
+    job.wide = wide, job.inner = net;
+    if (wide) job.inner.layer[0].in = job.support.width + job.query.width, lay_out(job.inner, true);
     job.n_tasks = a[N_TASKS], job.steps = a[STEPS], job.n_rates = a[N_RATES];
     job.most = (real)((const double *)a[SLOPES])[net.n_layers + 1];
     for (i64 t = 0; t < 2 * net.n_layers; t++)
@@ -668,6 +747,13 @@ static bool start(const i64 *a, Job &job) {
     pack(net, (const real *const *)a[THETA], job.theta);
     for (i64 k = 0; k < job.n_rates; k++)
         pack(net, (const real *const *)a[RATES] + 2 * net.n_layers * k, job.rates + k * net.packed);
+    const Layer &full = net.layer[0], &first = job.inner.layer[0];
+    for (i64 k = 0; k < job.n_rates && wide; k++) { // in place
+        const real *from = job.rates + k * net.packed, rate = from[0];
+        real *to = job.rates + k * job.inner.packed;
+        memmove(to + first.bias, from + full.bias, (job.inner.packed - first.bias) * sizeof(real));
+        for (i64 i = 0; i < first.bias; i++) to[i] = rate;
+    }
     return true;
 }
 
@@ -689,7 +775,7 @@ static void finish(const Job &job, real *parts, i64 stride, real *flat, real *sc
 
 static bool meta_step(const i64 *a) {
     Job job;
-    if (!start(a, job)) return false;
+    if (!start(a, job, is_wide(a))) return false;
     const i64 size = job.net.packed, n_rate_grads = a[RATE_GRADS] ? job.n_rates : 0;
     void *p = 0;
     bool done = !posix_memalign(
@@ -712,7 +798,7 @@ static bool meta_step(const i64 *a) {
 
 static bool run_tasks(const i64 *a, bool (*run)(const Job &, i64, i64, i64, Arena &)) {
     Job job;
-    if (!start(a, job)) return false;
+    if (!start(a, job, false)) return false;
     job.run = run;
     bool done = run_blocks(&job, job.n_blocks, run_block, a[N_THREADS]);
     free(job.theta);

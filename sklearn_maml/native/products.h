@@ -1,6 +1,7 @@
 // Vectors of numbers, and products of matrices. Included by mlp.cpp and head.cpp, for each number type
 // (REAL) and instruction set.
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,8 +13,10 @@ typedef int64_t i64;
 
 #if REAL_IS_DOUBLE
 #define F(name) name
+#define EPSILON DBL_EPSILON
 #else
 #define F(name) name##f
+#define EPSILON FLT_EPSILON
 #endif
 #include "elementary.h"
 
@@ -61,6 +64,12 @@ static inline real sum(vec x) {
     for (int i = 0; i < V; i++) total += x[i];
     return total;
 #endif
+}
+
+static inline real dot_rows(i64 n, const real *a, const real *b) { // of whole vectors
+    vec acc = {};
+    for (i64 j = 0; j < n; j += V) acc += load(a + j) * load(b + j);
+    return sum(acc);
 }
 
 // ---- matrix products ---------------------------------------------------------------------------
