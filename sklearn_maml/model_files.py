@@ -99,27 +99,28 @@ class Writer:
     def estimator(self, estimator: Any, encoder: Encoder, path: str) -> dict[str, Any]:
         """JSON of an estimator."""
         params = {
-            name: self._param(name, value, encoder, f"{path}/params/{name}")
+            name: _param(value, encoder, f"{path}/params/{name}")
             for name, value in estimator.get_params(deep=False).items()
         }
         state = estimator.__stored_state__(self.tasks, self.training)
         fitted = {name: encoder.encode(value, f"{path}/{name}") for name, value in state.items()}
         return {"class": type(estimator).__name__, "params": params, "fitted": fitted}
 
-    @staticmethod
-    def _param(name: str, value: Any, encoder: Encoder, path: str) -> Any:
-        before = set(encoder.tensors)
-        try:
-            return encoder.encode(value, path)
-        except TypeError:
-            encoder.forget_since(before)
-        # a caller of load has it
-        is_class = isinstance(value, type)
-        return {
-            TAG: "given",
-            "what": "class" if is_class else "object",
-            "name": (value if is_class else type(value)).__name__,
-        }
+
+def _param(value: Any, encoder: Encoder, path: str) -> Any:
+    before = set(encoder.tensors)
+    try:
+        return encoder.encode(value, path)
+    except TypeError:
+        encoder.forget_since(before)
+    return {TAG: "given", **_kind(value)}  # a caller of load has it
+
+
+def _kind(value: Any) -> dict[str, str]:
+    """Whether a value is a class or an object, and the name of its class."""
+    if isinstance(value, type):
+        return {"what": "class", "name": value.__name__}
+    return {"what": "object", "name": type(value).__name__}
 
 
 class Reader:
@@ -171,13 +172,11 @@ class Reader:
                 "set_params changes parameters after loading."
             )
         for parameter in lacks.keys() & {"module", "loss"}:
-            given, what = self.given[parameter], lacks[parameter]
-            is_class = isinstance(given, type)
-            name = (given if is_class else type(given)).__name__
-            if (name, is_class) != (what["name"], what["what"] == "class"):
+            given, what = _kind(self.given[parameter]), lacks[parameter]
+            if given != what:
                 raise _NotGiven(
                     f"{self.path} was saved with a {parameter} that is {_words(**what)}; got "
-                    f"{_words('class' if is_class else 'object', name)}. Pass the same."
+                    f"{_words(**given)}. Pass the same."
                 )
 
     def look_up(self, node: dict[str, Any], decoder: Decoder) -> Any:

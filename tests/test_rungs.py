@@ -516,7 +516,7 @@ def test_tracing_waits_until_a_shape_has_recurred_and_enough_is_to_come():
     often, seldom = make_batch(EQUAL, (3,)), make_batch(([5, 5], [2, 2]), (3,))
     params = make_meta_params(module)
     runner = make_engine(module, "auto")
-    runner.tracer = tracer.Tracer(min_updates=10, min_seen=3)
+    runner.tracer.min_updates, runner.tracer.min_seen = 10, 3
     runner.tracer.updates_left = 20
     counts = []
     for k in range(20):

@@ -129,10 +129,6 @@ class Engine(MetaSteps):
         """What is traced, or why nothing is."""
         return self.ladder.tracer
 
-    @tracer.setter
-    def tracer(self, tracer: Tracer) -> None:
-        self.ladder.tracer = tracer
-
     # -- before, between and after calls -----------------------------------------------------------
 
     def expect(self, first_update: int, n_updates: int, **outlook: int) -> None:

@@ -47,6 +47,8 @@ class Ladder:
         Meta-updates made so far.
     fallback_reason : str or None
         Why tasks run one after another.
+    tracer : Tracer
+        What is traced, or why nothing is.
     """
 
     def __init__(self, spec: Spec, asked: str = "auto") -> None:
@@ -66,7 +68,7 @@ class Ladder:
                 climbed.append(self.top)
         self.base = base
         self._waiting = [rung for rung in climbed if not rung.ready]
-        self._tracer = next((r.tracer for r in climbed if isinstance(r, Traced)), Tracer())
+        self.tracer = next((r.tracer for r in climbed if isinstance(r, Traced)), Tracer())
         if asked != "auto":
             found = next((r for r in self.top.chain() if r.name == asked), None)
             if found is None:
@@ -90,18 +92,6 @@ class Ladder:
     def tasks_at_a_time(self) -> int:
         """Tasks adapted or predicted at a time."""
         return next(r for r in self.top.chain() if r.ready).tasks_at_a_time
-
-    @property
-    def tracer(self) -> Tracer:
-        """What is traced, or why nothing is."""
-        return self._tracer
-
-    @tracer.setter
-    def tracer(self, tracer: Tracer) -> None:
-        self._tracer = tracer
-        for rung in self.top.chain():
-            if isinstance(rung, Traced):
-                rung.tracer = tracer
 
     # -- climbing --------------------------------------------------------------------------------
 
@@ -134,7 +124,7 @@ class Ladder:
                 self._climb(rung)
         phase, end = self.spec.meta_gradient.phase(self.update)
         if phase != self._phase:
-            self._tracer.restart()
+            self.tracer.restart()
         self._phase = phase
         self.update += 1
         others = 0 if end is None else max(self._end - end, 0)
@@ -230,7 +220,7 @@ class Ladder:
             **self.findings(),
             "fallback_reason": self.fallback_reason,
             "phase": self._phase,
-            "tracer": self._tracer.progress(),
+            "tracer": self.tracer.progress(),
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
@@ -238,7 +228,7 @@ class Ladder:
         self.take_up(progress)
         self.fallback_reason = progress["fallback_reason"]
         self._phase = progress["phase"]
-        self._tracer.resume(progress["tracer"])
+        self.tracer.resume(progress["tracer"])
 
 
 def _kinds(asked: str) -> list[type[Rung]]:

@@ -157,9 +157,9 @@ class Adapting(Building):
 
     def _prior_state(self, asker: str = "predict") -> State:
         """State of a task without labelled rows."""
+        none = np.zeros(0, dtype=np.intp)
+        X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
         if self.targets_.n_ways is not None and asker == "suggest_rows":
-            X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
-            none = np.zeros(0, dtype=np.intp)
             return State(adapted=self._learn(Support(X, none, none, 1), None), ids=None)
         if self.targets_.n_ways is not None:
             raise ValueError(
@@ -168,8 +168,6 @@ class Adapting(Building):
                 "to predict. Call adapt with labelled rows of each task, or meta-fit with "
                 "n_ways=None."
             )
-        none = np.zeros(0, dtype=np.intp)
-        X = np.empty((0, *self.feature_shape_), dtype=self._dtype)
         return self._adapted_state(TaskCollection(X, none, none, none[:0], None, "groups"), None)
 
     @torch.inference_mode(False)  # a caller may have it on

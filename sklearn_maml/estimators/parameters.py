@@ -11,11 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
-from sklearn.utils._param_validation import (
-    Interval,
-    StrOptions,
-    validate_parameter_constraints,
-)
+from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 from torch import Tensor, nn
 
 from sklearn_maml._compat import CallbackSupportMixin
@@ -75,11 +71,9 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     _fingerprints: dict[Hashable, int]
     _rung: str
     _score_seed: int
-    _task_sizes: tuple[float, int] | None
     # values of the parameters that have been found to be valid, and to be those of the fit
     _valid: tuple[Any, ...] = ()
     _unchanged: tuple[tuple[Any, ...], Any] = ((), None)
-    _weight_column: str | None
     _prefixes = (
         "module",
         "optimizer",

@@ -58,11 +58,7 @@ class Tracer:
         Shapes that run traced.
     """
 
-    def __init__(
-        self,
-        min_updates: int = MIN_UPDATES,
-        min_seen: int = MIN_SEEN,
-    ) -> None:
+    def __init__(self, min_updates: int = MIN_UPDATES, min_seen: int = MIN_SEEN) -> None:
         self.min_updates = min_updates
         self.min_seen = min_seen
         self.updates_left = self._others = 0
