@@ -185,17 +185,8 @@ def resolve_object(
 ) -> Any:
     """Return a checked copy of the object that a parameter is, or names.
 
-    Parameters
-    ----------
-    parameter : str
-        Name of the parameter, for messages.
-    value : object
-        An object of a subclass of `base`, or the name of one.
-    options : dict
-        Parameters of the object, as ``parameter__*`` gives them.
-    base : type
-    known : dict of str to type
-        Classes by their names; the first is the example of a message.
+    `options` are its parameters, as ``parameter__*`` gives them; the first of the classes `known`
+    is the example of a message.
     """
     if isinstance(value, base):
         result: Any = clone(value).set_params(**options)

@@ -83,18 +83,8 @@ def is_composite(value: Any) -> bool:
 def take_apart(estimator: Any, trusted: Iterable[str], path: str) -> tuple[bytes, list[Any]]:
     """Return what skops makes of an estimator, and the estimators that were taken out of it.
 
-    Parameters
-    ----------
-    estimator : estimator
-    trusted : iterable of str
-        Names of types that the user trusts.
-    path : str
-        Place of the estimator, for messages.
-
-    Raises
-    ------
-    TypeError
-        If it has types that skops does not know, or if there is no skops.
+    TypeError if it has types that neither skops knows nor the user trusts, or if there is no skops;
+    `path` is its place, for messages.
     """
     name = type(estimator).__name__
     try:

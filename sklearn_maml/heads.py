@@ -51,12 +51,7 @@ class SymmetricHead:
     def project_gradient(self, grads: dict[str, Tensor], in_place: bool) -> None:
         """Project gradients: their mean over the classes, or zero.
 
-        Parameters
-        ----------
-        grads : dict of str to Tensor
-        in_place : bool
-            Whether the tensors are changed, because they are parts of a whole, rather than
-            replaced.
+        In place where the tensors are parts of a whole; otherwise they are replaced in the dict.
         """
         for name, axis in self.rows.items():
             grad = grads.get(name)
@@ -89,23 +84,10 @@ class SymmetricHead:
 def find_head(
     module: nn.Module, head: str, rule: TaskSolver, adapted: Sequence[str], n_classes: int
 ) -> SymmetricHead:
-    """Return the projection that `head` asks for.
+    """Return the projection that `head`, "shared" or "zero", asks for.
 
-    Parameters
-    ----------
-    module : Module
-    head : {"shared", "zero"}
-    rule : TaskSolver
-    adapted : sequence of str
-        Names of the parameters that adapt.
-    n_classes : int
-        Outputs of the module.
-
-    Raises
-    ------
-    ValueError
-        If the module has no linear head, if it does not adapt, or if the rule solves for the head
-        or learns something about each pair of classes.
+    ValueError if the module has no linear head with `n_classes` outputs, if it does not adapt, or
+    if the rule solves for the head or learns something about each pair of classes.
     """
     if rule.layer(module, adapted) is not None:
         raise ValueError(

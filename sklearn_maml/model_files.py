@@ -8,8 +8,9 @@ not listed has to be passed by the caller.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,13 @@ def look_up(node: dict[str, Any], decoder: Decoder) -> Any:
     raise ValueError(f"{kind!r} is not known")
 
 
+@dataclasses.dataclass(frozen=True)
 class Writer:
     """What is written of estimators and of what they hold."""
 
-    def __init__(self, tasks: bool, training: bool, trusted: Iterable[str]) -> None:
-        self.tasks = tasks
-        self.training = training
-        self.trusted = [*trusted]
+    tasks: bool
+    training: bool
+    trusted: list[str]
 
     def describe(self, value: Any, encoder: Encoder, path: str) -> Any:
         """Describe classes, objects and estimators of the library; `other` of `Encoder`."""
@@ -123,17 +124,15 @@ def _kind(value: Any) -> dict[str, str]:
     return {"what": "object", "name": type(value).__name__}
 
 
+@dataclasses.dataclass(frozen=True)
 class Reader:
     """Makes estimators from what `Writer` wrote."""
 
-    def __init__(
-        self, path: str, loader: str, given: dict[str, Any], device: Any, trusted: Iterable[str]
-    ) -> None:
-        self.path = path
-        self.loader = loader  # the function's name, for messages
-        self.given = given
-        self.device = device
-        self.trusted = [*trusted]
+    path: str
+    loader: str  # the function's name, for messages
+    given: dict[str, Any]
+    device: Any
+    trusted: list[str]
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:

@@ -173,18 +173,8 @@ def adapted_names(module: nn.Module, adapted: Any) -> list[str]:
 def linear_head(module: nn.Module, adapted: Collection[str], rule: str) -> str:
     """Name of the layer that a rule in closed form solves for.
 
-    Parameters
-    ----------
-    module : Module
-    adapted : collection of str
-        Names of the parameters that adapt.
-    rule : str
-        Name of the rule, for messages.
-
-    Raises
-    ------
-    ValueError
-        If other parameters adapt than those of one `torch.nn.Linear`, the last layer.
+    ValueError, with the name of the rule, if other parameters adapt than those of one
+    `torch.nn.Linear`, the last layer.
     """
     owners = {name.rpartition(".")[0] for name in adapted}
     name = min(owners)

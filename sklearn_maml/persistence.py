@@ -129,17 +129,9 @@ class SaveMixin(Leaf):
         return [name for c in type(self).__mro__ for name in vars(c).get(attribute, ())]
 
     def __stored_state__(self, tasks: bool, training: bool) -> dict[str, Any]:
-        """Return what a file holds besides the parameters, as plain data.
+        """Return what a file holds besides the parameters, as plain data; see `save`.
 
-        Parameters
-        ----------
-        tasks, training : bool
-            See `save`.
-
-        Raises
-        ------
-        TypeError
-            If the estimator has an attribute that no list here has.
+        TypeError if the estimator has an attribute that no list here has.
         """
         own = vars(self)
         names = self._stored_names()
@@ -243,7 +235,7 @@ def save(
     True
     """
     check_is_fitted(estimator)
-    writer = Writer(tasks, training, trusted)
+    writer = Writer(tasks, training, [*trusted])
     encoder = Encoder(writer.describe)
     if isinstance(estimator, SaveMixin):
         node = writer.estimator(estimator, encoder, "estimator")
@@ -344,7 +336,7 @@ def _load(
     given = {**objects, **({} if module is None else {"module": module})}
     own = ESTIMATORS.get(name) if cls is None else cls
     loader = f"{name}.load" if own else "sklearn_maml.load"
-    reader = Reader(str(path), loader, given, device, trusted)
+    reader = Reader(str(path), loader, given, device, [*trusted])
     with reader.explaining():
         reader.check_given(node)
         decoder = Decoder(tensors, reader.look_up)

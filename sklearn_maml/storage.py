@@ -79,18 +79,9 @@ class Encoder:
         self._alive: list[Tensor] = []  # whose addresses are in use as keys
 
     def encode(self, value: Any, path: str) -> Any:
-        """Return the JSON of a value.
+        """Return the JSON of a value; TypeError if something in it is no plain data.
 
-        Parameters
-        ----------
-        value : object
-        path : str
-            Its place in the tree, for messages and names of tensors.
-
-        Raises
-        ------
-        TypeError
-            If something in it is no plain data.
+        `path` is its place in the tree, for messages and names of tensors.
         """
         kind = type(value)
         if value is None or kind in (bool, int, str):
@@ -384,16 +375,7 @@ def _summary(value: Any) -> Any:
 
 
 def write_tree(path: Any, tree: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write JSON and tensors to a file, which then is either the new one or the old one.
-
-    Parameters
-    ----------
-    path : str or path-like
-    tree : dict
-        JSON.
-    tensors : dict of str to Tensor
-        As of `Encoder`.
-    """
+    """Write JSON and tensors of an `Encoder` to a file, then the new one or the old one."""
     # here: models that are neither saved nor loaded do without it
     from safetensors.torch import save
 
@@ -432,19 +414,8 @@ def write_tree(path: Any, tree: dict[str, Any], tensors: dict[str, Tensor]) -> N
 def read_tree(path: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the JSON and the tensors that `write_tree` wrote.
 
-    Parameters
-    ----------
-    path : str or path-like
-
-    Returns
-    -------
-    tree : dict
-    tensors : dict of str to Tensor
-
-    Raises
-    ------
-    FileFormatError
-        If the file is something else, is not whole, was changed, or is of a later version.
+    FileFormatError if the file is something else, is not whole, was changed, or is of a later
+    version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

@@ -146,6 +146,7 @@ def _all_of(
     return rows[np.arange(counts.sum()) + np.repeat(shift, counts)], counts
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class EpisodeSampler:
     """Draws episodes from a task collection.
 
@@ -182,36 +183,25 @@ class EpisodeSampler:
         task, where rows have weights.
     """
 
-    def __init__(
-        self,
-        tasks: TaskCollection,
-        *,
-        classification: bool,
-        n_ways: int | None = None,
-        n_shots: int | None = None,
-        n_queries: int | None = None,
-        center_y: bool = False,
-        at_most_half: bool = False,
-        by_class: bool = True,
-        support_range: tuple[int, int] = SUPPORT_RANGE,
-        shots_range: tuple[int, int] | None = None,
-        keep_index: bool = False,
-        as_they_come: bool = False,
-    ) -> None:
-        self.center_y = center_y
-        self.at_most_half = at_most_half
-        self.by_class = by_class and classification
-        self.support_range = support_range
-        self.shots_range = shots_range
-        self.keep_index = keep_index
-        self.as_they_come = as_they_come
+    tasks: TaskCollection
+    _: dataclasses.KW_ONLY
+    classification: bool
+    n_ways: int | None = None
+    n_shots: int | None = None
+    n_queries: int | None = None
+    center_y: bool = False
+    at_most_half: bool = False
+    by_class: bool = True
+    support_range: tuple[int, int] = SUPPORT_RANGE
+    shots_range: tuple[int, int] | None = None
+    keep_index: bool = False
+    as_they_come: bool = False
+
+    def __post_init__(self) -> None:
+        tasks = self.tasks
+        self.by_class = self.by_class and self.classification
         self._resident: tuple[Tensor, Tensor] | None = None  # X and y on a device
-        self.tasks = tasks
-        self.classification = classification
-        self.n_ways = n_ways
-        self.n_shots = n_shots
-        self.n_queries = n_queries
-        self.n_labels = int(tasks.y.max()) + 1 if classification else 0
+        self.n_labels = int(tasks.y.max()) + 1 if self.classification else 0
         if tasks.in_query is None:
             self.cells = _make_cells(tasks, tasks.y if self.by_class else None)
         else:

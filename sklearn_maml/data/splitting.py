@@ -76,22 +76,10 @@ def usable(
 ) -> tuple[TaskCollection, str | None]:
     """Leave out what no episode can be made of, and say which tasks are small.
 
-    Parameters
-    ----------
-    tasks : TaskCollection
-    n_shots, n_ways : int or None
-    classification : bool
-    least : int, default=0
-        Support rows that the module cannot do without.
-
-    Returns
-    -------
-    tasks : TaskCollection
-        Without tasks that have no rows, or too few for `least`; where the classes of an episode
-        are those of a task, without classes of a single row in their task and tasks that have fewer
-        than two others.
-    few : str or None
-        Which of them are too small to be split as asked, and what becomes of them; None: none.
+    Tasks without rows are left out, and those with fewer support rows than `least`, which the
+    module cannot do without; where the classes of an episode are those of a task, classes of a
+    single row in their task and tasks that have fewer than two others. The words tell which tasks
+    are too small to be split as asked, and what becomes of them; None: none.
     """
     if tasks.in_query is not None:
         return tasks, None

@@ -41,13 +41,8 @@ def check_weights(
 def take_weights(X: Any, y: Any, sample_weight: Any, known: str | None) -> tuple[Any, Any]:
     """Take a column of weights out of X, which is no feature; also return the weights of the rows.
 
-    Parameters
-    ----------
-    X, y : tasks
-    sample_weight : str, or as in `fit`
-        A text is the name of the column; other weights are returned as they are.
-    known : str or None
-        Name that a call before gave.
+    A text is the name of the column, and `known` the one that a call before gave; other weights
+    are returned as they are.
     """
     name = sample_weight if isinstance(sample_weight, str) else known
     if name is None:
@@ -83,12 +78,8 @@ def _take_from_task(task: Any, name: str) -> tuple[Any, Any]:
 def spread_weights(sample_weight: Any, tasks: TaskCollection) -> Any:
     """Make weights that are spelt by tasks one for each row; others are left as they are.
 
-    Parameters
-    ----------
-    sample_weight : dict, or array-like
-        The weight of each task by its id (or place in the list); for a list or an array of tasks
-        also an item for each task, which is the weight of the task or those of its rows.
-    tasks : TaskCollection
+    By tasks is a dict of their ids (or places in the list); for a list or an array of tasks also an
+    item for each, which is the weight of the task or those of its rows.
     """
     if isinstance(sample_weight, Mapping):
         return _of_ids(sample_weight, tasks)[tasks.codes]

@@ -72,13 +72,7 @@ def run_on_query(
 ) -> Tensor:
     """Run query rows through a module, normalised with the statistics of the support set.
 
-    Parameters
-    ----------
-    forward : callable X -> output
-        Runs the module.
-    module : Module
-        One that `replace_batch_norms` has been applied to.
-    support_X, query_X : Tensor of shape (n_rows, *features)
+    `replace_batch_norms` has been applied to the module, and `forward` runs it.
     """
     norms = [m for m in module.modules() if isinstance(m, TaskBatchNorm)]
     before = [m.noted for m in norms]
@@ -97,12 +91,8 @@ def run_on_query(
 def replace_batch_norms(module: nn.Module) -> tuple[nn.Module, list[str]]:
     """Put a `TaskBatchNorm` in the place of each batch-norm layer, in place.
 
-    Returns
-    -------
-    module : Module
-        The same, unless it is a batch-norm layer itself.
-    left : list of str
-        Names of the layers that stay as they are, because they compute something of their own.
+    Return the module, another one if it is such a layer itself, and the names of layers that stay
+    as they are, because they compute something of their own.
     """
     left: list[str] = []
     new: dict[nn.Module, TaskBatchNorm] = {}

@@ -132,15 +132,7 @@ class Engine(MetaSteps):
     # -- before, between and after calls -----------------------------------------------------------
 
     def expect(self, first_update: int, n_updates: int, **outlook: int) -> None:
-        """Prepare for meta-steps to come: climb where enough of them are.
-
-        Parameters
-        ----------
-        first_update, n_updates : int
-            Updates made before, and to come at most.
-        **outlook : int
-            ``n_tasks`` of a meta-batch, ``n_rows`` of one of its tasks, and inner ``steps``.
-        """
+        """Prepare for meta-steps to come: climb where enough of them are; see `Rung.expect`."""
         self.ladder.expect(first_update, n_updates, outlook)
 
     def preparation(self, steps: int) -> Callable[[EpisodeBatch], EpisodeBatch] | None:
@@ -284,16 +276,7 @@ class Engine(MetaSteps):
         return mean_loss(self.spec.row_loss(output, y), batch.query.weight), output
 
     def adapt(self, meta_params: Params, support: Rows, *, alpha: float, steps: int) -> Adapted:
-        """Adapt to the support set of each task.
-
-        Parameters
-        ----------
-        meta_params : dict of str to Tensor
-            ``module.*`` and ``rule.*`` meta-parameters.
-        support : Rows
-        alpha : float
-        steps : int
-        """
+        """Adapt to the support set of each task, from the meta-parameters of `meta_step`."""
         return self._adapt(meta_params, support, alpha, steps, statistics=True)
 
     def _adapt(
@@ -328,12 +311,7 @@ class Engine(MetaSteps):
     def predict(self, adapted: Adapted, query: Rows, *, batch_norm: str | None = None) -> Tensor:
         """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows.
 
-        Parameters
-        ----------
-        adapted : Adapted
-        query : Rows
-        batch_norm : {"inductive", "transductive"} or None
-            None takes that of the engine.
+        `batch_norm` may be another one than that of the engine.
         """
         top = self.ladder.top
         if self.joins_rows(batch_norm):

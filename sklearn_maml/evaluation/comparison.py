@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import clone, is_classifier
 from sklearn.utils import check_random_state
 
-from sklearn_maml._validation import did_you_mean, is_integer, is_number
+from sklearn_maml._validation import did_you_mean, is_number
 from sklearn_maml.data.frames import is_frame, split_task_column
 from sklearn_maml.data.spellings import (
     collect_tasks,
@@ -26,8 +26,11 @@ from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.estimators import MAMLClassifier, MAMLRegressor
 from sklearn_maml.estimators.base import BaseMAML
 from sklearn_maml.evaluation.held_out import (
+    MIN_HELD_OUT_TASKS,
+    MIN_TRAINING_TASKS,
     SplitData,
     check_split,
+    n_held_out,
     random_episodes,
     random_splits,
 )
@@ -39,8 +42,6 @@ if TYPE_CHECKING:
 
 # tasks drawn from a task distribution
 DRAWN_TASKS = 200
-# fewer leave nothing to learn from, or no spread over tasks to take a standard error from
-MIN_TRAINING_TASKS, MIN_HELD_OUT_TASKS = 4, 2
 
 
 def compare_baselines(
@@ -290,13 +291,11 @@ def _make_splits(
                 "n_shots=0 leaves an episode without classes, which are local to it (n_ways). Give "
                 "at least 1."
             )
-        return random_episodes(
-            tasks, n_ways, shots, test_size, n_repeats, max_queries, rng, _n_held_out
-        )
+        return random_episodes(tasks, n_ways, shots, test_size, n_repeats, max_queries, rng)
     return random_splits(
         tasks,
         shots,
-        _n_held_out(tasks.n_tasks, test_size),
+        n_held_out(tasks.n_tasks, test_size),
         n_repeats,
         max_queries,
         bool(disjoint_rows),
@@ -458,21 +457,3 @@ def _check_shots(n_shots: Any) -> tuple[int, ...]:
     if not given:
         raise ValueError("n_shots is empty: give at least one number of support rows.")
     return tuple(sorted({check_count("n_shots", k) for k in given}))
-
-
-def _n_held_out(n_tasks: int, test_size: Any) -> int:
-    most = n_tasks - MIN_TRAINING_TASKS
-    if is_integer(test_size):
-        held = int(test_size)
-    elif is_number(test_size) and 0 < test_size < 1:
-        held = min(max(round(float(test_size) * n_tasks), MIN_HELD_OUT_TASKS), most)
-    else:
-        raise ValueError(
-            f"test_size must be a fraction between 0 and 1 or a number of tasks; got {test_size!r}."
-        )
-    if not MIN_HELD_OUT_TASKS <= held <= most:
-        raise ValueError(
-            f"test_size={test_size!r} of {n_tasks} tasks holds out {held}; expected "
-            f"{MIN_HELD_OUT_TASKS} to {most}, so that {MIN_TRAINING_TASKS} are left to train on."
-        )
-    return held

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.data.ids import show_id
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.splitting import check_splittable, usable
@@ -16,12 +17,33 @@ from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.evaluation.baselines.base import draw_episode
 from sklearn_maml.exceptions import SmallTaskWarning
 
+# fewer leave nothing to learn from, or no spread over tasks to take a standard error from
+MIN_TRAINING_TASKS, MIN_HELD_OUT_TASKS = 4, 2
 # episodes of held-out classes, where these are a pool
 POOLED_EPISODES = 100
 _SPLITS_EXPECTED = (
     "splits must hold (train, episodes) pairs: row positions, and a dict from the number of shots "
     "to a list of (support, query) row positions; {}."
 )
+
+
+def n_held_out(n_tasks: int, test_size: Any) -> int:
+    """Count the tasks, or classes of a pool, that `test_size` of so many holds out."""
+    most = n_tasks - MIN_TRAINING_TASKS
+    if is_integer(test_size):
+        held = int(test_size)
+    elif is_number(test_size) and 0 < test_size < 1:
+        held = min(max(round(float(test_size) * n_tasks), MIN_HELD_OUT_TASKS), most)
+    else:
+        raise ValueError(
+            f"test_size must be a fraction between 0 and 1 or a number of tasks; got {test_size!r}."
+        )
+    if not MIN_HELD_OUT_TASKS <= held <= most:
+        raise ValueError(
+            f"test_size={test_size!r} of {n_tasks} tasks holds out {held}; expected "
+            f"{MIN_HELD_OUT_TASKS} to {most}, so that {MIN_TRAINING_TASKS} are left to train on."
+        )
+    return held
 
 
 def random_splits(
@@ -89,13 +111,12 @@ def random_episodes(
     n_repeats: int,
     max_queries: int,
     rng: np.random.RandomState,
-    count: Callable[[int, Any], int],
 ) -> list[Any]:
     """Hold tasks out, or classes of a pool, and draw episodes of `n_ways` of their classes."""
     pool = tasks.spelling == "single"
     labels, y = np.unique(tasks.y, return_inverse=True)
     unit = y.reshape(-1) if pool else tasks.codes
-    n_held = count(len(labels) if pool else tasks.n_tasks, test_size)
+    n_held = n_held_out(len(labels) if pool else tasks.n_tasks, test_size)
     if pool and n_held < n_ways:
         raise ValueError(
             f"test_size={test_size!r} holds out {n_held} classes, fewer than n_ways={n_ways}. Hold "

@@ -50,19 +50,7 @@ class _Unrolled(MetaGradient):
         return self.order
 
     def step_weights(self, update: int, steps: int) -> list[float]:
-        """Weights of the query losses after each inner step.
-
-        Parameters
-        ----------
-        update : int
-            Meta-updates made before.
-        steps : int
-
-        Returns
-        -------
-        weights : list of float
-            They sum to one.
-        """
+        """Weights, of sum one, of the query losses after each inner step, at an update."""
         uniform = max(1.0 - update / self.multi_step_updates, 0.0) if self.multi_step_updates else 0
         weights = [uniform / steps] * steps
         weights[-1] += 1.0 - uniform

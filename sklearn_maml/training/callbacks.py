@@ -72,11 +72,6 @@ def new_schedules(net: Any) -> Iterator[None]:
 
     skorch's begin where the epochs of the history end, which is the wrong place for a schedule
     by update, and with a rate that is that of the beginning.
-
-    Yields
-    ------
-    None
-        Nothing.
     """
     begun = [
         callback

@@ -90,14 +90,7 @@ def begin_checkpointed(
 ) -> CheckpointedFit | None:
     """Return what reads and writes the checkpoints of a fit; None without a `Checkpoint`.
 
-    Parameters
-    ----------
-    callbacks : list or None
-        Of the estimator.
-    processes : object or None
-        The process group that the fit is shared with.
-    describe : callable
-        As `other` of `Encoder`: describes parameters that are no plain data.
+    `describe` is for parameters that are no plain data: `other` of `Encoder`.
     """
     found = []
     for item in callbacks or []:
@@ -187,20 +180,9 @@ class CheckpointedFit:
         return seed
 
     def compare(self, *, params: dict[str, Any], seed: int, **values: Any) -> None:
-        """Take up the fit of the file, unless it is another one.
+        """Take up the fit of the file; ValueError if that is an unfinished one of something else.
 
-        Parameters
-        ----------
-        params : dict
-            Parameters of the estimator.
-        seed : int
-        **values : dict
-            What else has to be the same, as plain data, by what to call it.
-
-        Raises
-        ------
-        ValueError
-            If the file has an unfinished fit of something else.
+        `values` are what else has to be the same, as plain data, by what to call it.
         """
         self._marks = {
             "parameters": {

@@ -44,90 +44,63 @@ class StopTraining(KeyboardInterrupt):
 
 
 class MetaNet(NeuralNet):
-    """Meta-training as a skorch net.
+    """Meta-training as a skorch net, of a `MetaLearner`. The attributes are set before a fit.
 
-    Parameters
+    Attributes
     ----------
-    module : MetaLearner
     engine : Engine
+    joint : Joint or None
+        What `engine` is, or shares among processes, where a Gaussian head is trained.
     alpha : float
-    steps : int
-        Inner steps in meta-training.
-    eval_steps : int
-        Inner steps in validation.
+    steps, eval_steps : int
+        Inner steps in meta-training, and in validation.
     max_iter : int
         Meta-updates of one call of `fit`.
+    partial : bool
+        Whether more calls will come: rates then are constant, and the last parameters are kept.
     patience : int or None
         Epochs without a better validation loss before the fit stops; None never stops.
-    classes : ndarray or None
-        What the columns of the outputs stand for if they are logits, for scoring callbacks.
+    n_tasks : int or None
+        Tasks that are trained on; None for a distribution of them.
+    rows_per_task : int
+        Typical number of rows of an episode, to judge how much work a step is.
     beta_decay : float
         Fraction of the updates, the last ones, over which the rate falls linearly to 0.
     max_grad_norm : float or None
         Largest norm of a meta-gradient; a larger one is scaled down.
-    rows_per_task : int
-        Typical number of rows of an episode, to judge how much work a step is.
     symmetric_head : SymmetricHead or None
         Projection of the meta-parameters, made with every meta-update.
-    step_size_at : callable progress -> float or None, default=None
+    step_size_at : callable progress -> float or None
         Size of the outer step where the meta-gradient has a schedule of its own; the optimiser
         then does nothing. `progress` is the fraction of `max_iter` that is made.
-    epoch_hooks : object with begin_epoch() and end_epoch(), default=None
+    epoch_hooks : object with begin_epoch() and end_epoch()
         Told of the epochs besides the callbacks; a true result of `end_epoch` stops the fit.
-    checkpoint : CheckpointedFit or None, default=None
+    checkpoint : CheckpointedFit or None
         Where the state of the fit is kept, and taken from.
-    joint : Joint or None, default=None
-        What `engine` is, or shares among processes, where a Gaussian head is trained.
-    partial : bool, default=False
-        Whether more calls will come: rates then are constant, and the last parameters are kept.
-    n_tasks : int or None, default=None
-        Tasks that are trained on; None for a distribution of them.
-    **kwargs : dict
-        Parameters of `skorch.NeuralNet`.
+    classes : ndarray or None
+        What the columns of the outputs stand for if they are logits, for scoring callbacks.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        *,
-        engine: Any = None,
-        alpha: float = 0.01,
-        steps: int = 1,
-        eval_steps: int = 1,
-        max_iter: int = 1,
-        patience: int | None = None,
-        classes: np.ndarray | None = None,
-        beta_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        rows_per_task: int = 1,
-        symmetric_head: SymmetricHead | None = None,
-        step_size_at: Callable[[float], float | None] | None = None,
-        epoch_hooks: Any = None,
-        checkpoint: Any = None,
-        joint: Any = None,
-        partial: bool = False,
-        n_tasks: int | None = None,
-        criterion: Any = nn.Identity,
-        **kwargs: Any,
-    ) -> None:
-        self.engine = engine
-        self.joint = joint
-        self.partial = partial
-        self.n_tasks = n_tasks
-        self.alpha = alpha
-        self.steps = steps
-        self.eval_steps = eval_steps
-        self.max_iter = max_iter
-        self.patience = patience
+    engine: Any = None
+    joint: Any = None
+    alpha: float = 0.01
+    steps: int = 1
+    eval_steps: int = 1
+    max_iter: int = 1
+    partial: bool = False
+    patience: int | None = None
+    n_tasks: int | None = None
+    rows_per_task: int = 1
+    beta_decay: float = 0.0
+    max_grad_norm: float | None = None
+    symmetric_head: SymmetricHead | None = None
+    step_size_at: Callable[[float], float | None] | None = None
+    epoch_hooks: Any = None
+    checkpoint: Any = None
+
+    def __init__(self, module: Any, *, classes: np.ndarray | None = None, **kwargs: Any) -> None:
         self.classes = classes
-        self.beta_decay = beta_decay
-        self.max_grad_norm = max_grad_norm
-        self.rows_per_task = rows_per_task
-        self.symmetric_head = symmetric_head
-        self.step_size_at = step_size_at
-        self.epoch_hooks = epoch_hooks
-        self.checkpoint = checkpoint
-        super().__init__(module, criterion=criterion, **kwargs)
+        super().__init__(module, criterion=nn.Identity, **kwargs)
 
     @property
     def _default_callbacks(self) -> list[tuple[str, Any]]:

@@ -131,16 +131,11 @@ def begin(optimizer: Any) -> None:
 
 
 def step_fused(optimizer: Any, bad: Tensor | None = None) -> None:
-    """Do what ``optimizer.step()`` does, by the same kernel and on the same state.
+    """Do what ``optimizer.step()`` of Adam or AdamW does, by the same kernel and on the same state.
 
     torch's record for its profiler and its grouping of the parameters take several times as long
-    as the kernel does for a small network.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Adam or torch.optim.AdamW
-    bad : float32 Tensor without dimensions, default=None
-        Where it is 1, and not 0, nothing is to happen. Its value stays on the device.
+    as the kernel does for a small network. Where `bad`, a float32 tensor without dimensions, is 1,
+    and not 0, nothing is to happen; its value stays on the device.
     """
     if _is_watched(optimizer):
         if bad is None:

@@ -163,15 +163,8 @@ def normalise(
 ) -> Tensor:
     """Batch norm of (n_tasks, n, channels) with the statistics of the first `n_own` of the n.
 
-    Parameters
-    ----------
-    x, weight, bias, eps : as those of batch norm, the tensors for each task
-    relu : bool
-        Whether a ReLU follows.
-    n_own : int
-    in_place : bool
-        Whether nobody else uses the input, the gradient of the output and, after that, the output,
-        and one derivative is enough.
+    With `relu` one follows. `in_place` says that nobody else uses the input, the gradient of the
+    output and, after that, the output, and that one derivative is enough.
     """
     if in_place:
         y: Tensor = _NormOnce.apply(x, weight, bias, eps, relu, n_own)
