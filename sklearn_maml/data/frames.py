@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import issparse
 
-from sklearn_maml.data.ids import IdColumns
+from sklearn_maml.data.ids import IdColumns, column_at
 
 PASS_THROUGH = (
     "Let the column pass through ('passthrough' in a ColumnTransformer): a transformer such as a "
@@ -63,7 +63,7 @@ def check_columns(X: Any, X_seen: Any) -> None:
             "all input features have string names: use X.columns = X.columns.astype(str), or name "
             "the columns anew."
         )
-    times = {name: kind for name, kind in _kinds(X) if _is_time(kind)}
+    times = {n: kind for n, kind in zip(X.columns, X.dtypes, strict=True) if _is_time(kind)}
     if times:
         raise ValueError(
             f"X has columns of dates or durations: {_listed(times)}. Features are numbers: make "
@@ -85,18 +85,19 @@ def naming_columns(X: Any) -> Iterator[None]:
 
 
 def _diagnosis(X: Any, error: Exception) -> str | None:
-    missing = [name for name, column in _columns_of(X) if _has_missing(column)]
+    columns = [(name, column_at(X, k)) for k, name in enumerate(X.columns)]
+    missing = [name for name, column in columns if _has_missing(column)]
     if "contains NaN" in str(error):
         return (
             f"Input X contains NaN in the columns {missing[:5]}. Fill them in, with "
             "sklearn.impute.SimpleImputer in a pipeline in front, or leave their rows out."
         )
     if "contains infinity" in str(error):
-        wide = [name for name, column in _columns_of(X) if _is_infinite(column)]
+        wide = [name for name, column in columns if _is_infinite(column)]
         return f"{error} It is in the columns {wide[:5]}." if wide else None
     texts = {
         name: kind
-        for (name, kind), (_, column) in zip(_kinds(X), _columns_of(X), strict=True)
+        for kind, (name, column) in zip(X.dtypes, columns, strict=True)
         if not _is_number(kind) and not _all_numbers(column)
     }
     if not texts:
@@ -106,16 +107,6 @@ def _diagnosis(X: Any, error: Exception) -> str | None:
         "encode them, with sklearn.preprocessing.OneHotEncoder or OrdinalEncoder in a "
         "ColumnTransformer in front."
     )
-
-
-def _kinds(X: Any) -> list[tuple[Any, Any]]:
-    """Name and type of each column."""
-    types = list(X.dtypes)
-    return list(zip(list(X.columns), types, strict=True))
-
-
-def _columns_of(X: Any) -> list[tuple[Any, Any]]:
-    return [(name, _column(X, k)) for k, name in enumerate(X.columns)]
 
 
 def _listed(kinds: dict[Any, Any]) -> str:
@@ -174,7 +165,9 @@ def split_task_column(X: Any, task_column: Any) -> tuple[Any, Any]:
         places = [_find_column(name, columns, levels) for name in _parts(task_column, columns)]
         taken = {place for place in places if isinstance(place, int)}
         ids = [
-            X.index.get_level_values(place.name) if isinstance(place, _Level) else _column(X, place)
+            X.index.get_level_values(place.name)
+            if isinstance(place, _Level)
+            else column_at(X, place)
             for place in places
         ]
         return _without(X, taken), IdColumns(ids) if len(ids) > 1 else ids[0]
@@ -211,7 +204,7 @@ def take_column(X: Any, name: str) -> tuple[Any, Any]:
     if columns.count(name) != 1:  # of two it is not known which
         return X, None
     place = columns.index(name)
-    return _without(X, {place}), np.asarray(_column(X, place))
+    return _without(X, {place}), np.asarray(column_at(X, place))
 
 
 def _without(X: Any, places: set[int]) -> Any:
@@ -268,7 +261,3 @@ def _where_it_went(name: Any, columns: list[Any]) -> str:
         f"A ColumnTransformer has renamed it to {renamed[0]!r}: set task_column={renamed[0]!r}, or "
         f"give the ColumnTransformer verbose_feature_names_out=False. {PASS_THROUGH}"
     )
-
-
-def _column(X: Any, position: int) -> Any:
-    return X.iloc[:, position] if hasattr(X, "iloc") else X.to_series(position)

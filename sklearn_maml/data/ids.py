@@ -185,7 +185,8 @@ def _columns(ids: Any, name: str) -> list[Any]:
     if library == "dask":  # a series of dask has columns, too
         ids = ids.compute()
     if hasattr(ids, "columns") and hasattr(ids, "shape"):  # a frame
-        parts = ids.columns if library == "pyarrow" else _columns_of_frame(ids)
+        places = range(ids.shape[1])
+        parts = ids.columns if library == "pyarrow" else [column_at(ids, k) for k in places]
         return [column for part in parts for column in _columns(part, name)]
     if hasattr(ids, "factorize") and ids.ndim == 1:
         # a column of a pandas frame is hashed where it lies; as an array, strings become objects
@@ -217,10 +218,9 @@ def _columns(ids: Any, name: str) -> list[Any]:
     return [ids]
 
 
-def _columns_of_frame(frame: Any) -> list[Any]:
-    """Columns by position: names may be there twice."""
-    of_pandas = hasattr(frame, "iloc")
-    return [frame.iloc[:, k] if of_pandas else frame.to_series(k) for k in range(frame.shape[1])]
+def column_at(frame: Any, place: int) -> Any:
+    """Return a column of a frame by its place: names may be there twice."""
+    return frame.iloc[:, place] if hasattr(frame, "iloc") else frame.to_series(place)
 
 
 def _is_zoned_or_nested(series: Any) -> bool:
