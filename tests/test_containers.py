@@ -578,6 +578,20 @@ def test_what_cannot_be_adapted_as_a_whole_is_a_type_error(name, call, reg):
         call(model)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn_maml.exceptions.NonFiniteStepWarning")  # of the glitch
+def test_a_container_around_a_few_shot_estimator_is_fitted_to_the_rows_of_a_task(reg):
+    """The way out of what adapt refuses."""
+    y = NEW_Y.copy()
+    y[3] += 1000
+    robust = RANSACRegressor(FewShotRegressor(reg), min_samples=6, random_state=0).fit(NEW_X, y)
+    assert not robust.inlier_mask_[3]
+    error, of_all = (
+        np.abs(np.delete(m.predict(NEW_X) - NEW_Y, 3)).mean()
+        for m in (robust, FewShotRegressor(reg).fit(NEW_X, y))
+    )
+    assert error < 0.1 * of_all
+
+
 def test_the_fit_before_a_search_is_not_mistaken_for_what_it_found(reg):
     search = GridSearchCV(reg, {"alpha": [0.1]}, cv=2, refit=False, scoring=no_score)
     with pytest.raises(NotFittedError):

@@ -236,8 +236,9 @@ class Walk:
         if rule is None:
             raise TypeError(
                 f"{type(part).__name__} holds a meta-learned model, but cannot be adapted as a "
-                "whole: what it has learned besides is not known. Adapt the model inside it, or "
-                "say how to adapt it with sklearn_maml.register_container."
+                "whole: what it has learned besides is not known. Adapt the model inside it; fit "
+                "it to the rows of one task, around FewShotRegressor(prior) or FewShotClassifier; "
+                "or say how to adapt it with sklearn_maml.register_container."
             )
         return rule(part, X, y, self)
 
