@@ -51,6 +51,21 @@ def default_classifier() -> Callable[[], object]:
     return lambda: MAMLClassifier(random_state=0).fit(X, labels)
 
 
+def default_two_classes() -> Callable[[], object]:
+    from sklearn_maml import MAMLClassifier
+
+    X, y = linear_tasks()
+    return lambda: MAMLClassifier(random_state=0).fit(X, y > 0)
+
+
+def default_poisson() -> Callable[[], object]:
+    from sklearn_maml import MAMLRegressor
+
+    X, y = linear_tasks()
+    counts = np.random.default_rng(1).poisson(np.exp(0.5 * y)).astype(np.float32)
+    return lambda: MAMLRegressor(loss="poisson", random_state=0).fit(X, counts)
+
+
 def videos() -> Callable[[], object]:
     """The collection that is shipped: 250 videos, 201 rows of 33 features each."""
     from sklearn.preprocessing import StandardScaler
@@ -129,6 +144,8 @@ def new_tasks() -> Callable[[], object]:
 WORKLOADS: dict[str, Callable[[], Callable[[], object]]] = {
     "default": default_regressor,
     "default classifier": default_classifier,
+    "default two classes": default_two_classes,
+    "default poisson": default_poisson,
     "default x264": videos,
     "W1": sinusoids,
     "W2": episodes,

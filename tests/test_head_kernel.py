@@ -10,14 +10,23 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
-from sklearn_maml.learners import joint
+from sklearn_maml.learners import joint, laplace
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
-from sklearn_maml.learners.likelihoods import find_likelihood
+from sklearn_maml.learners.likelihoods import Counts, Labels, Positive, find_likelihood
 from sklearn_maml.modules import ACTIVATIONS
-from sklearn_maml.targets.losses import CrossEntropy, Huber, SquaredError
+from sklearn_maml.targets.losses import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Gamma,
+    Huber,
+    Poisson,
+    Quantile,
+    SquaredError,
+)
 
 pytestmark = pytest.mark.skipif(
     not native.instruction_sets(), reason="the package was installed without its kernels"
@@ -26,9 +35,14 @@ pytestmark = pytest.mark.skipif(
 N_ROWS = 50  # of the collection
 
 
+@pytest.fixture(autouse=True)
+def torch_finds_modes_as_exactly(monkeypatch):
+    monkeypatch.setattr(laplace, "NEAR", 1e-9)
+
+
 def make_head(
     d=3, hidden=(8,), n_outputs=1, classes=False, same=False, waves=4, n_members=2, table=True,
-    activation="relu",
+    activation="relu", loss=None,
 ):  # fmt: skip
     """A head of random parameters in float64."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
@@ -43,9 +57,13 @@ def make_head(
     body = MLPBody(n_members, [d, *hidden], ACTIVATIONS[activation](), generator, waves)
     likelihood = find_likelihood(CrossEntropy() if classes else SquaredError())
     center, scale = rng.normal(size=n - 1), 1 + rng.random(n - 1)
-    head = (ClassHead if classes else GaussianHead)(
-        body, starts, center, scale, likelihood=likelihood, same_classes=same
-    ).double()
+    options = {"likelihood": likelihood, "same_classes": same}
+    kind = ClassHead if classes else GaussianHead
+    if loss is not None:
+        kind = LaplaceHead
+        options["likelihood"] = find_likelihood(loss, 2)
+        options |= {"units": np.full(n_outputs, 0.5), "level": np.ones(n_outputs)}
+    head = kind(body, starts, center, scale, **options).double()
     with torch.no_grad():
         for p in head.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -56,13 +74,22 @@ def make_batch(head, n_support, n_query, weighted=False, n_tasks=5, n_given=None
     """Episodes in float64; weights have zeros among them, as where rows are padded."""
     generator = torch.Generator().manual_seed(1)
     d, n_outputs = head.body.weight0.shape[1], head.n_outputs
+    likelihood = head.likelihood
 
     def rows(n):
         shape = (n_tasks, n)
         X = torch.randn(*shape, d, generator=generator, dtype=torch.float64)
         y = torch.randn(*shape, n_outputs, generator=generator, dtype=torch.float64)
-        if isinstance(head, ClassHead):
+        if likelihood.are_classes:
             y = torch.randint(n_outputs, shape, generator=generator)
+        elif isinstance(likelihood, Labels):
+            y = (y > 0).double()
+        elif isinstance(likelihood, Counts):
+            y = 0.5 * torch.poisson(2 * y.exp(), generator=generator)
+        elif isinstance(likelihood, Positive):
+            y = y.exp()
+        elif isinstance(head, LaplaceHead):  # some are far off
+            y = torch.where(torch.rand(y.shape, generator=generator) < 0.1, 100 * y, y)
         weight = None
         if weighted:
             weight = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -77,7 +104,7 @@ def of_torch(head, batch, weights, visible, k, task_weight):
     both = (batch.support, batch.query)
     X = torch.cat([rows.X for rows in both], 1)
     y = torch.cat([rows.y for rows in both], 1)
-    if isinstance(head, ClassHead):
+    if head.likelihood.are_classes:
         y = nn.functional.one_hot(y, head.n_outputs).double()
     mask = torch.ones(head.n_members, *X.shape[:2], dtype=torch.float64)
     if weights[0] is not None:
@@ -136,7 +163,15 @@ HEADS = {
     "local labels, no tables": {
         "classes": True, "n_outputs": 5, "same": True, "table": False, "waves": 0
     },
+    "logit of the second of two classes": {"loss": CrossEntropy(), "hidden": (8, 5)},
+    "labels": {"loss": BinaryCrossEntropy(), "n_outputs": 3},
+    "counts": {"loss": Poisson(), "n_outputs": 2, "hidden": (8, 5)},
+    "amounts": {"loss": Gamma()},
+    "heavy tails": {"loss": AbsoluteError(), "n_outputs": 2},
+    "a quantile": {"loss": Quantile(0.9)},
+    "tails of the Huber loss": {"loss": Huber(0.5), "n_outputs": 2},
 }  # fmt: skip
+NEWTON = [name for name in HEADS if "loss" in HEADS[name]]
 SIZES = [(4, 6, None), (10, 15, None), (1, 1, None), (40, 30, None), (5, 7, 2), (5, 3, 0)]
 
 
@@ -150,7 +185,9 @@ def test_gradients_and_outputs_are_those_of_torch(name):
 
 
 @pytest.mark.parametrize("instructions", native.instruction_sets())
-@pytest.mark.parametrize("name", ["two layers", "several targets", "two classes", "local labels"])
+@pytest.mark.parametrize(
+    "name", ["two layers", "several targets", "two classes", "local labels", *NEWTON]
+)
 def test_weights_padding_and_rows_that_members_do_not_see(name, instructions, monkeypatch):
     monkeypatch.setenv(native.VARIABLE, instructions)
     head = make_head(**HEADS[name])
@@ -171,8 +208,9 @@ def test_activations(activation):
     assert_same(*run(head, make_batch(head, 4, 6)))
 
 
-def test_the_gradient_is_that_of_finite_differences():
-    head = make_head(n_outputs=2, hidden=(8, 5), activation="tanh")
+@pytest.mark.parametrize("name", ["several targets", *NEWTON])
+def test_the_gradient_is_that_of_finite_differences(name):
+    head = make_head(**{**HEADS[name], "hidden": (8, 5), "activation": "tanh"})
     batch = make_batch(head, 5, 7, weighted=True)
     weight = torch.full((5,), 0.1, dtype=torch.float64)
     (grads, _), _ = run(head, batch, task_weight=weight)
@@ -182,6 +220,8 @@ def test_the_gradient_is_that_of_finite_differences():
     }
     X = torch.cat([batch.support.X, batch.query.X], 1)
     y = torch.cat([batch.support.y, batch.query.y], 1)
+    if head.likelihood.are_classes:
+        y = nn.functional.one_hot(y, head.n_outputs).double()
     mask = torch.cat([batch.support.weight, batch.query.weight], 1)[None]
 
     def loss(size):
@@ -193,7 +233,7 @@ def test_the_gradient_is_that_of_finite_differences():
     assert_allclose(slope, (loss(1e-6) - loss(-1e-6)) / 2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["two layers", "two classes"])
+@pytest.mark.parametrize("name", ["two layers", "two classes", "counts"])
 @pytest.mark.parametrize("n_tasks", [1, 17, 200])
 def test_threads_change_no_bit(name, n_tasks, monkeypatch):
     monkeypatch.setattr("sklearn_maml.native.head.PARALLEL_WORK", 0)
@@ -217,7 +257,7 @@ def test_waves_of_any_angle(size):
     assert_allclose(outputs, expected, rtol=1e-9, atol=max(1e-9, 1e-13 * size))
 
 
-@pytest.mark.parametrize("name", ["two layers", "two classes"])
+@pytest.mark.parametrize("name", ["two layers", "two classes", *NEWTON])
 def test_what_is_not_finite_stays_with_its_member(name):
     head = make_head(**HEADS[name])
     with torch.no_grad():
@@ -229,7 +269,9 @@ def test_what_is_not_finite_stays_with_its_member(name):
     assert not grads["factor"][1].isfinite().any()
 
 
-@pytest.mark.parametrize("name", ["two layers", "several targets", "two classes", "local labels"])
+@pytest.mark.parametrize(
+    "name", ["two layers", "several targets", "two classes", "local labels", *NEWTON]
+)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
     head = make_head(**HEADS[name]).float()
@@ -240,7 +282,7 @@ def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
         weight = (
             None if rows.weight is None else (rows.weight / totals(rows.weight)[:, None]).float()
         )
-        y = rows.y if isinstance(head, ClassHead) else rows.y.float()
+        y = rows.y if head.likelihood.are_classes else rows.y.float()
         lengths = None if weight is None else np.full(4, rows.X.shape[1])
         return dataclasses.replace(rows, X=rows.X.float(), y=y, weight=weight, lengths=lengths)
 
@@ -315,8 +357,13 @@ def test_heads_that_torch_has_to_train(monkeypatch):
     none = np.empty(0)
     assert head_kernel(GaussianHead(module, [one], none, none, **options), 1) is None
     body = MLPBody(1, [3, 4], nn.ReLU())
-    options = {"likelihood": find_likelihood(Huber()), "units": np.ones(1), "level": np.ones(1)}
-    assert head_kernel(LaplaceHead(body, [one], none, none, **options), 1) is None
+
+    class Own(Counts):
+        """Of a user."""
+
+    for likelihood, is_covered in ((Counts(Poisson()), True), (Own(Poisson()), False)):
+        laplace_head = LaplaceHead(body, [one], none, none, likelihood=likelihood)
+        assert (head_kernel(laplace_head, 1) is not None) == is_covered
     monkeypatch.setattr(native, "_kernels", None)
     assert head_kernel(covered, 1) is None
 
@@ -343,7 +390,7 @@ def test_rows_of_either_precision_and_others_that_are_left_to_torch():
         assert not kernel.takes(EpisodeBatch(batch.support, query))
 
 
-@pytest.mark.parametrize("name", ["two layers", "two classes", "local labels"])
+@pytest.mark.parametrize("name", ["two layers", "two classes", "local labels", *NEWTON])
 def test_held_out_tasks_of_a_member(name, monkeypatch):
     head = make_head(**HEADS[name]).float()
     batch = make_batch(head, 6, 9, n_tasks=4)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import BEYOND, SPREAD, ClassHead, GaussianHead
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.likelihoods import (
+    Counts,
+    HeavyTails,
+    HyperbolicTails,
+    Labels,
+    Positive,
+    TwoClasses,
+)
 from sklearn_maml.learners.start import NOISE_FLOOR
 from sklearn_maml.native import MAX_LAYERS, activation_code, instruction_sets
 from sklearn_maml.native.head import HeadKernel
@@ -17,19 +29,32 @@ from sklearn_maml.threads import n_threads_asked
 
 __all__ = ["head_kernel"]
 
+# their numbers in likelihoods.h
+LIKELIHOODS: dict[type, int] = {
+    Labels: 1,
+    TwoClasses: 1,
+    Counts: 2,
+    Positive: 3,
+    HeavyTails: 4,
+    HyperbolicTails: 4,
+}
+
 
 def head_kernel(
     head: GaussianHead, n_ways: int, dtype: torch.dtype = torch.float32
 ) -> HeadKernel | None:
     """Kernel for a head; None for heads that torch has to train.
 
-    These have modules of users for features, losses without a closed form, or parameters on an
+    These have modules of users for features, likelihoods of users, or parameters on an
     accelerator.
     """
+    likelihood = head.likelihood
+    newton = type(head) is LaplaceHead and type(likelihood) in LIKELIHOODS
+    two_classes = isinstance(likelihood, TwoClasses)
     body: Any = head.body
     activation: Any = getattr(body, "activation", None)
     covered = (
-        type(head) in (GaussianHead, ClassHead)
+        (type(head) in (GaussianHead, ClassHead) or newton)
         and type(body) is MLPBody
         and 0 < body.n_layers <= MAX_LAYERS
         and (type(activation) is nn.Identity or activation_code(activation) is not None)
@@ -43,17 +68,51 @@ def head_kernel(
     spread = 1.0
     if head.same_classes and len(head.center):
         spread = SPREAD / math.sqrt(max(n_linear - 1, 1))
-    return HeadKernel(
+    kernel = (_TwoClassKernel if two_classes else HeadKernel)(
         {name: tuple(p.shape) for name, p in head.named_parameters()},
         activation,
         head.center,
         head.scale,
-        n_outputs=n_ways,
+        n_outputs=head.n_latent if newton else n_ways,
         classes=isinstance(head, ClassHead),
         same_classes=head.same_classes,
         spread=spread,
         beyond=BEYOND,
         floor=NOISE_FLOOR,
+        likelihood=LIKELIHOODS[type(likelihood)] if newton else 0,
+        unit=head.unit if isinstance(head, LaplaceHead) else None,
+        delta=likelihood.loss.delta if isinstance(likelihood, HyperbolicTails) else 0.0,
         n_threads=n_threads_asked(),
         dtype=dtype,
     )
+    if isinstance(kernel, _TwoClassKernel):
+        kernel.spread = likelihood.spread
+    return kernel
+
+
+class _TwoClassKernel(HeadKernel):
+    """That of two classes, whose head has the logit of the second."""
+
+    spread: Callable[[Tensor], Tensor]
+
+    def takes(self, batch: EpisodeBatch) -> bool:
+        """See `HeadKernel`."""
+        both = (batch.support, batch.query)
+        return all(rows.y.dtype == torch.int64 for rows in both) and super().takes(
+            self._labelled(batch)
+        )
+
+    def step(
+        self, params: dict[str, Tensor], batch: EpisodeBatch, *args: Any
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """See `HeadKernel`."""
+        grads, logit = super().step(params, self._labelled(batch), *args)
+        return grads, self.spread(logit)
+
+    def _labelled(self, batch: EpisodeBatch) -> EpisodeBatch:
+        def labelled(rows: Rows) -> Rows:
+            return dataclasses.replace(rows, y=(rows.y == 1).unsqueeze(-1).to(self.dtype))
+
+        return dataclasses.replace(
+            batch, support=labelled(batch.support), query=labelled(batch.query)
+        )

@@ -8,7 +8,7 @@
 //     sum over p >= k of (W_p r)^2 / 2 - log W_pp,
 //
 // whose derivative in S S' is half of sum W_p' W_p, less that of inv(A) r r' inv(A). Factors are of
-// double precision.
+// double precision. Likelihoods without a closed form take Newton steps, see `newton`.
 //
 // Threads take some of the tasks of a member. Compiled as mlp.cpp is.
 
@@ -16,10 +16,11 @@
 
 #include "activations.h"
 #include "blocks.h"
+#include "likelihoods.h"
 
 namespace {
 
-enum { ROWS_AT_A_TIME = 128, TASKS_PER_PART = 8, MAX_PARTS = 16 };
+enum { ROWS_AT_A_TIME = 128, TASKS_PER_PART = 8, MAX_PARTS = 16, N_VECTORS = 12 };
 
 // in the order of `PARTS` of native/head.py; then weight and bias of each layer in turn
 enum Tensor { FACTOR, LOG_SCALE, LOG_NOISE, MEAN, FREQUENCY, LOG_CODE, LOG_AMPLITUDE, LAYERS, N_TENSORS = LAYERS + 2 * MAX_LAYERS };
@@ -27,9 +28,9 @@ enum Tensor { FACTOR, LOG_SCALE, LOG_NOISE, MEAN, FREQUENCY, LOG_CODE, LOG_AMPLI
 // Sizes, and where the parameters of a member are, packed. Columns of the features of a row are in
 // three parts, each padded: those of the last layer, cosines and sines.
 struct Shape {
-    i64 n_members, n_inputs, n_linear, n_outputs, n_noises, n_waves, n_layers, classes, same_classes;
+    i64 n_members, n_inputs, n_linear, n_outputs, n_noises, n_waves, n_layers, classes, same_classes, likelihood;
     i64 units[MAX_LAYERS], act[MAX_LAYERS];
-    double beyond, floor;
+    double beyond, floor, delta;
     real slope, spread;
     // padded: inputs with a 1 before them, linear columns, units and waves; all features, all columns
     i64 in, linear, hidden[MAX_LAYERS], waves, features, columns, outputs;
@@ -49,10 +50,11 @@ struct Shape {
 static void describe(const i64 *sizes, const double *numbers, Shape &s) {
     s.n_members = sizes[0], s.n_inputs = 1 + sizes[1], s.n_linear = sizes[2], s.n_outputs = sizes[3];
     s.n_noises = sizes[4], s.n_waves = sizes[5], s.classes = sizes[6], s.same_classes = sizes[7];
-    s.n_layers = sizes[8];
+    s.likelihood = sizes[8], s.n_layers = sizes[9];
     s.slope = (real)numbers[0], s.spread = (real)numbers[1], s.beyond = numbers[2], s.floor = numbers[3];
+    s.delta = numbers[4];
     for (i64 l = 0; l < s.n_layers; l++) {
-        s.units[l] = sizes[9 + 2 * l], s.act[l] = sizes[10 + 2 * l];
+        s.units[l] = sizes[10 + 2 * l], s.act[l] = sizes[11 + 2 * l];
         s.hidden[l] = pad(s.units[l]);
     }
     s.in = pad(s.n_inputs), s.linear = pad(s.n_linear), s.waves = pad(s.n_waves), s.outputs = pad(s.n_outputs);
@@ -218,7 +220,7 @@ struct Job {
     i64 n_tasks, n_rows, k, n_visible, n_parts;
     bool X_is_double;
     const int8_t *visible;
-    const double *center, *scale;
+    const double *center, *scale, *unit;
     const real *task_weight;
     real *theta, *grads; // packed: of each member, and of each part of its tasks
     real *outputs;
@@ -227,14 +229,14 @@ struct Job {
 // a row of a task that is learned from, or whose output is asked for
 struct Row {
     i64 task, number; // of the rows of the task, support rows first
-    real weight, root;
+    real weight, root; // `root` is a factor of its columns
 };
 
 struct Space {
     Row *rows;
     real *X, *S, *Z, *x[MAX_LAYERS], *z[MAX_LAYERS], *dx[MAX_LAYERS], *angle, *prior, *dprior, *dS, *dZ;
     real *turned, *gram, *A, *u, *du, *t, *v, *dv, *h;
-    double *U, *W, *G, *r, *r_all, *solved, *solved_support;
+    double *U, *W, *G, *r, *solved, *solved_support, *D, *vectors;
     void place(const Job &job, i64 n, Arena &a) { // for n rows at a time
         const Shape &s = job.shape;
         const i64 N = job.n_rows, square = N * pad(N);
@@ -254,6 +256,7 @@ struct Space {
         U = (double *)a.take(ratio * N * ld), W = (double *)a.take(ratio * N * ld);
         G = (double *)a.take(ratio * N * ld), r = (double *)a.take(ratio * ld);
         solved = (double *)a.take(ratio * ld), solved_support = (double *)a.take(ratio * ld);
+        if (s.likelihood) D = (double *)a.take(ratio * N * ld), vectors = (double *)a.take(ratio * N_VECTORS * ld);
     }
 };
 
@@ -480,6 +483,192 @@ static void classes(const Job &job, i64 member, const real *theta, i64 first, i6
     multiply(k, s.columns, {C, cp, 1, s.columns, {a.u, a.t}, {a.dv, a.v}, 0}, 0, 0, dS, s.columns);
 }
 
+// The support rows of a task in the coordinates u of rows, w = S'u, where u = - w l'(s) is the mode
+// for the outputs s = G u beside the prior mean; see `_Dual` of learners/laplace.py.
+struct Newton {
+    i64 k, ld;
+    double *G, *U, *W, *root, *t; // Gram matrix, system I + R G R and inverse of its factor
+
+    void times_gram(const double *v, double *out) const {
+        for (i64 i = 0; i < k; i++) out[i] = dot(k, G + i * ld, v);
+    }
+    void factorise() const {
+        for (i64 i = 0; i < k; i++) {
+            for (i64 j = 0; j < k; j++) U[i * ld + j] = root[i] * G[i * ld + j] * root[j];
+            for (i64 j = k; j < ld; j++) U[i * ld + j] = 0;
+            U[i * ld + i] += 1;
+        }
+        invert_factor(k, ld, U, W);
+    }
+    // out = K v, for K = R inv(I + R G R) R; not in place
+    void times_precision(const double *v, double *out) const {
+        memset(t, 0, ld * sizeof(double)), memset(out, 0, ld * sizeof(double));
+        for (i64 i = 0; i < k; i++) t[i] = root[i] * v[i];
+        for (i64 p = 0; p < k; p++) {
+            const double *w = W + p * ld, z = dot(p + 1, w, t);
+            for (i64 j = 0; j <= p; j += VD) *(dvec *)(out + j) += z * *(const dvec *)(w + j);
+        }
+        for (i64 i = 0; i < k; i++) out[i] *= root[i];
+    }
+    // moment becomes what solves (I + R R G) u = moment; `spare` is overwritten
+    void solve(double *moment, double *spare, double *out) const {
+        factorise();
+        times_gram(moment, spare);
+        times_precision(spare, out);
+        for (i64 i = 0; i < k; i++) moment[i] -= out[i];
+    }
+};
+
+enum { MOST_STEPS = 50, MOST_HALVINGS = 20 };
+const double NEAR = 1e-6, FAR = 3; // change of outputs at a mode; standard deviations
+
+// likelihoods that take Newton steps to the mode of the posterior: as `numbers`. The derivative of
+// what query rows have to do with a mode is that of the equation of the mode.
+static void newton(const Job &job, i64 member, const real *theta, i64 first, i64 n, i64 k, Space &a, real *grad) {
+    const Shape &s = job.shape;
+    const Row *rows = a.rows + first;
+    const i64 pn = pad(n), ld = pad_double(n), C = s.n_outputs;
+    const real *S = a.S + first * s.columns, *prior = a.prior + first * s.outputs;
+    const double g = grad ? job.task_weight[rows[0].task] : 0;
+    double *of[N_VECTORS];
+    for (i64 v = 0; v < N_VECTORS; v++) of[v] = a.vectors + v * ld;
+    memset(a.vectors, 0, N_VECTORS * ld * sizeof(double));
+    double *y = of[0], *u = of[1], *at = of[2], *slope = of[3], *info = of[4], *step = of[5], *moved = of[6];
+    double *spare = of[7], *by_u = of[8], *by_info = of[9];
+    const Newton support = {k, ld, a.D, a.U, a.W, of[10], of[11]};
+    if (k) {
+        transpose<true>(n, s.columns, S, s.columns, a.turned, pn);
+        multiply(k, n, {s.columns, s.columns, 1, pn, {S, 0}, {a.turned, 0}, 0}, 0, 0, a.gram, pn);
+    }
+    for (i64 i = 0; i < k; i++)
+        for (i64 j = 0; j < ld; j++) a.D[i * ld + j] = j < k ? a.gram[i * pn + j] : 0;
+    if (grad) memset(a.A, 0, n * pn * sizeof(real));
+    for (i64 o = 0; o < C; o++) {
+        const double amplitude = theta[s.amplitude + o], noise = theta[s.noise + o];
+        const Likelihood likelihood = {s.likelihood, noise * amplitude * amplitude, job.unit[o], s.delta};
+        for (i64 i = 0; i < n; i++) {
+            i64 place;
+            const Set &set = place_of(job, rows[i], place);
+            y[i] = set.y[place * C + o];
+        }
+        // objective at u, whose outputs are at; also the derivatives of rows there
+        auto objective = [&](const double *u, const double *at) {
+            double total = 0;
+            for (i64 i = 0; i < k; i++) {
+                const Local row = likelihood.at(amplitude * (prior[i * s.outputs + o] + at[i]), y[i]);
+                slope[i] = amplitude * row.first, info[i] = amplitude * amplitude * row.second;
+                total += rows[i].weight * row.value + 0.5 * u[i] * at[i];
+            }
+            return total;
+        };
+        auto take_roots = [&](const double *information) {
+            for (i64 i = 0; i < k; i++) support.root[i] = sqrt(rows[i].weight * fmax(information[i], DBL_MIN));
+        };
+        for (i64 i = 0; i < k; i++) { // from what the targets alone would suggest, but not from far away
+            double output, variance;
+            likelihood.guess(y[i], output, variance);
+            variance /= amplitude * amplitude;
+            const double far = FAR * sqrt(a.D[i * ld + i] + variance);
+            const double aim = fmin(fmax(output / amplitude - prior[i * s.outputs + o], -far), far);
+            info[i] = 1 / variance, u[i] = rows[i].weight * aim / variance;
+        }
+        take_roots(info);
+        support.solve(u, spare, step);
+        support.times_gram(u, at);
+        double value = objective(u, at);
+        for (i64 steps = 0, near = !k; steps < MOST_STEPS && !near; steps++) {
+            auto towards = [&](const double *information) { // step and moved: all the way there
+                for (i64 i = 0; i < k; i++) step[i] = rows[i].weight * (information[i] * at[i] - slope[i]);
+                take_roots(information);
+                support.solve(step, spare, moved);
+                for (i64 i = 0; i < k; i++) step[i] -= u[i];
+                support.times_gram(step, moved);
+            };
+            towards(info);
+            double farthest = 0;
+            for (i64 i = 0; i < k; i++) farthest = fmax(farthest, fabs(moved[i]));
+            near = farthest < NEAR;
+            for (i64 halvings = 0;; halvings++) {
+                for (i64 i = 0; i < k; i++) u[i] += step[i], at[i] += moved[i];
+                const double now = objective(u, at);
+                if (near || now <= value || halvings == MOST_HALVINGS) {
+                    value = now;
+                    break;
+                }
+                for (i64 i = 0; i < k; i++) u[i] -= step[i], at[i] -= moved[i];
+                if (likelihood.kind == HEAVY_TAILS && !halvings) { // a step that is never too long
+                    objective(u, at);
+                    for (i64 i = 0; i < k; i++)
+                        by_info[i] = amplitude * amplitude *
+                                     likelihood.bound(amplitude * (prior[i * s.outputs + o] + at[i]), y[i]);
+                    towards(by_info);
+                    continue;
+                }
+                for (i64 i = 0; i < k; i++) step[i] /= 2, moved[i] /= 2;
+            }
+        }
+        take_roots(info);
+        support.factorise();
+        double by_amplitude = 0, by_dispersion = 0;
+        memset(by_u, 0, ld * sizeof(double)), memset(by_info, 0, ld * sizeof(double));
+        for (i64 q = k; q < n; q++) {
+            double *cross = step, *V = moved;
+            double mean = prior[q * s.outputs + o];
+            double variance = dot_rows(s.columns, S + q * s.columns, S + q * s.columns);
+            for (i64 i = 0; i < k; i++) cross[i] = a.gram[i * pn + q], mean += cross[i] * u[i];
+            support.times_precision(cross, V);
+            for (i64 i = 0; i < k; i++) variance -= cross[i] * V[i];
+            const bool clamped = variance < 0;
+            if (clamped) variance = 0;
+            const Told told = likelihood.told(amplitude * mean, amplitude * amplitude * variance, y[q]);
+            real *to = output_of(job, member, rows[q]);
+            if (to) to[o] = (real)told.output;
+            if (!grad) continue;
+            const double factor = g * rows[q].weight, by_mean = factor * amplitude * told.by_mean;
+            const double by_variance = clamped ? 0 : factor * amplitude * amplitude * told.by_variance;
+            by_amplitude += factor * (mean * told.by_mean + 2 * amplitude * variance * told.by_variance);
+            by_dispersion += factor * told.by_dispersion;
+            a.dprior[(first + q) * s.outputs + o] = (real)by_mean;
+            support.times_gram(V, spare);
+            for (i64 i = 0; i < k; i++) {
+                const double left = cross[i] - spare[i]; // covariance of the outputs of both rows, given all
+                by_u[i] += by_mean * cross[i];
+                by_info[i] -= rows[i].weight * by_variance * left * left;
+                const real by_cross = (real)(by_mean * u[i] - 2 * by_variance * V[i]);
+                a.A[i * pn + q] += by_cross, a.A[q * pn + i] += by_cross;
+                for (i64 j = 0; j < k; j++) a.A[i * pn + j] += (real)(2 * by_variance * V[i] * V[j]);
+            }
+            a.A[q * pn + q] += (real)(2 * by_variance);
+        }
+        if (!grad) continue;
+        // by the outputs of support rows, as if they were free, and then as they depend on each other
+        double *by_output = slope, *lambda = step;
+        for (i64 i = 0; i < k; i++) {
+            const Local row = likelihood.at(amplitude * (prior[i * s.outputs + o] + at[i]), y[i]);
+            const double cube = amplitude * amplitude * amplitude;
+            by_output[i] = cube * row.third * by_info[i] - rows[i].weight * info[i] * by_u[i];
+        }
+        support.times_gram(by_output, spare);
+        support.times_precision(spare, lambda);
+        for (i64 i = 0; i < k; i++) lambda[i] = by_output[i] - lambda[i];
+        support.times_gram(lambda, spare);
+        for (i64 i = 0; i < k; i++) {
+            const double output = prior[i * s.outputs + o] + at[i]; // without the amplitude
+            const Local row = likelihood.at(amplitude * output, y[i]);
+            const double by_slope = -rows[i].weight * (by_u[i] + spare[i]);
+            by_amplitude += by_slope * (row.first + amplitude * output * row.second);
+            by_amplitude += by_info[i] * amplitude * (2 * row.second + amplitude * output * row.third);
+            by_dispersion += amplitude * (by_slope * row.first_by + by_info[i] * amplitude * row.second_by);
+            a.dprior[(first + i) * s.outputs + o] = (real)lambda[i];
+            for (i64 j = 0; j < k; j++) a.A[i * pn + j] += (real)(lambda[i] * u[j] + u[i] * lambda[j]);
+        }
+        grad[s.noise + o] += (real)(amplitude * amplitude * by_dispersion);
+        grad[s.amplitude + o] += (real)(amplitude * (by_amplitude + 2 * amplitude * noise * by_dispersion));
+    }
+    if (grad)
+        multiply(n, s.columns, {n, pn, 1, s.columns, {a.A, 0}, {S, 0}, 0}, 0, 0, a.dS + first * s.columns, s.columns);
+}
+
 // adds to grad what the first n rows say, whose derivatives by their columns and means are known
 static void backward(const Job &job, const real *theta, i64 n, Space &a, real *grad) {
     const Shape &s = job.shape;
@@ -555,19 +744,22 @@ static bool run_part(const void *p, i64 part, Arena &arena) {
             starts[t - from] = used, given[t - from] = 0;
             for (i64 i = 0; i < N; i++) {
                 real weight = weight_of(job, member, t, i);
-                if (!(weight > 0)) continue;
-                a.rows[used++] = {t, i, weight, F(sqrt)(weight)};
+                // Newton steps have the weights beside the columns: what rows tell depends on outputs
+                const bool asked = s.likelihood && i >= job.sets[0].width;
+                if (!(weight > 0 || asked)) continue;
+                a.rows[used++] = {t, i, weight, s.likelihood ? 1 : F(sqrt)(weight)};
                 given[t - from] += i < job.k;
             }
         }
         starts[to - from] = all = used;
         for (i64 t = from; t < to; t++)
-            for (i64 i = job.sets[0].width; i < N; i++)
+            for (i64 i = job.sets[0].width; i < N && !s.likelihood; i++)
                 if (!(weight_of(job, member, t, i) > 0)) a.rows[all++] = {t, i, 0, 0};
         features(job, theta, all, a);
         for (i64 t = from; t < to; t++) {
             const i64 first = starts[t - from], n = starts[t - from + 1] - first;
-            if (n) (s.classes ? classes : numbers)(job, member, theta, first, n, given[t - from], a, grad);
+            const auto condition = s.likelihood ? newton : s.classes ? classes : numbers;
+            if (n) condition(job, member, theta, first, n, given[t - from], a, grad);
         }
         for (i64 i = used; i < all; i++)
             for (i64 c = 0; c < s.n_outputs; c++)
@@ -597,6 +789,7 @@ bool HEAD_STEP(LEVEL, REAL)(const int64_t *given) {
     job.n_rows = job.sets[0].width + job.sets[1].width;
     job.visible = (const int8_t *)given[VISIBLE], job.n_visible = given[N_VISIBLE];
     job.center = (const double *)given[CENTER], job.scale = (const double *)given[SCALE];
+    job.unit = (const double *)given[UNIT];
     job.task_weight = (const real *)given[TASK_WEIGHT], job.outputs = (real *)given[head::OUTPUTS];
     job.n_parts = (job.n_tasks + TASKS_PER_PART - 1) / TASKS_PER_PART;
     job.n_parts = job.n_parts > MAX_PARTS ? MAX_PARTS : job.n_parts < 1 ? 1 : job.n_parts;

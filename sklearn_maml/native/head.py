@@ -42,6 +42,12 @@ class HeadKernel:
     spread, beyond, floor : float
         Factor of the linear columns, where standardised features are cut off, and the least
         variance of the noise.
+    likelihood : int, default=0
+        Number in likelihoods.h; 0: numbers with normal noise, or classes.
+    unit : Tensor of shape (n_outputs,), optional
+        See `NewtonLikelihood.unit`.
+    delta : float, default=0
+        Of the Huber loss.
     n_threads : int
         Among which large batches are divided; the results do not depend on it.
     dtype : torch.dtype, default=torch.float32
@@ -66,6 +72,9 @@ class HeadKernel:
         spread: float,
         beyond: float,
         floor: float,
+        likelihood: int = 0,
+        unit: Tensor | None = None,
+        delta: float = 0.0,
         n_threads: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -85,12 +94,13 @@ class HeadKernel:
         code, slope = activation_code(activation) or (0, 0.0)
         n_waves = shapes["body.frequency"][2] if "body.frequency" in shapes else 0
         sizes = [n_members, self.n_features, n_linear, n_outputs, shapes["log_noise"][1]]
-        sizes += [n_waves, int(classes), int(same_classes), n_layers]
+        sizes += [n_waves, int(classes), int(same_classes), likelihood, n_layers]
         for name in layers[::2]:
             sizes += [shapes[name][2], code]
         self._sizes = sizes
-        self._numbers = [slope, spread, beyond, floor]
-        self._center = [part.detach().double().contiguous() for part in (center, scale)]
+        self._numbers = [slope, spread, beyond, floor, delta]
+        constants = (center, scale, torch.empty(0) if unit is None else unit)
+        self._constants = [part.detach().double().contiguous() for part in constants]
         # multiply-adds of a row's forward pass, products with the rows of its task included
         self._row_work = sum(self._theta[n][0].numel() for n in layers[::2])
         self._row_work += 60 * shapes["log_scale"][1]
@@ -175,7 +185,7 @@ class HeadKernel:
         arguments = [
             ctypes.addressof(sizes),
             ctypes.addressof(numbers),
-            *map(at, self._center),
+            *map(at, self._constants),
             ctypes.addressof(theta),
             len(batch),
             n_given,
