@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Calibration:
         return np.sqrt(normal / student)[:, None] * found
 
     def factors(self, n_rows: np.ndarray, unseen: bool) -> np.ndarray:
-        """Factors (n_tasks, n_outputs) of the deviations of tasks with so many support rows."""
+        """Factors (n_at, n_outputs) of deviations of tasks with so many support rows (n_at,)."""
         factor: Any = self.factor_unseen if unseen else self.factor
         if self.sizes is None:
             return np.broadcast_to(factor, (len(n_rows), len(self.low)))
@@ -282,17 +283,22 @@ class Conditioned(Adapted):
         std = np.sqrt(self._factor(rows, codes) ** 2 * within.mean(0) + between.var(0))
         return self.bounded(likelihood.average(torch.from_numpy(means)).numpy(), codes), std
 
-    def _factor(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Number of labelled rows of each task, by their weights."""
         n_rows = np.bincount(self.support.codes, self.support.counts(), self.n_tasks)
         for task, found in self.sums.items():
             n_rows[task] = found.n_rows
-        factor = self.calibration.factors(n_rows, unseen=False)[codes]
+        return n_rows
+
+    def _factor(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
+        n_rows = self._counts[codes]
+        factor = self.calibration.factors(n_rows, unseen=False)
         if self.calibration.seen is None:
             return factor
         seen = np.isin(row_marks(rows), self.calibration.seen)
-        of_unseen = self.calibration.factors(n_rows, unseen=True)[codes]
-        return np.where(seen[:, None], factor, of_unseen)
+        return np.where(seen[:, None], factor, self.calibration.factors(n_rows, unseen=True))
 
     def telling_rows(
         self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
