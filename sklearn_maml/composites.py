@@ -47,15 +47,27 @@ class Leaf:
 @functools.cache
 def _known() -> frozenset[str]:
     """Names of what may be built besides the list of skops, which has few parts of searches."""
-    parts: list[Any] = [f for f in vars(sklearn.metrics).values() if inspect.isfunction(f)]
+    from sklearn import feature_selection  # takes long to import
+
+    parts: list[Any] = [
+        f
+        for module in (sklearn.metrics, feature_selection)
+        for f in vars(module).values()
+        if inspect.isfunction(f)
+    ]
     for part in vars(sklearn.model_selection).values():
         if inspect.isclass(part) and hasattr(part, "get_n_splits"):
             parts.append(part)
     return frozenset(
         {f"{part.__module__}.{part.__qualname__}" for part in parts}
         | {
+            "numpy.dtype",  # skops stores an empty array of it
+            "scipy._lib.array_api_compat.numpy._aliases.asarray",
+            "scipy.interpolate._bsplines.BSpline",
             "sklearn.calibration._CalibratedClassifier",
             "sklearn.calibration._SigmoidCalibration",
+            "sklearn.impute._iterative.IterativeImputer",
+            "sklearn.impute._iterative._ImputerTriplet",
             "sklearn.metrics._scorer._CurveScorer",
             "sklearn.metrics._scorer._PassthroughScorer",
             "sklearn.metrics._scorer._Scorer",

@@ -13,10 +13,17 @@ from numpy.testing import assert_array_equal
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.ensemble import VotingRegressor
+from sklearn.feature_selection import SelectKBest, f_regression
 from sklearn.frozen import FrozenEstimator
+from sklearn.impute import SimpleImputer
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    KBinsDiscretizer,
+    SplineTransformer,
+    StandardScaler,
+)
 from torch import nn
 
 import sklearn_maml
@@ -172,6 +179,13 @@ RESTS = {
     "pipeline": lambda: make_pipeline(StandardScaler(), MAMLRegressor(**SMALL)),
     "column transformer": lambda: make_pipeline(
         ColumnTransformer([("scaled", StandardScaler(), [0])], remainder="passthrough"),
+        MAMLRegressor(**SMALL),
+    ),
+    "dtypes and functions": lambda: make_pipeline(
+        SimpleImputer(),
+        SplineTransformer(n_knots=3),
+        SelectKBest(f_regression, k=3),
+        KBinsDiscretizer(3, encode="onehot-dense", strategy="uniform"),
         MAMLRegressor(**SMALL),
     ),
     "nested": lambda: make_pipeline(

@@ -303,6 +303,7 @@ NO_LIST = {
     "generator": (lambda: (task for task in TASKS), r"X is a generator.*pass list\(X\)"),
     "dict": (lambda: dict(enumerate(TASKS)), r"X is a dict.*pass list\(X.values\(\)\)"),
     "values": (lambda: dict(enumerate(TASKS)).values(), r"X is a dict_values.*pass list\(X\)"),
+    "groupby": (lambda: FRAME.groupby("task"), r"X is a DataFrameGroupBy.*as task_column"),
     "Dataset": (lambda: DATASET, r"X is a TensorDataset.*\[\(X.numpy\(\), y.numpy\(\)\)"),
     "DataLoader": (lambda: DataLoader(DATASET), r"X is a DataLoader.*\[\(X.numpy\(\)"),
 }

@@ -27,8 +27,10 @@ FLOATS = (np.float64, np.float32)
 
 def is_task_distribution(X: Any) -> bool:
     """Whether X is an endless source of tasks: an object with `sample(n_tasks, random_state)`."""
-    # data frames have a `sample` too
-    return callable(getattr(X, "sample", None)) and not hasattr(X, "shape")
+    # data frames, and groups of them, have a `sample` too
+    return callable(getattr(X, "sample", None)) and not (
+        hasattr(X, "shape") or hasattr(X, "ngroups")
+    )
 
 
 def _is_task(item: Any) -> bool:
@@ -345,6 +347,8 @@ def _no_targets(estimator: Any, X: Any) -> ValueError:
         how = "list(X.values()), if its values are (X, y) pairs"
     elif type(X).__module__.startswith("torch."):
         how = "[(X.numpy(), y.numpy()) for X, y in X], if its items are tasks"
+    elif hasattr(X, "ngroups"):
+        how = "the frame itself, with y, and the name of that column as task_column"
     else:
         how = "list(X), if its items are (X, y) pairs"
     return ValueError(
