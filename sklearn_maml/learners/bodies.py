@@ -37,6 +37,8 @@ class MLPBody(nn.Module):
         Frequencies w.
     """
 
+    of_user = False
+
     def __init__(
         self,
         n_members: int,
@@ -89,6 +91,8 @@ class ModuleBody(nn.Module):
     Batch norms take the statistics of all rows of a meta-batch in training, and running averages
     of these otherwise: the features of a row then depend on no other row.
     """
+
+    of_user = True  # whose modules compute in their own precision
 
     def __init__(self, modules: Sequence[nn.Module], width: int) -> None:
         super().__init__()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
-from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
 from sklearn_maml.learners.laplace import LaplacePosterior
 from sklearn_maml.learners.plain import PlainHead
@@ -423,10 +422,7 @@ def _exact(head: GaussianHead) -> HeadFunctions:
     """Functions of the parameters in float64, safe in any thread."""
     body = head.body.private()
     params = {
-        # modules of users compute in their own precision
-        name: p.detach()
-        if isinstance(body, ModuleBody) and name.startswith("body.")
-        else p.detach().double()
+        name: p.detach() if body.of_user and name.startswith("body.") else p.detach().double()
         for name, p in head.named_parameters()
     }
     return head.functions(params, body)

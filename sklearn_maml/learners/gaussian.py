@@ -529,7 +529,7 @@ class ClassHead(GaussianHead):
         """See `GaussianHead`: the start of the linear part is left alone."""
         n_linear = self.factor.shape[-1]
         # few classes of an episode are soon known by heart
-        local = self.same_classes and not isinstance(self.body, ModuleBody)
+        local = self.same_classes and not self.body.of_user
         means = [p[:, n_linear:] for n, p in params.items() if n == f"{prefix}mean"]
         return means, DECAY_OF_LOCAL if local else DECAY_OF_CLASSES
 

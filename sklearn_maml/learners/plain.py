@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import Rows
-from sklearn_maml.learners.bodies import ModuleBody
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.laplace import LaplaceFunctions
 
@@ -55,7 +54,7 @@ class PlainHead(nn.Module):
     ) -> None:
         super().__init__()
         head = copy.deepcopy(head).eval()
-        if isinstance(head.body, ModuleBody):  # modules of users compute in their own precision
+        if head.body.of_user:
             for name, p in list(head.named_parameters(recurse=False)):
                 setattr(head, name, nn.Parameter(p.detach().double()))
         else:
