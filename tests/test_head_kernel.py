@@ -1,6 +1,8 @@
 """The compiled gradient of a Gaussian head is that of torch."""
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -182,6 +184,28 @@ def test_gradients_and_outputs_are_those_of_torch(name):
             continue  # nothing of such a head says anything then
         head = make_head(**HEADS[name])
         assert_same(*run(head, make_batch(head, n_support, n_query, n_given=n_given)))
+
+
+def test_a_copy_of_a_kernel_keeps_its_own_numbers():
+    head = make_head()
+    batch = make_batch(head, 6, 4)
+    kernel = head_kernel(head, 1, dtype=torch.float64)
+    task_weight = torch.ones(len(batch), dtype=torch.float64)
+
+    def step(one, params):
+        return one.step(params, batch, (None, None), None, 6, task_weight)
+
+    first, _ = step(kernel, params_of(head))
+    one = step(kernel, {n: p[:1] for n, p in params_of(head).items()})[0]
+    for twin in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        others = {n: p + 0.1 for n, p in params_of(head).items()}
+        changed, _ = step(twin, others)
+        again, _ = step(kernel, params_of(head))
+        for name, grad in first.items():
+            assert torch.equal(again[name], grad)
+            assert torch.equal(one[name], grad[:1])
+        assert not torch.equal(changed["factor"], first["factor"])
+        assert torch.equal(step(twin, params_of(head))[0]["factor"], first["factor"])
 
 
 @pytest.mark.parametrize("instructions", native.instruction_sets())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ Params = dict[str, Tensor]
 
 # in the order of `Tensor` of head.cpp; weight and bias of each layer follow
 PARTS = ("factor", "log_scale", "log_noise", "mean", "body.frequency", "log_code", "log_amplitude")
+
+
+class _Packed(NamedTuple):
+    """Parameters and gradients of some members, and where they are."""
+
+    names: list[str]
+    theta: list[Tensor]
+    grads: list[Tensor]
+    theta_at: Any
+    grads_at: Any
+    sizes: Any
+    numbers: Any
 
 
 class HeadKernel:
@@ -101,9 +114,13 @@ class HeadKernel:
         self._numbers = [slope, spread, beyond, floor, delta]
         constants = (center, scale, torch.empty(0) if unit is None else unit)
         self._constants = [part.detach().double().contiguous() for part in constants]
+        self._packed: dict[int, _Packed] = {}  # by the number of members
         # multiply-adds of a row's forward pass, products with the rows of its task included
         self._row_work = sum(self._theta[n][0].numel() for n in layers[::2])
         self._row_work += 60 * shapes["log_scale"][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_packed": {}}  # addresses are not those of a copy
 
     def takes(self, batch: EpisodeBatch) -> bool:
         """Whether episodes have the types and shapes that the kernel is for."""
@@ -155,38 +172,30 @@ class HeadKernel:
         def at(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
             if tensor is None or not tensor.numel():
                 return 0
-            keep.append(tensor.to(dtype).contiguous())
-            return keep[-1].data_ptr()
+            tensor = tensor.to(dtype).contiguous()
+            keep.append(tensor)
+            return tensor.data_ptr()
 
         def rows_at(rows: Rows, weight: Tensor | None) -> list[int]:
             y = at(rows.y, None if self.classes else self.dtype)
             return [at(rows.X), y, at(weight, self.dtype), at(rows.index), rows.X.shape[1]]
 
         n_members = len(params["factor"])
-        held, made = (
-            {name: of[:n_members] for name, of in part.items()}
-            for part in (self._theta, self._grads)
-        )
+        if n_members not in self._packed:
+            self._packed[n_members] = self._pack(n_members)
+        held = self._packed[n_members]
         with torch.no_grad():
-            torch._foreach_copy_([*held.values()], [params[name] for name in held])
+            torch._foreach_copy_(held.theta, [params[name] for name in held.names])
         shape = (n_members, *batch.query.X.shape[:2], self.n_outputs)
         outputs = torch.empty(shape, dtype=self.dtype)
-        theta, grads = (
-            (ctypes.c_int64 * len(self._names))(
-                *(of[name].data_ptr() if name in of else 0 for name in self._names)
-            )
-            for of in (held, made)
-        )
-        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
-        numbers = (ctypes.c_double * len(self._numbers))(*self._numbers)
         n_rows = batch.support.X.shape[1] + batch.query.X.shape[1]
         work = n_members * len(batch) * n_rows * self._row_work
         work *= 2 if task_weight is None else 6
         arguments = [
-            ctypes.addressof(sizes),
-            ctypes.addressof(numbers),
+            ctypes.addressof(held.sizes),
+            ctypes.addressof(held.numbers),
             *map(at, self._constants),
-            ctypes.addressof(theta),
+            ctypes.addressof(held.theta_at),
             len(batch),
             n_given,
             self._n_threads if work > PARALLEL_WORK else 1,
@@ -197,12 +206,28 @@ class HeadKernel:
             0 if visible is None else visible.shape[1],
             at(task_weight, self.dtype),
             outputs.data_ptr(),
-            ctypes.addressof(grads),
+            ctypes.addressof(held.grads_at),
         ]
         packed = (ctypes.c_int64 * len(arguments))(*arguments)
         _kernels.head_step(self._level, self.dtype == torch.float64, packed)
         if task_weight is None:
             return {}, outputs
-        found = {name: torch.empty_like(params[name]) for name in made}
-        torch._foreach_copy_([*found.values()], [*made.values()])
-        return found, outputs
+        found = [torch.empty_like(params[name]) for name in held.names]
+        torch._foreach_copy_(found, held.grads)
+        return dict(zip(held.names, found, strict=True)), outputs
+
+    def _pack(self, n_members: int) -> _Packed:
+        """Find what the kernel reads and writes for the first so many members."""
+        theta, grads = (
+            {name: of[:n_members] for name, of in part.items()}
+            for part in (self._theta, self._grads)
+        )
+        array = ctypes.c_int64 * len(self._names)
+        theta_at, grads_at = (
+            array(*(of[name].data_ptr() if name in of else 0 for name in self._names))
+            for of in (theta, grads)
+        )
+        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
+        numbers = (ctypes.c_double * len(self._numbers))(*self._numbers)
+        lists = [*theta], [*theta.values()], [*grads.values()]
+        return _Packed(*lists, theta_at, grads_at, sizes, numbers)
