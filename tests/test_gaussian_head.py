@@ -136,15 +136,16 @@ def test_classes_are_conditioned_on_codes_and_the_mean_is_their_logits():
     head, rng = random_head(True, n_outputs=3), RNG(1)
     with torch.no_grad():
         head.log_code[:, 0] = torch.as_tensor([0.5, 1.0])
+        head.surprise[:, 0] = torch.as_tensor([0.0, 0.7])
     X, y = rng.randn(6, 3), np.eye(3)[[0, 1, 2, 0, 1, 1]]
     X_new = rng.randn(4, 3)
     run = functions(head)
     given = run.condition(*tensors(X[None], y[None]))
     logits = run.query(torch.as_tensor(X_new[None]), given)[0][:, 0].numpy()
-    for j, size in enumerate(np.exp([0.5, 1.0])):
+    for j, (size, part) in enumerate(zip(np.exp([0.5, 1.0]), [0.0, 0.7], strict=True)):
         phi, cov, mean, noise, _ = in_numpy(head, j, X)
         new = in_numpy(head, j, X_new)[0]
-        codes = size * (y - 1 / 3)
+        codes = size * (y - (1 - part) / 3 - part * softmax(phi @ mean, axis=1))
         gain = cov @ phi.T @ np.linalg.inv(phi @ cov @ phi.T + noise * np.eye(6))
         expected = new @ (mean + gain @ (codes - phi @ mean))
         np.testing.assert_allclose(logits[j], expected, rtol=1e-6)
@@ -1140,3 +1141,17 @@ def test_probabilities_are_as_high_as_a_class_is_frequent(level):
     assert abs(p.mean() - new.mean()) < 0.12 * new.mean()
     base = y[:100].mean()
     assert -np.log(np.where(new, p, 1 - p)).mean() < -np.log(np.where(new, base, 1 - base)).mean()
+
+
+def test_classes_that_are_not_as_frequent_as_others_are_no_likelier_without_rows():
+    rng = RNG(1)
+    X = rng.randn(80, 30, 2)
+    slopes = rng.randn(80, 1, 2, 3) + np.array([[1.0, 0.0, -1.0], [0.0, 1.0, 1.0]])
+    logits = (X[..., None] * slopes).sum(2) + np.array([1.0, 0.0, 0.0])
+    y = (logits + rng.gumbel(size=logits.shape)).argmax(-1).ravel()
+    X, task = X.reshape(-1, 2), np.repeat(np.arange(80), 30)
+    options = {"hidden_layer_sizes": (8,), "max_iter": 300, "random_state": 0}
+    clf = MAMLClassifier(update_rule=HEAD, unseen_tasks="prior", **options)
+    clf.fit(X, y, groups=task)
+    p = clf.predict_proba(X, groups=task + 100).mean(0)
+    np.testing.assert_allclose(p, np.bincount(y) / len(y), rtol=0.08)

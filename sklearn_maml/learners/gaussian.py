@@ -369,7 +369,7 @@ class HeadFunctions:
         if root is None:
             root = S.new_ones(1, *X.shape[:2])
         m = (root if root.ndim == 3 else root[None]).unsqueeze(-1)
-        return S * m, m * (self._coded(y) - prior), m.square().sum(2)
+        return S * m, m * (self._coded(y, prior) - prior), m.square().sum(2)
 
     def misfit(self, given: Posterior) -> tuple[Tensor, Tensor]:
         """Squared Mahalanobis length (n_members, n_tasks, n_outputs) of the support targets.
@@ -379,7 +379,7 @@ class HeadFunctions:
         found = given.unexplained / self.noise()[:, None]
         return found.clamp_min(0), given.n_rows
 
-    def _coded(self, y: Tensor) -> Tensor:
+    def _coded(self, y: Tensor, prior: Tensor) -> Tensor:
         """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on."""
         return y / self.amplitude_of_tasks()
 
@@ -418,7 +418,7 @@ class HeadFunctions:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
         """Prior mean, weighted columns and residuals of all rows, and roots of query weights."""
         prior, S = self.of_tasks(X)
-        residual = self._coded(y) - prior
+        residual = self._coded(y, prior) - prior
         if mask is None:
             return prior, S, residual, 1.0
         m = mask.to(S.dtype).sqrt().unsqueeze(-1)
@@ -513,11 +513,17 @@ class HeadFunctions:
 
 
 class ClassHead(GaussianHead):
-    """A Gaussian head of classes: targets are codes, whose size is learned, and outputs logits."""
+    """A Gaussian head of classes: targets are codes, whose size is learned, and outputs logits.
+
+    A code is that of the class less the mean over classes, or less the probabilities that the prior
+    has for the row: how much of which (`surprise`) is learned, too.
+    """
 
     def __init__(self, body: Any, starts: Any, *args: Any, **options: Any) -> None:
         super().__init__(body, starts, *args, **options)
         self.log_code = _parameter(np.full((self.n_members, 1), math.log(CODE)))
+        if not self.same_classes:  # else nothing is expected
+            self.surprise = _parameter(np.zeros((self.n_members, 1)))
         with torch.no_grad():
             self.log_scale.fill_(math.log(0.3))
 
@@ -537,9 +543,14 @@ class ClassHead(GaussianHead):
 class ClassFunctions(HeadFunctions):
     """Functions of a `ClassHead`."""
 
-    def _coded(self, y: Tensor) -> Tensor:
+    def _coded(self, y: Tensor, prior: Tensor) -> Tensor:
+        """See `HeadFunctions`."""
         size = self.params["log_code"].exp().view(-1, 1, 1, 1)
-        return size * (y - 1 / y.shape[-1])
+        expected: Tensor | float = 1 / y.shape[-1]
+        if "surprise" in self.params:
+            part = self.params["surprise"].view(-1, 1, 1, 1)
+            expected = expected + part * (prior.softmax(-1) - expected)
+        return size * (y - expected)
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy of query rows, and their logits; see `HeadFunctions`."""

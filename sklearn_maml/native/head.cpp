@@ -23,7 +23,7 @@ namespace {
 enum { ROWS_AT_A_TIME = 128, TASKS_PER_PART = 8, MAX_PARTS = 16, N_VECTORS = 12 };
 
 // in the order of `PARTS` of native/head.py; then weight and bias of each layer in turn
-enum Tensor { FACTOR, LOG_SCALE, LOG_NOISE, MEAN, FREQUENCY, LOG_CODE, LOG_AMPLITUDE, LAYERS, N_TENSORS = LAYERS + 2 * MAX_LAYERS };
+enum Tensor { FACTOR, LOG_SCALE, LOG_NOISE, MEAN, FREQUENCY, LOG_CODE, SURPRISE, LOG_AMPLITUDE, LAYERS, N_TENSORS = LAYERS + 2 * MAX_LAYERS };
 
 // Sizes, and where the parameters of a member are, packed. Columns of the features of a row are in
 // three parts, each padded: those of the last layer, cosines and sines.
@@ -35,7 +35,7 @@ struct Shape {
     // padded: inputs with a 1 before them, linear columns, units and waves; all features, all columns
     i64 in, linear, hidden[MAX_LAYERS], waves, features, columns, outputs;
     // packed: what inputs are multiplied with at first (`first` columns), further layers, ...
-    i64 first, input, weight[MAX_LAYERS], bias[MAX_LAYERS], scale, mean_linear, mean, noise, amplitude, code, size;
+    i64 first, input, weight[MAX_LAYERS], bias[MAX_LAYERS], scale, mean_linear, mean, noise, amplitude, code, surprise, size;
     i64 turned[MAX_LAYERS], size_with_turned;
 
     i64 last() const { return hidden[n_layers - 1]; }
@@ -72,6 +72,7 @@ static void describe(const i64 *sizes, const double *numbers, Shape &s) {
     s.noise = at, at += pad(s.n_noises);
     s.amplitude = at, at += s.outputs;
     s.code = at, at += V;
+    s.surprise = at, at += V;
     s.size = at;
     for (i64 l = 1; l < s.n_layers; l++) s.turned[l] = at, at += s.units[l] * s.hidden[l - 1];
     s.size_with_turned = at;
@@ -81,7 +82,7 @@ static void describe(const i64 *sizes, const double *numbers, Shape &s) {
 static void pack(const Shape &s, const real *const *tensors, i64 j, real *out) {
     const real *part[N_TENSORS];
     const i64 n = s.n_linear, d = s.n_inputs - 1, C = s.n_outputs;
-    const i64 counts[] = {n * n, s.width(), s.n_noises, (n + s.width()) * C, d * s.n_waves, 1, C - 1};
+    const i64 counts[] = {n * n, s.width(), s.n_noises, (n + s.width()) * C, d * s.n_waves, 1, 1, C - 1};
     for (i64 t = 0; t < LAYERS; t++) part[t] = tensors[t] ? tensors[t] + j * counts[t] : 0;
     for (i64 l = 0; l < s.n_layers; l++) {
         part[LAYERS + 2 * l] = tensors[LAYERS + 2 * l] + j * (l ? s.units[l - 1] : d) * s.units[l];
@@ -112,6 +113,7 @@ static void pack(const Shape &s, const real *const *tensors, i64 j, real *out) {
     for (i64 o = 0; o < C; o++)
         out[s.amplitude + o] = o && part[LOG_AMPLITUDE] ? elementary::exp(part[LOG_AMPLITUDE][o - 1]) : 1;
     out[s.code] = part[LOG_CODE] ? elementary::exp(part[LOG_CODE][0]) : 1;
+    out[s.surprise] = part[SURPRISE] ? part[SURPRISE][0] : 0;
 }
 
 // packed gradients of member j into natural tensors
@@ -144,6 +146,7 @@ static void unpack(const Shape &s, const real *grad, const real *const *tensors,
             2 * elementary::exp(2 * tensors[LOG_NOISE][j * s.n_noises + o]) * grad[s.noise + o];
     for (i64 o = 1; o < C && grads[LOG_AMPLITUDE]; o++) grads[LOG_AMPLITUDE][j * (C - 1) + o - 1] = grad[s.amplitude + o];
     if (grads[LOG_CODE]) grads[LOG_CODE][j] = grad[s.code];
+    if (grads[SURPRISE]) grads[SURPRISE][j] = grad[s.surprise];
 }
 
 // ---- factors of double precision ----------------------------------------------------------------
@@ -235,7 +238,7 @@ struct Row {
 struct Space {
     Row *rows;
     real *X, *S, *Z, *x[MAX_LAYERS], *z[MAX_LAYERS], *dx[MAX_LAYERS], *angle, *prior, *dprior, *dS, *dZ;
-    real *turned, *gram, *A, *u, *du, *t, *v, *dv, *h;
+    real *turned, *gram, *A, *u, *du, *t, *expected, *v, *dv, *h;
     double *U, *W, *G, *r, *solved, *solved_support, *D, *vectors;
     void place(const Job &job, i64 n, Arena &a) { // for n rows at a time
         const Shape &s = job.shape;
@@ -251,6 +254,7 @@ struct Space {
         dS = a.take(n * s.columns), dZ = a.take(n * s.features);
         turned = a.take(s.columns * pad(N)), gram = a.take(square), A = a.take(square + N * s.outputs);
         u = a.take(N * s.outputs), du = a.take(N * s.outputs), t = a.take(N * s.outputs);
+        expected = a.take(N * s.outputs);
         v = a.take(s.n_outputs * s.columns), dv = a.take(s.n_outputs * s.columns), h = a.take(s.n_outputs * s.columns);
         const i64 ratio = sizeof(double) / sizeof(real), ld = pad_double(N);
         U = (double *)a.take(ratio * N * ld), W = (double *)a.take(ratio * N * ld);
@@ -410,13 +414,22 @@ static void times_inverse(i64 n, i64 ld, const double *K, i64 n_outputs, i64 str
         }
 }
 
+// probabilities of n classes
+static void softmax(i64 n, const real *logits, real *out) {
+    real top = -INFINITY, norm = 0;
+    for (i64 c = 0; c < n; c++) top = logits[c] > top ? logits[c] : top;
+    for (i64 c = 0; c < n; c++) norm += out[c] = elementary::exp(logits[c] - top);
+    for (i64 c = 0; c < n; c++) out[c] /= norm;
+}
+
 // classes: outputs, which are logits, conditioned on codes of the classes, and derivatives of the
 // cross-entropy
 static void classes(const Job &job, i64 member, const real *theta, i64 first, i64 n, i64 k, Space &a, real *grad) {
     const Shape &s = job.shape;
     const Row *rows = a.rows + first;
     const i64 C = s.n_outputs, cp = s.outputs, pk = pad(k), ld = pad_double(k), m = n - k;
-    const real *S = a.S + first * s.columns, *S_query = S + k * s.columns, size = theta[s.code];
+    const real *S = a.S + first * s.columns, *S_query = S + k * s.columns;
+    const real size = theta[s.code], surprise = theta[s.surprise], even = (real)1 / s.n_outputs;
     const real g = grad ? job.task_weight[rows[0].task] : 0;
     real *dS = a.dS + first * s.columns, *prior = a.prior + first * cp, *dprior = a.dprior + first * cp;
     if (k) {
@@ -427,8 +440,10 @@ static void classes(const Job &job, i64 member, const real *theta, i64 first, i6
             a.U[i * ld + i] += theta[s.noise];
             i64 at;
             const Set &set = place_of(job, rows[i], at);
+            real *expected = a.expected + i * cp;
+            softmax(C, prior + i * cp, expected);
             for (i64 c = 0; c < C; c++) {
-                real code = size * ((real)(set.label[at] == c) - (real)1 / C);
+                real code = size * ((real)(set.label[at] == c) - even - surprise * (expected[c] - even));
                 a.t[i * cp + c] = rows[i].root * (code - prior[i * cp + c]);
             }
         }
@@ -442,13 +457,11 @@ static void classes(const Job &job, i64 member, const real *theta, i64 first, i6
     for (i64 i = k; i < n; i++) {
         i64 at;
         const Set &set = place_of(job, rows[i], at);
-        real *logits = prior + i * cp, *d = dprior + i * cp, top = -INFINITY, norm = 0, *to = output_of(job, member, rows[i]);
-        for (i64 c = 0; c < C; c++) {
-            if (k) logits[c] += dot_rows(s.columns, S + i * s.columns, a.v + c * s.columns) / rows[i].root;
-            top = logits[c] > top ? logits[c] : top;
-        }
-        for (i64 c = 0; c < C; c++) norm += d[c] = elementary::exp(logits[c] - top);
-        for (i64 c = 0; c < C; c++) d[c] = g * rows[i].weight * (d[c] / norm - (real)(set.label[at] == c));
+        real *logits = prior + i * cp, *d = dprior + i * cp, *to = output_of(job, member, rows[i]);
+        for (i64 c = 0; c < C && k; c++)
+            logits[c] += dot_rows(s.columns, S + i * s.columns, a.v + c * s.columns) / rows[i].root;
+        softmax(C, logits, d);
+        for (i64 c = 0; c < C; c++) d[c] = g * rows[i].weight * (d[c] - (real)(set.label[at] == c));
         if (to) memcpy(to, logits, C * sizeof(real));
     }
     if (!grad) return;
@@ -466,20 +479,25 @@ static void classes(const Job &job, i64 member, const real *theta, i64 first, i6
     times_inverse(k, ld, a.G, C, cp, a.du, a.t);
     multiply(C, s.columns, {k, 1, cp, s.columns, {a.t, 0}, {S, 0}, 0}, 0, 0, a.h, s.columns);
     for (i64 i = 0; i < C * s.columns; i += V) store(a.dv + i, load(a.dv + i) - load(a.h + i));
-    double by_noise = 0, by_code = 0;
+    double by_noise = 0, by_code = 0, by_surprise = 0;
     for (i64 i = 0; i < k; i++) {
         i64 at;
         const Set &set = place_of(job, rows[i], at);
+        const real *expected = a.expected + i * cp;
+        real mean = 0;
+        for (i64 c = 0; c < C; c++) mean += a.t[i * cp + c] * expected[c];
         for (i64 c = 0; c < C; c++) {
-            const real t = a.t[i * cp + c];
+            const real t = a.t[i * cp + c], by_target = t * rows[i].root * size, more = expected[c] - even;
             by_noise -= t * a.u[i * cp + c];
-            by_code += t * rows[i].root * size * ((real)(set.label[at] == c) - (real)1 / C);
-            dprior[i * cp + c] = -rows[i].root * t;
+            by_code += by_target * ((real)(set.label[at] == c) - even - surprise * more);
+            by_surprise -= by_target * more;
+            dprior[i * cp + c] = -rows[i].root * (t + surprise * size * expected[c] * (t - mean));
             a.t[i * cp + c] = -t;
         }
     }
     grad[s.noise] += (real)by_noise;
     grad[s.code] += (real)by_code;
+    grad[s.surprise] += (real)by_surprise;
     multiply(k, s.columns, {C, cp, 1, s.columns, {a.u, a.t}, {a.dv, a.v}, 0}, 0, 0, dS, s.columns);
 }
 

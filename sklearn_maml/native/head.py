@@ -23,7 +23,10 @@ __all__ = ["HeadKernel"]
 Params = dict[str, Tensor]
 
 # in the order of `Tensor` of head.cpp; weight and bias of each layer follow
-PARTS = ("factor", "log_scale", "log_noise", "mean", "body.frequency", "log_code", "log_amplitude")
+PARTS = (
+    *("factor", "log_scale", "log_noise", "mean", "body.frequency"),
+    *("log_code", "surprise", "log_amplitude"),
+)
 
 
 class _Packed(NamedTuple):

@@ -26,9 +26,9 @@ HEAD_SUPPORT, HEAD_QUERIES = (3, 20), 15
 # Rows of all classes together in episodes that have as many of each: of every second meta-batch,
 # so that support sets with a row of each class are learned from beside those that come as they do.
 # There are none where a class has less than this part of the rows that would be its own if all had
-# as many: their query rows would teach that it is frequent. Nor of two classes, where each row of a
-# support set counts by how much of a surprise it is
-HEAD_ROWS_BY_CLASS, RARE = 10, 0.5
+# as many: their query rows would teach that it is more frequent than it is. Nor of two classes,
+# where each row of a support set counts by how much of a surprise it is
+HEAD_ROWS_BY_CLASS, RARE = 10, 0.95
 # support and query rows of held-out tasks, and how often they are drawn
 HEAD_TESTED, HEAD_TESTED_QUERIES, HEAD_DRAWS = (5, 10), 30, 4
 MOST_OF_MEMBER = 100  # of these tasks; those of the first member judge gradient steps, too
