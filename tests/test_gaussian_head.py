@@ -553,8 +553,8 @@ def test_intervals_are_as_wide_as_the_noise_of_a_task(reg):
         return std[noisy].mean() / std[~noisy].mean(), inside[noisy].mean()
 
     (ratio, inside), (of_alike, inside_alike) = map(ratio_and_part_inside, (model, alike))
-    assert ratio > 2 > 1.1 > of_alike
-    assert inside > inside_alike + 0.1
+    assert ratio > 2 > 1.5 > of_alike  # members of more noise count for more where there is more
+    assert inside > inside_alike
 
 
 def test_misfit_is_the_mahalanobis_length_of_support_targets():

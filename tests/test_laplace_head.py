@@ -11,6 +11,7 @@ from scipy import optimize, special, stats
 from torch import nn
 
 from sklearn_maml import MAMLRegressor
+from sklearn_maml.learners import building
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import (
@@ -443,7 +444,9 @@ def lines(n_tasks=40, n_rows=24, seed=0, noise="normal"):
     return X.reshape(-1, 2), y.ravel(), np.repeat(np.arange(n_tasks), n_rows)
 
 
-def test_delta_of_the_huber_loss_says_how_far_a_row_pulls():
+def test_delta_of_the_huber_loss_says_how_far_a_row_pulls(monkeypatch):
+    # members that are alike, as for other losses: a glitch moves trust among others
+    monkeypatch.setattr(building, "KINDS", building.KINDS[:1])
     X, y, task = lines()
     pulls = []
     for delta in (0.03, 0.3, 1000.0):

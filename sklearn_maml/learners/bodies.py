@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -66,13 +67,43 @@ class MLPBody(nn.Module):
             )
             self.frequency = nn.Parameter(normal / (length * math.sqrt(sizes[0])))
 
+    @property
+    def _unit(self) -> float:
+        return 2 / math.sqrt(self.width - 2 * self.n_waves)
+
+    @property
+    def room_for_hinges(self) -> int:
+        """Number of units that may become hinges: half of those of the narrowest layer."""
+        widths = [getattr(self, f"bias{k}").shape[-1] for k in range(self.n_layers)]
+        return min(widths, default=0) // 2 if isinstance(self.activation, nn.ReLU) else 0
+
+    @torch.no_grad()
+    def bend(self, member: int, feature: np.ndarray, knot: np.ndarray) -> None:
+        """Make hinges of the first units of a member: 0 up to a knot, seen from 0, rising beyond.
+
+        Where features are about their means, nothing is added to the level.
+        """
+        own = torch.arange(len(feature))
+        side = torch.from_numpy(np.where(knot < 0, -1.0, 1.0))
+        for k in range(self.n_layers):
+            weight, bias = (getattr(self, f"{part}{k}")[member] for part in ("weight", "bias"))
+            weight[:, own] = 0
+            inputs = torch.from_numpy(feature) if k == 0 else own
+            weight[inputs, own] = side.to(weight) if k == 0 else torch.ones_like(weight[0, own])
+            bias[0, own] = torch.from_numpy(-np.abs(knot)).to(bias) if k == 0 else 0
+
+    def hinges(self, X: np.ndarray, feature: np.ndarray, knot: np.ndarray) -> np.ndarray:
+        """Return the features of these units (n_rows, n_hinges)."""
+        rising = X[:, feature] * np.where(knot < 0, -1.0, 1.0) - np.abs(knot)
+        return np.maximum(rising, 0) * self._unit
+
     def features(self, params: Params, X: Tensor) -> Tensor:
         """Last layer (n_members or 1, n_rows, width) of rows (n_rows, n_features)."""
         n_members = len(next(iter(params.values()))) if params else 1
         h = X.expand(n_members, *X.shape)
         for k in range(self.n_layers):
             h = self.activation(torch.baddbmm(params[f"bias{k}"], h, params[f"weight{k}"]))
-        h = h * (2 / math.sqrt(self.width - 2 * self.n_waves))
+        h = h * self._unit
         if not self.n_waves:
             return h
         angle = X @ params["frequency"]

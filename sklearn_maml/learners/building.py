@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood
-from sklearn_maml.learners.start import start_of_classes, start_of_numbers, start_of_outputs
+from sklearn_maml.learners.start import (
+    Bent,
+    Differ,
+    InLevel,
+    start_of_classes,
+    start_of_numbers,
+    start_of_outputs,
+)
 from sklearn_maml.modules import ACTIVATIONS, check_head_is_last, layer_sizes
 
 __all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why_no_head"]
@@ -27,6 +35,8 @@ MANY_CLASSES = 200
 # frequencies of a member, and features up to which they fill the space that rows are in; see
 # docs/defaults.md for what they bought
 N_WAVES, MOST_WAVED = 32, 20
+# bends of a feature, in the start of some members, and distinct values that it has to have
+MOST_KNOTS, LEAST_VALUES = 10, 4
 
 
 def why_no_head(module: nn.Module, rows: Tensor) -> str | None:
@@ -118,6 +128,16 @@ def build_head(
     if isinstance(likelihood, NewtonLikelihood):
         y = likelihood.seen(likelihood.encoded(y, n_outputs))
         options = {"units": likelihood.unit(y), "level": np.average(y, axis=0, weights=weight)}
+    if body is None:
+        sizes = [flat.shape[1], *layer_sizes(hidden)]
+        waved = table and flat.shape[1] <= MOST_WAVED and not same_classes
+        n_waves = N_WAVES if waved else 0
+        made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
+    else:
+        made = body
+    kinds: Sequence[_Kind] = (_linear,)
+    if body is None and not (same_classes or likelihood.are_classes):
+        kinds = KINDS
     for j in range(n_members):
         rows = slice(None) if visible is None else visible[j]
         of_rows = weight if weight is None else weight[rows]
@@ -131,18 +151,50 @@ def build_head(
         elif likelihood.are_classes:
             start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         else:
-            start = start_of_numbers(Z[rows], y[rows], codes[rows], of_rows)
+            columns, differ = kinds[j % len(kinds)](made, j, Z)
+            start = start_of_numbers(columns[rows], y[rows], codes[rows], of_rows, differ)
         starts.append(start)
-    if body is None:
-        sizes = [flat.shape[1], *layer_sizes(hidden)]
-        waved = table and flat.shape[1] <= MOST_WAVED and not same_classes
-        n_waves = N_WAVES if waved else 0
-        made: Any = MLPBody(n_members, sizes, ACTIVATIONS[activation](), n_waves=n_waves)
-    else:
-        made = body
     return kind_of_head(likelihood)(
         made, starts, center, scale, likelihood=likelihood, same_classes=same_classes, **options
     )
+
+
+_Kind = Callable[[Any, int, np.ndarray], tuple[np.ndarray, Differ | None]]
+
+
+def _linear(body: Any, member: int, Z: np.ndarray) -> tuple[np.ndarray, Differ | None]:
+    """Columns of a start with correlated random slopes."""
+    return Z, None
+
+
+def _in_level(body: Any, member: int, Z: np.ndarray) -> tuple[np.ndarray, Differ | None]:
+    """Those of one whose tasks differ in level alone."""
+    return Z, InLevel()
+
+
+def _bent(
+    body: MLPBody, member: int, Z: np.ndarray, by_task: bool = False
+) -> tuple[np.ndarray, Differ | None]:
+    """Those of one whose lines bend, in the same way in all tasks or in each its own."""
+    n_features = Z.shape[1]
+    distinct = [np.unique(values) for values in Z.T] if n_features <= MOST_WAVED else []
+    curved = [j for j, values in enumerate(distinct) if len(values) >= LEAST_VALUES]
+    n_knots = min(MOST_KNOTS, body.room_for_hinges // max(len(curved), 1))
+    feature, knot = [], []
+    for j in curved:
+        n = min(n_knots, len(distinct[j]) - 2)
+        knots = np.unique(np.quantile(distinct[j], np.arange(1, n + 1) / (n + 1)))
+        feature += [j] * len(knots)
+        knot += knots.tolist()
+    if not feature:
+        return Z, None
+    body.bend(member, np.array(feature), np.array(knot))
+    hinges = body.hinges(Z, np.array(feature), np.array(knot))
+    return np.c_[Z, hinges], Bent(np.array(feature), by_task)
+
+
+# how members start: what tasks are like is not known, and each task counts them by their density
+KINDS: tuple[_Kind, ...] = (_linear, _bent, partial(_bent, by_task=True), _in_level, _linear)
 
 
 def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

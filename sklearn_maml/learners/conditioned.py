@@ -117,6 +117,8 @@ class Conditioned(Adapted):
         Whether support sets counted; otherwise tasks are as before adaptation.
     kept : sequence of (tasks, posterior)
         Posteriors, for the variance; those of other tasks are found anew where it is asked for.
+    trust : ndarray of shape (n_members, n_tasks, n_outputs), default=None
+        What members count: as much as the support targets are likely under them. None: the same.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Conditioned(Adapted):
         sums: dict[int, Sums],
         known: bool = True,
         kept: Kept = (),
+        trust: np.ndarray | None = None,
     ) -> None:
         self.head = head
         self.calibration = calibration
@@ -140,6 +143,11 @@ class Conditioned(Adapted):
         self.sums = sums
         self.known = known
         self.kept = kept
+        self.trust = self._even(head, shift.shape[1]) if trust is None else trust
+
+    @staticmethod
+    def _even(head: GaussianHead, n_tasks: int) -> np.ndarray:
+        return np.full((head.n_members, n_tasks, head.n_outputs), 1 / head.n_members)
 
     @property
     def n_tasks(self) -> int:
@@ -202,6 +210,8 @@ class Conditioned(Adapted):
         shape = (head.n_members, more.n_tasks, head.n_columns, head.n_latent)
         shift = np.empty(shape, dtype=self.shift.dtype)
         shift[:, : self.n_tasks] = self.shift
+        trust = self._even(head, more.n_tasks)
+        trust[:, : self.n_tasks] = self.trust
         given = Given(run, kept, sums, tasks)
         posteriors = [(np.where(np.isin(t, tasks), -1, t), found) for t, found in self.kept]
         posteriors = [part for part in posteriors if (part[0] >= 0).any()]
@@ -211,12 +221,14 @@ class Conditioned(Adapted):
         for some in given.batches():
             posterior = given.posterior(some)
             shift[:, tasks[some]] = posterior.shift.cpu().numpy()
+            of_some = run.trust(posterior)
+            if of_some is not None:
+                trust[:, tasks[some]] = of_some.cpu().numpy()
             if keeps:
                 posteriors.append((tasks[some], posterior))
         low, high = self._range_with(more)
-        return Conditioned(
-            head, self.calibration, shift, low, high, kept, sums, kept=tuple(posteriors)
-        )
+        parts = (shift, low, high, kept, sums)
+        return Conditioned(head, self.calibration, *parts, kept=tuple(posteriors), trust=trust)
 
     def _range_with(self, more: Support) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest targets of all tasks, where there are more rows."""
@@ -243,8 +255,13 @@ class Conditioned(Adapted):
             else self.member_outputs(rows, codes)
         )
         low, high = (torch.from_numpy(edge[codes]) for edge in self._edges())
-        mean = likelihood.average(torch.from_numpy(means))
+        mean = self._average(means, codes)
         return likelihood.predicted(mean, self.calibration.factor, low, high).numpy()
+
+    def _average(self, means: np.ndarray, codes: np.ndarray) -> Tensor:
+        """Put outputs (n_members, n_rows, n_outputs) of members together."""
+        trust = torch.from_numpy(self.trust[:, codes])
+        return self.head.likelihood.average(torch.from_numpy(means), trust)
 
     def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Cut outputs off a little beyond the range of targets that were seen."""
@@ -277,10 +294,12 @@ class Conditioned(Adapted):
         if self.head.likelihood.are_classes:
             raise TypeError("classes have probabilities in place of standard deviations")
         means, within = self._moments(rows, codes)
-        likelihood, loss = self.head.likelihood, self.head.likelihood.loss
-        between = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
-        std = np.sqrt(self._factor(rows, codes) ** 2 * within.mean(0) + between.var(0))
-        return self.bounded(likelihood.average(torch.from_numpy(means)).numpy(), codes), std
+        loss, trust = self.head.likelihood.loss, self.trust[:, codes]
+        each = loss.predict(means.reshape(-1, means.shape[2])).reshape(means.shape)
+        between = (trust * (each - (trust * each).sum(0)) ** 2).sum(0)
+        within = (trust * within).sum(0)
+        std = np.sqrt(self._factor(rows, codes) ** 2 * within + between)
+        return self.bounded(self._average(means, codes).numpy(), codes), std
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -351,9 +370,12 @@ class Conditioned(Adapted):
         if self.calibration.freedom is not None:
             (freedom,) = tensors(self.head, self.calibration.freedom)
             weight = weight * run.spread(posterior, freedom).unsqueeze(-1)
+        # a member that counts twice as much as on average adds twice the variance
+        (trust,) = tensors(self.head, self.trust[:, tasks] * self.head.n_members)
+        weight = weight * trust.unsqueeze(-1)
         if self.head.n_systems == 1:
             weight = weight.sum(-2, keepdim=True)
-        return weight.expand(self.head.n_members, -1, -1, -1)
+        return weight
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
@@ -385,8 +407,9 @@ class Conditioned(Adapted):
         """See `Adapted`."""
         low, high = (edge[task] for edge in self._edges())
         shift, low, high = tensors(self.head, self.shift[:, task], low, high)
+        (trust,) = tensors(self.head, self.trust[:, task, None])
         of_logits = float(self.calibration.factor) if self.head.likelihood.are_classes else 1.0
-        return PlainHead(self.head, shift, low, high, of_logits, self._root(task))
+        return PlainHead(self.head, shift, low, high, of_logits, trust, self._root(task))
 
     def _root(self, task: int) -> Tensor | None:
         """Root of the covariance of the weights of a task, where outputs depend on it."""
@@ -400,7 +423,7 @@ class Conditioned(Adapted):
 
     def state(self) -> dict[str, Any]:
         """Plain data; see `Adapted`."""
-        names = ("shift", "low", "high", "known")
+        names = ("shift", "low", "high", "known", "trust")
         return {
             "kind": "conditioned",
             **{name: getattr(self, name) for name in names},
@@ -415,7 +438,9 @@ class Conditioned(Adapted):
         """Make what `state` described."""
         shift, low, high = (state[name] for name in ("shift", "low", "high"))
         support, sums = Support(**state["support"]), Sums.from_state(state["sums"])
-        return cls(head, calibration, shift, low, high, support, sums, state["known"])
+        parts = (shift, low, high, support, sums, state["known"])
+        # files of older versions, whose members count the same, have no trust
+        return cls(head, calibration, *parts, trust=state.get("trust"))
 
 
 def _exact(head: GaussianHead) -> HeadFunctions:

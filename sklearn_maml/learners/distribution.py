@@ -82,9 +82,12 @@ class Likelihood:
         """Middle of the targets, whose variance this is: what intervals are about."""
         return outputs
 
-    def average(self, outputs: Tensor) -> Tensor:
-        """Put outputs of all members (n_members, n_rows, n_outputs) together."""
-        return outputs.mean(0)
+    def average(self, outputs: Tensor, trust: Tensor) -> Tensor:
+        """Put outputs of all members (n_members, n_rows, n_outputs) together.
+
+        `trust` has what they count: of a shape that goes with `outputs`, 1 in all.
+        """
+        return (outputs * trust).sum(0)
 
     def predicted(self, outputs: Tensor, factor: Any, low: Tensor, high: Tensor) -> Tensor:
         """Return outputs as they are predicted: none far beyond the targets that were seen."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
+from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.start import NOISE_FLOOR
 
@@ -31,6 +32,9 @@ Params = dict[str, Tensor]
 BEYOND = 1e4  # standard deviations at which features are cut off
 CODE = 8.0  # of a class, before meta-training
 SPREAD = 1.5  # of what a standardised row adds to a logit, likewise
+# power of the density of support rows: a model is never all there is to rows, which tell less than
+# if they were independent given it (Gruenwald 2012)
+TRUST = 0.5
 # of weights; the last one where labels mean something inside an episode only
 DECAY, DECAY_OF_CLASSES, DECAY_OF_LOCAL = 0.6, 0.1, 2.0
 
@@ -43,7 +47,8 @@ class GaussianHead(nn.Module):
     body : MLPBody or ModuleBody
         The networks ``h``.
     starts : list of (mean, factor, amplitude, noise)
-        Of each member, see `start`; of a linear block of 1 + n_linear columns.
+        Of each member, see `start`; of a linear block of 1 + n_linear columns, and of as many units
+        of the network, the first, as there are more of them.
     center, scale : ndarrays of shape (n_linear,)
         Mean and standard deviation of the features; empty where rows are no tables.
     likelihood : Likelihood
@@ -74,17 +79,23 @@ class GaussianHead(nn.Module):
         self.body = body
         self.likelihood = likelihood
         self.same_classes = same_classes
-        means, factors, amplitudes, noises = (np.stack(part) for part in zip(*starts, strict=True))
+        amplitudes, noises = (np.stack([start[part] for start in starts]) for part in (2, 3))
         ratio = noises / amplitudes**2 if amplitudes.shape == noises.shape else noises
         # small for all outputs: that of a column of noise would drown the others
         of_net = 0.3 * np.sqrt(ratio.min(1))
-        wide = np.zeros((len(starts), body.width, means.shape[2]))
+        self.n_latent = starts[0][0].shape[1]
+        n_linear = 1 + len(center)
+        means = np.zeros((len(starts), n_linear + body.width, self.n_latent))
+        scales = of_net[:, None] + np.zeros(body.width)
+        for j, (mean, factor, *_) in enumerate(starts):
+            means[j, : len(mean)] = mean
+            of_units = factor.diagonal()[n_linear:]
+            scales[j, : len(of_units)] = np.maximum(of_units, of_net[j])
         if not same_classes:
-            self.mean = _parameter(np.concatenate([means, wide], axis=1))
-        self.n_latent = means.shape[2]
+            self.mean = _parameter(means)
         self.n_outputs = likelihood.n_outputs(self.n_latent)
-        self.factor = _parameter(factors)
-        self.log_scale = _parameter(np.log(of_net)[:, None] + np.zeros(body.width))
+        self.factor = _parameter(np.stack([start[1][:n_linear, :n_linear] for start in starts]))
+        self.log_scale = _parameter(np.log(scales))
         self.log_noise = _parameter(0.5 * np.log(ratio))
         if amplitudes.shape[1] > 1:
             self.log_amplitude = _parameter(np.log(amplitudes[:, 1:]))
@@ -150,62 +161,6 @@ class GaussianHead(nn.Module):
 
 def _parameter(values: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values, dtype=torch.float64))
-
-
-class _Predictive(torch.autograd.Function):
-    """Negative log density of query targets given support targets, with its derivative.
-
-    For the Gram matrix G of all rows, residuals r and the noise n of an output, it is that of all
-    rows less that of the first k: half of ``r' u + log |A|`` with A = G + n and u = inv(A) r. The
-    derivatives are half of ``inv(A) - u u'`` in G, and u in r. Padding has G = 0 and r = 0, and
-    adds half of the logarithm of the noise, which the caller takes off.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, gram: Tensor, residual: Tensor, noise: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        """Values (n_members, n_tasks), and u of the support rows."""
-        nll, by_gram, u = _density(gram, residual, noise)
-        u_support = u[..., :0]
-        if k:
-            of_support, less, u_support = _density(gram[..., :k, :k], residual[..., :k], noise)
-            nll = nll - of_support
-            by_gram[..., :k, :k] -= less
-            u = u.clone()
-            u[..., :k] -= u_support
-        by_noise = by_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        ctx.save_for_backward(by_gram.sum(2).to(gram.dtype), u.to(gram.dtype), by_noise.to(gram))
-        u_support = u_support.to(gram.dtype)
-        ctx.mark_non_differentiable(u_support)
-        return nll.sum(2).to(gram.dtype), u_support
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return derivatives in gram, residual and noise."""
-        by_gram, u, by_noise = ctx.saved_tensors
-        g = grads[0][:, :, None]
-        return g[..., None] * by_gram, g[..., None] * u, (g * by_noise).sum(1), None
-
-
-def _density(gram: Tensor, residual: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log density (n_members, n_tasks, n_outputs), its derivatives in gram and residual.
-
-    `residual` is (n_members, n_tasks, n_outputs, n_rows). In float64, whatever comes in; what is
-    not positive definite gives what is not finite.
-    """
-    n_outputs = residual.shape[2]
-    system = gram.double().unsqueeze(2).expand(-1, -1, noise.shape[1], -1, -1).clone()
-    system.diagonal(dim1=-2, dim2=-1).add_(noise.double()[:, None, :, None])
-    factor, failed = torch.linalg.cholesky_ex(system)
-    factor = factor.masked_fill((failed != 0)[..., None, None], torch.nan)
-    inverse = torch.cholesky_inverse(factor)
-    r = residual.double()
-    u = (inverse @ r.unsqueeze(-1)).squeeze(-1)
-    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    nll = 0.5 * (r * u).sum(-1) + logdet
-    by_gram = 0.5 * (inverse - u.unsqueeze(-1) * u.unsqueeze(-2))
-    return nll.expand(-1, -1, n_outputs), by_gram, u
 
 
 @dataclass(frozen=True)
@@ -379,6 +334,23 @@ class HeadFunctions:
         found = given.unexplained / self.noise()[:, None]
         return found.clamp_min(0), given.n_rows
 
+    def trust(self, given: Any) -> Tensor | None:
+        """Return what members count (n_members, n_tasks, n_outputs); None: the same.
+
+        As much as the support targets are likely under them.
+        """
+        return (TRUST * self.log_density(given)).softmax(0)
+
+    def log_density(self, given: Posterior) -> Tensor:
+        """Logarithm of the density of the support targets, without its constant."""
+        noise = self.noise()[:, None]
+        logs = 2 * given.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        logs = logs + (given.n_rows - given.factor.shape[-1]) * noise.log()
+        found = -0.5 * (given.unexplained / noise + logs)
+        a = self.amplitude()
+        found = found - given.n_rows * a.log() if isinstance(a, Tensor) else found
+        return found.where(given.n_rows > 0, 0.0)  # without rounding, where there are no rows
+
     def _coded(self, y: Tensor, prior: Tensor) -> Tensor:
         """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on."""
         return y / self.amplitude_of_tasks()
@@ -402,7 +374,7 @@ class HeadFunctions:
         a, noise = self.amplitude_of_tasks(), self.noise()
         residual = residual.mT
         gram = S @ S.mT
-        nll, u = _Predictive.apply(gram, residual, noise, k)
+        nll, u = Predictive.apply(gram, residual, noise, k)
         n_outputs = residual.shape[2]
         if mask is not None:
             n_padded = (1 - mask[..., k:].to(S.dtype)).sum(-1)
@@ -542,6 +514,10 @@ class ClassHead(GaussianHead):
 
 class ClassFunctions(HeadFunctions):
     """Functions of a `ClassHead`."""
+
+    def trust(self, given: Any) -> None:
+        """See `HeadFunctions`: codes are no targets."""
+        return None
 
     def _coded(self, y: Tensor, prior: Tensor) -> Tensor:
         """See `HeadFunctions`."""

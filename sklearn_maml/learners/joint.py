@@ -301,18 +301,20 @@ class HeadTrainer:
     @torch.no_grad()
     def predictive(
         self, meta_params: Params, batch: EpisodeBatch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return outputs of all members, variances of targets, targets, and misfits.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return outputs of all members, variances of targets, targets, misfits, and trust.
 
         The first two are (n_members, n_tasks, n_query, n_outputs); for the misfits, of support
-        sets (n_members, n_tasks, n_outputs), see `HeadFunctions.misfit`.
+        sets (n_members, n_tasks, n_outputs), see `HeadFunctions.misfit`, and for what members
+        count, of the same shape, `Conditioned`; None: they count the same.
         """
         self.head.eval()
         run = self.functions(meta_params)
         mean, variance, y, given = self._run(run, batch, self._present(batch.support))
         assert variance is not None
         differs = self.head.likelihood.noise_differs
-        return mean, variance.expand_as(mean), y, run.misfit(given)[0] if differs else None
+        misfits = run.misfit(given)[0] if differs else None
+        return mean, variance.expand_as(mean), y, misfits, run.trust(given)
 
     @torch.no_grad()
     def errors(self, meta_params: Params, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,10 +119,10 @@ class _Deviations:
     error, variance, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
         Of a member that has not seen the task; see `HeadFunctions.misfit` for the last two.
     between : ndarray of shape (n_values, n_outputs)
-        Variance of the outputs of all members.
+        Variance of the outputs of all members, by what they count.
     task : int ndarray of shape (n_values,)
     weight : ndarray of shape (n_values,) or None
-        Of the rows.
+        Of the rows, times what the member counts; None: all the same.
     """
 
     support: int
@@ -141,7 +141,7 @@ class _Deviations:
         """Those of the query rows of held-out episodes, given these support sets."""
         query = held.episodes.query
         batch = EpisodeBatch(support, query)
-        outputs, variances, y, misfits = trainer.predictive(meta_params, batch)
+        outputs, variances, y, misfits, trust = trainer.predictive(meta_params, batch)
         centers = trainer.head.likelihood.center(outputs, variances, trainer.head)
         own = held.member or 0
         like = centers[own]
@@ -150,20 +150,27 @@ class _Deviations:
             sizes = np.full(len(batch), support.X.shape[1])
         n_rows = torch.as_tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1, 1)
         misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
+        counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
+        between = (counts * (centers - (counts * centers).sum(0)).square()).sum(0)
         task = torch.as_tensor(held.task, device=like.device)[:, None].expand(y.shape[:2])
-        error, variance, misfit_, n_rows_, between = (
+        error, variance, misfit_, n_rows_, between_ = (
             query.real(v.expand_as(like)).double().cpu().numpy()
-            for v in (y - like, variances[own], misfit, n_rows, centers.var(0, correction=0))
+            for v in (y - like, variances[own], misfit, n_rows, between)
         )
+        weight = trainer.weights(query)
+        if trust is not None:  # members count in the factors as they do in predictions
+            own_trust = counts[own].mean(-1).expand(y.shape[:2])
+            of_member = query.real(own_trust).double().cpu().numpy()
+            weight = of_member if weight is None else of_member * weight
         return cls(
             int(np.median(sizes)),
             error,
             variance,
             misfit_,
             n_rows_,
-            between,
+            between_,
             query.real(task).cpu().numpy(),
-            trainer.weights(query),
+            weight,
         )
 
     @classmethod

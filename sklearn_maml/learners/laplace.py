@@ -200,6 +200,10 @@ class LaplaceFunctions(HeadFunctions):
     has_sums: ClassVar[bool] = False
     head: LaplaceHead
 
+    def trust(self, given: Any) -> None:
+        """See `HeadFunctions`: the density of the support targets has no closed form."""
+        return None
+
     @property
     def likelihood(self) -> NewtonLikelihood:
         """That of the head."""
@@ -274,16 +278,17 @@ class LaplaceFunctions(HeadFunctions):
         a = self.amplitude_of_tasks()
         return self.likelihood.predictive(a * mean, a**2 * variance.clamp_min(0), self.shape())
 
-    def plain(self, X: Tensor, shift: Tensor, root: Tensor) -> Tensor:
+    def plain(self, X: Tensor, shift: Tensor, root: Tensor, trust: Tensor) -> Tensor:
         """Return outputs (n_rows, n_outputs) of rows of one task, of all members.
 
-        `root` (n_members, n_outputs, n_columns, n_columns) is that of the covariance.
+        `root` (n_members, n_outputs, n_columns, n_columns) is that of the covariance, `trust` what
+        members count.
         """
         prior, S = (part.double() for part in self.columns(X))
         variance = (root @ S.unsqueeze(1).mT).square().sum(-2)
         parts = (prior + S @ shift).unsqueeze(1), variance.mT.unsqueeze(1)
-        output = self.likelihood.average(self._predicted(*parts)[0].squeeze(1))
-        return self.likelihood.spread(output)
+        outputs = self.likelihood.spread(self._predicted(*parts)[0].squeeze(1))
+        return self.likelihood.average(outputs, trust)
 
     def loss(self, X: Tensor, y: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Negative log likelihood of query rows, each by itself; see `HeadFunctions`."""

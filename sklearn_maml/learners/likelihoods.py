@@ -77,9 +77,9 @@ class _LogLink(NewtonLikelihood):
         """See `Likelihood`; the lowest are far below the mean, as no count says little."""
         return np.log(y.mean(0)) - LOWEST, np.log(y.max(0))
 
-    def average(self, outputs: Tensor) -> Tensor:
+    def average(self, outputs: Tensor, trust: Tensor) -> Tensor:
         """Logarithms of the mean of the means."""
-        return outputs.logsumexp(0) - math.log(len(outputs))
+        return (outputs + trust.log()).logsumexp(0)
 
 
 def _of_rate(variance: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class PlainHead(nn.Module):
         Predictions end there.
     factor : float
         Of the logits.
+    trust : Tensor of shape (n_members, 1, n_outputs)
+        What members count.
     root : Tensor of shape (n_members, n_outputs, n_columns, n_columns), optional
         Root of the covariance of w, where outputs depend on it.
     """
@@ -41,6 +43,7 @@ class PlainHead(nn.Module):
     shift: Tensor
     low: Tensor
     high: Tensor
+    trust: Tensor
     root: Tensor | None
 
     def __init__(
@@ -50,6 +53,7 @@ class PlainHead(nn.Module):
         low: Tensor,
         high: Tensor,
         factor: float,
+        trust: Tensor,
         root: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ class PlainHead(nn.Module):
             head.double()
         self.head = head
         self.factor = factor
-        for name, values in {"shift": shift, "low": low, "high": high}.items():
+        for name, values in {"shift": shift, "low": low, "high": high, "trust": trust}.items():
             self.register_buffer(name, values.double().clone())
         self.register_buffer("root", None if root is None else root.double().clone())
 
@@ -70,10 +74,11 @@ class PlainHead(nn.Module):
         run = self.head.functions(dict(self.head.named_parameters()))
         if self.root is not None:
             assert isinstance(run, LaplaceFunctions)
-            mean = run.plain(x, self.shift, self.root)
+            mean = run.plain(x, self.shift, self.root, self.trust)
         else:
             prior, S = run.columns(x)
-            mean = (run.amplitude() * (prior + S @ self.shift)).mean(0)
+            outputs = run.amplitude() * (prior + S @ self.shift)
+            mean = self.head.likelihood.average(outputs, self.trust)
         return self.head.likelihood.predicted(mean, self.factor, self.low, self.high)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,15 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_maml.learners.likelihoods import NewtonLikelihood, scalars
 
-__all__ = ["NOISE_FLOOR", "start_of_classes", "start_of_numbers", "start_of_outputs"]
+__all__ = [
+    "NOISE_FLOOR",
+    "Bent",
+    "Differ",
+    "InLevel",
+    "start_of_classes",
+    "start_of_numbers",
+    "start_of_outputs",
+]
 
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 # features of a mixed model, a round of which is cubic in them; entries of all matrices of the tasks
@@ -22,13 +31,19 @@ POOLED_ROWS = 20_000
 
 # mixed models of working responses, in units of outputs that are logarithms, say
 WORKING_ROUNDS, FIRST_DISPERSION, LEAST_INFORMATION, LARGEST_STEP = 8, 0.1, 1e-6, 3.0
+# variances of coefficients: the first ones, and the bounds of those that are fitted
+FIRST, FIRST_OF_BENDS, SMALLEST, LARGEST = 0.25, 0.05, 1e-8, 1e4
 FAR = 6.0  # median deviations, beyond which targets are not what a first fit is about
 
 Start = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def start_of_numbers(
-    X: np.ndarray, y: np.ndarray, codes: np.ndarray, weight: np.ndarray | None = None
+    X: np.ndarray,
+    y: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray | None = None,
+    differ: Differ | None = None,
 ) -> Start:
     """Mean, root of the covariance, and noise of linear coefficients across tasks.
 
@@ -42,6 +57,8 @@ def start_of_numbers(
     weight : ndarray of shape (n_rows,), default=None
         Of the rows. Their mean in a task is how much it counts among the tasks; in units of it, 2
         is a row that is there twice.
+    differ : Differ, default=None
+        How the coefficients of tasks may differ; None: in any way.
 
     Returns
     -------
@@ -63,7 +80,7 @@ def start_of_numbers(
             np.ones(n_outputs),
             np.full(n_outputs, 0.25),
         )
-    fits = [_mixed_model(X, y[:, k], codes, weight)[:3] for k in range(n_outputs)]
+    fits = [_mixed_model(X, y[:, k], codes, weight, differ=differ)[:3] for k in range(n_outputs)]
     means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
     return means.T, *_shared(covs), noises
 
@@ -82,6 +99,7 @@ def _mixed_model(
     codes: np.ndarray,
     weight: np.ndarray | None,
     information: np.ndarray | None = None,
+    differ: Differ | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """Mean and covariance of the tasks' linear coefficients, the noise, and fitted y, by ECME.
 
@@ -92,7 +110,8 @@ def _mixed_model(
     """
     ones = np.c_[np.ones(len(X)), X]
     n_columns = ones.shape[1]
-    parts = _tasks(codes, n_columns)
+    differ = Differ() if differ is None else differ
+    parts = _tasks(codes, n_columns, differ.entries)
     each, root = _of_tasks(parts, weight)
     sizes = np.array([len(rows) for rows in parts])
     of_row = np.ones(len(y)) if information is None else information
@@ -100,20 +119,114 @@ def _mixed_model(
     kind = _ByRows if sizes.max() < n_columns else _ByColumns
     tasks = kind(ones, y, of_row, parts, each)
     eye = np.eye(n_columns)
-    mean, cov, noise = np.zeros(n_columns), 0.25 * eye, 0.5 if information is None else 1.0
+    cov, noise = differ.first(n_columns), 0.5 if information is None else 1.0
     for _ in range(ROUNDS):
         left, right = tasks.condition(cov, noise)
-        mean = np.linalg.solve(left + 1e-8 * np.trace(left) / n_columns * eye, right)
+        mean = differ.mean(left, right)
         means, cov, error = tasks.about(mean)
         deviation = np.sqrt(each)[:, None] * (means - mean)
         cov = cov + deviation.T @ deviation / len(parts)
-        cov = (cov + cov.T) / 2 + 1e-8 * eye
+        cov = differ.allowed((cov + cov.T) / 2 + SMALLEST * eye)
         if information is None:
             noise = max(error / float(each @ sizes), NOISE_FLOOR)
     fitted = np.full(len(y), np.nan)
     for rows, coef in zip(parts, means, strict=True):
         fitted[rows] = ones[rows] @ coef
     return mean, cov, noise, fitted
+
+
+class Differ:
+    """How the linear coefficients of tasks may differ: in any way, as a rule.
+
+    Attributes
+    ----------
+    entries : int
+        Of all matrices of the tasks that a fit looks at.
+    """
+
+    entries: ClassVar[int] = MIXED_ENTRIES
+
+    def first(self, n_columns: int) -> np.ndarray:
+        """Covariance of the coefficients that a fit starts at."""
+        return FIRST * np.eye(n_columns)
+
+    def mean(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Solve a system for the mean of the coefficients."""
+        n_columns = len(right)
+        return np.linalg.solve(left + 1e-8 * np.trace(left) / n_columns * np.eye(n_columns), right)
+
+    def allowed(self, cov: np.ndarray) -> np.ndarray:
+        """Covariance that is nearest to this one."""
+        return cov
+
+
+class InLevel(Differ):
+    """Tasks have the same slopes."""
+
+    def first(self, n_columns: int) -> np.ndarray:
+        """See `Differ`."""
+        return self.allowed(super().first(n_columns))
+
+    def allowed(self, cov: np.ndarray) -> np.ndarray:
+        """See `Differ`."""
+        return np.diag(np.r_[cov[0, 0], np.full(len(cov) - 1, SMALLEST)])
+
+
+class Bent(Differ):
+    """The last columns are hinges, where the lines of features bend.
+
+    Their mean coefficients are shrunk, those of each feature as the data say that they have to be
+    (MacKay 1992): a bend that there is no evidence for is none. This is the truncated line basis of
+    a penalised spline as a mixed model (Ruppert, Wand & Carroll 2003, ch. 4).
+
+    Parameters
+    ----------
+    feature : int ndarray of shape (n_hinges,)
+        Of each hinge.
+    by_task : bool
+        Whether tasks bend differently: coefficients of a feature have a variance then, and no
+        correlations.
+    """
+
+    entries: ClassVar[int] = MIXED_ENTRIES // 4
+
+    def __init__(self, feature: np.ndarray, by_task: bool) -> None:
+        self.n_hinges = len(feature)
+        self.of_features = [np.flatnonzero(feature == j) for j in np.unique(feature)]
+        self.by_task = by_task
+
+    def first(self, n_columns: int) -> np.ndarray:
+        """See `Differ`."""
+        self.spread = np.full(len(self.of_features), FIRST)
+        cov = super().first(n_columns)
+        last = range(n_columns - self.n_hinges, n_columns)
+        cov[last, last] = FIRST_OF_BENDS
+        return self.allowed(cov)
+
+    def mean(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """See `Differ`."""
+        n_linear = len(right) - self.n_hinges
+        places = [n_linear + own for own in self.of_features]
+        ridge = np.full(len(right), 1e-8 * np.trace(left[:n_linear, :n_linear]) / n_linear)
+        for place, spread in zip(places, self.spread, strict=True):
+            ridge[place] += 1 / spread
+        inverse = np.linalg.inv(left + np.diag(ridge))
+        mean: np.ndarray = inverse @ right
+        for j, place in enumerate(places):
+            determined = len(place) - inverse[place, place].sum() / self.spread[j]
+            square = (mean[place] ** 2).sum() / max(determined, 1e-3)
+            self.spread[j] = np.clip(square, SMALLEST, LARGEST)
+        return mean
+
+    def allowed(self, cov: np.ndarray) -> np.ndarray:
+        """See `Differ`."""
+        n_linear = len(cov) - self.n_hinges
+        made = np.zeros_like(cov)
+        made[:n_linear, :n_linear] = cov[:n_linear, :n_linear]
+        for own in self.of_features:
+            place = n_linear + own
+            made[place, place] = cov[place, place].mean() if self.by_task else SMALLEST
+        return made
 
 
 class _ByColumns:
@@ -222,11 +335,11 @@ class _ByRows:
         return means, cov, float(self.noise * (self.each @ of_task))
 
 
-def _tasks(codes: np.ndarray, n_columns: int) -> list[np.ndarray]:
+def _tasks(codes: np.ndarray, n_columns: int, entries: int = MIXED_ENTRIES) -> list[np.ndarray]:
     """Rows of each task, or of some of very many, which tell as much."""
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    return parts[:: -(-len(parts) * n_columns**2 // MIXED_ENTRIES)]
+    return parts[:: -(-len(parts) * n_columns**2 // entries)]
 
 
 def _of_tasks(

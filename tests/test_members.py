@@ -1,0 +1,170 @@
+"""Members of a Gaussian head start from different mixed models, and each task weighs them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_maml import MAMLRegressor, load, save
+from sklearn_maml.learners.base import Support
+from sklearn_maml.learners.bodies import MLPBody
+from sklearn_maml.learners.conditioned import Calibration, Conditioned
+from sklearn_maml.learners.gaussian import TRUST, GaussianHead
+from sklearn_maml.learners.likelihoods import Normal
+from sklearn_maml.learners.start import Bent, InLevel, start_of_numbers
+from sklearn_maml.targets import SquaredError
+
+RNG = np.random.RandomState
+
+
+def random_head(n_outputs=1):
+    rng = RNG(0)
+    body = MLPBody(2, [3, 6], nn.ReLU(), torch.Generator().manual_seed(0))
+    starts = [
+        (
+            rng.randn(4, n_outputs),
+            np.tril(rng.randn(4, 4)),
+            1 + rng.rand(n_outputs),
+            0.1 + rng.rand(n_outputs),
+        )
+        for _ in range(2)
+    ]
+    likelihood = Normal(SquaredError())
+    return GaussianHead(body, starts, np.zeros(3), np.ones(3), likelihood=likelihood).double()
+
+
+def conditioned(head, sizes):
+    edge = np.full(head.n_outputs, 1e6)
+    return Conditioned.on(head, Calibration(-edge, edge), labelled(head, sizes))
+
+
+def labelled(head, sizes):
+    rng, codes = RNG(1), np.repeat(np.arange(len(sizes)), sizes)
+    y = rng.randn(len(codes), head.n_outputs)
+    return Support(rng.randn(len(codes), 3), y, codes, len(sizes), None)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+@pytest.mark.parametrize("n_rows", [2, 30])  # fewer and more rows than the 10 columns
+def test_members_count_by_the_density_of_the_support_rows(n_rows, n_outputs):
+    head = random_head(n_outputs)
+    tasks, rows = conditioned(head, [n_rows, 0]), labelled(head, [n_rows, 0])
+    run = head.functions({name: p.detach() for name, p in head.named_parameters()})
+    prior, S = (part.numpy() for part in run.columns(torch.from_numpy(rows.X)))
+    logs = np.empty((2, n_outputs))
+    for j in range(2):
+        for o in range(n_outputs):
+            a = np.broadcast_to(run.amplitude()[j, 0].detach() if n_outputs > 1 else 1.0, n_outputs)
+            cov = a[o] ** 2 * (S[j] @ S[j].T + run.noise()[j, o].item() * np.eye(n_rows))
+            r = rows.y[:, o] - a[o] * prior[j, :, o]
+            logs[j, o] = -0.5 * (r @ np.linalg.solve(cov, r) + np.linalg.slogdet(cov)[1])
+    expected = np.exp(TRUST * (logs - logs.max(0)))
+    np.testing.assert_allclose(tasks.trust[:, 0], expected / expected.sum(0), rtol=1e-8)
+    assert (tasks.trust[:, 1] == 0.5).all()  # without rows they count the same
+
+
+def test_a_row_of_weight_two_is_the_row_twice_for_the_trust():
+    head = random_head()
+    rng = RNG(1)
+    X, y = rng.randn(5, 3), rng.randn(5, 1)
+    edge = np.full(1, 1e6)
+    twice = Support(np.r_[X, X], np.r_[y, y], np.zeros(10, int), 1, None)
+    run = head.functions({name: p.detach() for name, p in head.named_parameters()})
+    rows = torch.from_numpy(X)[None], torch.from_numpy(y)[None]
+    given = run.condition(*rows, torch.full((1, 5), np.sqrt(2.0), dtype=torch.float64))
+    expected = Conditioned.on(head, Calibration(-edge, edge), twice).trust
+    np.testing.assert_allclose(run.trust(given).detach().numpy(), expected, rtol=1e-8)
+
+
+def test_predictions_are_those_of_the_members_by_what_they_count():
+    tasks = conditioned(random_head(), [4])
+    rows, codes = RNG(2).randn(7, 3), np.zeros(7, int)
+    members, trust = tasks.member_outputs(rows, codes), tasks.trust[:, 0]
+    mean, std = tasks.std(rows, codes)
+    np.testing.assert_allclose(mean[:, 0], trust[:, 0] @ members[..., 0], rtol=1e-10)
+    np.testing.assert_allclose(tasks.outputs(rows, codes), mean, rtol=1e-10)
+    tasks.trust[:] = [[[1.0]], [[0.0]]]
+    alone = tasks.std(rows, codes)
+    np.testing.assert_allclose(alone[0], members[0], rtol=1e-10)
+    assert not np.allclose(std, alone[1])
+    plain = tasks.module(0)(torch.from_numpy(rows)).detach().numpy()
+    np.testing.assert_allclose(plain, members[0], rtol=1e-10)
+
+
+def test_trust_goes_with_more_rows_and_into_files():
+    head = random_head()
+    tasks = conditioned(head, [6, 3])
+    s = tasks.support
+    first = np.array([0, 1, 2, 6])
+    later = np.setdiff1d(np.arange(9), first)
+    parts = [dataclasses.replace(s, X=s.X[i], y=s.y[i], codes=s.codes[i]) for i in (first, later)]
+    grown = Conditioned.on(head, tasks.calibration, parts[0]).extended(parts[1])
+    np.testing.assert_allclose(grown.trust, tasks.trust, rtol=1e-8)
+    state = tasks.state()
+    back = Conditioned.from_state(head, tasks.calibration, state)
+    np.testing.assert_array_equal(back.trust, tasks.trust)
+    del state["trust"]  # as files of older versions
+    assert (Conditioned.from_state(head, tasks.calibration, state).trust == 0.5).all()
+
+
+def test_hinges_are_units_of_the_network():
+    body = MLPBody(2, [3, 8, 8], nn.ReLU(), n_waves=2)
+    before = [p.clone() for p in body.parameters()]
+    feature, knot = np.array([0, 0, 2]), np.array([-0.5, 0.3, 0.0])
+    assert body.room_for_hinges == 4
+    assert MLPBody(2, [3, 8], nn.Tanh()).room_for_hinges == 0
+    body.bend(1, feature, knot)
+    X = RNG(0).randn(20, 3)
+    found = body.features(dict(body.named_parameters()), torch.from_numpy(X).float())
+    got = found[1, :, :3].detach().numpy()
+    np.testing.assert_allclose(got, body.hinges(X, feature, knot), atol=1e-6)
+    assert (got.max(0) > 0).all()
+    assert (got.min(0) == 0).all()
+    after = list(body.parameters())
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(before, after, strict=True))
+
+
+def curves(bend, n_tasks=40, n_rows=12, own=0.0, seed=0):
+    rng, codes = RNG(seed), np.repeat(np.arange(n_tasks), n_rows)
+    x = rng.uniform(-2, 2, len(codes))
+    of_task = (bend + own * rng.randn(n_tasks))[codes]
+    y = rng.randn(n_tasks)[codes] + of_task * np.maximum(x, 0) + 0.1 * rng.randn(len(codes))
+    return x[:, None], y[:, None], codes
+
+
+@pytest.mark.parametrize("by_task", [False, True])
+def test_lines_bend_as_far_as_the_data_say(by_task):
+    for bend, own in ((3.0, 0.0), (3.0, 1.0), (0.0, 0.0)):
+        X, y, codes = curves(bend, own=own)
+        columns = np.c_[X, np.maximum(X, 0)]
+        mean, factor, *_ = start_of_numbers(
+            columns, y, codes, None, Bent(np.zeros(1, int), by_task)
+        )
+        assert mean[2, 0] == pytest.approx(bend, abs=0.5 if own else 0.1)
+        assert (factor[2, 2] > 0.3) == bool(by_task and own)
+        assert (factor[2, :2] == 0).all()
+
+
+def test_tasks_that_differ_in_level_alone_have_the_same_slopes():
+    X, y, codes = curves(0.0)
+    y = y + 2 * X
+    mean, factor, *_ = start_of_numbers(X, y, codes, None, InLevel())
+    assert mean[1, 0] == pytest.approx(2, abs=0.05)
+    assert factor[0, 0] == pytest.approx(1, abs=0.3)
+    assert np.abs(factor[1]).max() < 0.01
+
+
+def test_a_bend_that_all_tasks_share_is_known_without_training(tmp_path):
+    X, y, task = curves(3.0)
+    reg = MAMLRegressor(update_rule="gaussian-head", max_iter=1, random_state=0)
+    reg.fit(X, y[:, 0], groups=task)
+    X, y, task = curves(3.0, seed=1)
+    support = np.arange(len(X)) % 12 < 3
+    reg.adapt(X[support], y[support, 0], groups=task[support])
+    predicted = reg.predict(X[~support], groups=task[~support])
+    assert np.sqrt(np.mean((predicted - y[~support, 0]) ** 2)) < 0.3  # straight lines: .9
+    save(tmp_path / "model", reg)
+    again = load(tmp_path / "model").predict(X[~support], groups=task[~support])
+    np.testing.assert_array_equal(again, predicted)
