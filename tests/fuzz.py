@@ -537,16 +537,18 @@ def digest(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return repr(value)
     if dataclasses.is_dataclass(value) or isinstance(value, Adapted):
-        # its engine keeps caches of what it has compiled
-        return [(n, digest(v)) for n, v in vars(value).items() if n != "engine"]
+        # its engine keeps caches of what it has compiled, and rows are counted once
+        found = vars(value).items()
+        return [(n, digest(v)) for n, v in found if n not in ("engine", "_counts")]
     if isinstance(value, _FewShot | MAMLRegressor | MAMLClassifier):
         return snapshot(value)
     return id(value)
 
 
 def snapshot(estimator: Any) -> Any:
-    # which engine has worked before is a cache
-    return {name: digest(v) for name, v in vars(estimator).items() if name != "_rung"}
+    # which engine has worked before, and which parameters were found unchanged, are caches
+    caches = ("_rung", "_unchanged")
+    return {name: digest(v) for name, v in vars(estimator).items() if name not in caches}
 
 
 def random_states() -> Any:
