@@ -30,6 +30,8 @@ LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
 FEWER, DRAWN, LEAST_KEPT = (0, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
+# tasks that have columns at a time: those of all members are large
+TASKS_AT_A_TIME = 25
 # degrees of freedom of the errors, from those of a normal distribution down
 TAILS = np.geomspace(1e4, 2.0, 60)
 
@@ -139,15 +141,29 @@ class _Deviations:
         cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut, support: Rows
     ) -> _Deviations:
         """Those of the query rows of held-out episodes, given these support sets."""
-        query = held.episodes.query
-        batch = EpisodeBatch(support, query)
-        outputs, variances, y, misfits, trust = trainer.predictive(meta_params, batch)
+        batch, n_tasks = EpisodeBatch(support, held.episodes.query), len(held.task)
+        parts = [
+            cls._of_some(
+                trainer, meta_params, HeldOut(held.member, batch.take(some), held.task[some])
+            )
+            for some in np.array_split(np.arange(n_tasks), -(-n_tasks // TASKS_AT_A_TIME))
+        ]
+        width = support.X.shape[1]
+        size = width if support.lengths is None else int(np.median(support.lengths))
+        return dataclasses.replace(cls.joined(parts), support=size)
+
+    @classmethod
+    def _of_some(
+        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut
+    ) -> _Deviations:
+        support, query = held.episodes.support, held.episodes.query
+        outputs, variances, y, misfits, trust = trainer.predictive(meta_params, held.episodes)
         centers = trainer.head.likelihood.center(outputs, variances, trainer.head)
         own = held.member or 0
         like = centers[own]
         sizes = support.lengths
         if sizes is None:
-            sizes = np.full(len(batch), support.X.shape[1])
+            sizes = np.full(len(held.task), support.X.shape[1])
         n_rows = torch.as_tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1, 1)
         misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
         counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
