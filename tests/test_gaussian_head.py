@@ -1029,6 +1029,31 @@ def test_steps_end_where_training_spoils_a_start_that_they_do_not_reach():
     assert "steps_valid_loss" not in rows[2]
 
 
+@pytest.mark.parametrize(("n_features", "updates"), [(100, 400), (110, 100)])
+def test_training_of_many_features_ends_once_it_has_spoilt_the_start(n_features, updates):
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(400, n_features)), np.repeat(np.arange(50), 8)
+    y = X[:, :50].sum(1) + rng.normal(size=400)
+    settings = {"max_iter": 1000, "hidden_layer_sizes": (4,), "meta_batch_size": 8}
+    reg = quick(beta=0.01, **settings).fit(X, y, groups=task)
+    assert reg.n_iter_ == updates
+
+
+@pytest.mark.parametrize("overfits", [False, True])
+def test_a_head_is_past_its_best_when_it_is_behind_that_twice_in_a_row(overfits):
+    head = SimpleNamespace(overfits_soon=overfits)
+    joint = Joint(SimpleNamespace(head=head), engine=None)
+    noise = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    joint.best = torch.zeros(20, dtype=torch.float64)
+    past = []
+    for mean in (1.0, 0.1, 1.0, 1.0):  # .1 is within three standard errors
+        joint.latest = mean + noise - noise.mean()
+        past.append(joint.is_past_its_best())
+    assert past == [False, False, False, overfits]
+    joint.latest, joint.best = joint.latest[:2], joint.best[:2]
+    assert not joint.is_past_its_best()  # few tasks
+
+
 def test_the_table_says_which_learners_predict(capsys):
     reg = fitted(max_iter=4, verbose=1)
     assert "gaussian-head" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
-from sklearn_maml.learners.start import NOISE_FLOOR
+from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
 
 __all__ = ["DECAY", "ClassHead", "GaussianHead", "HeadFunctions", "Information", "Posterior"]
 
@@ -116,6 +116,14 @@ class GaussianHead(nn.Module):
     def n_systems(self) -> int:
         """Number of covariances of the weights of a task: outputs of the same noise share one."""
         return self.log_noise.shape[1]
+
+    @property
+    def overfits_soon(self) -> bool:
+        """Whether training that has made it worse goes on to do so: its covariance is very large.
+
+        Not where labels are local to episodes, whose errors rise and fall.
+        """
+        return len(self.center) > LARGEST_MIXED and not self.same_classes
 
     def functions(self, params: Params, body: Any = None) -> HeadFunctions:
         """Return what the head computes with parameters of these values.

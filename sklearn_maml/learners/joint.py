@@ -42,6 +42,9 @@ RATE, WARM_UP, PART_OF_UPDATES = 10 / 3, 0.05, 0.6
 PATIENCE = 0.6
 # that training has gained over the start on held-out tasks, one-sided
 CONFIDENCE = 0.95
+# that of very many features ends after so many validations in a row that are behind the best one by
+# so many standard errors of paired differences
+BEHIND_IN_A_ROW, ERRORS_PAST_BEST = 2, 3.0
 # gradient steps are given up after so many validations whose paired difference to the head's, in
 # squared error say, is this many standard errors and this part of the head's error
 LEAST_VALIDATIONS, ERRORS_BEHIND, PART_BEHIND = 2, 2.0, 0.1
@@ -392,8 +395,7 @@ def rate_factor(progress: float) -> float:
 class Joint(MetaSteps):
     """What the outer loop trains: a Gaussian head and, unless given up, gradient steps.
 
-    The losses and outputs of its meta-steps are those of
-    the head.
+    The losses and outputs of its meta-steps are those of the head.
 
     Attributes
     ----------
@@ -407,6 +409,10 @@ class Joint(MetaSteps):
         Errors on the held-out tasks at the start of the head.
     kept : Tensor or None
         The last of these, once they are known.
+    latest, best : Tensor or None
+        Errors on the held-out tasks at the last validation, and at the one whose head is kept.
+    n_behind : int
+        Validations in a row that are clearly behind the best one.
     has_share : bool
         Whether steps have shown their worth on the tasks of a fit that this one continues.
     """
@@ -418,6 +424,9 @@ class Joint(MetaSteps):
     head_is_done: bool = False
     at_start: Tensor | None = None
     kept: Tensor | None = None
+    latest: Tensor | None = None
+    best: Tensor | None = None
+    n_behind: int = 0
     has_share: bool = False
 
     @property
@@ -452,6 +461,8 @@ class Joint(MetaSteps):
             "head_is_done": self.head_is_done,
             "at_start": self.at_start,
             "kept": self.kept,
+            "best": self.best,
+            "n_behind": self.n_behind,
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
@@ -460,6 +471,8 @@ class Joint(MetaSteps):
         self.head_is_done = progress["head_is_done"]
         self.at_start = progress["at_start"]
         self.kept = progress["kept"]
+        self.best = progress["best"]
+        self.n_behind = progress["n_behind"]
         if progress["steps"] is None:
             self.engine = None
         elif self.engine is not None:
@@ -529,8 +542,9 @@ class Joint(MetaSteps):
         if not self.trainer.validation:
             return math.nan
         errors = self.trainer.held_out_errors(meta_params).double().cpu()
+        self.latest = errors
         if self.at_start is None:
-            self.at_start = errors
+            self.at_start = self.best = errors
         if not len(self.trainer.head.center):  # no tables: nothing is known at the start
             return float(errors.mean())
         gain = self.at_start - errors
@@ -546,8 +560,20 @@ class Joint(MetaSteps):
         """Whether there are too few held-out tasks for gradient steps to get a share."""
         return self.trainer.n_judges < LEAST_HELD_OUT and not self.has_share
 
+    def is_past_its_best(self) -> bool:
+        """Whether training only spoils the head by now; to be asked once after each validation."""
+        if self.latest is None or self.best is None or not self.trainer.head.overfits_soon:
+            return False
+        behind = (self.latest - self.best).numpy()
+        if len(behind) < LEAST_HELD_OUT:
+            return False
+        clearly = behind.mean() > ERRORS_PAST_BEST * behind.std(ddof=1) / math.sqrt(len(behind))
+        self.n_behind = self.n_behind + 1 if clearly else 0
+        return self.n_behind >= BEHIND_IN_A_ROW
+
     def keep(self) -> None:
         """Note that the head of the last comparisons is the best so far."""
+        self.best = self.latest
         if self.behind:
             self.kept = torch.from_numpy(np.concatenate([parts[0] for parts in self.behind]))
 

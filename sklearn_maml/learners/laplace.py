@@ -75,6 +75,11 @@ class LaplaceHead(GaussianHead):
         """See `GaussianHead`: what rows tell depends on the output."""
         return self.n_latent
 
+    @property
+    def overfits_soon(self) -> bool:
+        """See `GaussianHead`: not known, as errors of logarithms, say, rise before they fall."""
+        return False
+
     def functions(self, params: Params, body: Any = None) -> LaplaceFunctions:
         """See `GaussianHead`."""
         return LaplaceFunctions(self, params, self.body if body is None else body)

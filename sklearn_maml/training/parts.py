@@ -102,6 +102,8 @@ class Parts:
                 self._keep(net, part, state)
                 if part == "head":
                     self.joint.keep()
+        if math.isfinite(losses["head"]) and self.joint.is_past_its_best():
+            self._end_head(net)
         if self.joint.fall_behind():
             self.give_up_steps(net)
         return min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
@@ -120,9 +122,12 @@ class Parts:
         start_is_best = "start" in self.best and self.best["head"] == self.best["start"]
         most = count_head_updates(net.max_iter) * (PATIENCE if start_is_best else 1.0)
         if not self.joint.head_is_done and done >= most:
-            self.joint.head_is_done = True
-            self._freeze(net, of_head=True)
+            self._end_head(net)
         return bool(done >= net.max_iter or (self.joint.head_is_done and self.joint.engine is None))
+
+    def _end_head(self, net: Any) -> None:
+        self.joint.head_is_done = True
+        self._freeze(net, of_head=True)
 
     def give_up_steps(self, net: Any) -> None:
         """Train the Gaussian head alone from now on."""
