@@ -635,6 +635,40 @@ def test_factors_between_sizes_of_support_sets_are_interpolated():
     np.testing.assert_allclose(found, [[1, 2], [2, 2], [4, 2], [4, 2]])
 
 
+def of_designs(designs, n_tasks, seed, effect=None):
+    """Tasks that differ in level, of the same rows, whose effects their features do not tell."""
+    rng, effect = RNG(seed), RNG(0).randn(len(designs)) if effect is None else effect
+    task = np.repeat(np.arange(n_tasks), len(designs))
+    row = np.tile(np.arange(len(designs)), n_tasks)
+    y = 2 * rng.randn(n_tasks)[task] + effect[row] + 0.2 * rng.randn(len(row))
+    return designs[row], y, task, row
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_that_no_task_had_have_factors_of_their_own(told):
+    designs = RNG(0).randn(30, 12)
+    X, y, task, _ = of_designs(designs, 40, seed=1, effect=designs[:, 0] if told else None)
+    reg = quick(hidden_layer_sizes=(8,)).fit(X, y, groups=task)
+    factor, of_unseen = reg.calibration_.factor, reg.calibration_.factor_unseen
+    assert reg.calibration_.sizes[0] == 0
+    assert of_unseen[0] == factor[0]  # it is the task that nothing is known of
+    ratio = of_unseen[1:] / factor[1:]
+    assert ratio.min() >= 1
+    assert ratio.max() < 1.2 if told else ratio.min() > 1.5
+
+
+def test_a_row_that_alone_has_some_value_is_not_hidden_from_a_member():
+    X, y, task, _ = of_designs(np.eye(30), n_tasks=40, seed=1)
+    reg = quick(hidden_layer_sizes=(8,), random_state=0).fit(X, y, groups=task)
+    X, y, task, row = of_designs(np.eye(30), n_tasks=60, seed=2)
+    support = (row + task) % 30 < 5
+    reg.adapt(X[support], y[support], groups=task[support])
+    mean, std = reg.predict(X[~support], groups=task[~support], return_std=True)
+    error = mean - y[~support]
+    assert np.sqrt((error**2).mean()) < 0.25  # the noise is .2
+    assert 0.85 < (np.abs(error) < 1.645 * std).mean() < 0.95
+
+
 def test_standard_deviation_shrinks_with_support_and_is_at_least_the_noise(reg):
     X, y, _ = slopes(seed=7)
     few = adapt(reg, X[:2], y[:2]).predict(X[24:48], return_std=True)[1]

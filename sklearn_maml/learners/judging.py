@@ -71,12 +71,14 @@ def judge_head(
     for held in trainer.validation:
         hidden = shared_rows is not None and held.member == last
         support = held.episodes.support
-        found = _Deviations.of(trainer, meta_params, held, support)
+        found = _Deviations.of(trainer, meta_params, held, support, alone=hidden)
         whole[hidden].append(found)
-        for n in FEWER if held.member not in judged else ():
-            if n < found.support:
-                of_first = _Deviations.of(trainer, meta_params, held, support.first(n))
-                of_parts[hidden].append(of_first)
+        # without labelled rows the doubt about the task is all there is, no matter which row
+        fewer = [n for n in FEWER if n < found.support and not (hidden and n == 0)]
+        for n in fewer if held.member not in judged else ():
+            first = support.first(n)
+            of_first = _Deviations.of(trainer, meta_params, held, first, alone=hidden)
+            of_parts[hidden].append(of_first)
         judged.add(held.member)
     joined = _Deviations.joined(whole[False])
     trainer.head.likelihood.learn_quantile(trainer.head, joined.quantile)
@@ -88,6 +90,8 @@ def judge_head(
     if not whole[True]:
         return made
     of_unseen = interpolated(sizes, *_factors([*whole[True], *of_parts[True]], freedom))
+    # few rows are hidden: they do not tell that others are easier
+    of_unseen = np.where(sizes[:, None] > 0, np.maximum(of_unseen, factor), factor)
     return dataclasses.replace(made, seen=shared_rows, factor_unseen=of_unseen)
 
 
@@ -138,13 +142,22 @@ class _Deviations:
 
     @classmethod
     def of(
-        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut, support: Rows
+        cls,
+        trainer: HeadTrainer,
+        meta_params: dict[str, Tensor],
+        held: HeldOut,
+        support: Rows,
+        alone: bool = False,
     ) -> _Deviations:
-        """Those of the query rows of held-out episodes, given these support sets."""
+        """Those of the query rows of held-out episodes, given these support sets.
+
+        `alone`: the other members have seen the rows. How far theirs are from the outputs of this
+        one, and how likely they find the targets, tells nothing of rows that no task had.
+        """
         batch, n_tasks = EpisodeBatch(support, held.episodes.query), len(held.task)
         parts = [
             cls._of_some(
-                trainer, meta_params, HeldOut(held.member, batch.take(some), held.task[some])
+                trainer, meta_params, HeldOut(held.member, batch.take(some), held.task[some]), alone
             )
             for some in np.array_split(np.arange(n_tasks), -(-n_tasks // TASKS_AT_A_TIME))
         ]
@@ -154,7 +167,7 @@ class _Deviations:
 
     @classmethod
     def _of_some(
-        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut
+        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut, alone: bool
     ) -> _Deviations:
         support, query = held.episodes.support, held.episodes.query
         outputs, variances, y, misfits, trust = trainer.predictive(meta_params, held.episodes)
@@ -168,6 +181,8 @@ class _Deviations:
         misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
         counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
         between = (counts * (centers - (counts * centers).sum(0)).square()).sum(0)
+        if alone:
+            between, trust = torch.zeros_like(between), None
         task = torch.as_tensor(held.task, device=like.device)[:, None].expand(y.shape[:2])
         error, variance, misfit_, n_rows_, between_ = (
             query.real(v.expand_as(like)).double().cpu().numpy()

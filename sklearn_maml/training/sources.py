@@ -458,6 +458,9 @@ class CrossFitted:
             return
         distinct = np.unique(marks)
         hidden = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
+        # without any row of a kind, a member could say nothing of it: every column still varies
+        lone = (np.ptp(tasks.X[~hidden], 0) == 0) & (np.ptp(tasks.X, 0) > 0)
+        hidden &= (tasks.X[:, lone] == tasks.X[~hidden][:1, lone]).all(1)
         of_fold = ~self.visible[-1]
         sides = (of_fold & hidden, self.visible[-1] & ~hidden)
         # where rows come with their task, one side may have none of them
