@@ -58,7 +58,7 @@ def omniglot_stage(context: Context, ways: int) -> None:
         **({"meta_batch_size": 2} if dry else {}),
         "n_queries": 1,
         "beta": 1e-3,
-        "batch_norm": "transductive",
+        "engine__batch_norm": "transductive",
     }
 
     def fit(updates: int, seconds: float, strict: bool) -> tuple[Any, Clock]:
@@ -90,6 +90,6 @@ def omniglot_stage(context: Context, ways: int) -> None:
     )
     context.emit(result)
     for norm in ("transductive", "inductive"):
-        clf.set_params(batch_norm=norm)
+        clf.set_params(engine__batch_norm=norm)
         setattr(result, norm, [*interval(100 * accuracies(clf, X_new, support, query))])
         context.emit(result)

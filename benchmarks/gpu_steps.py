@@ -120,7 +120,7 @@ class Workload:
     @property
     def estimator_settings(self) -> dict[str, Any]:
         # MAML and nothing else, with the batch norm of the plain loop
-        return {"update_rule": "sgd", "batch_norm": "transductive"}
+        return {"update_rule": "sgd", "engine__batch_norm": "transductive"}
 
 
 def _mlp(name: str, n_tasks: int | None = None, label: str | None = None) -> Workload:
@@ -462,8 +462,9 @@ def precision_stage(context: Context) -> None:
         result = StepResult(
             workload.name, "library", "as fit runs it", precision, allowed_error=allowed
         )
-        make = functools.partial(workload.library, context.device, precision=precision)
-        fit = functools.partial(fit_milliseconds, context, workload, 1.5, precision=precision)
+        how = {"engine__precision": precision}
+        make = functools.partial(workload.library, context.device, **how)
+        fit = functools.partial(fit_milliseconds, context, workload, 1.5, **how)
         measure(context, workload, result, make, expected, fit=fit)
 
 

@@ -255,7 +255,7 @@ def omniglot(
             f"{shown}"
         )
         for norm in ("inductive", "transductive"):
-            clf.set_params(batch_norm=norm)
+            clf.set_params(engine__batch_norm=norm)
             cells = []
             for steps in (0, None):
                 clf.set_params(adapt_steps=steps)

@@ -189,7 +189,7 @@ def measure(name: str, installed: list[str], seconds: float) -> None:
         steps=load.steps,
         classification=classes,
         meta_gradient="second-order" if load.second_order else "first-order",
-        batch_norm="transductive",  # as the others do
+        engine__batch_norm="transductive",  # as the others do
     )
     exact = PlainLoop(
         load.module(),

@@ -74,8 +74,9 @@ class PrefixedParamsMixin:
     a constructor must not raise.
     """
 
-    _prefixes: tuple[str, ...] = ()
-    _examples: ClassVar[dict[str, str]] = {}  # of objects that parameters may be, for messages
+    # options, with defaults, where no object has them; those of base classes need not be repeated
+    _prefixes: ClassVar[dict[str, dict[str, Any] | None]] = {}
+    _renamed: ClassVar[dict[str, str]] = {}  # names of earlier versions, and those of now
 
     # what inspect finds out takes longer than all else about parameters
 
@@ -91,6 +92,13 @@ class PrefixedParamsMixin:
         parameters = inspect.signature(cls.__init__).parameters.values()
         return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
 
+    @classmethod
+    @functools.cache
+    def _gathered(cls, attribute: str) -> dict[str, Any]:
+        """Return a dict of this class, and of those that it is made of."""
+        items = [item for c in cls.__mro__ for item in vars(c).get(attribute, {}).items()]
+        return dict(reversed(items))
+
     def _extra_params(self) -> dict[str, Any]:
         known = set(self._signature_names())
         return {
@@ -102,11 +110,10 @@ class PrefixedParamsMixin:
     def _prefixed(self, prefix: str) -> dict[str, Any]:
         """Return the parameters ``prefix__*`` without their prefix."""
         head = f"{prefix}__"
-        return {
-            name[len(head) :]: value
-            for name, value in self._extra_params().items()
-            if name.startswith(head)
+        given = {
+            name[len(head) :]: value for name, value in vars(self).items() if name.startswith(head)
         }
+        return {**(self._gathered("_prefixes")[prefix] or {}), **given}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Get the parameters of this estimator.
@@ -139,7 +146,7 @@ class PrefixedParamsMixin:
         own = {}
         for name in list(params):
             head, separator, _ = name.partition("__")
-            if not separator or head not in self._prefixes:
+            if not separator or not self._has_prefix(name):
                 continue
             holder = params.get(head, getattr(self, head, None))
             if isinstance(holder, type) or not hasattr(holder, "set_params"):
@@ -151,12 +158,13 @@ class PrefixedParamsMixin:
             if separator and head in known and not hasattr(holder, "set_params"):
                 raise ValueError(
                     f"{name} sets {tail!r} of the object that {head} is, but {head}={holder!r} has "
-                    f"no parameters. Give {head} an object{self._examples.get(head, '')}."
+                    "no parameters. Leave it out."
                 )
             if head not in known:
+                known |= dict.fromkeys(self._option_names())
                 raise ValueError(
                     f"Invalid parameter {name!r} for estimator {type(self).__name__}."
-                    f"{did_you_mean(name, known)} Valid parameters are: {sorted(known)}."
+                    f"{self._suggestion(name, known)} Valid parameters are: {sorted(known)}."
                 )
         super().set_params(**params)  # type: ignore[misc]
         for name in params:
@@ -167,26 +175,55 @@ class PrefixedParamsMixin:
 
     def _check_parameter_names(self) -> None:
         """Report names that no parameter has; the constructor accepts them."""
-        known = self._signature_names()
+        known = [*self._signature_names(), *self._option_names()]
         for name in self._extra_params():
-            head, separator, tail = name.partition("__")
-            if separator and head in self._prefixes and tail:
+            if self._has_prefix(name):
                 continue
-            candidates = [*known, *(f"{prefix}__{tail}" for prefix in self._prefixes if tail)]
-            prefixes = ", ".join(f"{prefix}__*" for prefix in self._prefixes)
+            prefixes = ", ".join(f"{prefix}__*" for prefix in self._gathered("_prefixes"))
             raise ValueError(
-                f"{type(self).__name__} has no parameter {name!r}.{did_you_mean(name, candidates)}"
+                f"{type(self).__name__} has no parameter {name!r}.{self._suggestion(name, known)}"
                 f" Expected one of {sorted(known)} or a prefixed parameter ({prefixes})."
             )
+
+    def _option_names(self) -> list[str]:
+        prefixes = self._gathered("_prefixes").items()
+        return [f"{prefix}__{name}" for prefix, options in prefixes for name in options or ()]
+
+    def _has_prefix(self, name: str) -> bool:
+        """Whether a name has one of the prefixes, with an option of it where these are known."""
+        head, _, option = name.partition("__")
+        prefixes = self._gathered("_prefixes")
+        return bool(option) and head in prefixes and option in (prefixes[head] or (option,))
+
+    def _suggestion(self, name: str, known: Iterable[str]) -> str:
+        """Say which parameter an unknown name may mean."""
+        renamed = self._gathered("_renamed")
+        if name in renamed:
+            return f" It is {renamed[name]!r} now."
+        option = name.partition("__")[2]
+        free = [prefix for prefix, own in self._gathered("_prefixes").items() if option and not own]
+        return did_you_mean(name, [*known, *(f"{prefix}__{option}" for prefix in free)])
+
+    def _rename_parameters(self) -> None:
+        """Move parameters that an earlier version has set to their names of now.
+
+        Defaults, which were set then, are left out.
+        """
+        own, renamed = vars(self), self._gathered("_renamed")
+        for name in own.keys() & renamed.keys():
+            value, new = own.pop(name), renamed[name]
+            prefix, _, option = new.partition("__")
+            if value != (self._gathered("_prefixes")[prefix] or {}).get(option):
+                own[new] = value
 
 
 def resolve_object(
     parameter: str, value: Any, options: dict[str, Any], base: type, known: dict[str, Any]
 ) -> Any:
-    """Return a checked copy of the object that a parameter is, or names.
+    """Return a copy of the object that a parameter is, or names.
 
     `options` are its parameters, as ``parameter__*`` gives them; the first of the classes `known`
-    is the example of a message.
+    is the example of a message. It is not checked.
     """
     if isinstance(value, base):
         result: Any = clone(value).set_params(**options)
@@ -199,11 +236,10 @@ def resolve_object(
             )
         result = known[value](**options)
     else:
-        example = next(iter(known.values())).__name__
+        example = f"{base.__module__.rpartition('.')[0]}.{next(iter(known.values())).__name__}()"
         article = "an" if base.__name__[0] in "AEIOU" else "a"
         raise ValueError(
             f"{parameter}={value!r} is not known. Expected one of {sorted(known)} or {article} "
-            f"{base.__name__} object such as sklearn_maml.{parameter}s.{example}()."
+            f"{base.__name__} object such as {example}."
         )
-    result.check()
     return result

@@ -451,18 +451,20 @@ def outputs_of(model, X, groups=None):
 def test_estimators_predict_both_ways(estimator):
     X, y, groups = tasks(1)
     y = y if estimator is MAMLRegressor else (y > 0).astype(int)
-    fits = {mode: fitted(estimator, batch_norm=mode) for mode in MODES}
+    fits = {mode: fitted(estimator, engine__batch_norm=mode) for mode in MODES}
     weights = [m.module_[0].weight.detach() for m in fits.values()]
     assert not torch.equal(*weights)
     assert torch.equal(weights[0], fitted(estimator).module_[0].weight)  # the default
     for mode, model in fits.items():
-        assert clone(model).batch_norm == mode
+        assert clone(model).get_params()["engine__batch_norm"] == mode
         support = np.tile(np.arange(12) < 6, 6)
         model.adapt(X[support], y[support], groups=groups[support])
         query, query_groups = X[~support], groups[~support]
         predicted = {}
         for chosen in MODES:  # of one model, without adapting again
-            predicted[chosen] = outputs_of(model.set_params(batch_norm=chosen), query, query_groups)
+            predicted[chosen] = outputs_of(
+                model.set_params(engine__batch_norm=chosen), query, query_groups
+            )
             alone = [
                 outputs_of(model, query[query_groups == j], query_groups[query_groups == j])
                 for j in range(6)
@@ -478,11 +480,11 @@ def test_estimators_predict_both_ways(estimator):
 def test_all_rows_of_a_task_are_normalised_together(monkeypatch):
     """However many they are: what is predicted in pieces elsewhere is one piece here."""
     X, y, groups = tasks(1)
-    model = fitted(batch_norm="transductive").adapt(X, y, groups=groups)
+    model = fitted(engine__batch_norm="transductive").adapt(X, y, groups=groups)
     whole = model.predict(X, groups=groups)
     monkeypatch.setattr("sklearn_maml.learners.gradient.ROWS_AT_A_TIME", 5)
     np.testing.assert_allclose(model.predict(X, groups=groups), whole, rtol=1e-9)
-    model.set_params(batch_norm="inductive")
+    model.set_params(engine__batch_norm="inductive")
     in_pieces = model.predict(X, groups=groups)
     monkeypatch.undo()
     np.testing.assert_allclose(model.predict(X, groups=groups), in_pieces, rtol=1e-9)
@@ -492,34 +494,36 @@ def test_score_and_validation_follow_the_mode():
     X, y, groups = tasks(2, n_tasks=20)
     model = fitted(max_iter=1)
     new = groups + 100
-    scores = {mode: model.set_params(batch_norm=mode).score(X, y, new) for mode in MODES}
+    scores = {mode: model.set_params(engine__batch_norm=mode).score(X, y, new) for mode in MODES}
     assert abs(scores["inductive"] - scores["transductive"]) > 1e-3
     losses = set()
     for mode in MODES:
-        net = clone(model).set_params(batch_norm=mode, early_stopping=True, max_iter=1)
+        net = clone(model).set_params(engine__batch_norm=mode, early_stopping=True, max_iter=1)
         losses.add(net.fit(X, y, groups=groups).history_[-1, "valid_loss"])
     assert len(losses) == 2
 
 
 def test_estimators_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match="batch_norm"):
-        fitted(batch_norm="running")
+    with pytest.raises(ValueError, match="engine__batch_norm"):
+        fitted(engine__batch_norm="running")
     X, y, groups = tasks()
-    model = fitted().adapt(X, y, groups=groups).set_params(batch_norm="running")
-    with pytest.raises(ValueError, match=r"batch_norm='running' is not known"):
+    model = fitted().adapt(X, y, groups=groups).set_params(engine__batch_norm="running")
+    with pytest.raises(ValueError, match=r"engine__batch_norm='running' is not known"):
         model.predict(X, groups=groups)
 
 
 def test_one_row_to_predict_is_refused_if_transductive():
     X, y, _ = tasks()
-    model = fitted(batch_norm="transductive").adapt(X[:12], y[:12])
+    model = fitted(engine__batch_norm="transductive").adapt(X[:12], y[:12])
     with pytest.raises(ValueError, match="query set has one row"):
         model.predict(X[:1])
-    assert model.set_params(batch_norm="inductive").predict(X[:1]).shape == (1,)
+    assert model.set_params(engine__batch_norm="inductive").predict(X[:1]).shape == (1,)
 
 
 def test_recomputed_steps_fit_the_same_model():
     for mode in MODES:
-        plain, recomputed = (fitted(batch_norm=mode, checkpoint_steps=on) for on in (False, True))
+        plain, recomputed = (
+            fitted(engine__batch_norm=mode, engine__checkpoint_steps=on) for on in (False, True)
+        )
         for p, q in zip(plain.module_.parameters(), recomputed.module_.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)

@@ -193,10 +193,10 @@ def test_sizes_of_layers_that_a_tuner_gives_as_floats_are_integers(rule, sizes):
 
 
 def test_other_integers_and_few_shot_steps_too():
-    exact = {"n_iter_no_change": 2, "max_tasks_in_memory": 2, "early_stopping": True}
+    exact = {"n_iter_no_change": 2, "engine__max_tasks_in_memory": 2, "early_stopping": True}
     models = [
         MAMLRegressor(**{**SMALL, **exact, "max_iter": 60, **other}).fit(X, Y, groups=TASK)
-        for other in ({}, {"n_iter_no_change": 2.0, "max_tasks_in_memory": 2.0})
+        for other in ({}, {"n_iter_no_change": 2.0, "engine__max_tasks_in_memory": 2.0})
     ]
     assert models[0].n_iter_ == models[1].n_iter_
     labels = (Y > 0).astype(int)

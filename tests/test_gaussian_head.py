@@ -993,7 +993,7 @@ def normed(**options):
     ("params", "message"),
     [
         ({"module": normed(track_running_stats=False)}, "without running averages"),
-        ({"module": normed(), "batch_norm": "transductive"}, "statistics of query rows"),
+        ({"module": normed(), "engine__batch_norm": "transductive"}, "statistics of query rows"),
         ({"module": nn.Sequential(nn.Linear(2, 1), nn.Tanh())}, "linear"),
         ({"center_y": True}, "center_y"),
     ],

@@ -160,7 +160,7 @@ FITS = {
         meta_gradient="reptile", update_rule="adam", update_rule__eps=1e-2, alpha=0.02
     ),
     "recomputed steps, momentum": lambda: regression(
-        update_rule="momentum", checkpoint_steps=True, alpha=0.03, steps=5
+        update_rule="momentum", engine__checkpoint_steps=True, alpha=0.03, steps=5
     ),
     "meta-sgd, local labels, body": lambda: local_labels(update_rule="meta-sgd", adapted="body"),
     "learned alpha, local labels, shared head": lambda: local_labels(
@@ -174,7 +174,7 @@ FITS = {
     "logistic head": lambda: shared_labels(update_rule="logistic-head", adapted="head"),
     "inductive batch norm": lambda: shared_labels(IMAGES, module=Convolved),
     "transductive batch norm": lambda: shared_labels(
-        IMAGES, module=Convolved, batch_norm="transductive"
+        IMAGES, module=Convolved, engine__batch_norm="transductive"
     ),
     "lstm": recurrent,
     "task distribution": task_distribution,

@@ -1067,7 +1067,7 @@ def test_a_head_may_be_the_whole_network_and_outputs_may_be_views():
 def test_heads_save_no_graph_of_steps():
     X, y, task = sinusoids()
     parts = [
-        MAMLRegressor(max_iter=5, random_state=0, checkpoint_steps=on, **RIDGE)
+        MAMLRegressor(max_iter=5, random_state=0, engine__checkpoint_steps=on, **RIDGE)
         .fit(X, y, groups=task)
         .adapt(X[:20], y[:20])
         .predict(X)

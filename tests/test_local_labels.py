@@ -46,7 +46,7 @@ def test_auto_learns_by_the_closed_form(groups, module):
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_norm": "transductive"}, {"module__track_running_stats": False}]
+    "options", [{"engine__batch_norm": "transductive"}, {"module__track_running_stats": False}]
 )
 def test_batch_norm_without_running_averages_takes_steps(options):
     X, y = classes()

@@ -191,7 +191,7 @@ SMALL = {
 
 def regressor(loss, **params):
     if loss == "quantile":
-        params.setdefault("quantile", 0.9)
+        params.setdefault("loss__quantile", 0.9)
     return MAMLRegressor(**{**SMALL, "loss": loss, **params})
 
 
@@ -300,10 +300,25 @@ def test_a_glitch_in_a_support_set_gives_no_astronomic_rates(loss, far, dtype):
     assert usual.max() < 10 * Y.max()
 
 
+@pytest.mark.parametrize("loss", ["huber", "quantile"])
+def test_parameters_of_a_loss_have_its_prefix_whether_it_is_a_name_or_an_object(loss):
+    option = {"huber": "loss__delta", "quantile": "loss__quantile"}[loss]
+    named, given = (MAMLRegressor(**{**SMALL, "loss": k}) for k in (loss, LOSSES[loss]()))
+    fits = []
+    for model in (named, given):
+        fits.append(model.fit(X, Y, groups=TASK).adapt(X[:9], Y[:9]).predict(X))
+        fits.append(clone(model).set_params(**{option: 0.2}).fit(X, Y, groups=TASK))
+        fits[-1] = fits[-1].adapt(X[:9], Y[:9]).predict(X)
+    assert_array_equal(fits[:2], fits[2:])
+    assert np.abs(fits[0] - fits[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="loss was changed after fit"):
+        named.set_params(**{option: 0.4}).adapt(X[:9], Y[:9])
+
+
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])
 def test_the_quantile_has_to_be_one(quantile):
     with pytest.raises(ValueError, match="quantile"):
-        MAMLRegressor(**SMALL, loss="quantile", quantile=quantile).fit(X, Y, groups=TASK)
+        MAMLRegressor(**SMALL, loss="quantile", loss__quantile=quantile).fit(X, Y, groups=TASK)
     with pytest.raises(ValueError, match=r"needs a quantile between 0 and 1; got 2"):
         MAMLRegressor(**SMALL, loss=Quantile(2)).fit(X, Y, groups=TASK)
     with pytest.raises(ValueError, match=r"delta of the loss Huber must be positive.*got -1"):
@@ -337,7 +352,7 @@ def test_what_is_above_zero_stays_so():
 def test_losses_have_the_names_of_scikit_learn():
     assert {"squared_error", "absolute_error", "quantile", "poisson", "gamma"} < set(LOSSES)
     for name in LOSSES:
-        assert type(resolve_loss(name, 0.5)) is LOSSES[name]
+        assert type(resolve_loss(name, {})) is LOSSES[name]
     allowed = HistGradientBoostingRegressor._parameter_constraints["loss"][0].options
     assert allowed <= set(LOSSES)
 
@@ -360,7 +375,7 @@ def test_predictions_after_files_pickles_and_as_a_module_are_the_same(reg, tmp_p
     expected = reg.predict(X)
     reg.save(tmp_path / "model")
     twin = load(tmp_path / "model")
-    assert (twin.loss, twin.quantile) == (reg.loss, reg.quantile)
+    assert twin.get_params() == reg.get_params()
     assert_array_equal(twin.predict(X), expected)
     y = Y + 1
     assert_array_equal(
@@ -374,11 +389,12 @@ def test_predictions_after_files_pickles_and_as_a_module_are_the_same(reg, tmp_p
 
 
 def test_the_loss_of_a_fitted_model_stays(reg):
-    with pytest.raises(ValueError, match="loss was changed after fit"):
+    message = r"loss was changed after fit|loss='squared_error' got the options \['quantile'\]"
+    with pytest.raises(ValueError, match=message):
         clone_of(reg).set_params(loss="squared_error").adapt(X[:9], Y[:9] + 1)
     if reg.loss == "quantile":
         with pytest.raises(ValueError, match="loss was changed after fit"):
-            reg.set_params(quantile=0.5).adapt(X[:9], Y[:9])
+            reg.set_params(loss__quantile=0.5).adapt(X[:9], Y[:9])
 
 
 def clone_of(reg):
@@ -391,8 +407,9 @@ def test_few_shot_estimators_pipelines_and_searches(reg):
     assert_array_equal(FewShotRegressor(reg).fit(X[:9], y[:9]).predict(X), expected)
     pipe = make_pipeline(StandardScaler(), clone(reg)).fit(X, y, mamlregressor__groups=TASK)
     assert np.isfinite(adapt(pipe, X[:9], y[:9]).predict(X)).all()
-    grid = {"loss": ["squared_error", reg.loss], "quantile": [0.5]}
-    search = GridSearchCV(clone(reg), grid, cv=KFold(2))
+    grid = {"loss": ["squared_error", reg.loss]}
+    plain = MAMLRegressor(**SMALL)
+    search = GridSearchCV(plain, grid, cv=KFold(2))
     search.fit([(X[j == TASK], y[j == TASK]) for j in range(8)])
     scores = search.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all()

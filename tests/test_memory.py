@@ -536,9 +536,9 @@ def test_fits_with_less_memory_give_the_same_model(kind):
 
     expected, losses = outputs(cls(**SMALL))
     for options in (
-        {"checkpoint_steps": True},
-        {"max_tasks_in_memory": 2},
-        {"checkpoint_steps": True, "max_tasks_in_memory": 1},
+        {"engine__checkpoint_steps": True},
+        {"engine__max_tasks_in_memory": 2},
+        {"engine__checkpoint_steps": True, "engine__max_tasks_in_memory": 1},
     ):
         got, got_losses = outputs(cls(**SMALL, **options))
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
@@ -556,7 +556,7 @@ def test_adapt_and_predict_run_no_more_tasks_than_asked_for(monkeypatch):
     assert Rung.tasks_at_a_time >= 9
     for sizes in seen.values():
         sizes.clear()
-    model.set_params(max_tasks_in_memory=4)
+    model.set_params(engine__max_tasks_in_memory=4)
     got = model.adapt(X, y, groups=groups).predict(X, groups=groups)
     assert seen == {"adapt": [4, 4, 1], "predict": [4, 4, 1]}
     np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=1e-13)
@@ -572,25 +572,23 @@ def test_a_fit_that_runs_out_of_memory_warns_once_and_goes_on(monkeypatch):
     with pytest.warns(EngineFallbackWarning, match="now run 2 at a time") as record:
         model = MAMLRegressor(**settings).fit(X, y, groups=groups)
     assert len(record) == 1
-    assert model.max_tasks_in_memory is None  # a parameter is what the user set
+    assert model.get_params() == MAMLRegressor(**settings).get_params()  # they are the user's
     for got, p in zip(model.module_.parameters(), expected.module_.parameters(), strict=True):
         torch.testing.assert_close(got, p, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("cls", [MAMLRegressor, MAMLClassifier])
 def test_the_parameters_are_ordinary_ones(cls):
-    assert cls().get_params()["checkpoint_steps"] is False
-    assert cls().get_params()["max_tasks_in_memory"] is None
-    model = clone(cls(checkpoint_steps=True, max_tasks_in_memory=3))
-    assert (model.checkpoint_steps, model.max_tasks_in_memory) == (True, 3)
-    model.set_params(checkpoint_steps=False, max_tasks_in_memory=None)
-    assert model.get_params() == cls().get_params()
+    options = {"engine__checkpoint_steps": True, "engine__max_tasks_in_memory": 3}
+    model = clone(cls(**options))
+    assert options.items() <= model.get_params().items()
+    assert cls().set_params(**options).get_params() == model.get_params()
 
 
 def test_the_parameters_can_be_searched():
     X, y, groups = make_tasks()
     frame = np.column_stack([groups, X])
-    grid = {"checkpoint_steps": [False, True], "max_tasks_in_memory": [None, 2]}
+    grid = {"engine__checkpoint_steps": [False, True], "engine__max_tasks_in_memory": [None, 2]}
     search = GridSearchCV(
         MAMLRegressor(**SMALL, task_column=0), grid, cv=GroupKFold(2), error_score="raise"
     ).fit(frame, y, groups=groups)
@@ -602,8 +600,8 @@ def test_the_parameters_can_be_searched():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *itertools.product(["checkpoint_steps"], ["yes", 2, None]),
-        *itertools.product(["max_tasks_in_memory"], [0, -1, 2.5, "all"]),
+        *itertools.product(["engine__checkpoint_steps"], ["yes", 2, None]),
+        *itertools.product(["engine__max_tasks_in_memory"], [0, -1, 2.5, "all"]),
     ],
 )
 @pytest.mark.parametrize("cls", [MAMLRegressor, MAMLClassifier])

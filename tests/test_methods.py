@@ -70,7 +70,7 @@ def reasons(gradient, rule, adapted, estimator, checkpoint_steps):
     if "head" in estimator and adapted in ("body", "pattern"):
         found.append(r"head='(shared|zero)'.* does not adapt")
     if "multi-step" in gradient and checkpoint_steps:
-        found.append(r"multi_step_updates=2 cannot be combined with checkpoint_steps=True")
+        found.append(r"multi_step_updates=2 cannot be combined with engine__checkpoint_steps=True")
     return found
 
 
@@ -103,7 +103,7 @@ def test_every_combination_works_or_is_refused_with_its_reason(gradient, rule):
             meta_gradient=META_GRADIENTS[gradient],
             update_rule=RULES[rule],
             adapted=ADAPTED[adapted],
-            checkpoint_steps=checkpoint_steps,
+            engine__checkpoint_steps=checkpoint_steps,
             steps=2,
             max_iter=2,
             early_stopping=False,
@@ -221,7 +221,7 @@ def test_every_gradient_and_rule_trains_convolutions_with_batch_norm(gradient, b
             meta_gradient=META_GRADIENTS[gradient],
             update_rule=RULES[rule],
             adapted=adapted,
-            batch_norm=batch_norm,
+            engine__batch_norm=batch_norm,
             steps=2,
             max_iter=2,
             meta_batch_size=3,

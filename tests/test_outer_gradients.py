@@ -1042,22 +1042,22 @@ class InMinibatches(SecondOrder):
         ),
         ({"meta_gradient": "reptile", "adapted": ["0.*"]}, r"'reptile' needs adapted='all'"),
         (
-            {"meta_gradient__multi_step_updates": 5, "checkpoint_steps": True},
-            r"multi_step_updates=5 cannot be combined with checkpoint_steps=True",
+            {"meta_gradient__multi_step_updates": 5, "engine__checkpoint_steps": True},
+            r"multi_step_updates=5 cannot be combined with engine__checkpoint_steps=True",
         ),
         (
             {
                 "meta_gradient": FirstOrder(multi_step_updates=5),
-                "checkpoint_steps": True,
+                "engine__checkpoint_steps": True,
             },
-            r"multi_step_updates=5 cannot be combined with checkpoint_steps=True",
+            r"multi_step_updates=5 cannot be combined with engine__checkpoint_steps=True",
         ),
         (
-            {"meta_gradient": Regularized(), "checkpoint_steps": True},
+            {"meta_gradient": Regularized(), "engine__checkpoint_steps": True},
             r"checkpoint_steps=True cannot compute the steps of Regularized\(\) again.*proximal",
         ),
         (
-            {"meta_gradient": InMinibatches(), "checkpoint_steps": True},
+            {"meta_gradient": InMinibatches(), "engine__checkpoint_steps": True},
             r"checkpoint_steps=True cannot compute the steps of InMinibatches\(\).*minibatches",
         ),
         ({"meta_gradient": "reptile", "steps": 0}, r"steps=0 or alpha=0.*nothing would be trained"),
@@ -1085,10 +1085,10 @@ def test_a_scheduler_of_rates_that_nobody_reads_is_refused(sinusoids):
 @pytest.mark.parametrize(
     "params",
     [
-        {"meta_gradient": "implicit", "checkpoint_steps": True},
-        {"meta_gradient": "reptile", "checkpoint_steps": True},
+        {"meta_gradient": "implicit", "engine__checkpoint_steps": True},
+        {"meta_gradient": "reptile", "engine__checkpoint_steps": True},
         {"meta_gradient": "reptile", "adapted": ["*.weight", "*.bias"]},
-        {"meta_gradient__first_order_updates": 1, "checkpoint_steps": True},
+        {"meta_gradient__first_order_updates": 1, "engine__checkpoint_steps": True},
     ],
     ids=str,
 )

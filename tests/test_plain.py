@@ -179,11 +179,15 @@ def test_a_module_of_one_task_needs_no_id_and_survives_a_file(tmp_path):
 
 def test_what_no_module_can_do_is_refused():
     X, y = tasks(images=True)
-    reg = MAMLRegressor(Normed, update_rule="sgd", batch_norm="transductive", **SMALL).fit(X, y)
+    reg = MAMLRegressor(Normed, update_rule="sgd", engine__batch_norm="transductive", **SMALL).fit(
+        X, y
+    )
     reg.adapt(X[0], y[0])
-    with pytest.raises(TypeError, match="batch_norm='transductive' the prediction of a row depen"):
+    with pytest.raises(
+        TypeError, match="engine__batch_norm='transductive' the prediction of a row depen"
+    ):
         reg.adapted_module()
-    reg.set_params(batch_norm="inductive").adapt(X[0], y[0]).adapted_module()
+    reg.set_params(engine__batch_norm="inductive").adapt(X[0], y[0]).adapted_module()
     X, y = tasks()
     reg = MAMLRegressor(loss=Positive(), update_rule="sgd", alpha=1e-4, **SMALL)
     with pytest.raises(TypeError, match="loss Positive makes predictions of outputs in numpy"):

@@ -62,14 +62,14 @@ def fitted(X, y, **changed):
 def gradient_of(reg, precision):
     """Parameters after one meta-update of plain descent."""
     changed = {"optimizer": "sgd", "beta_decay": 0.0, "max_iter": 1}
-    reg.set_params(precision=precision, **changed).fit(X32, Y32, groups=G)
+    reg.set_params(engine__precision=precision, **changed).fit(X32, Y32, groups=G)
     return torch.cat([p.detach().flatten() for p in reg.module_.parameters()])
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_bf16_rounds_the_layers_and_keeps_the_type_of_the_data(module):
     full = fitted(X32, Y32, module=module)
-    rounded = fitted(X32, Y32, module=module, precision="bf16")
+    rounded = fitted(X32, Y32, module=module, engine__precision="bf16")
     assert all(p.dtype == torch.float32 for p in rounded.module_.parameters())
     exact, near = (reg.adapt(X32[:10], Y32[:10]).predict(X32[10:20]) for reg in (full, rounded))
     assert near.dtype == np.float32
@@ -96,19 +96,19 @@ def test_the_meta_gradient_in_bf16_is_near_the_exact_one(module):
 
 
 def test_convolutions_in_bf16_run_for_all_tasks_at_once():
-    reg = fitted(X32, Y32, module=MODULES["convolutions and batch norm"], precision="bf16")
+    reg = fitted(X32, Y32, module=MODULES["convolutions and batch norm"], engine__precision="bf16")
     reg.adapt(X32, Y32, groups=G)  # without a warning that it falls back
     assert reg._make_engine(reg.module_, "auto").rung == "stacked"
 
 
 def test_float64_is_never_rounded():
-    full, rounded = fitted(X, Y), fitted(X, Y, precision="bf16")
+    full, rounded = fitted(X, Y), fitted(X, Y, engine__precision="bf16")
     for a, b in zip(full.module_.parameters(), rounded.module_.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
 
 
 def test_tf32_changes_nothing_on_the_cpu():
-    full, rounded = fitted(X32, Y32), fitted(X32, Y32, precision="tf32")
+    full, rounded = fitted(X32, Y32), fitted(X32, Y32, engine__precision="tf32")
     for a, b in zip(full.module_.parameters(), rounded.module_.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -154,7 +154,7 @@ def test_a_precision_of_the_users_own_comes_back():
 
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision"):
-        fitted(X32, Y32, precision="half")
+        fitted(X32, Y32, engine__precision="half")
 
 
 @pytest.mark.gpu
@@ -169,7 +169,7 @@ def test_tf32_holds_for_the_fit_alone():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "meta_step", spy)
-        fitted(X32, Y32, precision="tf32", device="cuda")
+        fitted(X32, Y32, engine__precision="tf32", device="cuda")
     assert set(seen) == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
 

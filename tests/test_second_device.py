@@ -344,7 +344,7 @@ def dropout():
 @pytest.mark.parametrize("make", [conv, Branched])
 def test_convolutions_with_either_batch_norm(make, batch_norm, updates):
     cpu, device = both(
-        MAMLClassifier, IMAGES, KINDS, G, module=make(), batch_norm=batch_norm, n_shots=2,
+        MAMLClassifier, IMAGES, KINDS, G, module=make(), engine__batch_norm=batch_norm, n_shots=2,
         n_queries=2, max_iter=2,
     )  # fmt: skip
     assert_same(cpu, device)
@@ -401,7 +401,13 @@ def test_dropout_draws_from_the_generator_of_the_device(checkpoint_steps, update
     torch.manual_seed(5)
     before = backend().get_rng_state(), torch.get_rng_state()
     cpu, device = both(
-        MAMLRegressor, X, Y, G, module=dropout(), checkpoint_steps=checkpoint_steps, max_iter=5
+        MAMLRegressor,
+        X,
+        Y,
+        G,
+        module=dropout(),
+        engine__checkpoint_steps=checkpoint_steps,
+        max_iter=5,
     )
     assert_same(cpu, device)
     assert_unhindered(updates)
@@ -438,13 +444,13 @@ DATA = {
     ),
     "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
     "clipping": (MAMLRegressor, X, Y, G, {"max_grad_norm": 0.01}),
-    "few tasks in memory": (MAMLRegressor, X, Y, G, {"max_tasks_in_memory": 2}),
+    "few tasks in memory": (MAMLRegressor, X, Y, G, {"engine__max_tasks_in_memory": 2}),
     "few ragged tasks in memory": (
-        MAMLClassifier, X[RAGGED], C[RAGGED], G[RAGGED], {"max_tasks_in_memory": 3},
+        MAMLClassifier, X[RAGGED], C[RAGGED], G[RAGGED], {"engine__max_tasks_in_memory": 3},
     ),
-    "recomputed steps": (MAMLRegressor, X, Y, G, {"checkpoint_steps": True}),
+    "recomputed steps": (MAMLRegressor, X, Y, G, {"engine__checkpoint_steps": True}),
     "held-out tasks": (MAMLRegressor, X, Y, G, {"early_stopping": True}),
-    "bfloat16": (MAMLRegressor, X, Y, G, {"precision": "bf16", "optimizer": "sgd"}),
+    "bfloat16": (MAMLRegressor, X, Y, G, {"engine__precision": "bf16", "optimizer": "sgd"}),
 }  # fmt: skip
 
 
@@ -466,7 +472,7 @@ HEADS = {
     "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
     "one step outside": (MAMLRegressor, X, Y, G, {"meta_gradient": "reptile"}),
     "counts": (MAMLRegressor, X, np.floor(Y**2), G, {"loss": "poisson"}),
-    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "quantile": 0.8}),
+    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "loss__quantile": 0.8}),
 }
 
 
@@ -486,7 +492,7 @@ def test_gaussian_heads(name, rule, updates):
 
 def test_bfloat16_rounds_on_the_device():
     full, rounded = (
-        MAMLRegressor(**SMALL, device=DEVICE, precision=p).fit(X, Y, groups=G)
+        MAMLRegressor(**SMALL, device=DEVICE, engine__precision=p).fit(X, Y, groups=G)
         for p in ("full", "bf16")
     )
     error = max(

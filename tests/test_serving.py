@@ -76,7 +76,7 @@ MODELS = {
     "custom": {"module": Net},
     "conv": {},
     "conv and batch norm": {"module": ConvNorm},
-    "transductive": {"module": ConvNorm, "batch_norm": "transductive"},
+    "transductive": {"module": ConvNorm, "engine__batch_norm": "transductive"},
 }
 IMAGES = ("conv", "conv and batch norm", "transductive")
 

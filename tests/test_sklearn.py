@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -939,6 +940,29 @@ def test_a_misspelt_name_is_reported_by_set_params_at_once(cls, wrong, right):
     assert model.get_params() == before
 
 
+@pytest.mark.parametrize("cls", [MAMLRegressor, MAMLClassifier])
+def test_the_constructor_is_one_that_can_be_read(cls):
+    assert len(inspect.signature(cls).parameters) <= 32  # net_params among them
+
+
+@pytest.mark.parametrize("cls", [MAMLRegressor, MAMLClassifier])
+def test_options_of_the_engine_are_ordinary_parameters(cls):
+    options = {"engine__batch_norm": "transductive", "engine__precision": "bf16"}
+    model = clone(cls(**options))
+    assert options.items() <= model.get_params().items()
+    assert cls().set_params(**options).get_params() == model.get_params()
+    assert "engine__precision='bf16'" in repr(model)
+    assert "engine__precision" in model._repr_html_()
+    X, y, groups = make_rows("regression")
+    tasks = [(X[groups == j], (y > 0)[groups == j]) for j in np.unique(groups)]
+    grid = {"engine__precision": ["full", "half"]}
+    search = GridSearchCV(cls(**SMALL), grid, cv=KFold(2), error_score="raise")
+    with pytest.raises(ValueError, match=r"'engine__precision' parameter of .* Got 'half'"):
+        search.fit(tasks)
+    search.set_params(param_grid={"engine__precision": ["full", "bf16"]}).fit(tasks)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
 @pytest.mark.parametrize(
     ("params", "match"),
     [
@@ -949,6 +973,9 @@ def test_a_misspelt_name_is_reported_by_set_params_at_once(cls, wrong, right):
         ({"update_rule__max_grad_nrm": 0.1}, "max_grad_nrm"),
         ({"update_rule": SGD(), "update_rule__max_grad_nrm": 0.1}, "max_grad_nrm"),
         ({"meta_gradient__damping": 0.1}, "damping"),
+        ({"engine__nonesuch": 0.1}, "nonesuch"),
+        ({"loss": "huber", "loss__detla": 0.1}, r"\['detla'\]; it takes \['delta'\]"),
+        ({"loss__quantile": 0.1}, r"\['quantile'\]; it takes none"),
         ({"callbacks__nonesuch": None}, "nonesuch"),
         ({"iterator_train__nonesuch": 1}, "nonesuch"),
     ],

@@ -122,7 +122,7 @@ def test_the_order_of_classes_matters_to_a_free_head():
         {"optimizer": "sgd", "optimizer__momentum": 0.9, "beta": 0.1},
         {"update_rule": "meta-sgd", "meta_gradient": "first-order"},
         {"adapted": "head", "max_grad_norm": 1e-3},
-        {"max_tasks_in_memory": 3},
+        {"engine__max_tasks_in_memory": 3},
         {"hidden_layer_sizes": []},
     ],
     ids=str,

@@ -612,7 +612,7 @@ def test_a_learner_of_ones_own_is_trained_by_weights():
 def test_a_task_counts_by_its_weight_in_every_meta_gradient(gradient, max_tasks):
     """The meta-gradient is that of each task times its weight."""
     engine = MAMLRegressor(**SMALL, update_rule="sgd", meta_gradient=gradient, steps=2)
-    engine = engine.set_params(max_tasks_in_memory=max_tasks).fit(X, Y, groups=T)
+    engine = engine.set_params(engine__max_tasks_in_memory=max_tasks).fit(X, Y, groups=T)
     learner = engine._learner
     run = engine._make_engine(learner.module)
     params = {n: p.detach().double() for n, p in learner.meta_params().items()}

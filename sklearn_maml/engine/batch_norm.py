@@ -158,7 +158,7 @@ def explaining_one_value(**sets: Rows) -> Iterator[None]:
         name = min(shortest, key=shortest.__getitem__)
         weight = sets[name].weight
         none = weight is not None and bool((weight.sum(1) == 0).any())
-        instead = " set batch_norm='inductive'," if name == "query" else ""
+        instead = " set engine__batch_norm='inductive'," if name == "query" else ""
         raise ValueError(
             f"Batch norm needs at least 2 values of each channel, and a {name} set has "
             f"{'none' if none else 'one row'}. "

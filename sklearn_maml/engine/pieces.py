@@ -162,8 +162,8 @@ class Memory:
             warnings.warn(
                 f"The memory did not suffice for a meta-batch of {len(batch)} tasks, which is "
                 f"now run {size} at a time, with the same results to rounding. Set "
-                f"max_tasks_in_memory={size} to do so from the start, or checkpoint_steps=True. "
-                f"Reason: {reason}",
+                f"engine__max_tasks_in_memory={size} to do so from the start, or "
+                f"engine__checkpoint_steps=True. Reason: {reason}",
                 EngineFallbackWarning,
                 stacklevel=3,
             )

@@ -87,9 +87,9 @@ class Spec:
             and (meta_gradient.proximal or meta_gradient.in_minibatches)
         ):
             raise ValueError(
-                f"checkpoint_steps=True cannot compute the steps of {meta_gradient!r} again: it is "
-                "for inner steps on the support loss alone, without a proximal term and without "
-                "minibatches. Use checkpoint_steps=False."
+                f"engine__checkpoint_steps=True cannot compute the steps of {meta_gradient!r} "
+                "again: it is for inner steps on the support loss alone, without a proximal term "
+                "and without minibatches. Use engine__checkpoint_steps=False."
             )
         self.head = rule.layer(self.module, self.parts.adapted)
 
@@ -157,8 +157,8 @@ def check_batch_norm(value: str) -> str:
     """Refuse what `batch_norm` does not know."""
     if value not in ("inductive", "transductive"):
         raise ValueError(
-            f"batch_norm={value!r} is not known. Expected 'inductive' (query rows are normalised "
-            "with the statistics of the support set) or 'transductive' (with their own)."
+            f"engine__batch_norm={value!r} is not known. Expected 'inductive' (query rows are "
+            "normalised with the statistics of the support set) or 'transductive' (with their own)."
         )
     return value
 

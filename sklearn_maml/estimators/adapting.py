@@ -225,15 +225,13 @@ class Adapting(Building):
             self._prefixed("meta_gradient"),
             self.adapted if isinstance(self.adapted, str) else tuple(self.adapted),
             self._row_loss(),
-            self.checkpoint_steps,
-            self.max_tasks_in_memory,
-            self.precision,
-            self.batch_norm,
+            self._engine_options(),
             n_threads_asked(),
         )
 
     def _running(self) -> Running:
-        return Running(self.batch_norm, self._integer("max_tasks_in_memory"), self.device_)
+        options = self._engine_options()
+        return Running(options["batch_norm"], options["max_tasks_in_memory"], self.device_)
 
     def _calibrated(self) -> Calibration:
         assert self.calibration_ is not None

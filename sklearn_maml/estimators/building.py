@@ -138,12 +138,12 @@ class Building(Parameters):
         with SeededTorch(self.device_, 0):
             module = self._networks().make()
         self._check_module(module)
-        if self.batch_norm == "transductive" and any(
+        if self._engine_options()["batch_norm"] == "transductive" and any(
             isinstance(m, _BatchNorm) for m in module.modules()
         ):
             return (
                 "takes running averages for the module's batch norm, but "
-                "batch_norm='transductive' asks for the statistics of query rows"
+                "engine__batch_norm='transductive' asks for the statistics of query rows"
             )
         return why_no_head(module, self._networks().two_rows())
 
@@ -198,8 +198,5 @@ class Building(Parameters):
             ),
             adapted=adapted_names(module, self.adapted),
             rung=rung,
-            checkpoint_steps=bool(self.checkpoint_steps),
-            max_tasks_in_memory=self._integer("max_tasks_in_memory"),
-            precision=self.precision,
-            batch_norm=self.batch_norm,
+            **self._engine_options(),
         )

@@ -35,39 +35,15 @@ class MAMLClassifier(
         ``out_features`` if it takes parameters of these names and they are not given. An instance
         is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
         (n_rows, n_outputs) logits.
+    hidden_layer_sizes : int or sequence of int, default=(64, 64)
+        Sizes of the hidden layers of the default network.
+    activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
+        Activation of the default network.
     loss : {"cross_entropy", "binary"}, default="cross_entropy"
         "binary" is for labels: y of shape (n_rows, n_labels) has 0 and 1, a column for each label
         that all tasks share, and a row may have any number of them. `predict` then gives labels,
         `predict_proba` the probability of each (n_queries, n_labels), and `score` is the part of
         rows all of whose labels are right, as of scikit-learn's `MLPClassifier`.
-    hidden_layer_sizes : int or sequence of int, default=(64, 64)
-        Sizes of the hidden layers of the default network.
-    activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
-        Activation of the default network.
-    alpha : float, default=0.03
-        Inner rate: step size of adaptation. May be changed after `fit`.
-    beta : float, default=3e-3
-        Outer rate: step size of meta-training, given to the optimiser.
-    beta_decay : float, default=0.3
-        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
-        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
-        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
-        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
-    max_grad_norm : float, default=1.0
-        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
-        a rule where the inner steps of a task diverge; a single one can undo many updates.
-    steps : int, default=5
-        Inner steps. May be changed after `fit`.
-    adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
-        learns a task leaves the support set out: predictions are those before adaptation.
-    meta_gradient : str or MetaGradient, default="second-order"
-        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
-        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
-        as constants, "implicit" differentiates the solution of an inner problem with a proximal
-        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
-        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
-        `Reptile` in `sklearn_maml.meta_gradients`.
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
@@ -84,6 +60,13 @@ class MAMLClassifier(
         and for modules that do not end in a linear layer or whose batch norm has no running
         averages (or is "transductive"), "auto" takes gradient steps alone; with `n_ways`, the
         Gaussian head alone.
+    meta_gradient : str or MetaGradient, default="second-order"
+        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
+        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
+        as constants, "implicit" differentiates the solution of an inner problem with a proximal
+        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
+        adapted to all rows of an episode. See `SecondOrder`, `FirstOrder`, `Implicit` and
+        `Reptile` in `sklearn_maml.meta_gradients`.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
@@ -107,6 +90,25 @@ class MAMLClassifier(
         told apart by the inner steps alone. What is common to all classes drops out of the
         softmax, so the two give the same predictions, to rounding. What an `update_rule` learns
         is shared by the classes, too.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
+    steps : int, default=5
+        Inner steps. May be changed after `fit`.
+    adapt_steps : int, default=None
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
+    beta : float, default=3e-3
+        Outer rate: step size of meta-training, given to the optimiser.
+    beta_decay : float, default=0.3
+        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
+        with each fit; ``LRScheduler("CosineAnnealingLR", T_max=1000, step_every="batch")`` is a
+        cosine over 1,000 updates. By default it moves once an epoch, of 50 updates.
+    max_grad_norm : float, default=1.0
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. Few are larger, as
+        a rule where the inner steps of a task diverge; a single one can undo many updates.
+    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
+        Outer optimiser; ``optimizer__*`` are its parameters.
     n_shots : int, default=None
         Support rows of each class in meta-training and in `score`. None takes half of the rows, at
         most 20. To search over it, score with ``task_scorer(..., n_shots=K)``: `score` splits by
@@ -128,32 +130,6 @@ class MAMLClassifier(
     n_iter_no_change : int, default=250
         Meta-updates without improvement before an early stop; held-out tasks are looked at every 50
         of them.
-    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
-        Outer optimiser; ``optimizer__*`` are its parameters.
-    checkpoint_steps : bool, default=False
-        Whether second-order meta-gradients keep only the parameters of each inner step and
-        compute its graph anew when they get to it: the same gradient for less memory, which grows
-        by one copy of the adapted parameters of each task with every step, and more time. Other
-        meta-gradients keep no graphs of the steps.
-    max_tasks_in_memory : int, default=None
-        Largest number of tasks to run at once, in meta-training, `adapt` and `predict`; larger
-        meta-batches are run in chunks, with the same results to rounding. None runs a meta-batch
-        at once, and in smaller chunks (with a warning) after it ran out of memory.
-    precision : {"full", "tf32", "bf16"}, default="full"
-        Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
-        float32 factors to 10 bits; "bf16" computes the layers in bfloat16 (torch's autocast) and
-        keeps parameters, losses and inner steps in those of X. float64 is never rounded.
-    batch_norm : {"inductive", "transductive"}, default="inductive"
-        Statistics that batch-norm layers normalise query rows with, in meta-training, validation
-        and predictions: "inductive" takes those of the task's support set, so that predictions do
-        not depend on which rows are predicted together; "transductive" takes those of the query
-        rows themselves, all rows of the task in one call of `predict` together. May be changed
-        after `fit`.
-    callbacks : list, default=None
-        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
-        parameters.
-    device : str or torch.device, default="auto"
-        "auto" takes CUDA where there is one.
     task_column : str, int, other hashable or list of them, default=None
         Column of X that holds the task id: a column name or name of an index level of a data
         frame, or a position; a list if several together are the id. It then is in every X, and
@@ -162,6 +138,11 @@ class MAMLClassifier(
         What `predict` does for tasks that `adapt` has not seen, and before any `adapt`: "prior"
         predicts for the population of tasks, as after `adapt` to a task without rows. May be
         changed after `fit`.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    callbacks : list, default=None
+        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
+        parameters.
     warm_start : bool, default=False
         Whether another `fit` goes on from the last, which stands until held-out tasks do better.
     random_state : int, RandomState instance or None, default=None
@@ -169,9 +150,25 @@ class MAMLClassifier(
     verbose : int, default=0
         1 prints a line for each epoch and, on a terminal, a progress bar.
     **net_params : dict
-        Prefixed parameters: ``module__*``, ``optimizer__*``, ``callbacks__*``,
-        ``iterator_train__*``, ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``.
-        They are ordinary parameters to `get_params`, `set_params` and searches.
+        Parameters with a prefix, which are ordinary ones to `get_params`, `set_params` and
+        searches: ``module__*``, ``optimizer__*``, ``callbacks__*``, ``iterator_train__*``,
+        ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``; and ``engine__*``, which
+        say how batches are run:
+
+        - ``engine__batch_norm`` ("inductive"): what batch-norm layers normalise query rows with, in
+          meta-training, validation and predictions. "inductive" takes the statistics of the task's
+          support set, so that predictions do not depend on which rows are predicted together;
+          "transductive" those of the query rows themselves, all rows of the task in one call of
+          `predict` together. May be changed after `fit`.
+        - ``engine__precision`` ("full"): numbers of the network's matrix products. "full" are those
+          of X; "tf32" lets CUDA round float32 factors to 10 bits; "bf16" computes layers in
+          bfloat16 and keeps parameters, losses and inner steps. float64 is never rounded.
+        - ``engine__max_tasks_in_memory`` (None): largest number of tasks to run at once, in
+          meta-training, `adapt` and `predict`; larger batches run in chunks, with the same results
+          to rounding. None makes chunks (with a warning) when memory has run out.
+        - ``engine__checkpoint_steps`` (False): True has second-order meta-gradients keep only the
+          parameters of each inner step, and compute its graph anew when they get to it: the same
+          gradient for less memory and more time.
 
     Attributes
     ----------
@@ -230,11 +227,11 @@ class MAMLClassifier(
     little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise support rows with the statistics of the support set, at the
-    parameters of each inner step, and query rows as `batch_norm` says. With "inductive" the
-    meta-gradient is that of the loss of what `predict` computes, through the support set's
-    statistics too. With "transductive" a prediction uses the other query rows of its task, which
-    the published scores of [1]_ do; a score then is of sets of rows, and depends on their size and
-    their mix of classes or values. Running averages are not used.
+    parameters of each inner step, and query rows as ``engine__batch_norm`` says. With
+    "inductive" the meta-gradient is that of the loss of what `predict` computes, through the
+    support set's statistics too. With "transductive" a prediction uses the other query rows of its
+    task, which the published scores of [1]_ do; a score then is of sets of rows, and depends on
+    their size and their mix of classes or values. Running averages are not used.
 
     References
     ----------
@@ -265,21 +262,22 @@ class MAMLClassifier(
         self,
         module: Any = None,
         *,
-        loss: str = "cross_entropy",
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
-        alpha: float = 0.03,
-        beta: float = 3e-3,
-        beta_decay: float = 0.3,
-        max_grad_norm: float | None = 1.0,
-        steps: int = 5,
-        adapt_steps: int | None = None,
-        meta_gradient: Any = "second-order",
+        loss: str = "cross_entropy",
         update_rule: Any = "auto",
+        meta_gradient: Any = "second-order",
         adapted: Any = "all",
         n_ways: int | None = None,
         class_weight: Any = None,
         head: str = "free",
+        alpha: float = 0.03,
+        steps: int = 5,
+        adapt_steps: int | None = None,
+        beta: float = 3e-3,
+        beta_decay: float = 0.3,
+        max_grad_norm: float | None = 1.0,
+        optimizer: Any = "adam",
         n_shots: int | None = None,
         n_queries: int | None = 10,
         meta_batch_size: int = 25,
@@ -287,36 +285,32 @@ class MAMLClassifier(
         early_stopping: Any = "auto",
         validation_fraction: float = 0.15,
         n_iter_no_change: int = 250,
-        optimizer: Any = "adam",
-        checkpoint_steps: bool = False,
-        max_tasks_in_memory: int | None = None,
-        precision: str = "full",
-        batch_norm: str = "inductive",
-        callbacks: Any = None,
-        device: Any = "auto",
         task_column: Hashable | None = None,
         unseen_tasks: str = "error",
+        device: Any = "auto",
+        callbacks: Any = None,
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
         **net_params: Any,
     ) -> None:
         self.module = module
-        self.loss = loss
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
-        self.alpha = alpha
-        self.beta = beta
-        self.beta_decay = beta_decay
-        self.max_grad_norm = max_grad_norm
-        self.steps = steps
-        self.adapt_steps = adapt_steps
-        self.meta_gradient = meta_gradient
+        self.loss = loss
         self.update_rule = update_rule
+        self.meta_gradient = meta_gradient
         self.adapted = adapted
         self.n_ways = n_ways
         self.class_weight = class_weight
         self.head = head
+        self.alpha = alpha
+        self.steps = steps
+        self.adapt_steps = adapt_steps
+        self.beta = beta
+        self.beta_decay = beta_decay
+        self.max_grad_norm = max_grad_norm
+        self.optimizer = optimizer
         self.n_shots = n_shots
         self.n_queries = n_queries
         self.meta_batch_size = meta_batch_size
@@ -324,15 +318,10 @@ class MAMLClassifier(
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
-        self.optimizer = optimizer
-        self.checkpoint_steps = checkpoint_steps
-        self.max_tasks_in_memory = max_tasks_in_memory
-        self.precision = precision
-        self.batch_norm = batch_norm
-        self.callbacks = callbacks
-        self.device = device
         self.task_column = task_column
         self.unseen_tasks = unseen_tasks
+        self.device = device
+        self.callbacks = callbacks
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose

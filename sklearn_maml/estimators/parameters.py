@@ -42,8 +42,15 @@ INTEGERS = (
     "meta_batch_size",
     "max_iter",
     "n_iter_no_change",
-    "max_tasks_in_memory",
+    "engine__max_tasks_in_memory",
 )
+# how batches are run: the options ``engine__*``, and what they are by default
+ENGINE_OPTIONS = {
+    "checkpoint_steps": False,
+    "max_tasks_in_memory": None,
+    "precision": "full",
+    "batch_norm": "inductive",
+}
 # values that may become others in place
 CHANGEABLE = (list, dict, np.ndarray, BaseEstimator, Loss)
 # name of a setting that adapting depends on
@@ -74,20 +81,19 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     # values of the parameters that have been found to be valid, and to be those of the fit
     _valid: tuple[Any, ...] = ()
     _unchanged: tuple[tuple[Any, ...], Any] = ((), None)
-    _prefixes = (
-        "module",
-        "optimizer",
-        "iterator_train",
-        "iterator_valid",
-        "callbacks",
-        "update_rule",
-        "meta_gradient",
-    )
-
-    _examples: ClassVar = {"loss": ", such as sklearn_maml.targets.Huber(delta=0.5)"}
+    _prefixes: ClassVar = {
+        "module": None,
+        "optimizer": None,
+        "iterator_train": None,
+        "iterator_valid": None,
+        "callbacks": None,
+        "update_rule": None,
+        "meta_gradient": None,
+        "engine": ENGINE_OPTIONS,
+    }
+    _renamed: ClassVar = {name: f"engine__{name}" for name in ENGINE_OPTIONS}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "loss": [StrOptions({*LOSSES, "cross_entropy", "binary"}), Loss],
-        "quantile": [Interval(numbers.Real, 0, 1, closed="neither"), None],
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "alpha": [Interval(numbers.Real, 0, None, closed="left")],
@@ -109,10 +115,10 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         "normalize_y": ["boolean"],
         "center_y": ["boolean"],
         "head": [StrOptions({"free", "shared", "zero"})],
-        "checkpoint_steps": ["boolean"],
-        "max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
-        "precision": [StrOptions({"full", "tf32", "bf16"})],
-        "batch_norm": [StrOptions({"inductive", "transductive"})],
+        "engine__checkpoint_steps": ["boolean"],
+        "engine__max_tasks_in_memory": [Interval(numbers.Integral, 1, None, closed="left"), None],
+        "engine__precision": [StrOptions({"full", "tf32", "bf16"})],
+        "engine__batch_norm": [StrOptions({"inductive", "transductive"})],
         "callbacks": [list, tuple, None],
         "device": [str, torch.device],
         "unseen_tasks": [StrOptions({"error", "prior"})],
@@ -136,6 +142,12 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     def _integer(self, name: str) -> Any:
         """Value of an integer parameter."""
         return as_integer(getattr(self, name))
+
+    def _engine_options(self) -> dict[str, Any]:
+        """Return how batches are run."""
+        options = self._prefixed("engine")
+        most = as_integer(options["max_tasks_in_memory"])
+        return {**options, "max_tasks_in_memory": most}
 
     def _make_targets(self) -> Targets:
         """Return what y means by the parameters of now."""
@@ -259,8 +271,8 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
                 raise ValueError(
                     f"{name} was changed after fit; what was meta-learned is for another value. "
                     "Set it back, or fit anew with warm_start=False. Only alpha, steps, "
-                    "adapt_steps and batch_norm may be changed, and lam and max_grad_norm of "
-                    "update_rule and meta_gradient."
+                    "adapt_steps and engine__batch_norm may be changed, and lam and "
+                    "max_grad_norm of update_rule and meta_gradient."
                 )
         if not any(isinstance(value, CHANGEABLE) for value in values):
             self._unchanged = values, self._fit_settings

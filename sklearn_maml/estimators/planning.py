@@ -185,7 +185,7 @@ class Planning(Building):
                 learns=len(learner.rule) > 0,
                 all_adapt=len(engine.spec.parts.adapted)
                 == len([p for p in learner.module.parameters() if p.requires_grad]),
-                checkpoint_steps=bool(self.checkpoint_steps),
+                checkpoint_steps=bool(engine.spec.checkpoint_steps),
                 moves=self._n_steps() > 0 and self._alpha() > 0,
             )
         plan.engine = engine

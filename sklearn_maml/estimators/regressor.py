@@ -34,42 +34,18 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         ``out_features`` if it takes parameters of these names and they are not given. An instance
         is copied; its weights are where meta-training starts. It maps (n_rows, n_features) to
         (n_rows, n_outputs).
-    loss : {"squared_error", "absolute_error", "huber", "quantile", "poisson", "gamma"} or Loss, \
-            default="squared_error"
-        What inner steps and meta-training lower. "absolute_error" makes predictions medians,
-        "quantile" the quantile that `quantile` names; "huber" is linear in large errors. "poisson"
-        is for counts (y >= 0) and "gamma" for positive numbers: half the deviance, of a network
-        that gives logarithms of means. An object of a subclass of `sklearn_maml.targets.Loss` is
-        taken, too: ``Huber(delta=0.5)``, or a loss of your own, with a domain of y and a link;
-        ``loss__*`` are its parameters. "ridge-head" is for squared error alone.
-    quantile : float, default=None
-        Between 0 and 1: which quantile ``loss="quantile"`` is of. Other losses have no use for it.
     hidden_layer_sizes : int or sequence of int, default=(64, 64)
         Sizes of the hidden layers of the default network.
     activation : {"relu", "tanh", "gelu", "silu", "elu", "logistic", "identity"}, default="relu"
         Activation of the default network.
-    alpha : float, default=0.03
-        Inner rate: step size of adaptation. May be changed after `fit`.
-    beta : float, default=3e-3
-        Outer rate: step size of meta-training, given to the optimiser.
-    beta_decay : float, default=0.3
-        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
-        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
-        with each fit; it moves once an epoch, of 50 updates, or with ``step_every="batch"``.
-    max_grad_norm : float, default=1.0
-        Scale meta-gradients of a larger 2-norm down to this one; None does not. A single large one,
-        of a task whose inner steps diverge, can undo many updates.
-    steps : int, default=10
-        Inner steps. May be changed after `fit`.
-    adapt_steps : int, default=None
-        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
-        learns a task leaves the support set out: predictions are those before adaptation.
-    meta_gradient : str or MetaGradient, default="second-order"
-        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
-        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
-        as constants, "implicit" differentiates the solution of an inner problem with a proximal
-        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
-        adapted to all rows of an episode. See `sklearn_maml.meta_gradients`.
+    loss : {"squared_error", "absolute_error", "huber", "quantile", "poisson", "gamma"} or Loss, \
+            default="squared_error"
+        What inner steps and meta-training lower. "absolute_error" makes predictions medians,
+        "quantile" the quantile that ``loss__quantile`` names, or medians; "huber" is linear in
+        errors larger than ``loss__delta``. "poisson" is for counts (y >= 0) and "gamma" for
+        positive numbers: half the deviance, of a network that gives logarithms of means. An object
+        of a subclass of `sklearn_maml.targets.Loss` is taken, too: ``Huber(delta=0.5)``, or a loss
+        of your own, with a domain of y and a link. "ridge-head" is for squared error alone.
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
@@ -86,11 +62,35 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         too. With fewer than 4 tasks, without task information, with a `loss` of your own, and for
         modules that do not end in a linear layer or whose batch norm has no running averages (or is
         "transductive"), "auto" takes gradient steps alone.
+    meta_gradient : str or MetaGradient, default="second-order"
+        How the outer gradient comes about; ``meta_gradient__*`` are its parameters.
+        "second-order" is exact through the inner steps, "first-order" takes the inner gradients
+        as constants, "implicit" differentiates the solution of an inner problem with a proximal
+        term (iMAML; the term acts in `adapt`, too), and "reptile" steps towards the parameters
+        adapted to all rows of an episode. See `sklearn_maml.meta_gradients`.
     adapted : {"all", "head", "body"}, str or list of str, default="all"
         Parameters that adapt: all, those of the last layer (ANIL), all others (BOIL), or those
         whose names match shell-style patterns such as ``"2.*"``; the name of a context that the
         network takes beside its inputs (CAVIA, see `sklearn_maml.modules.ContextMLP`). The others
         are meta-learned only.
+    alpha : float, default=0.03
+        Inner rate: step size of adaptation. May be changed after `fit`.
+    steps : int, default=10
+        Inner steps. May be changed after `fit`.
+    adapt_steps : int, default=None
+        Inner steps in `adapt` and `score`, and in validation; None takes `steps`. With 0, whatever
+        learns a task leaves the support set out: predictions are those before adaptation.
+    beta : float, default=3e-3
+        Outer rate: step size of meta-training, given to the optimiser.
+    beta_decay : float, default=0.3
+        Fraction of `max_iter`, at its end, over which beta falls linearly to 0; 0 keeps beta
+        constant. A `skorch.callbacks.LRScheduler` in `callbacks` takes its place and begins anew
+        with each fit; it moves once an epoch, of 50 updates, or with ``step_every="batch"``.
+    max_grad_norm : float, default=1.0
+        Scale meta-gradients of a larger 2-norm down to this one; None does not. A single large one,
+        of a task whose inner steps diverge, can undo many updates.
+    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
+        Outer optimiser; ``optimizer__*`` are its parameters.
     n_shots : int, default=None
         Support rows of a task in meta-training and in `score`. None varies the number from update
         to update, log-uniformly from 5 to 20 (at most half of the rows), so that one model serves
@@ -125,27 +125,6 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         added back. For tasks that differ in level most of all: a fit then does not depend on the
         levels (the within transformation of panel data [2]_, with the mean of the support rows
         alone). With `normalize_y` the scale is that of deviations from the means of the tasks.
-    optimizer : {"adam", "adamw", "sgd"} or torch.optim.Optimizer class, default="adam"
-        Outer optimiser; ``optimizer__*`` are its parameters.
-    checkpoint_steps : bool, default=False
-        Whether second-order meta-gradients compute the graph of each inner step anew when they get
-        to it: the same gradient for less memory and more time.
-    max_tasks_in_memory : int, default=None
-        Largest number of tasks to run at once; larger meta-batches run in chunks, with the same
-        results to rounding. None makes chunks (with a warning) when memory has run out.
-    precision : {"full", "tf32", "bf16"}, default="full"
-        Numbers of the network's matrix products: "full" are those of X; "tf32" lets CUDA round
-        float32 factors to 10 bits; "bf16" computes layers, not losses or steps, in bfloat16.
-    batch_norm : {"inductive", "transductive"}, default="inductive"
-        Statistics that batch-norm layers normalise query rows with: "inductive" takes those of the
-        task's support set, so that predictions do not depend on which rows are predicted together;
-        "transductive" takes those of the query rows themselves, all rows of the task in one call of
-        `predict` together. May be changed after `fit`.
-    callbacks : list, default=None
-        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
-        parameters.
-    device : str or torch.device, default="auto"
-        "auto" takes CUDA where there is one.
     task_column : str, int, other hashable or list of them, default=None
         Column of X that holds the task id: a column name or name of an index level of a data
         frame, or a position; a list if several together are the id. It then is in every X, and
@@ -154,6 +133,11 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         What `predict` does for tasks that `adapt` has not seen, and before any `adapt`: "prior"
         predicts for the population of tasks, as after `adapt` to a task without rows. May be
         changed after `fit`.
+    device : str or torch.device, default="auto"
+        "auto" takes CUDA where there is one.
+    callbacks : list, default=None
+        skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
+        parameters.
     warm_start : bool, default=False
         Whether another `fit` goes on from the last, which stands until held-out tasks do better.
     random_state : int, RandomState instance or None, default=None
@@ -161,9 +145,25 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     verbose : int, default=0
         1 prints a line for each epoch and, on a terminal, a progress bar.
     **net_params : dict
-        Prefixed parameters: ``module__*``, ``optimizer__*``, ``callbacks__*``,
-        ``iterator_train__*``, ``iterator_valid__*``, ``update_rule__*``, ``meta_gradient__*``.
-        They are ordinary parameters to `get_params`, `set_params` and searches.
+        Parameters with a prefix, which are ordinary ones to `get_params`, `set_params` and
+        searches: ``module__*``, ``optimizer__*``, ``callbacks__*``, ``iterator_train__*``,
+        ``iterator_valid__*``, ``loss__*``, ``update_rule__*``, ``meta_gradient__*``; and
+        ``engine__*``, which say how batches are run:
+
+        - ``engine__batch_norm`` ("inductive"): what batch-norm layers normalise query rows with, in
+          meta-training, validation and predictions. "inductive" takes the statistics of the task's
+          support set, so that predictions do not depend on which rows are predicted together;
+          "transductive" those of the query rows themselves, all rows of the task in one call of
+          `predict` together. May be changed after `fit`.
+        - ``engine__precision`` ("full"): numbers of the network's matrix products. "full" are those
+          of X; "tf32" lets CUDA round float32 factors to 10 bits; "bf16" computes layers in
+          bfloat16 and keeps parameters, losses and inner steps. float64 is never rounded.
+        - ``engine__max_tasks_in_memory`` (None): largest number of tasks to run at once, in
+          meta-training, `adapt` and `predict`; larger batches run in chunks, with the same results
+          to rounding. None makes chunks (with a warning) when memory has run out.
+        - ``engine__checkpoint_steps`` (False): True has second-order meta-gradients keep only the
+          parameters of each inner step, and compute its graph anew when they get to it: the same
+          gradient for less memory and more time.
 
     Attributes
     ----------
@@ -222,8 +222,8 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     little, it makes at most 100 updates, of at most 4 splits each.
 
     Batch-norm layers normalise support rows with the statistics of the support set, at the
-    parameters of each inner step, and query rows as `batch_norm` says: "transductive" predictions
-    use the other query rows of their task, as the published scores of [1]_ do.
+    parameters of each inner step, and query rows as ``engine__batch_norm`` says: "transductive"
+    predictions use the other query rows of their task, as the published scores of [1]_ do.
 
     References
     ----------
@@ -250,6 +250,8 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     y_mean_: NDArray[Any]
     y_scale_: NDArray[Any]
     _targets_class = RealTargets
+    _prefixes: ClassVar = {"loss": None}
+    _renamed: ClassVar = {"quantile": "loss__quantile"}
     __stored_attributes__: ClassVar = RealTargets.learned
 
     __metadata_request__predict: ClassVar = {
@@ -262,19 +264,19 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         self,
         module: Any = None,
         *,
-        loss: Any = "squared_error",
-        quantile: float | None = None,
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
+        loss: Any = "squared_error",
+        update_rule: Any = "auto",
+        meta_gradient: Any = "second-order",
+        adapted: Any = "all",
         alpha: float = 0.03,
+        steps: int = 10,
+        adapt_steps: int | None = None,
         beta: float = 3e-3,
         beta_decay: float = 0.3,
         max_grad_norm: float | None = 1.0,
-        steps: int = 10,
-        adapt_steps: int | None = None,
-        meta_gradient: Any = "second-order",
-        update_rule: Any = "auto",
-        adapted: Any = "all",
+        optimizer: Any = "adam",
         n_shots: int | None = None,
         n_queries: int | None = 10,
         meta_batch_size: int = 25,
@@ -284,34 +286,29 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         n_iter_no_change: int = 250,
         normalize_y: bool = True,
         center_y: bool = False,
-        optimizer: Any = "adam",
-        checkpoint_steps: bool = False,
-        max_tasks_in_memory: int | None = None,
-        precision: str = "full",
-        batch_norm: str = "inductive",
-        callbacks: Any = None,
-        device: Any = "auto",
         task_column: Hashable | None = None,
         unseen_tasks: str = "error",
+        device: Any = "auto",
+        callbacks: Any = None,
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
         **net_params: Any,
     ) -> None:
         self.module = module
-        self.loss = loss
-        self.quantile = quantile
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
+        self.loss = loss
+        self.update_rule = update_rule
+        self.meta_gradient = meta_gradient
+        self.adapted = adapted
         self.alpha = alpha
+        self.steps = steps
+        self.adapt_steps = adapt_steps
         self.beta = beta
         self.beta_decay = beta_decay
         self.max_grad_norm = max_grad_norm
-        self.steps = steps
-        self.adapt_steps = adapt_steps
-        self.meta_gradient = meta_gradient
-        self.update_rule = update_rule
-        self.adapted = adapted
+        self.optimizer = optimizer
         self.n_shots = n_shots
         self.n_queries = n_queries
         self.meta_batch_size = meta_batch_size
@@ -321,15 +318,10 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         self.n_iter_no_change = n_iter_no_change
         self.normalize_y = normalize_y
         self.center_y = center_y
-        self.optimizer = optimizer
-        self.checkpoint_steps = checkpoint_steps
-        self.max_tasks_in_memory = max_tasks_in_memory
-        self.precision = precision
-        self.batch_norm = batch_norm
-        self.callbacks = callbacks
-        self.device = device
         self.task_column = task_column
         self.unseen_tasks = unseen_tasks
+        self.device = device
+        self.callbacks = callbacks
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
@@ -363,9 +355,14 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         """
         return self._score(X, y, groups, sample_weight, r2_score)
 
+    def _rename_parameters(self) -> None:
+        if self.loss != "quantile":  # other losses had no use for it
+            self.__dict__.pop("quantile", None)
+        super()._rename_parameters()
+
     def _make_targets(self) -> RealTargets:
         return RealTargets(
-            resolve_loss(self.loss, self.quantile), self.normalize_y, bool(self.center_y)
+            resolve_loss(self.loss, self._prefixed("loss")), self.normalize_y, bool(self.center_y)
         )
 
     def __sklearn_tags__(self) -> Any:

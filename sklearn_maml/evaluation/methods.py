@@ -238,7 +238,7 @@ class _MetaLearner:
             maml.set_params(unseen_tasks="prior")
         # losses of counts, say, are not of standardised targets, and a search may be over losses
         own = not data.n_classes and (
-            maml.normalize_y or not resolve_loss(maml.loss, maml.quantile).standardises
+            maml.normalize_y or not resolve_loss(maml.loss, {}).standardises
         )
         self.y = data.own if own else data.y
         groups = {} if data.pooled else {"groups": data.tasks.codes[data.train]}

@@ -112,8 +112,8 @@ class RecomputedSteps(InnerProblem):
         ):
             raise ValueError(
                 f"{type(self.module).__name__} writes to its buffers in its forward pass, so "
-                "computing an inner step again gives another result. Use checkpoint_steps=False "
-                "with it, or a module that leaves its buffers alone."
+                "computing an inner step again gives another result. Use "
+                "engine__checkpoint_steps=False with it, or a module that leaves its buffers alone."
             )
         return kept, fast, state
 
@@ -164,9 +164,9 @@ def _split_state(state: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise TypeError(
-                "checkpoint_steps needs an update rule whose state is made of dicts, lists and "
-                f"tuples of tensors and numbers; got a {type(leaf).__name__} in it. Change the "
-                "rule or use checkpoint_steps=False."
+                "engine__checkpoint_steps needs an update rule whose state is made of dicts, lists "
+                f"and tuples of tensors and numbers; got a {type(leaf).__name__} in it. Change the "
+                "rule or use engine__checkpoint_steps=False."
             )
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
 

@@ -260,8 +260,8 @@ class AdaptedBySteps(Adapted):
         """See `Adapted`."""
         if self.engine.joins_rows(how.batch_norm):
             raise TypeError(
-                "With batch_norm='transductive' the prediction of a row depends on the rows beside "
-                "it, which no module of one's own can tell. Set batch_norm='inductive' to have "
+                "With engine__batch_norm='transductive' the prediction of a row depends on the "
+                "rows beside it, which no module of one's own can tell. Set 'inductive' to have "
                 "those of the support set normalise instead."
             )
         return self.engine.module_of(self.adapted, task)

@@ -20,7 +20,11 @@ META_GRADIENTS: dict[str, type[MetaGradient]] = {
 
 def resolve_meta_gradient(value: Any, options: dict[str, Any]) -> MetaGradient:
     """Return the meta-gradient that `meta_gradient` names."""
-    return resolve_object("meta_gradient", value, options, MetaGradient, META_GRADIENTS)
+    gradient: MetaGradient = resolve_object(
+        "meta_gradient", value, options, MetaGradient, META_GRADIENTS
+    )
+    gradient.check()
+    return gradient
 
 
 def prepares_positions(gradient: MetaGradient) -> bool:

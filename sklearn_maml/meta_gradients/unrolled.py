@@ -35,8 +35,8 @@ class _Unrolled(MetaGradient):
         if self.multi_step_updates and checkpoint_steps:
             raise ValueError(
                 f"multi_step_updates={self.multi_step_updates} cannot be combined with "
-                "checkpoint_steps=True: the loss after every step needs the graph of all of "
-                "them. Use checkpoint_steps=False, or multi_step_updates=0."
+                "engine__checkpoint_steps=True: the loss after every step needs the graph of all "
+                "of them. Use engine__checkpoint_steps=False, or multi_step_updates=0."
             )
 
     def phase(self, update: int) -> tuple[Hashable, int | None]:

@@ -10,7 +10,7 @@ from scipy.special import softmax
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sklearn_maml._validation import is_number
+from sklearn_maml._validation import is_number, resolve_object
 from sklearn_maml.targets.base import Loss
 
 # The compiled kernels know a loss by the function `rows`, see `engine.rungs.native`: what is
@@ -118,7 +118,7 @@ class Quantile(Loss):
         if not (is_number(self.quantile) and 0 < self.quantile < 1):
             raise ValueError(
                 f"loss='quantile' needs a quantile between 0 and 1; got {self.quantile!r}. Set "
-                "quantile=0.5 for the median, say."
+                "loss__quantile=0.5 for the median, say."
             )
 
 
@@ -227,15 +227,7 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def resolve_loss(value: Any, quantile: float | None = None) -> Loss:
-    """Return the loss of numbers that `loss` names; `quantile` is for the loss of this name."""
-    if isinstance(value, Loss):
-        return value
-    if value == "quantile":
-        return Quantile(quantile)  # type: ignore[arg-type]  # checked with the targets
-    if isinstance(value, str) and value in LOSSES:
-        return LOSSES[value]()
-    raise ValueError(
-        f"loss={value!r} is not known. Expected one of {sorted(LOSSES)} or an object of a subclass "
-        "of sklearn_maml.targets.Loss."
-    )
+def resolve_loss(value: Any, options: dict[str, Any]) -> Loss:
+    """Return the loss of numbers that `loss` names, built with ``loss__*`` options."""
+    loss: Loss = resolve_object("loss", value, options, Loss, LOSSES)
+    return loss

@@ -30,4 +30,6 @@ UPDATE_RULES: dict[str, type[TaskSolver]] = {
 
 def resolve_update_rule(value: Any, options: dict[str, Any]) -> TaskSolver:
     """Return the rule that `update_rule` names, built with ``update_rule__*`` options."""
-    return resolve_object("update_rule", value, options, TaskSolver, UPDATE_RULES)
+    rule: TaskSolver = resolve_object("update_rule", value, options, TaskSolver, UPDATE_RULES)
+    rule.check()
+    return rule
