@@ -23,9 +23,13 @@ SMALL_WORK = 3e8
 _asked = threading.local()  # `threads`: as many as there were before the limit
 
 
+_limits_arrays = threading.Lock()
+
+
 @functools.cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()
+def _thread_pools(user_api: str) -> ThreadpoolController:
+    # others apart: a limit that ends gives all pools of its controller back what they had
+    return ThreadpoolController().select(user_api=user_api)
 
 
 @contextlib.contextmanager
@@ -44,7 +48,7 @@ def one_thread() -> Iterator[None]:
     outer = getattr(_asked, "threads", 1)
     _asked.threads = n_threads
     try:
-        with _thread_pools().limit(limits=1, user_api="openmp"):
+        with _thread_pools("openmp").limit(limits=1):
             yield
     finally:
         _asked.threads = outer
@@ -62,7 +66,7 @@ def several_threads() -> Iterator[None]:
     if n_threads == 1:
         yield
         return
-    with _thread_pools().limit(limits=n_threads, user_api="openmp"):
+    with _thread_pools("openmp").limit(limits=n_threads):
         yield
 
 
@@ -94,7 +98,25 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
 def _compute_alone() -> None:
     """Limit torch to one thread, for the calling thread and as long as it lives."""
     torch.get_num_threads()  # as in `one_thread`
-    _thread_pools().limit(limits=1, user_api="openmp")
+    _thread_pools("openmp").limit(limits=1)
+
+
+@contextlib.contextmanager
+def one_thread_for_arrays() -> Iterator[None]:
+    """Limit the linear algebra of numpy and scipy to one thread, in all of the process.
+
+    Its threads wait by spinning, for matrices as small as those of tasks far longer than they
+    compute where others need the cores: a start of 0.2 s took 2 to 7 s. Unlike torch's they have no
+    limit for the calling thread alone: the first to come in limits them, and lifts it.
+    """
+    if not _limits_arrays.acquire(blocking=False):
+        yield
+        return
+    try:
+        with _thread_pools("blas").limit(limits=1):
+            yield
+    finally:
+        _limits_arrays.release()
 
 
 @functools.cache

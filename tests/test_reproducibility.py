@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import warnings
 
 import joblib
@@ -17,6 +18,7 @@ import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from torch import nn
 
 from sklearn_maml import (
@@ -28,6 +30,9 @@ from sklearn_maml import (
     task_scorer,
 )
 from sklearn_maml.datasets import SinusoidTasks
+from sklearn_maml.learners import building
+from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.threads import one_thread, one_thread_for_arrays
 
 N_TASKS, N_ROWS = 12, 8
 rng = np.random.default_rng(0)
@@ -204,6 +209,74 @@ def test_workers_give_the_bits_of_one_process(backend):
         for found, expected in zip(results(2), results(1), strict=True):
             assert len(np.unique(expected)) > 1
             np.testing.assert_array_equal(found, expected)
+
+
+def threads_of_arrays():
+    return {p["num_threads"] for p in ThreadpoolController().select(user_api="blas").info()}
+
+
+@pytest.fixture
+def n_threads():
+    """Set the number of threads; it is that of the process, which gets its own back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("model", "targets"), [(MAMLRegressor, Y), (MAMLClassifier, C)])
+def test_members_start_and_are_judged_side_by_side_with_the_bits_of_one_thread(
+    model, targets, n_threads, monkeypatch
+):
+    seen = []
+
+    def noted(function):
+        def note(*args, **kwargs):
+            seen.append((threading.get_ident(), max(threads_of_arrays())))
+            return function(*args, **kwargs)
+
+        return note
+
+    for name in ("start_of_numbers", "start_of_classes"):
+        monkeypatch.setattr(building, name, noted(getattr(building, name)))
+    monkeypatch.setattr(HeadTrainer, "predictive", noted(HeadTrainer.predictive))
+
+    def fitted():
+        reg = model(max_iter=2, hidden_layer_sizes=(5,), random_state=0)
+        return reg.fit(X, targets, groups=G)
+
+    n_threads(1)
+    one = fitted()
+    here = threading.get_ident()
+    assert {ident for ident, _ in seen} == {here}
+    seen.clear()
+    n_threads(3)
+    three = fitted()
+    assert here not in {ident for ident, _ in seen}
+    assert {limit for _, limit in seen[:5]} == {1}
+    for name, value in one.module_.state_dict().items():
+        assert torch.equal(value, three.module_.state_dict()[name])
+    for name, value in vars(one.calibration_).items():
+        np.testing.assert_array_equal(value, getattr(three.calibration_, name))
+
+
+def test_a_limit_of_arrays_ends_with_the_thread_that_was_first():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one_thread(), one_thread_for_arrays():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with threadpool_limits(2, user_api="blas"):
+        with one_thread_for_arrays(), one_thread_for_arrays():
+            thread.start()
+            assert inside.wait(10)
+            assert threads_of_arrays() == {1}
+        assert threads_of_arrays() == {2}
+        leave.set()
+        thread.join()
+        assert threads_of_arrays() == {2}
 
 
 def test_only_the_order_of_task_ids_matters():

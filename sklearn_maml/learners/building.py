@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,6 +27,7 @@ from sklearn_maml.learners.start import (
     start_of_outputs,
 )
 from sklearn_maml.modules import ACTIVATIONS, check_head_is_last, layer_sizes
+from sklearn_maml.threads import one_thread_for_arrays, several_threads, side_by_side
 
 __all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why_no_head"]
 
@@ -121,7 +125,6 @@ def build_head(
         center, scale = _moments(X, weight)
         scale = np.where(scale > 1e-12 * np.abs(center), scale, 1.0)
         Z = np.clip((X.astype(np.float64) - center) / scale, -1e4, 1e4)
-    starts: list[Any] = []
     options: dict[str, Any] = {}
     if not likelihood.are_classes:
         y = y.reshape(-1, n_outputs).astype(np.float64)
@@ -138,22 +141,27 @@ def build_head(
     kinds: Sequence[_Kind] = (_linear,)
     if body is None and not (same_classes or likelihood.are_classes):
         kinds = KINDS
-    for j in range(n_members):
+
+    def start(j: int) -> Any:
         rows = slice(None) if visible is None else visible[j]
         of_rows = weight if weight is None else weight[rows]
         if same_classes:
             zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
-            start = (zero, np.eye(1 + n_linear), one, one)
-        elif isinstance(likelihood, NewtonLikelihood):
-            start = start_of_outputs(
+            return zero, np.eye(1 + n_linear), one, one
+        if isinstance(likelihood, NewtonLikelihood):
+            return start_of_outputs(
                 Z[rows], y[rows], codes[rows], likelihood, options["units"], of_rows
             )
-        elif likelihood.are_classes:
-            start = start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
-        else:
-            columns, differ = kinds[j % len(kinds)](made, j, Z)
-            start = start_of_numbers(columns[rows], y[rows], codes[rows], of_rows, differ)
-        starts.append(start)
+        if likelihood.are_classes:
+            return start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
+        columns, differ = kinds[j % len(kinds)](made, j, Z)
+        return start_of_numbers(columns[rows], y[rows], codes[rows], of_rows, differ)
+
+    with several_threads(), one_thread_for_arrays(), contextlib.ExitStack() as stack:
+        if likelihood.are_classes:  # a start need not be exact; filters are those of all threads
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", ConvergenceWarning)
+        starts = side_by_side(start, range(n_members))
     return kind_of_head(likelihood)(
         made, starts, center, scale, likelihood=likelihood, same_classes=same_classes, **options
     )

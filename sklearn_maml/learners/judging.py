@@ -17,6 +17,7 @@ from sklearn_maml.learners.conditioned import MARGIN, Calibration, interpolated
 from sklearn_maml.learners.joint import HeadTrainer, HeldOut
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
+from sklearn_maml.threads import several_threads, side_by_side
 
 __all__ = ["choose", "held_out_outputs", "judge_head"]
 
@@ -65,21 +66,32 @@ def judge_head(
         weight = _joined([trainer.weights(batch.query) for _, batch, _ in trainer.validation])
         return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets, weight))
     last = trainer.head.n_members - 1
-    whole: dict[bool, list[_Deviations]] = {False: [], True: []}  # of rows that were hidden: True
-    of_parts: dict[bool, list[_Deviations]] = {False: [], True: []}
+    given: list[tuple[HeldOut, Rows, bool]] = []  # and whether its rows were hidden
     judged = set()
     for held in trainer.validation:
         hidden = shared_rows is not None and held.member == last
         support = held.episodes.support
-        found = _Deviations.of(trainer, meta_params, held, support, alone=hidden)
-        whole[hidden].append(found)
+        given.append((held, support, hidden))
         # without labelled rows the doubt about the task is all there is, no matter which row
-        fewer = [n for n in FEWER if n < found.support and not (hidden and n == 0)]
-        for n in fewer if held.member not in judged else ():
-            first = support.first(n)
-            of_first = _Deviations.of(trainer, meta_params, held, first, alone=hidden)
-            of_parts[hidden].append(of_first)
+        fewer = [n for n in FEWER if n < _size(support) and not (hidden and n == 0)]
+        if held.member not in judged:
+            given += [(held, support.first(n), hidden) for n in fewer]
         judged.add(held.member)
+
+    def deviations(own: tuple[HeldOut, Rows, bool]) -> _Deviations:
+        return _Deviations.of(trainer, meta_params, *own)
+
+    # modules of users are not to be run in several threads at a time
+    if trainer.head.factor.is_cpu and not trainer.head.body.of_user:
+        with several_threads():
+            found = side_by_side(deviations, given)
+    else:
+        found = [*map(deviations, given)]
+    whole: dict[bool, list[_Deviations]] = {False: [], True: []}  # of rows that were hidden: True
+    of_parts: dict[bool, list[_Deviations]] = {False: [], True: []}
+    for (held, support, hidden), of_support in zip(given, found, strict=True):
+        kind = whole if support is held.episodes.support else of_parts
+        kind[hidden].append(of_support)
     joined = _Deviations.joined(whole[False])
     trainer.head.likelihood.learn_quantile(trainer.head, joined.quantile)
     freedom = joined.freedom() if trainer.head.likelihood.noise_differs else None
@@ -93,6 +105,11 @@ def judge_head(
     # few rows are hidden: they do not tell that others are easier
     of_unseen = np.where(sizes[:, None] > 0, np.maximum(of_unseen, factor), factor)
     return dataclasses.replace(made, seen=shared_rows, factor_unseen=of_unseen)
+
+
+def _size(support: Rows) -> int:
+    """Rows of the support sets, or of the median one."""
+    return support.X.shape[1] if support.lengths is None else int(np.median(support.lengths))
 
 
 def _factors(
@@ -161,9 +178,7 @@ class _Deviations:
             )
             for some in np.array_split(np.arange(n_tasks), -(-n_tasks // TASKS_AT_A_TIME))
         ]
-        width = support.X.shape[1]
-        size = width if support.lengths is None else int(np.median(support.lengths))
-        return dataclasses.replace(cls.joined(parts), support=size)
+        return dataclasses.replace(cls.joined(parts), support=_size(support))
 
     @classmethod
     def _of_some(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_maml.learners.likelihoods import NewtonLikelihood, scalars
 
@@ -443,9 +441,7 @@ def start_of_classes(
     elif labels.min() < labels.max():  # other classes may be in the tasks held out alone
         from sklearn.linear_model import LogisticRegression  # which not every process needs
 
-        with warnings.catch_warnings():  # a start need not be exact
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            pooled = LogisticRegression(max_iter=100).fit(X, labels, weight)
+        pooled = LogisticRegression(max_iter=100).fit(X, labels, weight)
         coef = np.c_[pooled.intercept_, pooled.coef_]
         if len(coef) == 1:  # the logit of the second of two classes
             coef = np.concatenate([-coef, coef]) / 2
