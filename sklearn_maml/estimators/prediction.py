@@ -207,7 +207,7 @@ class Predicting(Adapting):
             If `adapt` was not called, unless `unseen_tasks` is "prior".
         TypeError
             If predictions are no function of single rows, or made by code of numpy: with
-            ``batch_norm="transductive"``, or a loss with a link of its own.
+            ``engine__batch_norm="transductive"``, or a loss with a link of its own.
         ValueError
             If the task was not adapted to, likewise.
         """

@@ -9,17 +9,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "NO_EXTENSION",
-    "Adapted",
-    "Several",
-    "Support",
-    "alike",
-    "no_std",
-    "padded",
-    "refuse_unknown",
-]
-
 # tasks, and their padded rows, that are taken at a time
 TASKS_AT_A_TIME, PADDED_ROWS = 256, 65536
 NO_EXTENSION = (

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["MLPBody", "ModuleBody"]
-
 Params = dict[str, Tensor]
 
 # wave lengths, over 2 pi, in typical distances of standardised rows: from jumps to trends

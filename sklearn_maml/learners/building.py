@@ -29,8 +29,6 @@ from sklearn_maml.learners.start import (
 from sklearn_maml.modules import ACTIVATIONS, check_head_is_last, layer_sizes
 from sklearn_maml.threads import one_thread_for_arrays, several_threads, side_by_side
 
-__all__ = ["build_head", "kind_of_head", "module_body", "population_range", "why_no_head"]
-
 # features up to which rows are a part of the columns themselves
 LARGEST_TABLE = 500
 # classes from which a module learns better features than the rows themselves, where labels mean

@@ -27,8 +27,6 @@ from sklearn_maml.native import MAX_LAYERS, activation_code, instruction_sets
 from sklearn_maml.native.head import HeadKernel
 from sklearn_maml.threads import n_threads_asked
 
-__all__ = ["head_kernel"]
-
 # their numbers in likelihoods.h
 LIKELIHOODS: dict[type, int] = {
     Labels: 1,

@@ -29,8 +29,6 @@ from sklearn_maml.learners.sums import (
 from sklearn_maml.learners.telling import MOST_ENTRIES, Columns, Dense, LowRank, greedy
 from sklearn_maml.threads import threads_for
 
-__all__ = ["MARGIN", "Calibration", "Conditioned", "interpolated"]
-
 MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
 # of a task that gets more: conditioning on so many takes about ten times as long as on their sums

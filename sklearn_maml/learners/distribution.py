@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sklearn_maml.targets.base import Loss
 
-__all__ = ["DISPERSIONS", "TINY", "Classes", "Likelihood", "NewtonLikelihood", "Normal", "scalars"]
-
 # dispersions from which fits start
 DISPERSIONS = np.geomspace(1e-4, 10, 21)
 TINY = float(np.finfo(np.float32).tiny)

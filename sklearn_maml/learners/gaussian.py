@@ -25,8 +25,6 @@ from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
 
-__all__ = ["DECAY", "ClassHead", "GaussianHead", "HeadFunctions", "Information", "Posterior"]
-
 Params = dict[str, Tensor]
 
 BEYOND = 1e4  # standard deviations at which features are cut off

@@ -20,8 +20,6 @@ from sklearn_maml.inner import fit_outputs, mean_loss
 from sklearn_maml.learners.base import Adapted, Support, alike
 from sklearn_maml.theta import name_in_module
 
-__all__ = ["AdaptedBySteps", "GradientSteps", "Running"]
-
 # rows of one task predicted at a time, and how many of them
 ROWS_AT_A_TIME, PIECES = 4096, 16
 # A task's loss is looked at where a parameter has moved by more than this part of the largest one:

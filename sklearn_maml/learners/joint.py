@@ -20,17 +20,6 @@ from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions, P
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.native.head import HeadKernel
 
-__all__ = [
-    "PART_OF_UPDATES",
-    "PATIENCE",
-    "RATE",
-    "HeadTrainer",
-    "HeldOut",
-    "Joint",
-    "clip_members",
-    "rate_factor",
-]
-
 Params = dict[str, Tensor]
 
 PREFIX = "head."

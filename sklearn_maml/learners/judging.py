@@ -19,8 +19,6 @@ from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
 from sklearn_maml.threads import several_threads, side_by_side
 
-__all__ = ["choose", "held_out_outputs", "judge_head"]
-
 # 1.645 standard deviations are to hold nine targets in ten, .674 of them half. Where tails are
 # heavier than those of a normal distribution no factor does both: the geometric mean of the two is
 # taken, but not less than holds the least. Factors of the deviations that may be learned

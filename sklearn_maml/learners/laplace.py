@@ -19,8 +19,6 @@ from torch import Tensor
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 
-__all__ = ["LaplaceFunctions", "LaplaceHead", "LaplacePosterior"]
-
 Params = dict[str, Tensor]
 Shape = tuple[Tensor, Tensor]
 

@@ -20,8 +20,6 @@ from sklearn_maml.learners.base import Adapted, Support, padded, refuse_unknown
 from sklearn_maml.learners.gradient import Running
 from sklearn_maml.learners.plain import PlainLearner
 
-__all__ = ["AdaptedBySupport", "Learner", "LearnerEngine", "Problem"]
-
 Params = dict[str, Tensor]
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "head."

@@ -38,21 +38,6 @@ from sklearn_maml.targets.losses import (
     SquaredError,
 )
 
-__all__ = [
-    "Classes",
-    "Counts",
-    "HeavyTails",
-    "HyperbolicTails",
-    "Labels",
-    "Likelihood",
-    "NewtonLikelihood",
-    "Normal",
-    "Positive",
-    "TwoClasses",
-    "find_likelihood",
-    "scalars",
-]
-
 # logarithms below the mean at which predictions of counts end
 LOWEST = 12.0
 SURE = 10.0  # logits at which predictions of labels end

@@ -14,8 +14,6 @@ from sklearn_maml.data.episodes import Rows
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.laplace import LaplaceFunctions
 
-__all__ = ["PlainHead", "PlainLearner", "PlainMixture", "PlainModel", "column"]
-
 
 def column(outputs: Tensor) -> Tensor:
     """Return outputs as (n_rows, n_outputs), those of modules that return (n_rows,) too."""

@@ -7,8 +7,6 @@ from typing import Any
 
 from sklearn_maml.learners.learner import Learner
 
-__all__ = ["GAUSSIAN_HEAD", "GRADIENT_STEPS", "Plan"]
-
 GRADIENT_STEPS, GAUSSIAN_HEAD = "gradient-steps", "gaussian-head"
 
 

@@ -13,8 +13,6 @@ from sklearn_maml.learners.conditioned import Conditioned
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.plain import PlainMixture
 
-__all__ = ["LEAST_HELD_OUT", "Mixed", "choose_share", "find_logit_scale", "task_errors"]
-
 # of gradient steps; never all, so that there is a standard deviation
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # what steps have to gain, in standard errors over held-out tasks, before they get a share; and

@@ -10,16 +10,6 @@ import torch
 
 from sklearn_maml.learners.likelihoods import NewtonLikelihood, scalars
 
-__all__ = [
-    "NOISE_FLOOR",
-    "Bent",
-    "Differ",
-    "InLevel",
-    "start_of_classes",
-    "start_of_numbers",
-    "start_of_outputs",
-]
-
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 # features of a mixed model, a round of which is cubic in them; entries of all matrices of the tasks
 LARGEST_MIXED, MIXED_ENTRIES = 100, 2**20

@@ -13,8 +13,6 @@ from torch import Tensor
 from sklearn_maml.learners.base import TASKS_AT_A_TIME, Support, alike, padded
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Information, Posterior
 
-__all__ = ["CACHED_ROWS", "Given", "Kept", "Sums", "room_of_sums", "sums_over", "tensors"]
-
 # Tasks, -1 for one that has another by now, and their posteriors. The variance of predictions needs
 # these, and finding them takes longer than predicting.
 Kept = Sequence[tuple[np.ndarray, Posterior]]

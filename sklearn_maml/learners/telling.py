@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_ENTRIES", "Columns", "Dense", "LowRank", "greedy"]
-
 # entries of S that are kept, and of any matrix of all tasks taken at a time
 MOST_ENTRIES = 2**22
 ROWS_AT_A_TIME = 8192

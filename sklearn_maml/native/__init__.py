@@ -29,15 +29,6 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = [
-    "Kernel",
-    "Layout",
-    "NativeUnavailableError",
-    "describe",
-    "instruction_set",
-    "instruction_sets",
-]
-
 Params = dict[str, Tensor]
 
 MAX_LAYERS = 32  # as in the source

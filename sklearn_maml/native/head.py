@@ -18,8 +18,6 @@ from sklearn_maml.native import (
     instruction_sets,
 )
 
-__all__ = ["HeadKernel"]
-
 Params = dict[str, Tensor]
 
 # in the order of `Tensor` of head.cpp; weight and bias of each layer follow
