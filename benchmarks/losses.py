@@ -118,7 +118,7 @@ def run(problem, X, y, task, collection, seed):
     losses = {"amount": ["gamma"], "median": ["absolute_error", "huber"]}
     fits, seconds = {}, {}
     for loss in losses.get(problem, ["quantile"]):
-        quantile = {"loss__quantile": QUANTILES[problem]} if loss == "quantile" else {}
+        quantile = {"quantile": QUANTILES[problem]} if loss == "quantile" else {}
         fits[f"loss={loss!r}"] = MAMLRegressor(loss=loss, random_state=seed, **quantile)
     fits["squared error"] = MAMLRegressor(random_state=seed)
     for name, model in fits.items():

@@ -498,7 +498,7 @@ def test_glitches_in_meta_training_do_not_count():
 @pytest.mark.parametrize(("q", "noise"), [(0.1, "skew"), (0.9, "normal")])
 def test_a_quantile_has_its_part_of_new_targets_below_it(q, noise, tmp_path):
     X, y, task = lines(60, noise=noise)
-    model = MAMLRegressor(loss="quantile", loss__quantile=q, **SMALL).fit(X, y, groups=task)
+    model = MAMLRegressor(loss="quantile", quantile=q, **SMALL).fit(X, y, groups=task)
     X, y, task = lines(150, seed=1, noise=noise)
     support = np.arange(len(X)) % 24 < 6
     model.adapt(X[support], y[support], groups=task[support])
@@ -529,7 +529,7 @@ def test_absolute_errors_are_calibrated_to_the_median_of_skewed_noise():
     first = np.tile(np.arange(n_rows) < 20, n_tasks)
     known, new = task < 80, task >= 80
     predicted = []
-    for options in ({"loss": "absolute_error"}, {"loss": "quantile", "loss__quantile": 0.5}):
+    for options in ({"loss": "absolute_error"}, {"loss": "quantile", "quantile": 0.5}):
         reg = MAMLRegressor(**settings, **options).fit(X[known], y[known], groups=task[known])
         reg.adapt(X[new & first], y[new & first], groups=task[new & first])
         predicted.append(reg.predict(X[new & ~first], groups=task[new & ~first]))

@@ -191,7 +191,7 @@ SMALL = {
 
 def regressor(loss, **params):
     if loss == "quantile":
-        params.setdefault("loss__quantile", 0.9)
+        params.setdefault("quantile", 0.9)
     return MAMLRegressor(**{**SMALL, "loss": loss, **params})
 
 
@@ -303,7 +303,7 @@ def test_a_glitch_in_a_support_set_gives_no_astronomic_rates(loss, far, dtype):
 @pytest.mark.parametrize("loss", ["huber", "quantile"])
 def test_parameters_of_a_loss_have_its_prefix_whether_it_is_a_name_or_an_object(loss):
     option = {"huber": "loss__delta", "quantile": "loss__quantile"}[loss]
-    named, given = (MAMLRegressor(**{**SMALL, "loss": k}) for k in (loss, LOSSES[loss]()))
+    named, given = (regressor(k, quantile=0.5) for k in (loss, LOSSES[loss]()))
     fits = []
     for model in (named, given):
         fits.append(model.fit(X, Y, groups=TASK).adapt(X[:9], Y[:9]).predict(X))
@@ -318,7 +318,7 @@ def test_parameters_of_a_loss_have_its_prefix_whether_it_is_a_name_or_an_object(
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])
 def test_the_quantile_has_to_be_one(quantile):
     with pytest.raises(ValueError, match="quantile"):
-        MAMLRegressor(**SMALL, loss="quantile", loss__quantile=quantile).fit(X, Y, groups=TASK)
+        MAMLRegressor(**SMALL, loss="quantile", quantile=quantile).fit(X, Y, groups=TASK)
     with pytest.raises(ValueError, match=r"needs a quantile between 0 and 1; got 2"):
         MAMLRegressor(**SMALL, loss=Quantile(2)).fit(X, Y, groups=TASK)
     with pytest.raises(ValueError, match=r"delta of the loss Huber must be positive.*got -1"):
@@ -389,12 +389,11 @@ def test_predictions_after_files_pickles_and_as_a_module_are_the_same(reg, tmp_p
 
 
 def test_the_loss_of_a_fitted_model_stays(reg):
-    message = r"loss was changed after fit|loss='squared_error' got the options \['quantile'\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="loss was changed after fit"):
         clone_of(reg).set_params(loss="squared_error").adapt(X[:9], Y[:9] + 1)
     if reg.loss == "quantile":
         with pytest.raises(ValueError, match="loss was changed after fit"):
-            reg.set_params(loss__quantile=0.5).adapt(X[:9], Y[:9])
+            reg.set_params(quantile=0.5).adapt(X[:9], Y[:9])
 
 
 def clone_of(reg):
@@ -407,9 +406,8 @@ def test_few_shot_estimators_pipelines_and_searches(reg):
     assert_array_equal(FewShotRegressor(reg).fit(X[:9], y[:9]).predict(X), expected)
     pipe = make_pipeline(StandardScaler(), clone(reg)).fit(X, y, mamlregressor__groups=TASK)
     assert np.isfinite(adapt(pipe, X[:9], y[:9]).predict(X)).all()
-    grid = {"loss": ["squared_error", reg.loss]}
-    plain = MAMLRegressor(**SMALL)
-    search = GridSearchCV(plain, grid, cv=KFold(2))
+    grid = {"loss": ["squared_error", reg.loss], "quantile": [0.5]}
+    search = GridSearchCV(clone(reg), grid, cv=KFold(2))
     search.fit([(X[j == TASK], y[j == TASK]) for j in range(8)])
     scores = search.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all()

@@ -587,7 +587,6 @@ OLD_DEFAULTS = {
     "max_tasks_in_memory": None,
     "precision": "full",
     "batch_norm": "inductive",
-    "quantile": None,
 }
 
 
@@ -595,8 +594,6 @@ OLD_DEFAULTS = {
     ({}, {}),
     ({"precision": "bf16", "max_tasks_in_memory": 2},
      {"engine__precision": "bf16", "engine__max_tasks_in_memory": 2}),
-    ({"loss": "quantile", "quantile": 0.9}, {"loss": "quantile", "loss__quantile": 0.9}),
-    ({"quantile": 0.9}, {}),  # which squared error had no use for
 ])  # fmt: skip
 def test_parameters_that_had_no_prefix_are_read(old, now, data, tmp_path):
     X, y, groups = data

@@ -472,7 +472,7 @@ HEADS = {
     "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
     "one step outside": (MAMLRegressor, X, Y, G, {"meta_gradient": "reptile"}),
     "counts": (MAMLRegressor, X, np.floor(Y**2), G, {"loss": "poisson"}),
-    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "loss__quantile": 0.8}),
+    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "quantile": 0.8}),
 }
 
 

@@ -94,6 +94,7 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
     _renamed: ClassVar = {name: f"engine__{name}" for name in ENGINE_OPTIONS}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "loss": [StrOptions({*LOSSES, "cross_entropy", "binary"}), Loss],
+        "quantile": [Interval(numbers.Real, 0, 1, closed="neither"), None],
         "hidden_layer_sizes": ["array-like", Interval(numbers.Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "alpha": [Interval(numbers.Real, 0, None, closed="left")],

@@ -41,11 +41,13 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     loss : {"squared_error", "absolute_error", "huber", "quantile", "poisson", "gamma"} or Loss, \
             default="squared_error"
         What inner steps and meta-training lower. "absolute_error" makes predictions medians,
-        "quantile" the quantile that ``loss__quantile`` names, or medians; "huber" is linear in
-        errors larger than ``loss__delta``. "poisson" is for counts (y >= 0) and "gamma" for
-        positive numbers: half the deviance, of a network that gives logarithms of means. An object
-        of a subclass of `sklearn_maml.targets.Loss` is taken, too: ``Huber(delta=0.5)``, or a loss
-        of your own, with a domain of y and a link. "ridge-head" is for squared error alone.
+        "quantile" the quantile that `quantile` names; "huber" is linear in errors larger than
+        ``loss__delta``. "poisson" is for counts (y >= 0) and "gamma" for positive numbers: half the
+        deviance, of a network that gives logarithms of means. An object of a subclass of
+        `sklearn_maml.targets.Loss` is taken, too: ``Huber(delta=0.5)``, or a loss of your own, with
+        a domain of y and a link. "ridge-head" is for squared error alone.
+    quantile : float, default=None
+        Between 0 and 1: which quantile ``loss="quantile"`` is of. Other losses have no use for it.
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
@@ -251,7 +253,6 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     y_scale_: NDArray[Any]
     _targets_class = RealTargets
     _prefixes: ClassVar = {"loss": None}
-    _renamed: ClassVar = {"quantile": "loss__quantile"}
     __stored_attributes__: ClassVar = RealTargets.learned
 
     __metadata_request__predict: ClassVar = {
@@ -267,6 +268,7 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         hidden_layer_sizes: Any = (64, 64),
         activation: str = "relu",
         loss: Any = "squared_error",
+        quantile: float | None = None,
         update_rule: Any = "auto",
         meta_gradient: Any = "second-order",
         adapted: Any = "all",
@@ -299,6 +301,7 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.loss = loss
+        self.quantile = quantile
         self.update_rule = update_rule
         self.meta_gradient = meta_gradient
         self.adapted = adapted
@@ -355,15 +358,12 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         """
         return self._score(X, y, groups, sample_weight, r2_score)
 
-    def _rename_parameters(self) -> None:
-        if self.loss != "quantile":  # other losses had no use for it
-            self.__dict__.pop("quantile", None)
-        super()._rename_parameters()
-
     def _make_targets(self) -> RealTargets:
-        return RealTargets(
-            resolve_loss(self.loss, self._prefixed("loss")), self.normalize_y, bool(self.center_y)
-        )
+        options = self._prefixed("loss")
+        if self.loss == "quantile":
+            options = {"quantile": self.quantile, **options}
+        loss = resolve_loss(self.loss, options)
+        return RealTargets(loss, self.normalize_y, bool(self.center_y))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -118,7 +118,7 @@ class Quantile(Loss):
         if not (is_number(self.quantile) and 0 < self.quantile < 1):
             raise ValueError(
                 f"loss='quantile' needs a quantile between 0 and 1; got {self.quantile!r}. Set "
-                "loss__quantile=0.5 for the median, say."
+                "quantile=0.5 for the median, say."
             )
 
 
