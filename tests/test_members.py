@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_maml import MAMLRegressor, load, save
+from sklearn_maml import MAMLClassifier, MAMLRegressor, load, save
+from sklearn_maml.learners import start
 from sklearn_maml.learners.base import Support
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
 from sklearn_maml.learners.gaussian import TRUST, GaussianHead
-from sklearn_maml.learners.likelihoods import Normal
-from sklearn_maml.learners.start import Bent, InLevel, start_of_numbers
-from sklearn_maml.targets import SquaredError
+from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.likelihoods import Normal, TwoClasses
+from sklearn_maml.learners.start import Bent, InLevel, start_of_numbers, start_of_outputs
+from sklearn_maml.targets import CrossEntropy, SquaredError
 
 RNG = np.random.RandomState
 
@@ -168,3 +170,82 @@ def test_a_bend_that_all_tasks_share_is_known_without_training(tmp_path):
     save(tmp_path / "model", reg)
     again = load(tmp_path / "model").predict(X[~support], groups=task[~support])
     np.testing.assert_array_equal(again, predicted)
+
+
+def rare_labels(n_tasks=150, n_rows=40, seed=0):
+    """Labels of logits -2 + x, whose level has a standard deviation of .7."""
+    rng = RNG(seed)
+    X, task = rng.randn(n_tasks * n_rows, 1), np.repeat(np.arange(n_tasks), n_rows)
+    logit = -2 + X[:, 0] + 0.7 * rng.randn(n_tasks)[task]
+    return X, (logit + rng.logistic(size=len(X)) > 0).astype(float)[:, None], task
+
+
+@pytest.mark.parametrize("kind", [None, InLevel])
+def test_a_start_of_rare_labels_is_not_pushed_away_by_them(monkeypatch, kind):
+    X, y, task = rare_labels()
+    found = []
+    for n_rounds in (8, 24):
+        monkeypatch.setattr(start, "WORKING_ROUNDS", n_rounds)
+        differ = kind and kind()
+        likelihood = TwoClasses(CrossEntropy())
+        mean, factor, *_ = start_of_outputs(X, y, task, likelihood, np.ones(1), differ=differ)
+        found.append([*mean[:, 0], np.abs(factor[0, 0])])
+    np.testing.assert_allclose(found[0], [-2, 1, 0.7], atol=0.15)
+    np.testing.assert_allclose(found[1], found[0], atol=0.12)
+
+
+def test_a_feature_that_separates_labels_has_an_end():
+    X, y, task = rare_labels(20, 20)
+    X = np.c_[X, y - y.mean()]
+    mean, *_ = start_of_outputs(X, y, task, TwoClasses(CrossEntropy()), np.ones(1))
+    assert np.abs(mean).max() < 50
+
+
+@pytest.mark.parametrize("n_rows", [2, 12])  # fewer and more rows than the 6 columns
+def test_tasks_of_two_classes_weigh_members_by_the_density_of_their_labels(n_rows):
+    rng = RNG(0)
+    body = MLPBody(2, [2, 3], nn.ReLU(), torch.Generator().manual_seed(0))
+    starts = [
+        (level + rng.randn(3, 1), 0.3 * np.tril(rng.randn(3, 3)), np.ones(1), np.ones(1))
+        for level in (-1.0, 1.0)
+    ]
+    likelihood = TwoClasses(CrossEntropy())
+    head = LaplaceHead(body, starts, np.zeros(2), np.ones(2), likelihood=likelihood).double()
+    with torch.no_grad():
+        head.log_scale.fill_(np.log(0.3))
+    X, y = rng.randn(n_rows, 2), rng.randint(2, size=n_rows)
+    edge = np.ones(2)
+    support = Support(X, y, np.zeros(n_rows, int), 2, None)
+    tasks = Conditioned.on(head, Calibration(0 * edge, edge), support)
+    run = head.functions({name: p.detach() for name, p in head.named_parameters()})
+    prior, S = (part.numpy() for part in run.columns(torch.from_numpy(X)))
+    w = rng.randn(200_000, S.shape[-1])
+    logs = []
+    for j in range(2):
+        logits = (prior[j, :, 0] + w @ S[j].T) * np.where(y == 1, 1, -1)
+        logs.append(np.log(np.exp(-np.log1p(np.exp(-logits)).sum(1)).mean()))
+    odds = np.exp(TRUST * (logs[1] - logs[0]))
+    assert not 0.8 < odds < 1.25
+    got = tasks.trust[:, 0]
+    np.testing.assert_allclose(got[1] / got[0], odds, rtol=0.03)
+    assert (tasks.trust[:, 1] == 0.5).all()
+
+
+def test_members_of_two_classes_start_differently_and_are_saved(tmp_path):
+    X, y, task = rare_labels(20, 20)
+    clf = MAMLClassifier(max_iter=4, hidden_layer_sizes=(8,), random_state=0)
+    clf.fit(X, y[:, 0].astype(int), groups=task)
+    head = clf.net_.module_.head
+    slopes = head.factor[:, 1, 1].abs().detach().numpy()
+    assert slopes[3] < 0.02 < slopes[[0, 1, 2, 4]].min()
+    assert not np.allclose(head.body.weight0[1, :, 0].detach(), head.body.weight0[0, :, 0].detach())
+    rows = np.arange(len(y)) % 20 < 5
+    clf.adapt(X[rows], y[rows, 0].astype(int), groups=task[rows])
+    expected = clf.predict_proba(X, groups=task)
+    save(tmp_path / "model", clf)
+    np.testing.assert_allclose(
+        load(tmp_path / "model").predict_proba(X, groups=task), expected, rtol=1e-6
+    )
+    with torch.no_grad():
+        plain = clf.adapted_module(3)(torch.from_numpy(X[task == 3]))
+    np.testing.assert_allclose(plain, expected[task == 3], rtol=1e-5)

@@ -416,3 +416,31 @@ def test_intervals_without_rows_are_calibrated_by_themselves():
         reg.calibration_, factor=factor, sizes=reg.calibration_.sizes[-1:]
     )
     assert half(0) > of_none + 0.1
+
+
+def test_probabilities_have_a_factor_for_each_size_of_a_support_set():
+    # three classes of tasks that have little in common: without rows one knows less than the
+    # head thinks that it does, and more after some
+    rng = np.random.RandomState(0)
+    task = np.repeat(np.arange(40), 12)
+    A = rng.uniform(-1, 1, (len(task), 2))
+    level = 2 * rng.randn(40, 3)
+    y = (level[task] + A[:, :1] + rng.gumbel(size=(len(task), 3))).argmax(1)
+    clf = MAMLClassifier(unseen_tasks="prior", **SMALL).fit(A, y, groups=task)
+    calibration = clf.calibration_
+    np.testing.assert_array_equal(calibration.sizes[:3], [0, 1, 2])
+    assert calibration.factor.shape == (len(calibration.sizes), 1)
+
+    rows = (np.arange(len(y)) % 12 < 2) & (task < 20)  # and none of the other tasks
+    clf.adapt(A[rows], y[rows], groups=task[rows])
+    before = clf.predict_proba(A, groups=task)
+    factor = calibration.factor.copy()
+    factor[0] *= 0.5
+    clf.calibration_ = dataclasses.replace(calibration, factor=factor)
+    clf.adapt(A[rows], y[rows], groups=task[rows])
+    after = clf.predict_proba(A, groups=task)
+    given = task < 20
+    np.testing.assert_array_equal(after[given], before[given])
+    logs = np.log(before[~given])
+    flat = np.exp(0.5 * (logs - logs.mean(1, keepdims=True)))
+    np.testing.assert_allclose(after[~given], flat / flat.sum(1, keepdims=True), rtol=1e-6)

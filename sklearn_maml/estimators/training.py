@@ -180,6 +180,7 @@ class Training(Planning):
                     self._make_engine(self._learner.module, begin_with(self._rung)),
                     meta_params,
                     [batch.to(self.device_) for batch in plan.episodes.validation],
+                    calibration,
                     alpha=self._alpha(),
                     steps=self._n_adapt_steps(),
                 )

@@ -137,7 +137,7 @@ def build_head(
     else:
         made = body
     kinds: Sequence[_Kind] = (_linear,)
-    if body is None and not (same_classes or likelihood.are_classes):
+    if body is None and not same_classes and likelihood.members_differ:
         kinds = KINDS
 
     def start(j: int) -> Any:
@@ -146,14 +146,13 @@ def build_head(
         if same_classes:
             zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
             return zero, np.eye(1 + n_linear), one, one
-        if isinstance(likelihood, NewtonLikelihood):
-            return start_of_outputs(
-                Z[rows], y[rows], codes[rows], likelihood, options["units"], of_rows
-            )
-        if likelihood.are_classes:
+        if likelihood.are_classes and not isinstance(likelihood, NewtonLikelihood):
             return start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
         columns, differ = kinds[j % len(kinds)](made, j, Z)
-        return start_of_numbers(columns[rows], y[rows], codes[rows], of_rows, differ)
+        seen = columns[rows], y[rows], codes[rows]
+        if isinstance(likelihood, NewtonLikelihood):
+            return start_of_outputs(*seen, likelihood, options["units"], of_rows, differ)
+        return start_of_numbers(*seen, of_rows, differ)
 
     with several_threads(), one_thread_for_arrays(), contextlib.ExitStack() as stack:
         if likelihood.are_classes:  # a start need not be exact; filters are those of all threads

@@ -44,10 +44,10 @@ class Calibration:
     ----------
     low, high : ndarrays of shape (n_outputs,)
         Range of the targets of meta-training.
-    factor : ndarray of shape (n_sizes, n_outputs) or (n_outputs,), or float
+    factor : ndarray of shape (n_sizes, n_outputs or 1) or (n_outputs,), or float
         Of the standard deviations; of the logits, in classification.
     sizes : ndarray of shape (n_sizes,) or None
-        Rows of the support sets that the factors of standard deviations are for; None: all.
+        Rows of the support sets that the factors are for; None: all.
     seen : int64 ndarray or None
         Marks of the distinct rows of features, where tasks share them.
     factor_unseen : ndarray of the shape of `factor` or None
@@ -254,7 +254,8 @@ class Conditioned(Adapted):
         )
         low, high = (torch.from_numpy(edge[codes]) for edge in self._edges())
         mean = self._average(means, codes)
-        return likelihood.predicted(mean, self.calibration.factor, low, high).numpy()
+        factor = torch.tensor(self._factor(rows, codes)) if likelihood.are_classes else 1.0
+        return likelihood.predicted(mean, factor, low, high).numpy()
 
     def _average(self, means: np.ndarray, codes: np.ndarray) -> Tensor:
         """Put outputs (n_members, n_rows, n_outputs) of members together."""
@@ -308,7 +309,7 @@ class Conditioned(Adapted):
         return n_rows
 
     def _factor(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Calibration (n_rows, n_outputs) of the standard deviations within a member."""
+        """Calibration (n_rows, n_outputs) of the standard deviations of a member, or of logits."""
         n_rows = self._counts[codes]
         factor = self.calibration.factors(n_rows, unseen=False)
         if self.calibration.seen is None:
@@ -406,7 +407,9 @@ class Conditioned(Adapted):
         low, high = (edge[task] for edge in self._edges())
         shift, low, high = tensors(self.head, self.shift[:, task], low, high)
         (trust,) = tensors(self.head, self.trust[:, task, None])
-        of_logits = float(self.calibration.factor) if self.head.likelihood.are_classes else 1.0
+        of_logits = 1.0
+        if self.head.likelihood.are_classes:
+            of_logits = float(self.calibration.factors(self._counts[[task]], unseen=False)[0, 0])
         return PlainHead(self.head, shift, low, high, of_logits, trust, self._root(task))
 
     def _root(self, task: int) -> Tensor | None:

@@ -35,12 +35,15 @@ class Likelihood:
         Whether tasks differ in their noise, of which support sets tell by their misfit.
     is_centered : bool
         Whether targets are about as far above predictions as below.
+    members_differ : bool
+        Whether members start differently, and a task weighs them by the density of its rows.
     """
 
     are_classes: ClassVar[bool] = False
     noise_differs: ClassVar[bool] = False
     uses_variance: bool = False
     is_centered: bool = False
+    members_differ: ClassVar[bool] = False
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
@@ -133,6 +136,7 @@ class Normal(Likelihood):
 
     noise_differs: ClassVar[bool] = True
     is_centered = True
+    members_differ: ClassVar[bool] = True
 
 
 class Classes(Likelihood):

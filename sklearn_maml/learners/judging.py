@@ -26,7 +26,7 @@ LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
 # Sizes of support sets for which there are factors, beside those of held-out episodes; what a
 # factor is drawn to that of all, in tasks; part of the squared errors of a member that those of the
 # mean of all members are at least
-FEWER, DRAWN, LEAST_KEPT = (0, 2), 5, 0.25
+FEWER, FEWER_OF_CLASSES, DRAWN, LEAST_KEPT = (0, 2), (0, 1, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
 # tasks that have columns at a time: those of all members are large
@@ -56,13 +56,7 @@ def judge_head(
     if not trainer.validation:
         return plain
     if trainer.head.likelihood.are_classes:
-        parts = []
-        for member, batch, _ in trainer.validation:
-            pair = trainer.outputs(meta_params, member, batch)
-            parts.append([batch.query.real(t).double().cpu().numpy() for t in pair])
-        outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-        weight = _joined([trainer.weights(batch.query) for _, batch, _ in trainer.validation])
-        return dataclasses.replace(plain, factor=find_logit_scale(outputs, targets, weight))
+        return dataclasses.replace(plain, **_logit_factors(trainer, meta_params))
     last = trainer.head.n_members - 1
     given: list[tuple[HeldOut, Rows, bool]] = []  # and whether its rows were hidden
     judged = set()
@@ -108,6 +102,48 @@ def judge_head(
 def _size(support: Rows) -> int:
     """Rows of the support sets, or of the median one."""
     return support.X.shape[1] if support.lengths is None else int(np.median(support.lengths))
+
+
+def _logit_factors(trainer: HeadTrainer, meta_params: dict[str, Tensor]) -> dict[str, Any]:
+    """Factors of the logits, and the sizes of support sets that they are for; see `_factors`."""
+    parts: dict[int, list[list[Any]]] = {}
+    judged = set()
+    for member, batch, task in trainer.validation:
+        whole = _size(batch.support)
+        # with n_ways a support set has rows of all classes
+        fewer = () if member in judged or trainer.head.same_classes else FEWER_OF_CLASSES
+        judged.add(member)
+        for n in (*(n for n in fewer if n < whole), whole):
+            support = batch.support.first(n) if n < whole else batch.support
+            pair = trainer.outputs(meta_params, member, EpisodeBatch(support, batch.query))
+            weight = trainer.weights(batch.query)
+            of_row = np.broadcast_to(task[:, None], batch.query.X.shape[:2])
+            found = [batch.query.real(t).double().cpu().numpy() for t in pair]
+            found.append(batch.query.real(torch.tensor(of_row)).numpy())
+            parts.setdefault(n, []).append([*found, weight])
+
+    def joined(sizes: Sequence[int]) -> list[Any]:
+        each = [part for size in sizes for part in parts[size]]
+        return [_joined(values) for values in zip(*each, strict=True)]
+
+    sizes = sorted(parts)
+    outputs, targets, _, weight = joined([size for size in sizes if size] or sizes)
+    of_all = find_logit_scale(outputs, targets, weight)
+    if trainer.head.same_classes:
+        return {"factor": of_all}
+    factors = []
+    for size in sizes:
+        outputs, targets, task, weight = joined([size])
+        n_tasks = len(np.unique(task))
+        log = n_tasks * np.log(find_logit_scale(outputs, targets, weight))
+        factors.append(np.exp((log + DRAWN * np.log(of_all)) / (n_tasks + DRAWN)))
+    return {"sizes": np.array(sizes, dtype=float), "factor": np.array(factors)[:, None]}
+
+
+def _sizes(support: Rows) -> np.ndarray:
+    """Count the rows (n_tasks,) of support sets."""
+    n_tasks, width = support.X.shape[:2]
+    return np.full(n_tasks, width) if support.lengths is None else np.asarray(support.lengths)
 
 
 def _factors(
@@ -187,9 +223,7 @@ class _Deviations:
         centers = trainer.head.likelihood.center(outputs, variances, trainer.head)
         own = held.member or 0
         like = centers[own]
-        sizes = support.lengths
-        if sizes is None:
-            sizes = np.full(len(held.task), support.X.shape[1])
+        sizes = _sizes(support)
         n_rows = torch.as_tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1, 1)
         misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
         counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
@@ -302,14 +336,16 @@ def held_out_outputs(
     engine: Engine,
     meta_params: dict[str, Tensor],
     batches: Sequence[EpisodeBatch],
+    calibration: Calibration,
     *,
     alpha: float,
     steps: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Return outputs of the first member and of gradient steps, targets and episodes of query rows.
 
-    Of tasks that neither of them has seen, in the units of the losses; logits, of classes. The last
-    of the results are the weights of the rows, None where they are equal.
+    Of tasks that neither of them has seen, in the units of the losses; logits, of classes, which
+    are calibrated of the member. The last of the results are the weights of the rows, None where
+    they are equal.
     """
     own = {n: p for n, p in meta_params.items() if not n.startswith("head.")}
     parts: list[list[np.ndarray]] = [[], [], [], []]
@@ -318,6 +354,9 @@ def held_out_outputs(
         with engine.threads(batch.query.X.shape[0] * batch.query.X.shape[1]):
             _, of_steps = engine.evaluate(own, batch, alpha=alpha, steps=steps)
         of_head, y = trainer.outputs(meta_params, 0, batch)
+        if trainer.head.likelihood.are_classes:
+            factors = calibration.factors(_sizes(batch.support), unseen=False)
+            of_head = of_head * torch.tensor(factors[:, None]).to(of_head)
         episode = torch.arange(len(batch), device=y.device)[:, None].expand(y.shape[:2]) + first
         first += len(batch)
         for values, part in zip((of_head, of_steps, y, episode), parts, strict=True):
@@ -347,7 +386,7 @@ def choose(
         share = choose_share(head, steps, target, codes, task, likelihood, known, weight)
         return share, calibration
     scale = find_logit_scale(steps, target, weight)
-    logs = [log_softmax(f * o, axis=1) for f, o in ((calibration.factor, head), (scale, steps))]
+    logs = [log_softmax(outputs, axis=1) for outputs in (head, scale * steps)]
     share = choose_share(logs[0], logs[1], target, codes, task, likelihood, known, weight)
     mixed = likelihood.mix(logs[0], logs[1], share)
     # a mean of calibrated probabilities is not confident enough

@@ -67,6 +67,10 @@ class LaplaceHead(GaussianHead):
                 noise = self.likelihood.guess(torch.from_numpy(level), run.shape())[1]
                 least = noise.flatten(1).amin(1)
                 self.log_scale[:] = (0.3 * least.sqrt()).log()[:, None]
+                for j, (_, factor, *_) in enumerate(starts):
+                    of_units = torch.tensor(factor.diagonal()[1 + len(center) :]).log()
+                    own = self.log_scale[j, : len(of_units)]
+                    own.copy_(torch.maximum(own, of_units))
 
     @property
     def n_systems(self) -> int:
@@ -167,12 +171,15 @@ class LaplacePosterior:
         Roots of their information.
     inverse : Tensor of shape (n_members, n_tasks, n_outputs, n, n)
         That of the system that was solved; n is the smaller of n_support and n_columns.
+    objective : Tensor of shape (n_members, n_tasks, n_outputs)
+        Negative logarithm of the density of rows and weights at the mode, up to constants.
     """
 
     shift: Tensor
     S: Tensor
     root: Tensor
     inverse: Tensor
+    objective: Tensor
 
     @property
     def dual(self) -> bool:
@@ -203,9 +210,13 @@ class LaplaceFunctions(HeadFunctions):
     has_sums: ClassVar[bool] = False
     head: LaplaceHead
 
-    def trust(self, given: Any) -> None:
-        """See `HeadFunctions`: the density of the support targets has no closed form."""
-        return None
+    def trust(self, given: LaplacePosterior) -> Tensor | None:
+        """See `HeadFunctions`; None where densities have constants that members differ in."""
+        return super().trust(given) if self.likelihood.members_differ else None
+
+    def log_density(self, given: LaplacePosterior) -> Tensor:  # type: ignore[override]
+        """See `HeadFunctions`; by Laplace's approximation."""
+        return torch.linalg.slogdet(given.inverse)[1] / 2 - given.objective
 
     @property
     def likelihood(self) -> NewtonLikelihood:
@@ -228,20 +239,21 @@ class LaplaceFunctions(HeadFunctions):
         m = (root if root.ndim == 3 else root[None]).double().unsqueeze(-1)
         space = _Dual(S @ S.mT) if _is_dual(S) else _Primal(S)
         y = self.likelihood.seen(y).double()
-        at, of_rows, inverse = self._posterior(space, prior, y, m)
-        return LaplacePosterior(S.mT @ at if _is_dual(S) else at, S, of_rows, inverse)
+        at, *rest = self._posterior(space, prior, y, m)
+        return LaplacePosterior(S.mT @ at if _is_dual(S) else at, S, *rest)
 
     def _posterior(
         self, space: _Dual | _Primal, prior: Tensor, y: Tensor, m: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mode in the coordinates of `space`, roots of the information there, and the inverse."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mode in the coordinates of `space`; the rest is of `LaplacePosterior`, from `root` on."""
         problem = _Problem(self, space, prior, y, m)
         with torch.no_grad():
             at = problem.near_mode()
         at = problem.newton(at, *problem.derivatives(at)[1:])
         # the information is that at the mode, of which it has the derivatives
-        root = problem.root(problem.derivatives(at)[2])
-        return at, root, _inverse(space.system(root))
+        objective, _, information = problem.derivatives(at)
+        root = problem.root(information)
+        return at, root, _inverse(space.system(root)), objective
 
     def query(  # type: ignore[override]
         self, X: Tensor, given: LaplacePosterior, freedom: Tensor | None = None
@@ -301,7 +313,7 @@ class LaplaceFunctions(HeadFunctions):
         m = prior.new_ones(1, *X.shape[:2]) if mask is None else mask.double()
         m = m.unsqueeze(-1)
         cross = gram[:, :, :k, k:]
-        at, root, inverse = self._posterior(
+        at, root, inverse, _ = self._posterior(
             _Dual(gram[:, :, :k, :k]), prior[:, :, :k], y[:, :k], m[:, :, :k].sqrt()
         )
         norm = gram.diagonal(dim1=-2, dim2=-1)[:, :, k:]

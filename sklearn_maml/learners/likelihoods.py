@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -168,6 +168,8 @@ class Positive(_LogLink):
 
 class Labels(NewtonLikelihood):
     """Labels that are 0 or 1, given their logits; there is nothing for a dispersion to do."""
+
+    members_differ: ClassVar[bool] = True
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
         """See `Likelihood`; these are finite."""

@@ -13,7 +13,7 @@ from sklearn_maml.learners.likelihoods import NewtonLikelihood, scalars
 NOISE_FLOOR = 1e-5  # variance, of targets of variance one
 # features of a mixed model, a round of which is cubic in them; entries of all matrices of the tasks
 LARGEST_MIXED, MIXED_ENTRIES = 100, 2**20
-ROUNDS = 40
+ROUNDS, MORE_ROUNDS = 40, 10
 # rows that a pooled classifier sees
 POOLED_ROWS = 20_000
 
@@ -21,6 +21,7 @@ POOLED_ROWS = 20_000
 WORKING_ROUNDS, FIRST_DISPERSION, LEAST_INFORMATION, LARGEST_STEP = 8, 0.1, 1e-6, 3.0
 # variances of coefficients: the first ones, and the bounds of those that are fitted
 FIRST, FIRST_OF_BENDS, SMALLEST, LARGEST = 0.25, 0.05, 1e-8, 1e4
+RIDGE = 3e-3  # precision of mean slopes of working responses, for each task
 FAR = 6.0  # median deviations, beyond which targets are not what a first fit is about
 
 Start = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -88,10 +89,12 @@ def _mixed_model(
     weight: np.ndarray | None,
     information: np.ndarray | None = None,
     differ: Differ | None = None,
+    before: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """Mean and covariance of the tasks' linear coefficients, the noise, and fitted y, by ECME.
 
-    Rows with an `information`, one over the variance of their noise, have a noise of 1 then.
+    Rows with an `information`, one over the variance of their noise, have a noise of 1 then. Some
+    rounds go on from a covariance of `before`.
 
     The mean is the generalised least-squares solution under the covariance at hand (Liu & Rubin
     1994): where slopes hardly differ, EM takes hundreds of rounds to it.
@@ -108,9 +111,13 @@ def _mixed_model(
     tasks = kind(ones, y, of_row, parts, each)
     eye = np.eye(n_columns)
     cov, noise = differ.first(n_columns), 0.5 if information is None else 1.0
-    for _ in range(ROUNDS):
+    # labels that a feature separates would have its coefficient grow without end
+    own = 0.0 if information is None else RIDGE * len(parts)
+    ridge = np.diag(np.r_[0.0, np.full(n_columns - 1, own)])
+    cov, n_rounds = (cov, ROUNDS) if before is None else (before, MORE_ROUNDS)
+    for _ in range(n_rounds):
         left, right = tasks.condition(cov, noise)
-        mean = differ.mean(left, right)
+        mean = differ.mean(left + ridge, right)
         means, cov, error = tasks.about(mean)
         deviation = np.sqrt(each)[:, None] * (means - mean)
         cov = cov + deviation.T @ deviation / len(parts)
@@ -350,17 +357,20 @@ def start_of_outputs(
     likelihood: NewtonLikelihood,
     units: np.ndarray,
     weight: np.ndarray | None = None,
+    differ: Differ | None = None,
 ) -> Start:
     """As `start_of_numbers`, for targets whose noise is not normal.
 
     By mixed models of the responses that Newton steps work with, which is known as penalised
     quasi-likelihood (Breslow & Clayton 1993); the noise is the dispersion.
     """
-    used = np.concatenate(_tasks(codes, 1 + X.shape[1]))
+    differ = Differ() if differ is None else differ
+    used = np.concatenate(_tasks(codes, 1 + X.shape[1], differ.entries))
     X, y, codes = X[used], y[used], codes[used]
     weight = weight if weight is None else weight[used]
     fits = [
-        _working_model(X, y[:, k], codes, weight, likelihood, units[k]) for k in range(y.shape[1])
+        _working_model(X, y[:, k], codes, weight, likelihood, units[k], differ)
+        for k in range(y.shape[1])
     ]
     means, covs, noises = (np.stack(part) for part in zip(*fits, strict=True))
     factor, amplitude = _shared(covs)
@@ -374,6 +384,7 @@ def _working_model(
     weight: np.ndarray | None,
     likelihood: NewtonLikelihood,
     unit: float,
+    differ: Differ,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Mean and covariance of coefficients, and dispersion, of one output."""
     y_ = torch.from_numpy(np.ascontiguousarray(y))
@@ -383,13 +394,18 @@ def _working_model(
     middle = np.median(guessed)
     far = FAR * np.median(np.abs(guessed - middle))  # 0 where most are the same
     working = np.clip(guessed, middle - far, middle + far) if far > 0 else guessed
-    mean, cov, fitted = _working_fit(X, working, codes, weight, 1 / variance)
+    mean, cov, fitted = _working_fit(X, working, codes, weight, 1 / variance, differ)
     for _ in range(WORKING_ROUNDS):
         shape = scalars(likelihood.dispersion(fitted, y, unit, weight), unit)
-        _, first, second = likelihood.derivatives(torch.from_numpy(fitted), y_, shape)
+        at = torch.from_numpy(fitted)
+        _, first, second = likelihood.derivatives(at, y_, shape)
         variance = 1 / np.maximum(second.numpy(), LEAST_INFORMATION)
-        step = np.clip(first.numpy() * variance, -LARGEST_STEP, LARGEST_STEP)
-        mean, cov, fitted = _working_fit(X, fitted - step, codes, weight, 1 / variance)
+        step = first.numpy() * variance
+        if likelihood.bound(at, y_, shape) is not None:  # far out, where there is no curvature
+            step = np.clip(step, -LARGEST_STEP, LARGEST_STEP)
+        mean, cov, found = _working_fit(X, fitted - step, codes, weight, 1 / variance, differ, cov)
+        # not the step of a row: rare labels take large ones, and outputs would be pushed away
+        fitted = fitted + np.clip(found - fitted, -LARGEST_STEP, LARGEST_STEP)
     return mean, cov, likelihood.dispersion(fitted, y, unit, weight)
 
 
@@ -399,11 +415,16 @@ def _working_fit(
     codes: np.ndarray,
     weight: np.ndarray | None,
     information: np.ndarray,
+    differ: Differ,
+    before: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and covariance of coefficients, and fitted y, of rows of known information."""
+    """Mean and covariance of coefficients, and fitted y, of rows of known information.
+
+    `before` is the covariance that earlier rounds came to.
+    """
     n_features = X.shape[1]
     if n_features <= LARGEST_MIXED:
-        mean, cov, _, fitted = _mixed_model(X, y, codes, weight, information)
+        mean, cov, _, fitted = _mixed_model(X, y, codes, weight, information, differ, before)
         return mean, cov, fitted
     ones = np.c_[np.ones(len(X)), X]
     information = information if weight is None else information * weight / weight.mean()
