@@ -163,6 +163,10 @@ sanitize: $(STAMP) ## run the tests of the kernels under ASan and UBSan
 	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py \
 	  tests/test_head_kernel.py $(ARGS)
 
+.PHONY: arm
+arm: ## run the tests of the kernels on 64-bit ARM, emulated (slow); needs packages of Debian
+	@tools/arm.sh build/arm $(ARGS)
+
 # Needs nothing of .venv: what is released is built from the sources alone.
 .PHONY: dist
 dist: ## build the source distribution and a wheel into dist, and check them
