@@ -30,6 +30,7 @@ from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.joint import Joint, clip_members
 from sklearn_maml.learners.judging import _Deviations
 from sklearn_maml.learners.likelihoods import Classes, Normal
+from sklearn_maml.learners.posteriors import Scale
 from sklearn_maml.learners.shares import choose_share
 from sklearn_maml.learners.start import start_of_numbers
 from sklearn_maml.targets import CrossEntropy, SquaredError
@@ -533,7 +534,8 @@ def unequal(n_tasks, seed):
 def test_intervals_are_as_wide_as_the_noise_of_a_task(reg):
     X, y, task, _ = unequal(60, 0)
     model = MAMLRegressor(max_iter=100, random_state=0).fit(X, y, groups=task)
-    assert model.calibration_.freedom[0] <= 8  # and large where all tasks are alike
+    assert model.calibration_.freedom[0] <= 4  # and large where all tasks are alike
+    assert model.calibration_.of_noise[0]
     assert reg.calibration_.freedom[0] >= 32
     X, y, task, noise = unequal(100, 1)
     support = np.arange(len(y)) % 24 < 15
@@ -553,8 +555,8 @@ def test_intervals_are_as_wide_as_the_noise_of_a_task(reg):
         return std[noisy].mean() / std[~noisy].mean(), inside[noisy].mean()
 
     (ratio, inside), (of_alike, inside_alike) = map(ratio_and_part_inside, (model, alike))
-    assert ratio > 2 > 1.5 > of_alike  # members of more noise count for more where there is more
-    assert inside > inside_alike
+    assert ratio > 3 > 1.2 > of_alike
+    assert inside > 0.79 > inside_alike
 
 
 def test_misfit_is_the_mahalanobis_length_of_support_targets():
@@ -571,6 +573,24 @@ def test_misfit_is_the_mahalanobis_length_of_support_targets():
             residual = (y[t].numpy() - phi @ prior)[:, 0]
             expected = residual @ np.linalg.solve(system, residual)
             assert misfit[j, t, 0].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_scale_of_the_noise_is_told_by_what_the_weights_leave_of_the_targets():
+    head = random_head()
+    rng = RNG(1)
+    X, y = torch.as_tensor(rng.randn(2, 25, 3)), torch.as_tensor(rng.randn(2, 25, 1))
+    run = head.functions(dict(head.named_parameters()))
+    freedom = torch.tensor([3.0], dtype=torch.float64)
+    for n in (0, 5, 25):  # none, fewer, and more rows than columns
+        given = run.condition(X[:, :n], y[:, :n])
+        found = run.spread(given, Scale(freedom, torch.zeros_like(freedom)))
+        for j in range(2):
+            for t in range(2):
+                phi, cov, prior, noise, _ = in_numpy(head, j, X[t, :n].numpy())
+                hat = phi @ cov @ phi.T @ np.linalg.inv(phi @ cov @ phi.T + noise[0] * np.eye(n))
+                residual = (np.eye(n) - hat) @ (y[t, :n].numpy() - phi @ prior)[:, 0]
+                expected = (3 + residual @ residual / noise[0]) / (3 + n - np.trace(hat))
+                assert found[j, t, 0].item() == pytest.approx(expected, rel=1e-8)
 
 
 def test_intervals_hold_what_they_promise(reg):
@@ -618,9 +638,7 @@ def test_disagreement_of_members_counts_once():
     shared, own = rng.randn(4000, 1), rng.randn(4000, 5)
     outputs, ones, n_tasks = 0.5 * own, np.ones((4000, 1)), np.zeros(4000, int)
     between = outputs.var(1, keepdims=True)
-    held_out = _Deviations(
-        5, shared - outputs[:, :1], ones, ones, ones, between, n_tasks, weight=None
-    )
+    held_out = _Deviations(5, shared - outputs[:, :1], *[ones] * 5, between, n_tasks, weight=None)
     error = shared[:, 0] - outputs.mean(1)
     variance = held_out.factor(None) ** 2 + between[:, 0]
     assert 0.885 < (np.abs(error) < 1.645 * np.sqrt(variance)).mean() < 0.915

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_t
 from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, load, save
@@ -12,7 +13,7 @@ from sklearn_maml.learners import start
 from sklearn_maml.learners.base import Support
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.conditioned import Calibration, Conditioned
-from sklearn_maml.learners.gaussian import TRUST, GaussianHead
+from sklearn_maml.learners.gaussian import TRUST, TRUST_FREEDOM, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import Normal, TwoClasses
 from sklearn_maml.learners.start import Bent, InLevel, start_of_numbers, start_of_outputs
@@ -61,7 +62,7 @@ def test_members_count_by_the_density_of_the_support_rows(n_rows, n_outputs):
             a = np.broadcast_to(run.amplitude()[j, 0].detach() if n_outputs > 1 else 1.0, n_outputs)
             cov = a[o] ** 2 * (S[j] @ S[j].T + run.noise()[j, o].item() * np.eye(n_rows))
             r = rows.y[:, o] - a[o] * prior[j, :, o]
-            logs[j, o] = -0.5 * (r @ np.linalg.solve(cov, r) + np.linalg.slogdet(cov)[1])
+            logs[j, o] = multivariate_t(shape=cov, df=TRUST_FREEDOM).logpdf(r)
     expected = np.exp(TRUST * (logs - logs.max(0)))
     np.testing.assert_allclose(tasks.trust[:, 0], expected / expected.sum(0), rtol=1e-8)
     assert (tasks.trust[:, 1] == 0.5).all()  # without rows they count the same

@@ -814,17 +814,17 @@ def test_intervals_are_calibrated_on_weighted_rows():
 
     def deviations(rows, weight=None):
         own = ones[rows]
-        return _Deviations(5, error[rows], own, own, own, 0 * own, task[rows], weight)
+        return _Deviations(5, error[rows], *[own] * 5, 0 * own, task[rows], weight)
 
     plain, down, without = (
         deviations(task >= 0),
         deviations(task >= 0, weight),
         deviations(~bad),
     )
-    free = np.array([1e9])
+    free = np.array([1e9]), np.array([False])
     assert_allclose(down.factor(free), without.factor(free), rtol=5e-3)
     assert plain.factor(free) > 2 * down.factor(free)
-    assert_array_equal(down.freedom(), without.freedom())
+    assert_array_equal(down.scale(), without.scale())
 
 
 # -- what weights are for ------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
-from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Posterior
+from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.laplace import LaplacePosterior
 from sklearn_maml.learners.plain import PlainHead
+from sklearn_maml.learners.posteriors import Posterior, Scale
 from sklearn_maml.learners.sums import (
     CACHED_ROWS,
     Given,
@@ -57,6 +58,8 @@ class Calibration:
     freedom : ndarray of shape (n_outputs,) or None
         Degrees of freedom of the prior of a task's scale: large where all tasks have the same,
         small where the rows of a support set tell more of it than other tasks do.
+    of_noise : bool ndarray of shape (n_outputs,) or None
+        Where that scale is one of the noise alone, not of what tasks differ in; None: nowhere.
     tails : ndarray of shape (n_outputs,) or None
         Degrees of freedom of a Student distribution with the tails of the errors; None: normal.
     """
@@ -70,6 +73,7 @@ class Calibration:
     steps_scale: float = 1.0
     scale: float = 1.0
     freedom: np.ndarray | None = None
+    of_noise: np.ndarray | None = None
     tails: np.ndarray | None = None
 
     def multiples(self, levels: np.ndarray) -> np.ndarray:
@@ -366,15 +370,23 @@ class Conditioned(Adapted):
             factor = self._factor(rows[place.ravel()], codes).reshape(*place.shape, -1)
         (weight,) = tensors(self.head, factor**2 * present[..., None])
         weight = weight.mT * cost
-        if self.calibration.freedom is not None:
-            (freedom,) = tensors(self.head, self.calibration.freedom)
-            weight = weight * run.spread(posterior, freedom).unsqueeze(-1)
+        scale = self._scale()
+        if scale is not None:
+            weight = weight * run.spread(posterior, scale).unsqueeze(-1)
         # a member that counts twice as much as on average adds twice the variance
         (trust,) = tensors(self.head, self.trust[:, tasks] * self.head.n_members)
         weight = weight * trust.unsqueeze(-1)
         if self.head.n_systems == 1:
             weight = weight.sum(-2, keepdim=True)
         return weight
+
+    def _scale(self) -> Scale | None:
+        """Prior of the scale of a task."""
+        freedom, of_noise = self.calibration.freedom, self.calibration.of_noise
+        if freedom is None:
+            return None
+        of_weights = np.ones_like(freedom) if of_noise is None else 1.0 - of_noise
+        return Scale(*tensors(self.head, freedom, of_weights))
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
@@ -387,8 +399,7 @@ class Conditioned(Adapted):
         first = np.cumsum(n_queries) - n_queries
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
-        freedom = self.calibration.freedom
-        prior = None if freedom is None else tensors(self.head, freedom)[0]
+        scale = self._scale()
         with torch.no_grad():
             for some, posterior in given.posteriors(self.kept, n_queries):
                 most = n_queries[some].max()
@@ -396,7 +407,7 @@ class Conditioned(Adapted):
                     number = np.arange(start, min(start + CACHED_ROWS, most))
                     real = number < n_queries[some][:, None]
                     at = order[np.where(real, first[some][:, None] + number, 0)]
-                    found = run.query(tensors(self.head, rows[at])[0], posterior, prior)
+                    found = run.query(tensors(self.head, rows[at])[0], posterior, scale)
                     for values, whole in zip(found, (means, variances), strict=True):
                         assert values is not None
                         whole[:, at[real]] = values.cpu().numpy()[:, real]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
+from sklearn_maml.learners.posteriors import Information, Posterior, Scale
 from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
 
 Params = dict[str, Tensor]
@@ -33,6 +33,9 @@ SPREAD = 1.5  # of what a standardised row adds to a logit, likewise
 # power of the density of support rows: a model is never all there is to rows, which tell less than
 # if they were independent given it (Gruenwald 2012)
 TRUST = 0.5
+# degrees of freedom of that density: tasks differ in their scale, and a noisy one does not speak
+# for a member of more noise
+TRUST_FREEDOM = 4.0
 # of weights; the last one where labels mean something inside an episode only
 DECAY, DECAY_OF_CLASSES, DECAY_OF_LOCAL = 0.6, 0.1, 2.0
 
@@ -169,62 +172,6 @@ def _parameter(values: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
-@dataclass(frozen=True)
-class Information:
-    """What support sets say, as sums over their rows: those of further rows are added.
-
-    Attributes
-    ----------
-    gram : Tensor of shape (n_members, n_tasks, n_columns, n_columns)
-        Of the columns S.
-    cross : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
-        Columns with residuals: targets less the prior mean, by the amplitude.
-    square : Tensor of shape (n_members, n_tasks, n_outputs)
-        Of the residuals.
-    n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
-        Support rows, by their weights.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    square: Tensor
-    n_rows: Tensor
-
-    @classmethod
-    def over(cls, S: Tensor, residual: Tensor, n_rows: Tensor) -> Information:
-        """Sum over rows (n_members, n_tasks, n_rows, ...)."""
-        return cls(S.mT @ S, S.mT @ residual, residual.square().sum(2), n_rows)
-
-    def __add__(self, other: Information) -> Information:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Information(*(one + more for one, more in pairs))
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """What support sets made of the prior.
-
-    Attributes
-    ----------
-    shift : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
-        Mean of w.
-    factor : Tensor of shape (n_members, n_tasks, n_noises, n, n)
-        Root of the system that was solved: of rows, or of columns where there are fewer of them.
-    unexplained : Tensor of shape (n_members, n_tasks, n_outputs)
-        Products of the residuals with what the shift leaves of them.
-    n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
-        Support rows, by their weights.
-    S : Tensor of shape (n_members, n_tasks, n_support, n_columns) or None
-        Columns of the support rows, if the system is one of rows.
-    """
-
-    shift: Tensor
-    factor: Tensor
-    unexplained: Tensor
-    n_rows: Tensor
-    S: Tensor | None
-
-
 class HeadFunctions:
     """Functions of the values of a head's parameters, for all its members at once.
 
@@ -340,6 +287,12 @@ class HeadFunctions:
         found = given.unexplained / self.noise()[:, None]
         return found.clamp_min(0), given.n_rows
 
+    def moved(self, given: Posterior) -> tuple[Tensor, Tensor]:
+        """Return the parts of `misfit` and of the rows that went into the weights."""
+        n = given.factor.shape[-1]
+        trace = torch.cholesky_inverse(given.factor).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return given.shift.square().sum(2), n - self.noise()[:, None] * trace
+
     def trust(self, given: Any) -> Tensor | None:
         """Return what members count (n_members, n_tasks, n_outputs); None: the same.
 
@@ -348,14 +301,19 @@ class HeadFunctions:
         return (TRUST * self.log_density(given)).softmax(0)
 
     def log_density(self, given: Posterior) -> Tensor:
-        """Logarithm of the density of the support targets, without its constant."""
+        """Logarithm of the density of the support targets, without its constant.
+
+        Of a task whose scale has an inverse gamma prior: a multivariate Student distribution.
+        """
         noise = self.noise()[:, None]
+        misfit, n_rows = self.misfit(given)
         logs = 2 * given.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logs = logs + (given.n_rows - given.factor.shape[-1]) * noise.log()
-        found = -0.5 * (given.unexplained / noise + logs)
+        logs = logs + (n_rows - given.factor.shape[-1]) * noise.log()
+        of_misfit = (TRUST_FREEDOM + n_rows) * (misfit / TRUST_FREEDOM).log1p()
+        found = -0.5 * (of_misfit + logs)
         a = self.amplitude()
-        found = found - given.n_rows * a.log() if isinstance(a, Tensor) else found
-        return found.where(given.n_rows > 0, 0.0)  # without rounding, where there are no rows
+        found = found - n_rows * a.log() if isinstance(a, Tensor) else found
+        return found.where(n_rows > 0, 0.0)  # without rounding, where there are no rows
 
     def _coded(self, y: Tensor, prior: Tensor) -> Tensor:
         """Targets (n_members or 1, n_tasks, n_rows, n_outputs) that the head is conditioned on."""
@@ -420,25 +378,28 @@ class HeadFunctions:
         return prior.reshape(*shape, prior.shape[-1]), S.reshape(*shape, S.shape[-1])
 
     def query(
-        self, X: Tensor, given: Posterior, freedom: Tensor | None = None
+        self, X: Tensor, given: Posterior, scale: Scale | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of targets.
 
-        With a `freedom` (n_outputs,) the variances are scaled task by task, as of a scale that has
-        an inverse gamma prior with so many degrees of freedom (Gelman et al. 2013, sec. 3.3).
+        With a `scale` the variances are scaled task by task (Gelman et al. 2013, sec. 3.3).
         """
         prior, S = self.of_tasks(X)
         a = self.amplitude_of_tasks()
         mean = a * (prior + S @ given.shift)
         variance = self._variance(S, given)
-        if freedom is not None:
-            variance = variance * self.spread(given, freedom).unsqueeze(2)
+        if scale is not None:
+            variance = variance * self.spread(given, scale).unsqueeze(2)
         return mean, a**2 * variance
 
-    def spread(self, given: Posterior, freedom: Tensor) -> Tensor:
+    def spread(self, given: Posterior, scale: Scale) -> Tensor:
         """Factor (n_members, n_tasks, n_outputs) of the variances, see `query`."""
         misfit, n_rows = self.misfit(given)
-        return (freedom + misfit) / (freedom + n_rows)
+        if not bool(scale.of_weights.all()):
+            moved, n_moved = self.moved(given)
+            misfit = misfit - (1 - scale.of_weights) * moved
+            n_rows = n_rows - (1 - scale.of_weights) * n_moved
+        return (scale.freedom + misfit.clamp_min(0)) / (scale.freedom + n_rows)
 
     def room(self, n_rows: np.ndarray) -> int:
         """Numbers of the posteriors of tasks of so many rows (n_tasks,)."""
@@ -553,9 +514,7 @@ class ClassFunctions(HeadFunctions):
         u = torch.cholesky_solve(residual[:, :, :k].double(), factor).to(S.dtype)
         return S[:, :, k:] @ (A.mT @ u)
 
-    def query(
-        self, X: Tensor, given: Posterior, freedom: Tensor | None = None
-    ) -> tuple[Tensor, None]:
+    def query(self, X: Tensor, given: Posterior, scale: Scale | None = None) -> tuple[Tensor, None]:
         """Return logits; see `HeadFunctions`. They have no variances."""
         prior, S = self.of_tasks(X)
         return prior + S @ given.shift, None

@@ -16,7 +16,8 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.compiled import head_kernel
-from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions, Posterior
+from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
+from sklearn_maml.learners.posteriors import Posterior
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.native.head import HeadKernel
 
@@ -293,19 +294,19 @@ class HeadTrainer:
     @torch.no_grad()
     def predictive(
         self, meta_params: Params, batch: EpisodeBatch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...] | None, Tensor | None]:
         """Return outputs of all members, variances of targets, targets, misfits, and trust.
 
         The first two are (n_members, n_tasks, n_query, n_outputs); for the misfits, of support
-        sets (n_members, n_tasks, n_outputs), see `HeadFunctions.misfit`, and for what members
-        count, of the same shape, `Conditioned`; None: they count the same.
+        sets (n_members, n_tasks, n_outputs), see `HeadFunctions.misfit` and `moved`, and for what
+        members count, of the same shape, `Conditioned`; None: they count the same.
         """
         self.head.eval()
         run = self.functions(meta_params)
         mean, variance, y, given = self._run(run, batch, self._present(batch.support))
         assert variance is not None
         differs = self.head.likelihood.noise_differs
-        misfits = run.misfit(given)[0] if differs else None
+        misfits = (*run.misfit(given), *run.moved(given)) if differs else None
         return mean, variance.expand_as(mean), y, misfits, run.trust(given)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
 # mean of all members are at least
 FEWER, FEWER_OF_CLASSES, DRAWN, LEAST_KEPT = (0, 2), (0, 1, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
-FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0)
+FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0)
 # tasks that have columns at a time: those of all members are large
 TASKS_AT_A_TIME = 25
 # degrees of freedom of the errors, from those of a normal distribution down
@@ -86,14 +86,14 @@ def judge_head(
         kind[hidden].append(of_support)
     joined = _Deviations.joined(whole[False])
     trainer.head.likelihood.learn_quantile(trainer.head, joined.quantile)
-    freedom = joined.freedom() if trainer.head.likelihood.noise_differs else None
-    sizes, factor = _factors([*whole[False], *of_parts[False]], freedom)
-    made = dataclasses.replace(
-        plain, sizes=sizes, factor=factor, freedom=freedom, tails=joined.tails(freedom)
-    )
+    scale = joined.scale() if trainer.head.likelihood.noise_differs else None
+    sizes, factor = _factors([*whole[False], *of_parts[False]], scale)
+    made = dataclasses.replace(plain, sizes=sizes, factor=factor, tails=joined.tails(scale))
+    if scale is not None:
+        made = dataclasses.replace(made, freedom=scale[0], of_noise=scale[1])
     if not whole[True]:
         return made
-    of_unseen = interpolated(sizes, *_factors([*whole[True], *of_parts[True]], freedom))
+    of_unseen = interpolated(sizes, *_factors([*whole[True], *of_parts[True]], scale))
     # few rows are hidden: they do not tell that others are easier
     of_unseen = np.where(sizes[:, None] > 0, np.maximum(of_unseen, factor), factor)
     return dataclasses.replace(made, seen=shared_rows, factor_unseen=of_unseen)
@@ -146,21 +146,23 @@ def _sizes(support: Rows) -> np.ndarray:
     return np.full(n_tasks, width) if support.lengths is None else np.asarray(support.lengths)
 
 
-def _factors(
-    parts: Sequence[_Deviations], freedom: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+# degrees of freedom (n_outputs,) of the prior of a task's scale, and whether it is of noise alone
+_Scale = tuple[np.ndarray, np.ndarray]
+
+
+def _factors(parts: Sequence[_Deviations], scale: _Scale | None) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of support sets (n_sizes,), and the factors (n_sizes, n_outputs) that belong to them.
 
     Few tasks tell little of each size: their factors are drawn to that of all sizes but 0.
     """
     with_rows = [part for part in parts if part.support > 0] or parts
-    of_all = np.log(_Deviations.joined(with_rows).factor(freedom))
+    of_all = np.log(_Deviations.joined(with_rows).factor(scale))
     sizes = sorted({part.support for part in parts})
     logs = []
     for size in sizes:
         own = _Deviations.joined([part for part in parts if part.support == size])
         n_tasks = len(np.unique(own.task))
-        log = np.log(own.factor(freedom))
+        log = np.log(own.factor(scale))
         logs.append((n_tasks * log + DRAWN * of_all) / (n_tasks + DRAWN))
     return np.array(sizes, dtype=float), np.exp(logs)
 
@@ -173,8 +175,8 @@ class _Deviations:
     ----------
     support : int
         Rows of the support sets, or of the median one.
-    error, variance, misfit, n_rows : ndarrays of shape (n_values, n_outputs)
-        Of a member that has not seen the task; see `HeadFunctions.misfit` for the last two.
+    error, variance, misfit, n_rows, moved, n_moved : ndarrays of shape (n_values, n_outputs)
+        Of a member that has not seen the task; see `HeadFunctions.misfit` and `moved` for the last.
     between : ndarray of shape (n_values, n_outputs)
         Variance of the outputs of all members, by what they count.
     task : int ndarray of shape (n_values,)
@@ -187,6 +189,8 @@ class _Deviations:
     variance: np.ndarray
     misfit: np.ndarray
     n_rows: np.ndarray
+    moved: np.ndarray
+    n_moved: np.ndarray
     between: np.ndarray
     task: np.ndarray
     weight: np.ndarray | None
@@ -223,33 +227,25 @@ class _Deviations:
         centers = trainer.head.likelihood.center(outputs, variances, trainer.head)
         own = held.member or 0
         like = centers[own]
-        sizes = _sizes(support)
-        n_rows = torch.as_tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1, 1)
-        misfit = n_rows if misfits is None else misfits[own].unsqueeze(1)
+        parts = [like] * 4  # not asked for
+        if misfits is not None:
+            parts = [part[own if len(part) > 1 else 0].unsqueeze(1) for part in misfits]
         counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
         between = (counts * (centers - (counts * centers).sum(0)).square()).sum(0)
         if alone:
             between, trust = torch.zeros_like(between), None
-        task = torch.as_tensor(held.task, device=like.device)[:, None].expand(y.shape[:2])
-        error, variance, misfit_, n_rows_, between_ = (
+        codes = torch.as_tensor(held.task, device=like.device)[:, None].expand(y.shape[:2])
+        of_rows = [
             query.real(v.expand_as(like)).double().cpu().numpy()
-            for v in (y - like, variances[own], misfit, n_rows, between)
-        )
+            for v in (y - like, variances[own], *parts, between)
+        ]
         weight = trainer.weights(query)
         if trust is not None:  # members count in the factors as they do in predictions
             own_trust = counts[own].mean(-1).expand(y.shape[:2])
             of_member = query.real(own_trust).double().cpu().numpy()
             weight = of_member if weight is None else of_member * weight
-        return cls(
-            int(np.median(sizes)),
-            error,
-            variance,
-            misfit_,
-            n_rows_,
-            between_,
-            query.real(task).cpu().numpy(),
-            weight,
-        )
+        made: list[Any] = [*of_rows, query.real(codes).cpu().numpy(), weight]
+        return cls(support.X.shape[1], *made)
 
     @classmethod
     def joined(cls, parts: Sequence[_Deviations]) -> _Deviations:
@@ -258,33 +254,37 @@ class _Deviations:
         each = [_joined([getattr(part, name) for part in parts]) for name in names]
         return cls(parts[0].support, *each)
 
-    def scaled(self, freedom: np.ndarray | float | None) -> np.ndarray:
-        """Return variances under a prior of so many degrees of freedom."""
-        if freedom is None:
+    def scaled(self, scale: _Scale | None) -> np.ndarray:
+        """Return variances under this prior of a task's scale."""
+        if scale is None:
             return self.variance
-        scale: np.ndarray = (freedom + self.misfit) / (freedom + self.n_rows)
-        return self.variance * scale
+        freedom, of_noise = scale
+        misfit = np.maximum(self.misfit - of_noise * self.moved, 0)
+        spread: np.ndarray = (freedom + misfit) / (freedom + self.n_rows - of_noise * self.n_moved)
+        return self.variance * spread
 
-    def freedom(self) -> np.ndarray:
-        """Degrees of freedom (n_outputs,) under which the errors are likeliest.
+    def scale(self) -> _Scale:
+        """Return the prior under which the errors are likeliest.
 
         By a Laplace distribution, so that few outliers do not decide.
         """
+        tried = [(freedom, of_noise) for of_noise in (False, True) for freedom in FREEDOMS]
         losses = []
-        for freedom in FREEDOMS:
-            std = np.sqrt(self.scaled(freedom))
+        for freedom, of_noise in tried:
+            std = np.sqrt(self.scaled((np.array(freedom), np.array(of_noise))))
             log_std = np.average(np.log(std), axis=0, weights=self.weight)
             error = np.average(np.abs(self.error) / std, axis=0, weights=self.weight)
             losses.append(log_std + np.log(np.maximum(error, np.finfo(float).tiny)))
-        return np.array(FREEDOMS)[np.argmin(losses, axis=0)]
+        best = np.argmin(losses, axis=0)
+        return np.array([f for f, _ in tried])[best], np.array([n for _, n in tried])[best]
 
-    def needed(self, freedom: np.ndarray | None) -> np.ndarray:
+    def needed(self, scale: _Scale | None) -> np.ndarray:
         """Factors (n_levels + 1, n_outputs) of the deviations for `LEVELS` and `LEAST_LEVEL`.
 
         Those of the mean of all members, whose squared errors are less than those of one, by what
         the members differ in; this is in the variances of predictions.
         """
-        squares, variance = self.error**2, self.scaled(freedom)
+        squares, variance = self.error**2, self.scaled(scale)
         mean, between = (
             np.average(v, axis=0, weights=self.weight) for v in (squares, self.between)
         )
@@ -295,14 +295,14 @@ class _Deviations:
             parts.append(_quantile(squared, hold, self.weight))
         return np.clip(np.sqrt(np.maximum(parts, 0)), *FACTORS)
 
-    def factor(self, freedom: np.ndarray | None) -> np.ndarray:
+    def factor(self, scale: _Scale | None) -> np.ndarray:
         """Factors (n_outputs,) of the deviations that make the intervals hold their part."""
-        outer, inner, least = self.needed(freedom)
+        outer, inner, least = self.needed(scale)
         return np.maximum(np.sqrt(outer * inner), least)
 
-    def tails(self, freedom: np.ndarray | None) -> np.ndarray:
+    def tails(self, scale: _Scale | None) -> np.ndarray:
         """Degrees of freedom (n_outputs,) of a Student distribution with the tails of errors."""
-        outer, inner, _ = self.needed(freedom)
+        outer, inner, _ = self.needed(scale)
         ratios = stdtrit(TAILS, 0.95) / stdtrit(TAILS, 0.75) / (_within(0.9) / _within(0.5))
         return np.exp(np.interp(outer / inner, ratios, np.log(TAILS)))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
+from sklearn_maml.learners.posteriors import Scale
 
 Params = dict[str, Tensor]
 Shape = tuple[Tensor, Tensor]
@@ -256,7 +257,7 @@ class LaplaceFunctions(HeadFunctions):
         return at, root, _inverse(space.system(root)), objective
 
     def query(  # type: ignore[override]
-        self, X: Tensor, given: LaplacePosterior, freedom: Tensor | None = None
+        self, X: Tensor, given: LaplacePosterior, scale: Scale | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return outputs, and variances of targets (n_members, n_tasks, n_query, n_outputs)."""
         prior, S = (part.double() for part in self.of_tasks(X))

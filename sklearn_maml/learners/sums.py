@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sklearn_maml.learners.base import TASKS_AT_A_TIME, Support, alike, padded
-from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions, Information, Posterior
+from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
+from sklearn_maml.learners.posteriors import Information, Posterior
 
 # Tasks, -1 for one that has another by now, and their posteriors. The variance of predictions needs
 # these, and finding them takes longer than predicting.
