@@ -15,37 +15,19 @@ MODULE, RULE = "module.", "rule."
 
 @dataclass(frozen=True)
 class Theta:
-    """Meta-parameters.
+    """Meta-parameters."""
 
-    Attributes
-    ----------
-    fast : dict of str to Tensor
-        Parameters of the module that adapt.
-    shared : dict of str to Tensor
-        Those that do not, frozen ones too.
-    learned : dict of str to Tensor
-        What the update rule learned.
-    """
-
-    fast: Params
-    shared: Params
-    learned: Params
+    fast: Params  # parameters of the module that adapt
+    shared: Params  # those that do not, frozen ones too
+    learned: Params  # what the update rule learned
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How named meta-parameters are parted.
+    """How named meta-parameters are parted."""
 
-    Parameters
-    ----------
-    adapted : frozenset of str
-        Names, in the module, of the parameters that adapt.
-    frozen : dict of str to Tensor
-        Parameters of the module that need not be among the meta-parameters.
-    """
-
-    adapted: frozenset[str]
-    frozen: Params = field(default_factory=dict)
+    adapted: frozenset[str]  # names, in the module, of the parameters that adapt
+    frozen: Params = field(default_factory=dict)  # which need not be among the meta-parameters
 
     def part(self, meta_params: Params) -> Theta:
         """Part meta-parameters."""

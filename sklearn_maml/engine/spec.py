@@ -165,27 +165,14 @@ def check_batch_norm(value: str) -> str:
 
 @dataclasses.dataclass(slots=True)
 class Step:
-    """What one call asks.
-
-    Attributes
-    ----------
-    alpha : float
-    steps : int
-    parts : Parts
-    phase : hashable
-        Of the meta-gradient, see `MetaGradient.phase`; 0 for adapting.
-    update : int
-        Meta-updates made before.
-    others : int
-        Of the updates to come, those at the end that are in another phase.
-    """
+    """What one call asks."""
 
     alpha: float
     steps: int
     parts: Parts
-    phase: Hashable = 0
-    update: int = 0
-    others: int = 0
+    phase: Hashable = 0  # of the meta-gradient, see `MetaGradient.phase`; 0 for adapting
+    update: int = 0  # meta-updates made before
+    others: int = 0  # of the updates to come, those at the end that are in another phase
 
 
 @dataclasses.dataclass
@@ -203,21 +190,11 @@ class MetaStep:
 
 @dataclasses.dataclass
 class Adapted:
-    """Parameters adapted to each of n tasks.
+    """Parameters adapted to each of n tasks."""
 
-    Attributes
-    ----------
-    params : dict of str to Tensor of shape (n_tasks, ...)
-        The adapted parameters.
-    shared : dict of str to Tensor
-        Parameters that do not adapt.
-    statistics : dict of str to Tensor of shape (n_tasks, n_channels)
-        Batch-norm statistics of each support set.
-    """
-
-    params: Params
-    shared: Params
-    statistics: Buffers
+    params: Params  # of shape (n_tasks, ...)
+    shared: Params  # those that do not adapt
+    statistics: Buffers  # (n_tasks, n_channels), of batch norm on each support set
 
     @property
     def n_tasks(self) -> int:

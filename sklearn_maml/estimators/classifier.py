@@ -10,15 +10,12 @@ from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from sklearn_maml._types import Tasks, Weights
-from sklearn_maml.estimators.continuing import ContinuingClasses
 from sklearn_maml.estimators.labelling import Suggesting
 from sklearn_maml.estimators.labels import ClassesOrLabels
 from sklearn_maml.estimators.prediction import PredictingClasses
 
 
-class MAMLClassifier(
-    ClassifierMixin, ClassesOrLabels, Suggesting, PredictingClasses, ContinuingClasses
-):
+class MAMLClassifier(ClassifierMixin, ClassesOrLabels, Suggesting, PredictingClasses):
     r"""Classifier that meta-learns, from related tasks, to adapt to a new task from a few rows.
 
     `fit` learns from a collection of tasks, `adapt` learns a new task from its support rows, and

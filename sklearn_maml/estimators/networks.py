@@ -32,30 +32,14 @@ def _way_out(module: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """Makes networks of the parameter `module`, for the tasks at hand.
-
-    Attributes
-    ----------
-    module : Module class or instance, or None
-    options : dict
-        The parameters ``module__*``.
-    hidden_layer_sizes, activation
-        Of the default network.
-    feature_shape : tuple of int
-        Of a row.
-    reshape : callable X -> X
-        Makes rows as the network takes them.
-    targets : Targets
-    device : torch.device
-    dtype : torch.dtype
-    """
+    """Makes networks of the parameter `module`, for the tasks at hand."""
 
     module: Any
-    options: dict[str, Any]
-    hidden_layer_sizes: Any
+    options: dict[str, Any]  # ``module__*``
+    hidden_layer_sizes: Any  # of the default network, as its activation
     activation: str
-    feature_shape: tuple[int, ...]
-    reshape: Callable[[Tensor], Tensor]
+    feature_shape: tuple[int, ...]  # of a row
+    reshape: Callable[[Tensor], Tensor]  # makes rows as the network takes them
     targets: Targets
     device: torch.device
     dtype: torch.dtype

@@ -36,25 +36,13 @@ ADAPT_FIRST = (
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Rows without targets, and what tells their tasks.
+    """Rows without targets, and what tells their tasks."""
 
-    Attributes
-    ----------
-    rows : ndarray of shape (n_rows, *feature_shape)
-    groups : array-like of shape (n_rows,) or None
-    name : str
-        Where the groups come from, for messages.
-    lengths : list of int or None
-        Rows of each part of a list, or of each block of a stack.
-    stacked : bool
-        Whether they came as blocks of a stack.
-    """
-
-    rows: np.ndarray
-    groups: Any
-    name: str
-    lengths: list[int] | None
-    stacked: bool
+    rows: np.ndarray  # (n_rows, *feature_shape)
+    groups: Any  # (n_rows,) or None
+    name: str  # where the groups come from, for messages
+    lengths: list[int] | None  # rows of each part of a list, or of each block of a stack
+    stacked: bool  # whether they came as blocks of a stack
 
     def shape_like(self, values: np.ndarray) -> Any:
         """Shape what was found for each row as the rows came."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,41 +12,46 @@ from torch import Tensor
 from sklearn_maml.theta import Params
 
 LossFunction = Callable[[Params], Tensor]
+Function = Callable[[list[Tensor]], list[Tensor]]
 
 
-class Differentiator(Protocol):
+class Differentiator(ABC):
     """A way to differentiate functions of a dict of parameters."""
 
+    @abstractmethod
     def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
-        """Gradient of a scalar loss at `params`."""
+        """Gradient of a scalar loss at `params`; part of a graph if `order` is 2."""
 
+    @abstractmethod
     def value_and_grad(
         self, function: Callable[..., tuple[Tensor, Any]], *params: Params
     ) -> tuple[list[Params], tuple[Tensor, Any]]:
         """Gradients, by each argument, of the first output of `function`, and its outputs."""
 
+    @abstractmethod
+    def pull_back(self, function: Function, inputs: list[Tensor], retain: bool = True) -> Function:
+        """Products of cotangents with the Jacobian of `function` at `inputs`.
+
+        Inputs that play no part get zeros. With `retain` there may be any number of products, from
+        what lives as long as what is returned; else one.
+        """
+
     def vjp(
-        self,
-        function: Callable[[list[Tensor]], list[Tensor]],
-        inputs: list[Tensor],
-        cotangents: list[Tensor],
+        self, function: Function, inputs: list[Tensor], cotangents: list[Tensor]
     ) -> list[Tensor]:
         """Product of `cotangents` with the Jacobian of `function` at `inputs`."""
+        return self.pull_back(function, inputs, retain=False)(cotangents)
 
-    def pull_back(
-        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
-    ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Products with the Jacobian of `function` at `inputs`, for any number of cotangents."""
-
+    @abstractmethod
     def cut(self, params: Params) -> Params:
         """Parameters cut from the graph, ready to be differentiated again."""
 
 
-class Autograd:
+class Autograd(Differentiator):
     """Plain reverse mode: runs every module, those that write to buffers too."""
 
     def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
-        """Gradient of `loss`; unused parameters get zeros; kept in the graph for order 2."""
+        """See `Differentiator`; unused parameters get zeros."""
         with torch.enable_grad():
             grads = torch.autograd.grad(
                 loss(params),
@@ -59,7 +65,7 @@ class Autograd:
     def value_and_grad(
         self, function: Callable[..., tuple[Tensor, Any]], *params: Params
     ) -> tuple[list[Params], tuple[Tensor, Any]]:
-        """Gradients, by each argument, of the first output of `function`, and its outputs."""
+        """See `Differentiator`."""
         leaves = [self.cut(part) for part in params]
         with torch.enable_grad():
             loss, aux = function(*leaves)
@@ -69,25 +75,8 @@ class Autograd:
     def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
         return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-    def vjp(
-        self,
-        function: Callable[[list[Tensor]], list[Tensor]],
-        inputs: list[Tensor],
-        cotangents: list[Tensor],
-    ) -> list[Tensor]:
-        """Product with the Jacobian; inputs that play no part get zeros."""
-        return self.pull_back(function, inputs, retain=False)(cotangents)
-
-    def pull_back(
-        self,
-        function: Callable[[list[Tensor]], list[Tensor]],
-        inputs: list[Tensor],
-        retain: bool = True,
-    ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Products with the Jacobian from one graph, which lives as long as what is returned.
-
-        Without `retain` it is let go of by the first product.
-        """
+    def pull_back(self, function: Function, inputs: list[Tensor], retain: bool = True) -> Function:
+        """See `Differentiator`."""
         leaves = [x.detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
             outputs = function(leaves)
@@ -114,7 +103,7 @@ class Autograd:
         return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-class Functorch:
+class Functorch(Differentiator):
     """`torch.func` transforms, which compose with `vmap`.
 
     Both orders must go through `torch.func`: plain autograd around `vmap` gives wrong second-order
@@ -122,31 +111,20 @@ class Functorch:
     """
 
     def grad(self, loss: LossFunction, params: Params, order: int) -> Params:
-        """Gradient of `loss`; detached unless order is 2."""
+        """See `Differentiator`."""
         grads = torch.func.grad(loss)(params)
         return grads if order == 2 else {name: g.detach() for name, g in grads.items()}
 
     def value_and_grad(
         self, function: Callable[..., tuple[Tensor, Any]], *params: Params
     ) -> tuple[list[Params], tuple[Tensor, Any]]:
-        """Gradients, by each argument, of the first output of `function`, and its outputs."""
+        """See `Differentiator`."""
         by_all = tuple(range(len(params)))
         grads, outputs = torch.func.grad_and_value(function, by_all, has_aux=True)(*params)
         return list(grads), outputs
 
-    def vjp(
-        self,
-        function: Callable[[list[Tensor]], list[Tensor]],
-        inputs: list[Tensor],
-        cotangents: list[Tensor],
-    ) -> list[Tensor]:
-        """Product with the Jacobian; inputs that play no part get zeros."""
-        return self.pull_back(function, inputs)(cotangents)
-
-    def pull_back(
-        self, function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]
-    ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Products with the Jacobian from one graph, which lives as long as what is returned."""
+    def pull_back(self, function: Function, inputs: list[Tensor], retain: bool = True) -> Function:
+        """See `Differentiator`."""
         pull_back: Any = torch.func.vjp(function, inputs)[1]
 
         def products(cotangents: list[Tensor]) -> list[Tensor]:

@@ -61,38 +61,20 @@ class InnerProblem:
     """Adapting to the support sets at hand, and the query loss afterwards.
 
     This is what a meta-gradient gets to differentiate; it does not know how tasks are batched.
-
-    Attributes
-    ----------
-    parts : Parts
-        How meta-parameters are parted.
-    row_loss : callable (output, y) -> losses of the rows
-    rule : TaskSolver
-    alpha : float
-    steps : int
-    proximal : float
-        Strength of ``proximal / 2 * |params - initialisation|^2``, added to the support loss.
-    in_minibatches : bool
-        Whether steps see minibatches of the support rows, as `Rows.minibatch` gives them.
-    forward : Forward
-    differentiator : Differentiator
-    support, query : Rows
-    update : int
-        Meta-updates made before, for gradients that change in the course of the training.
     """
 
     parts: Parts
-    row_loss: Callable[[Tensor, Tensor], Tensor]
+    row_loss: Callable[[Tensor, Tensor], Tensor]  # (output, y) -> losses of the rows
     rule: TaskSolver
     alpha: float
     steps: int
-    proximal: float
-    in_minibatches: bool
+    proximal: float  # of ``proximal / 2 * |params - initialisation|^2`` in the support loss
+    in_minibatches: bool  # whether steps see minibatches of the support rows, see `Rows.minibatch`
     forward: Forward
     differentiator: Differentiator
     support: Rows
     query: Rows
-    update: int = 0
+    update: int = 0  # meta-updates made before, for gradients that change with them
 
     @property
     def batched(self) -> bool:

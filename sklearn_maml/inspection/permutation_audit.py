@@ -13,8 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_maml._types import Tasks
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.estimators.scoring import SCORED_EPISODES
-from sklearn_maml.estimators.task_model import Scored
+from sklearn_maml.estimators.scoring import SCORED_EPISODES, Scored
 from sklearn_maml.evaluation.scoring import check_count, check_counts, score_tasks
 from sklearn_maml.inspection.shared import open_copy
 

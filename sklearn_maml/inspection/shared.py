@@ -12,7 +12,7 @@ from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn_maml._validation import is_integer
 from sklearn_maml.estimators.adapting import State
 from sklearn_maml.estimators.base import BaseMAML
-from sklearn_maml.estimators.task_model import Scored
+from sklearn_maml.estimators.scoring import Scored
 from sklearn_maml.evaluation.scoring import apply_scorer, default_scoring, find_scorer, open_model
 from sklearn_maml.learners.plan import GRADIENT_STEPS
 

@@ -83,20 +83,13 @@ class Loss(BaseEstimator, ABC):
 
 @dataclass(kw_only=True)
 class Coding:
-    """What `Targets.encode_support` keeps of support sets: what the outputs of tasks stand for.
+    """What `Targets.encode_support` keeps of support sets: what the outputs of tasks stand for."""
 
-    Attributes
-    ----------
-    labels : ndarray or None
-        Of labels that mean something inside a task only: the classes of all tasks.
-    slots : int ndarray of shape (n_tasks, n_ways) or None
-        Position in `labels` of each output, or -1.
-    center : ndarray of shape (n_tasks, n_outputs) or None
-        What was taken from the targets of each task, in the units of y.
-    """
-
+    # of labels that mean something inside a task only: the classes of all tasks, and the position
+    # among them of each output, (n_tasks, n_ways), or -1
     labels: np.ndarray | None = None
     slots: np.ndarray | None = None
+    # what was taken from the targets of each task, (n_tasks, n_outputs), in the units of y
     center: np.ndarray | None = None
 
 

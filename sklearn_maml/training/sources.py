@@ -40,22 +40,13 @@ UNSEEN = 0.2  # of the distinct rows: held out from one member where tasks share
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeSettings:
-    """Parameters of an estimator that its episodes depend on.
-
-    Attributes
-    ----------
-    n_shots, n_queries : int or None
-    early_stopping : bool or "auto"
-    validation_fraction : float
-    reshape : callable X -> X
-        Makes rows as the network takes them.
-    """
+    """Parameters of an estimator that its episodes depend on."""
 
     n_shots: int | None
     n_queries: int | None
     early_stopping: bool | str
     validation_fraction: float
-    reshape: Callable[[np.ndarray], np.ndarray]
+    reshape: Callable[[np.ndarray], np.ndarray]  # makes rows as the network takes them
 
     def encoded(self, tasks: TaskCollection, targets: Targets) -> TaskCollection:
         """Tasks as episodes are drawn from."""

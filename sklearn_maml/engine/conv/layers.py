@@ -36,21 +36,14 @@ KEPT_BYTES = 2**25 - 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """How a net is run.
-
-    Attributes
-    ----------
-    sums : Sums
-    once : bool
-        Whether what is computed is differentiated once at most, and the backward pass runs once.
-    n_support : int
-        Rows of each task, the first ones, that are its support set: batch norm takes the statistics
-        of those and normalises all rows with them, and the net returns the outputs of the others.
-        0: all rows are of one set.
-    """
+    """How a net is run."""
 
     sums: Sums = dataclasses.field(default_factory=Sums)
+    # whether what is computed is differentiated once at most, and the backward pass runs once
     once: bool = False
+    # Rows of each task, the first ones, that are its support set: batch norm takes the statistics
+    # of those and normalises all rows with them, and the net returns the outputs of the others.
+    # 0: all rows are of one set.
     n_support: int = 0
 
 
