@@ -14,19 +14,6 @@ from torch import Tensor, nn
 
 from sklearn_maml._validation import as_integer, did_you_mean, is_integer
 
-__all__ = [
-    "ACTIVATIONS",
-    "ContextMLP",
-    "adapted_names",
-    "build_module",
-    "check_head_is_last",
-    "copy_buffers",
-    "head_names",
-    "layer_sizes",
-    "linear_head",
-    "make_mlp",
-]
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,

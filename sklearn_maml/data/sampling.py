@@ -148,53 +148,37 @@ def _all_of(
 
 @dataclasses.dataclass(eq=False, repr=False)
 class EpisodeSampler:
-    """Draws episodes from a task collection.
+    """Draws episodes from a task collection."""
 
-    Parameters
-    ----------
-    tasks : TaskCollection
-        With numeric targets: floats of shape (n_rows, n_outputs), or class positions (int64).
-    classification : bool
-    n_ways : int or None
-        Classes of an episode; the class-to-output assignment is then permuted in every episode.
-        None: labels are shared by the tasks and used as they are.
-    n_shots : int or None
-        Support rows of an episode (of each class, in classification), or as many as leave a query
-        row. None: regression draws a size for each batch, log-uniformly; classification takes half
-        of the rows. A single row is a query row.
-    n_queries : int or None
-        Query rows of an episode (of each class, in classification); None: all that are left.
-    center_y : bool, default=False
-        Whether to subtract the mean target of the support rows from all targets of an episode.
-    at_most_half : bool, default=False
-        Whether no more than half of the rows of a task are support rows, in regression with
-        `n_shots`; else one row at least is left for the query set.
-    by_class : bool, default=True
-        Whether rows are drawn from each class, in classification; else as frequent as they are.
-    support_range : (int, int), default=SUPPORT_RANGE
-        Sizes of support sets with ``n_shots=None``.
-    shots_range : (int, int), default=None
-        Support rows of each class, drawn log-uniformly for each batch, in place of `n_shots`; at
-        most half of the rows of a class.
-    keep_index : bool, default=False
-        Whether batches keep the positions of their rows.
-    as_they_come : bool, default=False
-        Whether query rows that are drawn by class count as if they were as frequent as in their
-        task, where rows have weights.
-    """
-
+    # with numeric targets: floats of shape (n_rows, n_outputs), or class positions (int64)
     tasks: TaskCollection
     _: dataclasses.KW_ONLY
     classification: bool
+    # Classes of an episode; the class-to-output assignment is then permuted in every episode.
+    # None: labels are shared by the tasks and used as they are.
     n_ways: int | None = None
+    # Support rows of an episode (of each class, in classification), or as many as leave a query
+    # row. None: regression draws a size for each batch, log-uniformly; classification takes half
+    # of the rows. A single row is a query row.
     n_shots: int | None = None
+    # query rows of an episode (of each class, in classification); None: all that are left
     n_queries: int | None = None
+    # whether to subtract the mean target of the support rows from all targets of an episode
     center_y: bool = False
+    # whether no more than half of the rows of a task are support rows, in regression with
+    # `n_shots`; else one row at least is left for the query set
     at_most_half: bool = False
+    # whether rows are drawn from each class, in classification; else as frequent as they are
     by_class: bool = True
+    # sizes of support sets with ``n_shots=None``
     support_range: tuple[int, int] = SUPPORT_RANGE
+    # support rows of each class, drawn log-uniformly for each batch, in place of `n_shots`; at
+    # most half of the rows of a class
     shots_range: tuple[int, int] | None = None
+    # whether batches keep the positions of their rows
     keep_index: bool = False
+    # whether query rows that are drawn by class count as if they were as frequent as in their
+    # task, where rows have weights
     as_they_come: bool = False
 
     def __post_init__(self) -> None:

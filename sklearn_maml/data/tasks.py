@@ -22,31 +22,16 @@ SUMMED_ROWS = 65_536  # at a time
 
 @dataclasses.dataclass(frozen=True)
 class TaskCollection:
-    """Validated rows and the task of each.
+    """Validated rows and the task of each."""
 
-    Attributes
-    ----------
-    X : ndarray of shape (n_rows, *feature_shape), float32 or float64
-    y : ndarray of shape (n_rows,) or (n_rows, n_outputs)
-    codes : int ndarray of shape (n_rows,)
-        Position in `ids` of each row's task.
-    ids : ndarray of shape (n_tasks,)
-        The task ids in sorted order, or positions for tasks that were not named.
-    in_query : bool ndarray of shape (n_rows,) or None
-        For tasks given as `(X_support, y_support, X_query, y_query)`: which rows are query rows.
-    spelling : {"groups", "column", "list", "stack", "single"}
-        How the caller gave the tasks.
-    weight : ndarray of shape (n_rows,) or None
-        Weights of the rows in meta-training, positive; None: all are equal.
-    """
-
-    X: np.ndarray
-    y: np.ndarray
-    codes: np.ndarray
-    ids: np.ndarray
+    X: np.ndarray  # (n_rows, *feature_shape), float32 or float64
+    y: np.ndarray  # (n_rows,) or (n_rows, n_outputs)
+    codes: np.ndarray  # (n_rows,) position in `ids` of each row's task
+    ids: np.ndarray  # (n_tasks,) in sorted order, or positions of tasks that were not named
+    # (n_rows,) which are query rows of tasks given as (X_support, y_support, X_query, y_query)
     in_query: np.ndarray | None
-    spelling: str
-    weight: np.ndarray | None = None
+    spelling: str  # how the caller gave the tasks: "groups", "column", "list", "stack" or "single"
+    weight: np.ndarray | None = None  # (n_rows,) in meta-training, positive; None: all are equal
 
     def __post_init__(self) -> None:
         counts = np.bincount(self.codes, minlength=len(self.ids))

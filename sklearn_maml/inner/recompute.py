@@ -31,17 +31,12 @@ class RecomputedSteps(InnerProblem):
     adapted to. Then it sweeps back over the steps, building the graph of one at a time, and
     multiplies with the Jacobian of that step (Griewank & Walther 2008, ch. 12: a checkpoint at
     every step).
-
-    Attributes
-    ----------
-    module : Module
-        What `support_loss` runs: its buffers must stay as they are.
-    random : bool
-        Whether the module may draw random numbers, which then are drawn again in the sweep. It
-        sets torch's generators back, so threads must take turns.
     """
 
+    # what `support_loss` runs: its buffers must stay as they are
     module: nn.Module = dataclasses.field(default_factory=nn.Module)
+    # whether it may draw random numbers, which then are drawn again in the sweep: that sets torch's
+    # generators back, so threads must take turns
     random: bool = False
     _given: Params | None = None
     _adapted: Params = dataclasses.field(default_factory=dict)

@@ -36,17 +36,10 @@ from sklearn_maml.threads import side_by_side
 
 @dataclasses.dataclass(frozen=True)
 class ConvForward(StackedForward):
-    """Runs a convolutional net for `n_tasks` tasks.
-
-    Attributes
-    ----------
-    module : Module
-    in_pieces : bool
-        Whether the query loss may hold the activations of a few tasks only, and be differentiated
-        once.
-    """
+    """Runs a convolutional net for `n_tasks` tasks."""
 
     module: nn.Module = dataclasses.field(default_factory=nn.Identity)
+    # whether the query loss may hold activations of a few tasks only, and be differentiated once
     in_pieces: bool = False
 
     def over_tasks(

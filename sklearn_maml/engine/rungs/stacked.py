@@ -34,22 +34,12 @@ from sklearn_maml.theta import Params, Theta
 
 @dataclasses.dataclass(frozen=True)
 class StackedForward:
-    """Runs the written-out net for `n_tasks` tasks.
-
-    Attributes
-    ----------
-    n_tasks : int
-    net, body : callable (params, X, how) -> output
-        All layers, and those below the head.
-    uses_support : bool
-        Whether query rows are normalised with the statistics of the support set.
-    how : Pass
-    """
+    """Runs the written-out net for `n_tasks` tasks."""
 
     n_tasks: int
-    net: Layer
+    net: Layer  # all layers, and those below the head
     body: Layer
-    uses_support: bool
+    uses_support: bool  # whether query rows are normalised with statistics of the support set
     how: Pass = dataclasses.field(default_factory=Pass)
     batched = True
 
