@@ -161,7 +161,7 @@ sanitize: $(STAMP) ## run the tests of the kernels under ASan and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=1 \
 	  PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/test_native.py \
-	  tests/test_head_kernel.py $(ARGS)
+	  tests/test_head_kernel.py tests/test_posterior_kernel.py $(ARGS)
 
 .PHONY: arm
 arm: ## run the tests of the kernels on 64-bit ARM, emulated (slow); needs packages of Debian

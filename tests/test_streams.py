@@ -22,6 +22,7 @@ from torch import nn
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor, adapt, load
 from sklearn_maml.learners import conditioned, sums
+from sklearn_maml.learners.exact import CompiledNumbers
 from sklearn_maml.learners.gaussian import HeadFunctions
 from sklearn_maml.learners.learner import Learner
 
@@ -275,13 +276,18 @@ def test_room_and_rows_per_update_are_bounded(reg, monkeypatch):
     monkeypatch.setattr(conditioned, "ROWS_PER_COLUMN", 1)
     most = reg._learner.head.n_columns
     seen = []
-    columns = HeadFunctions.columns
+    columns, condition = HeadFunctions.columns, CompiledNumbers.condition
 
     def spy(self, X):
         seen.append(len(X))
         return columns(self, X)
 
+    def spy_on_kernel(self, X, *args, **options):
+        seen.append(X.shape[:2].numel())
+        return condition(self, X, *args, **options)
+
     monkeypatch.setattr(HeadFunctions, "columns", spy)
+    monkeypatch.setattr(CompiledNumbers, "condition", spy_on_kernel)
     model = copy.copy(reg)
     X, y, _ = make(4, 1, 3 * most)
     room = []

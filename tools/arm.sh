@@ -57,7 +57,7 @@ wait
 aarch64-linux-gnu-g++ -shared -pthread "$folder"/*.o -o "$native/_kernels.abi3.so"
 
 cd "$package"
-[ $# -gt 0 ] || set -- tests/test_native.py tests/test_head_kernel.py
+[ $# -gt 0 ] || set -- tests/test_native.py tests/test_head_kernel.py tests/test_posterior_kernel.py
 # processes of joblib cannot be started in an emulator
 exec env PYTHONPATH="$package:$site" OMP_NUM_THREADS=1 qemu-aarch64-static -L "$root" \
   "$root/usr/bin/python3.11" -m pytest -q -p no:cacheprovider \

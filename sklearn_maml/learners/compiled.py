@@ -24,7 +24,8 @@ from sklearn_maml.learners.likelihoods import (
 )
 from sklearn_maml.learners.start import NOISE_FLOOR
 from sklearn_maml.native import MAX_LAYERS, activation_code, instruction_sets
-from sklearn_maml.native.head import HeadKernel
+from sklearn_maml.native.head import HeadKernel, Layout
+from sklearn_maml.native.posterior import PosteriorKernel
 from sklearn_maml.threads import n_threads_asked
 
 # their numbers in likelihoods.h
@@ -46,9 +47,27 @@ def head_kernel(
     These have modules of users for features, likelihoods of users, or parameters on an
     accelerator.
     """
+    likelihood, layout = head.likelihood, _layout(head, n_ways)
+    if layout is None:
+        return None
+    two_classes = isinstance(likelihood, TwoClasses)
+    kernel = _TwoClassKernel if two_classes else HeadKernel
+    made = kernel(layout, n_threads=n_threads_asked(), dtype=dtype)
+    if isinstance(made, _TwoClassKernel):
+        made.spread = likelihood.spread
+    return made
+
+
+def posterior_kernel(head: GaussianHead, params: dict[str, Tensor]) -> PosteriorKernel | None:
+    """Kernel for adapting and predicting with these parameters; None: torch has to."""
+    layout = None if isinstance(head, LaplaceHead) else _layout(head, head.n_outputs)
+    return None if layout is None else PosteriorKernel(layout, params)
+
+
+def _layout(head: GaussianHead, n_ways: int) -> Layout | None:
+    """Describe a head to the kernels; None if they are not for it."""
     likelihood = head.likelihood
     newton = type(head) is LaplaceHead and type(likelihood) in LIKELIHOODS
-    two_classes = isinstance(likelihood, TwoClasses)
     body: Any = head.body
     activation: Any = getattr(body, "activation", None)
     covered = (
@@ -66,7 +85,7 @@ def head_kernel(
     spread = 1.0
     if head.same_classes and len(head.center):
         spread = SPREAD / math.sqrt(max(n_linear - 1, 1))
-    kernel = (_TwoClassKernel if two_classes else HeadKernel)(
+    return Layout(
         {name: tuple(p.shape) for name, p in head.named_parameters()},
         activation,
         head.center,
@@ -80,12 +99,7 @@ def head_kernel(
         likelihood=LIKELIHOODS[type(likelihood)] if newton else 0,
         unit=head.unit if isinstance(head, LaplaceHead) else None,
         delta=likelihood.loss.delta if isinstance(likelihood, HyperbolicTails) else 0.0,
-        n_threads=n_threads_asked(),
-        dtype=dtype,
     )
-    if isinstance(kernel, _TwoClassKernel):
-        kernel.spread = likelihood.spread
-    return kernel
 
 
 class _TwoClassKernel(HeadKernel):

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from sklearn_maml.data.weights import row_marks
 from sklearn_maml.learners.base import Adapted, Support, alike, refuse_unknown
+from sklearn_maml.learners.exact import exact
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.laplace import LaplacePosterior
 from sklearn_maml.learners.plain import PlainHead
 from sklearn_maml.learners.posteriors import Posterior, Scale
 from sklearn_maml.learners.sums import (
-    CACHED_ROWS,
     Given,
     Kept,
+    RowsByTask,
     Sums,
+    most_rows,
     room_of_sums,
     sums_over,
     tensors,
@@ -111,13 +113,13 @@ class Conditioned(Adapted):
         Mean of w, in the dtype of the rows.
     low, high : ndarrays of shape (n_tasks, n_outputs)
         Range of the targets of meta-training and of the support set.
-    support : Support
-        Rows of the tasks that have no sums: for the variance, and for what more rows make of them.
+    rows : RowsByTask
+        Those of the tasks that have no sums: for the variance, and for what more rows make of them.
     sums : dict of int to Sums
         What the rows of other tasks said.
     known : bool, default=True
         Whether support sets counted; otherwise tasks are as before adaptation.
-    kept : sequence of (tasks, posterior)
+    kept : Kept, default=None
         Posteriors, for the variance; those of other tasks are found anew where it is asked for.
     trust : ndarray of shape (n_members, n_tasks, n_outputs), default=None
         What members count: as much as the support targets are likely under them. None: the same.
@@ -130,10 +132,10 @@ class Conditioned(Adapted):
         shift: np.ndarray,
         low: np.ndarray,
         high: np.ndarray,
-        support: Support,
+        rows: RowsByTask,
         sums: dict[int, Sums],
         known: bool = True,
-        kept: Kept = (),
+        kept: Kept | None = None,
         trust: np.ndarray | None = None,
     ) -> None:
         self.head = head
@@ -141,11 +143,16 @@ class Conditioned(Adapted):
         self.shift = shift
         self.low = low
         self.high = high
-        self.support = support
+        self.rows = rows
         self.sums = sums
         self.known = known
-        self.kept = kept
+        self.kept = Kept.of(self.n_tasks) if kept is None else kept
         self.trust = self._even(head, shift.shape[1]) if trust is None else trust
+        self._own = None if head.body.of_user else exact(head)
+
+    def _functions(self) -> HeadFunctions:
+        """Functions of the parameters with which tasks were conditioned."""
+        return exact(self.head) if self._own is None else self._own
 
     @staticmethod
     def _even(head: GaussianHead, n_tasks: int) -> np.ndarray:
@@ -156,9 +163,14 @@ class Conditioned(Adapted):
         """Number of tasks."""
         return self.shift.shape[1]
 
+    @property
+    def support(self) -> Support:
+        """Rows of the tasks that have no sums."""
+        return self.rows.support
+
     def has_rows(self) -> np.ndarray:
         """Whether each task has labelled rows that count."""
-        has: np.ndarray = self.support.sizes > 0
+        has: np.ndarray = self.rows.sizes > 0
         has[list(self.sums)] = True
         return has
 
@@ -180,8 +192,8 @@ class Conditioned(Adapted):
         """No tasks."""
         shift = np.empty((head.n_members, 0, head.n_columns, head.n_latent), like.X.dtype)
         edge = np.empty((0, head.n_outputs))
-        support = Support(like.X[:0], like.y[:0], like.codes[:0], 0)
-        return cls(head, calibration, shift, edge, edge, support, {})
+        rows = RowsByTask.of(Support(like.X[:0], like.y[:0], like.codes[:0], 0))
+        return cls(head, calibration, shift, edge, edge, rows, {})
 
     def extended(self, more: Support) -> Conditioned:
         """See `Adapted`."""
@@ -196,41 +208,43 @@ class Conditioned(Adapted):
         Sums take the place of the rows of a task where they take less room, and where there are
         more than `most_rows`, which would make the next extension slow.
         """
-        head, run = self.head, _exact(self.head)
+        head, run = self.head, self._functions()
         tasks = np.union1d(more.codes, np.arange(self.n_tasks, more.n_tasks))
-        rows = self.support.followed_by(more)
-        n_rows = rows.sizes[tasks]
+        support = self.support.followed_by(more)
+        n_rows = support.sizes[tasks]
         row_bytes = sum(part[:1].nbytes for part in (more.X, more.y, more.codes))
         less = (n_rows > head.n_columns) & (n_rows * row_bytes > room_of_sums(head))
         enough = less | (n_rows > most_rows) | np.isin(tasks, list(self.sums))
         summed = tasks[enough & run.has_sums]
         sums = dict(self.sums)
-        for j, found in sums_over(run, rows.of(summed)).items() if len(summed) else ():
+        for j, of_rows in sums_over(run, support.of(summed)).items() if len(summed) else ():
             task = int(summed[j])
-            sums[task] = sums[task] + found if task in sums else found
-        kept = rows.without(summed)
+            sums[task] = sums[task] + of_rows if task in sums else of_rows
+        rows = RowsByTask.of(support.without(summed))
         shape = (head.n_members, more.n_tasks, head.n_columns, head.n_latent)
         shift = np.empty(shape, dtype=self.shift.dtype)
         shift[:, : self.n_tasks] = self.shift
         trust = self._even(head, more.n_tasks)
         trust[:, : self.n_tasks] = self.trust
-        given = Given(run, kept, sums, tasks)
-        posteriors = [(np.where(np.isin(t, tasks), -1, t), found) for t, found in self.kept]
-        posteriors = [part for part in posteriors if (part[0] >= 0).any()]
+        given = Given(run, rows, sums, tasks)
         # one after another, those of single tasks would take longer than to find them again
-        keeps = len(tasks) == more.n_tasks and not head.likelihood.are_classes
-        keeps = keeps and 8 * run.room(given.sizes) <= MOST_KEPT
+        are_all = len(tasks) == more.n_tasks
+        left = MOST_KEPT if are_all and not head.likelihood.are_classes else 0
+        found = []
         for some in given.batches():
-            posterior = given.posterior(some)
+            keeps = (needed := 8 * run.room(given.sizes[some])) <= left
+            left -= needed if keeps else 0
+            posterior = given.posterior(some, doubt=keeps)
             shift[:, tasks[some]] = posterior.shift.cpu().numpy()
             of_some = run.trust(posterior)
             if of_some is not None:
                 trust[:, tasks[some]] = of_some.cpu().numpy()
             if keeps:
-                posteriors.append((tasks[some], posterior))
-        low, high = self._range_with(more)
-        parts = (shift, low, high, kept, sums)
-        return Conditioned(head, self.calibration, *parts, kept=tuple(posteriors), trust=trust)
+                found.append((tasks[some], posterior))
+        n_tasks = more.n_tasks
+        kept = Kept.of(n_tasks, found) if are_all else self.kept.without(tasks, n_tasks)
+        parts = (shift, *self._range_with(more), rows, sums)
+        return Conditioned(head, self.calibration, *parts, kept=kept, trust=trust)
 
     def _range_with(self, more: Support) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest targets of all tasks, where there are more rows."""
@@ -256,7 +270,7 @@ class Conditioned(Adapted):
             if likelihood.uses_variance
             else self.member_outputs(rows, codes)
         )
-        low, high = (torch.from_numpy(edge[codes]) for edge in self._edges())
+        low, high = map(torch.from_numpy, self._edges(codes))
         mean = self._average(means, codes)
         factor = torch.tensor(self._factor(rows, codes)) if likelihood.are_classes else 1.0
         return likelihood.predicted(mean, factor, low, high).numpy()
@@ -268,26 +282,25 @@ class Conditioned(Adapted):
 
     def bounded(self, outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Cut outputs off a little beyond the range of targets that were seen."""
-        low, high = self._edges()
-        return np.clip(outputs, low[codes], high[codes])
+        return np.clip(outputs, *self._edges(codes))
 
-    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where predictions of each task end."""
-        beyond = MARGIN * (self.high - self.low)
-        return self.low - beyond, self.high + beyond
+    def _edges(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where predictions (n_rows, n_outputs) of rows of these tasks end."""
+        low, high = self.low[codes], self.high[codes]
+        beyond = MARGIN * (high - low)
+        return low - beyond, high + beyond
 
     def member_outputs(self, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return outputs (n_members, n_rows, n_outputs) of each member."""
-        run = _exact(self.head)
+        run = self._functions()
         means = np.empty((self.head.n_members, len(rows), self.head.n_outputs))
-        work = min(len(rows), ROWS_AT_A_TIME) * sum(p.numel() for p in self.head.parameters())
-        with torch.no_grad(), threads_for(work):
+        (shift,) = tensors(self.head, self.shift)
+        with torch.no_grad(), threads_for(min(len(rows), ROWS_AT_A_TIME) * run.row_work):
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 part = slice(start, start + ROWS_AT_A_TIME)
-                prior, S = run.columns(*tensors(self.head, rows[part]))
-                shift = torch.from_numpy(self.shift[:, codes[part]]).to(S)
-                mean = prior + (S.unsqueeze(-2) @ shift).squeeze(-2)
-                means[:, part] = (run.amplitude() * mean).cpu().numpy()
+                (X,) = tensors(self.head, rows[part])
+                found = run.outputs(X, shift, torch.from_numpy(codes[part]))
+                means[:, part] = found.cpu().numpy()
         return means
 
     def std(
@@ -325,8 +338,8 @@ class Conditioned(Adapted):
         self, rows: np.ndarray, pools: np.ndarray, tasks: np.ndarray, n: int
     ) -> np.ndarray:
         """See `Adapted`; variances are those of `std`, the members' disagreement apart."""
-        run, n_systems = _exact(self.head), self.head.n_systems
-        given = Given(run, self.support, self.sums, tasks)
+        run, n_systems = self._functions(), self.head.n_systems
+        given = Given(run, self.rows, self.sums, tasks)
         order = np.argsort(pools, kind="stable")
         sizes = np.bincount(pools, minlength=len(tasks))
         first = np.cumsum(sizes) - sizes
@@ -390,32 +403,30 @@ class Conditioned(Adapted):
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
-        run = _exact(self.head)
+        run, most = self._functions(), most_rows(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
-        given = Given(run, self.support, self.sums, asked)
-        of_query = of_query.reshape(-1)
-        n_queries = np.bincount(of_query)
-        order = np.argsort(of_query, kind="stable")
-        first = np.cumsum(n_queries) - n_queries
+        order = np.argsort(of_query.reshape(-1), kind="stable")
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         scale = self._scale()
+        given = Given(run, self.rows, self.sums, asked)
         with torch.no_grad():
-            for some, posterior in given.posteriors(self.kept, n_queries):
-                most = n_queries[some].max()
-                for start in range(0, most, CACHED_ROWS):
-                    number = np.arange(start, min(start + CACHED_ROWS, most))
-                    real = number < n_queries[some][:, None]
-                    at = order[np.where(real, first[some][:, None] + number, 0)]
-                    found = run.query(tensors(self.head, rows[at])[0], posterior, scale)
+            for some, places, posterior in given.posteriors(self.kept):
+                place_of = np.full(len(asked), -1)
+                place_of[some] = places
+                of_rows = place_of[of_query.reshape(-1)[order]]
+                own, at = order[of_rows >= 0], of_rows[of_rows >= 0]
+                for start in range(0, len(own), most):
+                    part = slice(start, start + most)
+                    X = tensors(self.head, rows[own[part]])[0]
+                    found = run.query_rows(X, at[part], posterior, scale)
                     for values, whole in zip(found, (means, variances), strict=True):
-                        assert values is not None
-                        whole[:, at[real]] = values.cpu().numpy()[:, real]
+                        whole[:, own[part]] = values.cpu().numpy()
         return means, variances
 
     def module(self, task: int, how: Any = None) -> PlainHead:
         """See `Adapted`."""
-        low, high = (edge[task] for edge in self._edges())
+        low, high = (edge[0] for edge in self._edges(np.array([task])))
         shift, low, high = tensors(self.head, self.shift[:, task], low, high)
         (trust,) = tensors(self.head, self.trust[:, task, None])
         of_logits = 1.0
@@ -428,7 +439,7 @@ class Conditioned(Adapted):
         if not self.head.likelihood.uses_variance:
             return None
         with torch.no_grad():
-            given = Given(_exact(self.head), self.support, self.sums, np.array([task]))
+            given = Given(self._functions(), self.rows, self.sums, np.array([task]))
             posterior = given.posterior(np.zeros(1, int))
             assert isinstance(posterior, LaplacePosterior)
             return posterior.covariance_root()[:, 0]
@@ -449,17 +460,7 @@ class Conditioned(Adapted):
     ) -> Conditioned:
         """Make what `state` described."""
         shift, low, high = (state[name] for name in ("shift", "low", "high"))
-        support, sums = Support(**state["support"]), Sums.from_state(state["sums"])
-        parts = (shift, low, high, support, sums, state["known"])
+        rows = RowsByTask.of(Support(**state["support"]))
+        parts = (shift, low, high, rows, Sums.from_state(state["sums"]), state["known"])
         # files of older versions, whose members count the same, have no trust
         return cls(head, calibration, *parts, trust=state.get("trust"))
-
-
-def _exact(head: GaussianHead) -> HeadFunctions:
-    """Functions of the parameters in float64, safe in any thread."""
-    body = head.body.private()
-    params = {
-        name: p.detach() if body.of_user and name.startswith("body.") else p.detach().double()
-        for name, p in head.named_parameters()
-    }
-    return head.functions(params, body)

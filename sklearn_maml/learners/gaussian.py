@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sklearn_maml.learners.base import padded
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
-from sklearn_maml.learners.posteriors import Information, Posterior, Scale
+from sklearn_maml.learners.posteriors import Information, Posterior, Scale, of_tasks
 from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
 
 Params = dict[str, Tensor]
 
+NO_HALF = "asked for variances, but conditioned without"
 BEYOND = 1e4  # standard deviations at which features are cut off
 CODE = 8.0  # of a class, before meta-training
 SPREAD = 1.5  # of what a standardised row adds to a logit, likewise
@@ -189,6 +191,7 @@ class HeadFunctions:
         self.body = body
         prefix = "body."
         self.of_body = {n[len(prefix) :]: p for n, p in params.items() if n.startswith(prefix)}
+        self.row_work = sum(p.numel() for p in params.values())
 
     def columns(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean (n_members, n_rows, n_outputs), and S, of rows (n_rows, ...)."""
@@ -240,7 +243,9 @@ class HeadFunctions:
             return torch.cholesky_solve(v.mT.unsqueeze(-1), factor).squeeze(-1).mT
         return torch.cholesky_solve(v, factor.squeeze(2))
 
-    def condition(self, X: Tensor, y: Tensor, root: Tensor | None = None) -> Posterior:
+    def condition(
+        self, X: Tensor, y: Tensor, root: Tensor | None = None, *, doubt: bool = True
+    ) -> Posterior:
         """Condition on support sets.
 
         Parameters
@@ -251,23 +256,41 @@ class HeadFunctions:
         root : Tensor of shape (n_tasks, n_support) or (n_members, n_tasks, n_support), optional
             Square roots of the rows' weights: one of weight 2 is a row that is there twice. 0 for
             padding.
+        doubt : bool, default=True
+            Whether variances will be asked for.
         """
         S, residual, n_rows = self.weighted(X, y, root)
         if S.shape[-2] > S.shape[-1]:
-            given = self.posterior(Information.over(S, residual, n_rows))
-            shift, factor, kept = given.shift, given.factor, None
-        else:
-            factor, kept = self._root(S @ S.mT), S
-            shift = S.mT @ self._solve(factor, residual)
-        unexplained = (residual * (residual - S @ shift)).sum(2)
-        return Posterior(shift, factor, unexplained, n_rows, kept)
+            return self.posterior(Information.over(S, residual, n_rows), doubt=doubt)
+        factor = self._root(S @ S.mT)
+        solved = self._solve(factor, residual)
+        half = n_moved = None
+        if doubt:
+            half = torch.linalg.solve_triangular(factor, S.unsqueeze(2), upper=False)
+            n_moved = half.square().sum((-2, -1))
+        shift, misfit = S.mT @ solved, (residual * solved).sum(2)
+        of_rows = torch.ones_like(n_rows[:1, :, 0], dtype=torch.bool)
+        parts = (shift, misfit, shift.square().sum(2), n_moved, self._log_det(factor))
+        return Posterior(*parts, n_rows, half, of_rows)
 
-    def posterior(self, given: Information) -> Posterior:
-        """Condition on sums over the rows of support sets."""
-        factor = self._root(given.gram)
+    def posterior(self, given: Information, *, doubt: bool = True) -> Posterior:
+        """Condition on sums over the rows of support sets; see `condition`."""
+        factor, noise = self._root(given.gram), self.noise()[:, None]
         shift = self._solve(factor, given.cross)
-        unexplained = given.square - (given.cross * shift).sum(2)
-        return Posterior(shift, factor, unexplained, given.n_rows, None)
+        half = n_moved = None
+        if doubt:
+            root = torch.diag_embed(noise.sqrt().unsqueeze(-1).expand(factor.shape[:-1]))
+            half = torch.linalg.solve_triangular(factor, root, upper=False)
+            n_moved = half.shape[-1] - half.square().sum((-2, -1))
+        misfit = (given.square - (given.cross * shift).sum(2)) / noise
+        of_rows = torch.zeros_like(given.n_rows[:1, :, 0], dtype=torch.bool)
+        parts = (shift, misfit, shift.square().sum(2), n_moved, self._log_det(factor))
+        return Posterior(*parts, given.n_rows, half, of_rows)
+
+    def _log_det(self, factor: Tensor) -> Tensor:
+        """Logarithms of the determinants of systems, over those of the noise alone."""
+        logs = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return logs - factor.shape[-1] * self.noise().log()[:, None]
 
     def weighted(
         self, X: Tensor, y: Tensor, root: Tensor | None = None
@@ -284,14 +307,12 @@ class HeadFunctions:
 
         As long as the number of rows (1 or n_members, n_tasks, 1), the second result, on average.
         """
-        found = given.unexplained / self.noise()[:, None]
-        return found.clamp_min(0), given.n_rows
+        return given.misfit.clamp_min(0), given.n_rows
 
     def moved(self, given: Posterior) -> tuple[Tensor, Tensor]:
         """Return the parts of `misfit` and of the rows that went into the weights."""
-        n = given.factor.shape[-1]
-        trace = torch.cholesky_inverse(given.factor).diagonal(dim1=-2, dim2=-1).sum(-1)
-        return given.shift.square().sum(2), n - self.noise()[:, None] * trace
+        assert given.n_moved is not None, NO_HALF
+        return given.moved, given.n_moved
 
     def trust(self, given: Any) -> Tensor | None:
         """Return what members count (n_members, n_tasks, n_outputs); None: the same.
@@ -305,10 +326,8 @@ class HeadFunctions:
 
         Of a task whose scale has an inverse gamma prior: a multivariate Student distribution.
         """
-        noise = self.noise()[:, None]
         misfit, n_rows = self.misfit(given)
-        logs = 2 * given.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logs = logs + (n_rows - given.factor.shape[-1]) * noise.log()
+        logs = given.log_det + n_rows * self.noise().log()[:, None]
         of_misfit = (TRUST_FREEDOM + n_rows) * (misfit / TRUST_FREEDOM).log1p()
         found = -0.5 * (of_misfit + logs)
         a = self.amplitude()
@@ -384,13 +403,54 @@ class HeadFunctions:
 
         With a `scale` the variances are scaled task by task (Gelman et al. 2013, sec. 3.3).
         """
-        prior, S = self.of_tasks(X)
-        a = self.amplitude_of_tasks()
-        mean = a * (prior + S @ given.shift)
-        variance = self._variance(S, given)
+        mean, variance = self.moments(X, given)
+        assert variance is not None, NO_HALF
         if scale is not None:
             variance = variance * self.spread(given, scale).unsqueeze(2)
-        return mean, a**2 * variance
+        return mean, self.amplitude_of_tasks() ** 2 * variance
+
+    def moments(self, X: Tensor, given: Posterior) -> tuple[Tensor, Tensor | None]:
+        """Return outputs (n_members, n_tasks, n_query, n_outputs), and variances of the targets.
+
+        These are (n_members, n_tasks, n_query, n_noises), noise included, over the squared
+        amplitude; None where support sets were conditioned on without.
+        """
+        prior, S = self.of_tasks(X)
+        mean = self.amplitude_of_tasks() * (prior + S @ given.shift)
+        if given.half is None:
+            return mean, None
+        left = (given.half @ S.mT.unsqueeze(2)).square().sum(-2)
+        less = (S.square().sum(-1).unsqueeze(2) - left).clamp_min(0)
+        left = torch.where(given.of_rows[..., None, None], less, left)
+        return mean, (left + self.noise()[:, None, :, None]).mT
+
+    def query_rows(
+        self, X: Tensor, places: np.ndarray, given: Any, scale: Scale | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `query`, of rows (n_rows, ...) of the tasks at these places of `given`.
+
+        Returns values of shape (n_members, n_rows, n_outputs).
+        """
+        distinct, of_row = np.unique(places, return_inverse=True)
+        parts, order = [], []
+        for tasks, at, real in padded(of_row.reshape(-1), len(distinct)):
+            found = self.query(X[torch.from_numpy(at)], of_tasks(given, distinct[tasks]), scale)
+            own = torch.from_numpy(real)
+            parts.append([v[:, own] for v in found if v is not None])
+            order.append(at[real])
+        back = torch.from_numpy(np.argsort(np.concatenate(order)))
+        mean, variance = (torch.cat(values, 1)[:, back] for values in zip(*parts, strict=True))
+        return mean, variance
+
+    def outputs(self, X: Tensor, shift: Tensor, place: Tensor) -> Tensor:
+        """Return outputs (n_members, n_rows, n_outputs) of rows (n_rows, ...).
+
+        `shift` (n_members, n_tasks, n_columns, n_outputs) is that of tasks, `place` (n_rows,) the
+        task of each row.
+        """
+        prior, S = self.columns(X)
+        moved = (S.unsqueeze(-2) @ shift[:, place.to(shift.device)].to(S)).squeeze(-2)
+        return self.amplitude() * (prior + moved)
 
     def spread(self, given: Posterior, scale: Scale) -> Tensor:
         """Factor (n_members, n_tasks, n_outputs) of the variances, see `query`."""
@@ -404,17 +464,15 @@ class HeadFunctions:
     def room(self, n_rows: np.ndarray) -> int:
         """Numbers of the posteriors of tasks of so many rows (n_tasks,)."""
         p, n_noises = self.head.n_columns, self.head.log_noise.shape[1]
-        n = np.minimum(n_rows, p)
-        one = n * (n_noises * n + np.where(n_rows > p, 0, p)) + self.head.n_outputs * p
+        one = (n_noises * np.minimum(n_rows, p) + self.head.n_outputs) * p
         return int(self.head.n_members * one.sum())
 
     def covariance(self, given: Posterior) -> Tensor:
         """Covariance (n_members, n_tasks, n_noises, n_columns, n_columns) of w."""
-        if given.S is None:
-            noise = self.noise()[:, None, :, None, None]
-            return noise * torch.cholesky_inverse(given.factor)
-        half = torch.linalg.solve_triangular(given.factor, given.S.unsqueeze(2), upper=False)
-        return torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.mT @ half
+        assert given.half is not None, NO_HALF
+        known = given.half.mT @ given.half
+        one = torch.eye(known.shape[-1], dtype=known.dtype, device=known.device)
+        return torch.where(given.of_rows[..., None, None, None], one - known, known)
 
     def expected(
         self, parts: Iterable[tuple[Tensor, Tensor]], given: Posterior
@@ -437,18 +495,6 @@ class HeadFunctions:
         a = self.amplitude_of_tasks()
         noise = self.noise()[:, None, :, None]
         return noise, (a**2).mT if isinstance(a, Tensor) else noise.new_ones(1, 1, 1, 1)
-
-    def _variance(self, S: Tensor, given: Posterior) -> Tensor:
-        """Variance (n_members, n_tasks, n_query, n_noises), noise included, by the amplitude."""
-        noise = self.noise()[:, None, :, None]
-        if given.S is not None:
-            cross = (given.S @ S.mT).unsqueeze(2)
-            half = torch.linalg.solve_triangular(given.factor, cross, upper=False)
-            left = S.square().sum(-1).unsqueeze(2) - half.square().sum(-2)
-        else:
-            half = torch.linalg.solve_triangular(given.factor, S.mT.unsqueeze(2), upper=False)
-            left = noise * half.square().sum(-2)
-        return (left.clamp_min(0) + noise).mT
 
 
 class ClassHead(GaussianHead):
@@ -516,8 +562,7 @@ class ClassFunctions(HeadFunctions):
 
     def query(self, X: Tensor, given: Posterior, scale: Scale | None = None) -> tuple[Tensor, None]:
         """Return logits; see `HeadFunctions`. They have no variances."""
-        prior, S = self.of_tasks(X)
-        return prior + S @ given.shift, None
+        return self.moments(X, given)[0], None
 
     def expected(
         self, parts: Iterable[tuple[Tensor, Tensor]], given: Posterior

@@ -17,7 +17,6 @@ from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
-from sklearn_maml.learners.posteriors import Posterior
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.native.head import HeadKernel
 
@@ -214,11 +213,11 @@ class HeadTrainer:
         batch: EpisodeBatch,
         mask: Tensor | None,
         n_ways: int | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Posterior]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Any]:
         support, query = (self._targets(rows, n_ways) for rows in (batch.support, batch.query))
-        given = run.condition(
-            batch.support.X, support, None if mask is None else mask.to(support.dtype).sqrt()
-        )
+        root = None if mask is None else mask.to(support.dtype).sqrt()
+        are_numbers = not self.head.likelihood.are_classes
+        given = run.condition(batch.support.X, support, root, doubt=are_numbers)
         mean, variance = run.query(batch.query.X, given)
         return mean, variance, query, given
 

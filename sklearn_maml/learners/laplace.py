@@ -231,7 +231,7 @@ class LaplaceFunctions(HeadFunctions):
         return dispersion, self.head.unit.double()
 
     def condition(  # type: ignore[override]
-        self, X: Tensor, y: Tensor, root: Tensor | None = None
+        self, X: Tensor, y: Tensor, root: Tensor | None = None, *, doubt: bool = True
     ) -> LaplacePosterior:
         """Condition on support sets; see `HeadFunctions`."""
         prior, S = (part.double() for part in self.of_tasks(X))

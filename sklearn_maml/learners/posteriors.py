@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -47,21 +49,31 @@ class Posterior:
     ----------
     shift : Tensor of shape (n_members, n_tasks, n_columns, n_outputs)
         Mean of w.
-    factor : Tensor of shape (n_members, n_tasks, n_noises, n, n)
-        Root of the system that was solved: of rows, or of columns where there are fewer of them.
-    unexplained : Tensor of shape (n_members, n_tasks, n_outputs)
-        Products of the residuals with what the shift leaves of them.
+    misfit : Tensor of shape (n_members, n_tasks, n_outputs)
+        Squared Mahalanobis length of the residuals.
+    moved : Tensor of shape (n_members, n_tasks, n_outputs)
+        The part of it that went into the weights.
+    n_moved : Tensor of shape (n_members, n_tasks, n_noises) or None
+        The part of the rows that did so; None without variances.
+    log_det : Tensor of shape (n_members, n_tasks, n_noises)
+        Logarithm of the determinant of their covariance, over that of the noise alone.
     n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
         Support rows, by their weights.
-    S : Tensor of shape (n_members, n_tasks, n_support, n_columns) or None
-        Columns of the support rows, if the system is one of rows.
+    half : Tensor of shape (n_members, n_tasks, n_noises, n, n_columns) or None
+        Root H of the covariance of w, which is H'H, a triangle, or, if the system that was solved
+        is one of rows, 1 - H'H. None: nobody asks for variances.
+    of_rows : bool Tensor of shape (1, n_tasks)
+        Whether it is one of rows, or of columns where there are fewer of them.
     """
 
     shift: Tensor
-    factor: Tensor
-    unexplained: Tensor
+    misfit: Tensor
+    moved: Tensor
+    n_moved: Tensor | None
+    log_det: Tensor
     n_rows: Tensor
-    S: Tensor | None
+    half: Tensor | None
+    of_rows: Tensor
 
 
 class Scale(NamedTuple):
@@ -77,3 +89,10 @@ class Scale(NamedTuple):
 
     freedom: Tensor
     of_weights: Tensor
+
+
+def of_tasks(posterior: Any, places: np.ndarray) -> Any:
+    """Take the posteriors of some of the tasks."""
+    index = torch.from_numpy(places).to(posterior.shift.device)
+    found = vars(posterior).items()
+    return replace(posterior, **{n: t[:, index] for n, t in found if isinstance(t, Tensor)})

@@ -14,10 +14,6 @@ from sklearn_maml.learners.base import TASKS_AT_A_TIME, Support, alike, padded
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.posteriors import Information, Posterior
 
-# Tasks, -1 for one that has another by now, and their posteriors. The variance of predictions needs
-# these, and finding them takes longer than predicting.
-Kept = Sequence[tuple[np.ndarray, Posterior]]
-
 # Rows of some tasks at a time, padding included: their columns fit into the caches of a CPU. On a
 # device, and of tasks whose sums are at hand, so many.
 CACHED_ROWS, DEVICE_ROWS, TASKS_OF_SUMS = 2048, 65536, 16
@@ -78,13 +74,14 @@ def tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
     return [torch.from_numpy(array).to(head.factor.device) for array in own]
 
 
-def _most_rows(head: GaussianHead) -> int:
+def most_rows(head: GaussianHead) -> int:
+    """Rows to take at a time, padding included."""
     return CACHED_ROWS if head.factor.device.type == "cpu" else DEVICE_ROWS
 
 
 def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
     """Sum over the rows of tasks, some at a time; those without rows have no sums."""
-    head, most = run.head, _most_rows(run.head)
+    head, most = run.head, most_rows(run.head)
     root = np.sqrt(support.weights().astype(np.float64))
     n_rows = np.bincount(support.codes, support.counts(), support.n_tasks)
     lower = np.tril_indices(head.n_columns)
@@ -110,98 +107,148 @@ def sums_over(run: HeadFunctions, support: Support) -> dict[int, Sums]:
     return found
 
 
-def _taken(posterior: Any, tasks: np.ndarray) -> Any:
-    """Posteriors of some of the tasks."""
-    if len(tasks) == posterior.shift.shape[1] and (tasks == np.arange(len(tasks))).all():
-        return posterior
-    index = torch.from_numpy(tasks).to(posterior.shift.device)
-    parts = {n: t if t is None else t[:, index] for n, t in vars(posterior).items()}
-    return replace(posterior, **parts)
+@dataclass(frozen=True)
+class Kept:
+    """Posteriors of some of the tasks, for variances: finding one takes longer than predicting.
+
+    Attributes
+    ----------
+    posteriors : tuple of (Posterior or None)
+        Of some tasks each; None where all of these have another one by now.
+    part, place : int ndarrays of shape (n_tasks,)
+        Which of them is that of a task, and the place of the task in it; -1: none.
+    """
+
+    posteriors: tuple[Any, ...]
+    part: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, n_tasks: int, found: Sequence[tuple[np.ndarray, Any]] = ()) -> Kept:
+        """Keep posteriors of these tasks."""
+        part, place = np.full((2, n_tasks), -1)
+        for k, (tasks, _) in enumerate(found):
+            part[tasks], place[tasks] = k, np.arange(len(tasks))
+        return cls(tuple(posterior for _, posterior in found), part, place)
+
+    def __len__(self) -> int:
+        return int((self.part >= 0).sum())
+
+    def without(self, tasks: np.ndarray, n_tasks: int) -> Kept:
+        """Keep those of other tasks; there are `n_tasks` now."""
+        part, place = np.full((2, n_tasks), -1)
+        part[: len(self.part)], place[: len(self.part)] = self.part, self.place
+        part[tasks] = -1
+        left = set(part.tolist())
+        posteriors = tuple(p if k in left else None for k, p in enumerate(self.posteriors))
+        return Kept(posteriors, part, place)
+
+
+@dataclass(frozen=True)
+class RowsByTask:
+    """Support rows, and where those of a task are.
+
+    Attributes
+    ----------
+    support : Support
+    order : int ndarray of shape (n_rows,)
+        Rows of the first task, then those of the second, ...
+    first, sizes : int ndarrays of shape (n_tasks,)
+        Where those of each task begin in `order`, and how many they are.
+    root : ndarray of shape (n_rows,)
+        Square roots of what rows count, see `Support.evidence`.
+    """
+
+    support: Support
+    order: np.ndarray
+    first: np.ndarray
+    sizes: np.ndarray
+    root: np.ndarray
+
+    @classmethod
+    def of(cls, support: Support) -> RowsByTask:
+        """Find them."""
+        sizes = support.sizes
+        order = np.argsort(support.codes, kind="stable")
+        return cls(support, order, np.cumsum(sizes) - sizes, sizes, np.sqrt(support.evidence()))
+
+    def padded(self, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n, most) of several tasks, and which of them are real."""
+        sizes = self.sizes[tasks][:, None]
+        number = np.arange(sizes.max(initial=0))
+        real = number < sizes
+        if not len(self.order):
+            return np.zeros(real.shape, dtype=np.intp), real
+        return self.order[np.where(real, self.first[tasks][:, None] + number, 0)], real
+
+    def those_of(self, tasks: np.ndarray) -> Support:
+        """Rows of some tasks, which are numbered by their places in `tasks`."""
+        at, real = self.padded(tasks)
+        codes = np.repeat(np.arange(len(tasks)), self.sizes[tasks])
+        return replace(self.support.rows_at(at[real]), codes=codes, n_tasks=len(tasks))
 
 
 class Given:
     """Posteriors of tasks, of their rows or of sums over them: some tasks at a time.
 
+    What it costs does not depend on how many other tasks there are.
+
     Parameters
     ----------
     run : HeadFunctions
-    support : Support
+    rows : RowsByTask
     sums : dict of int to Sums
-        Of the tasks without rows in `support`. Of a task with more rows than fit into the caches,
+        Of the tasks without rows in `rows`. Of a task with more rows than fit into the caches,
         sums are made in pieces.
     asked : int ndarray of shape (n_asked,)
         Tasks, of which one may come repeatedly.
     """
 
     def __init__(
-        self, run: HeadFunctions, support: Support, sums: dict[int, Sums], asked: np.ndarray
+        self, run: HeadFunctions, rows: RowsByTask, sums: dict[int, Sums], asked: np.ndarray
     ) -> None:
-        tasks, position = np.unique(asked, return_inverse=True)
         self.run, self.head = run, run.head
-        self.support = support.of(tasks)
-        self.sums = {j: sums[t] for j, t in enumerate(tasks.tolist()) if t in sums}
-        self.asked = asked
-        self.position = position.reshape(-1)
-        self.sizes = self.support.sizes
-        self.order = np.argsort(self.support.codes, kind="stable")
-        self.first = np.cumsum(self.sizes) - self.sizes
-        self.root = np.sqrt(self.support.evidence())
-        self.by_sums = run.has_sums & (self.sizes > _most_rows(self.head))
-        self.by_sums[list(self.sums)] = True
+        self.rows, self.sums, self.asked = rows, sums, asked
+        self.sizes = rows.sizes[asked]
+        self.by_sums = run.has_sums & (self.sizes > most_rows(self.head))
+        if sums:
+            self.by_sums |= np.fromiter((t in sums for t in asked.tolist()), bool, len(asked))
 
-    def batches(
-        self, beside: np.ndarray | None = None, among: np.ndarray | None = None
-    ) -> Iterator[np.ndarray]:
-        """Positions in `asked`, few enough at a time.
-
-        `beside` (n_asked,) has numbers of other rows of the tasks, which the caller pads; `among`
-        (n_asked,) says which positions to go through.
-        """
-        n_rows = self.sizes[self.position]
-        larger = n_rows if beside is None else np.maximum(n_rows, beside)
-        by_sums = self.by_sums[self.position]
-        among = np.ones(len(by_sums), dtype=bool) if among is None else among
-        for own, most_tasks in ((by_sums, TASKS_OF_SUMS), (~by_sums, TASKS_AT_A_TIME)):
+    def batches(self, among: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Positions in `asked`, or those where `among` (n_asked,) is true, few enough at a time."""
+        among = np.ones(len(self.asked), dtype=bool) if among is None else among
+        for own, most_tasks in ((self.by_sums, TASKS_OF_SUMS), (~self.by_sums, TASKS_AT_A_TIME)):
             place = np.flatnonzero(own & among)
-            for part in alike(larger[place], most_tasks, _most_rows(self.head)):
+            for part in alike(self.sizes[place], most_tasks, most_rows(self.head)):
                 yield place[part]
 
-    def posteriors(self, kept: Kept, beside: np.ndarray) -> Iterator[tuple[np.ndarray, Posterior]]:
-        """Positions in `asked`, few enough at a time, and their posteriors; see `batches`.
+    def posteriors(self, kept: Kept) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+        """Positions in `asked`, the places of these tasks in a posterior, and it.
 
         Those that were `kept` are not found anew.
         """
-        left = np.ones(len(self.asked), dtype=bool)
-        for tasks, posterior in kept:
-            place = np.full(max(tasks.max(), self.asked.max(initial=0)) + 2, -1)
-            place[tasks] = np.arange(len(tasks))
-            place[-1] = -1
-            which = place[self.asked]
-            some = np.flatnonzero(which >= 0)
-            left[some] = False
-            for part in alike(beside[some], len(some), _most_rows(self.head)):
-                yield some[part], _taken(posterior, which[some[part]])
-        for some in self.batches(beside, left):
-            yield some, self.posterior(some)
+        part = kept.part[self.asked]
+        for k in np.unique(part[part >= 0]).tolist():
+            some = np.flatnonzero(part == k)
+            yield some, kept.place[self.asked[some]], kept.posteriors[k]
+        for some in self.batches(part < 0):
+            yield some, np.arange(len(some)), self.posterior(some)
 
-    def posterior(self, some: np.ndarray) -> Posterior:
-        """Condition on the support sets of these positions in `asked`."""
-        tasks = self.position[some]
-        if self.by_sums[tasks].any():
-            return self.run.posterior(self._information(tasks))
-        sizes = self.sizes[tasks][:, None]
-        number = np.arange(sizes.max())
-        real = number < sizes
-        at = self.order[np.where(real, self.first[tasks][:, None] + number, 0)]
-        y = self.head.likelihood.encoded(self.support.y[at], self.head.n_outputs)
-        rows = tensors(self.head, self.support.X[at], y, real * self.root[at])
-        return self.run.condition(*rows)
+    def posterior(self, some: np.ndarray, *, doubt: bool = True) -> Posterior:
+        """Condition on the support sets of these positions in `asked`; see `condition`."""
+        tasks, support = self.asked[some], self.rows.support
+        if self.by_sums[some].any():
+            return self.run.posterior(self._information(tasks), doubt=doubt)
+        at, real = self.rows.padded(tasks)
+        y = self.head.likelihood.encoded(support.y[at], self.head.n_outputs)
+        rows = tensors(self.head, support.X[at], y, real * self.rows.root[at])
+        return self.run.condition(*rows, doubt=doubt)
 
     def _information(self, tasks: np.ndarray) -> Information:
         """Put sums of several tasks side by side, by weights whose sum is the number of rows."""
         head, p = self.head, self.head.n_columns
         distinct, place = np.unique(tasks, return_inverse=True)
-        of_rows = sums_over(self.run, self.support.of(distinct))
+        of_rows = sums_over(self.run, self.rows.those_of(distinct))
         shape = (head.n_members, len(tasks), p, p)
         gram, cross = np.zeros(shape), np.zeros((*shape[:3], head.n_outputs))
         square = np.zeros((*shape[:2], head.n_outputs))

@@ -235,23 +235,30 @@ struct Row {
     real weight, root; // `root` is a factor of its columns
 };
 
-struct Space {
+struct Features {
     Row *rows;
-    real *X, *S, *Z, *x[MAX_LAYERS], *z[MAX_LAYERS], *dx[MAX_LAYERS], *angle, *prior, *dprior, *dS, *dZ;
-    real *turned, *gram, *A, *u, *du, *t, *expected, *v, *dv, *h;
-    double *U, *W, *G, *r, *solved, *solved_support, *D, *vectors;
-    void place(const Job &job, i64 n, Arena &a) { // for n rows at a time
-        const Shape &s = job.shape;
-        const i64 N = job.n_rows, square = N * pad(N);
+    real *X, *S, *Z, *x[MAX_LAYERS], *z[MAX_LAYERS], *angle, *prior;
+    void place(const Shape &s, i64 n, Arena &a) { // for n rows at a time
         rows = (Row *)a.take(n * (sizeof(Row) / sizeof(real)));
         X = a.take(n * s.in), S = a.take(n * s.columns), Z = a.take(n * s.features);
         for (i64 l = 0; l < s.n_layers; l++) {
             x[l] = a.take(n * s.hidden[l]);
             z[l] = keeps_input(s.act[l]) ? a.take(n * s.hidden[l]) : x[l];
-            dx[l] = a.take(n * s.hidden[l]);
         }
-        angle = a.take(n * s.waves), prior = a.take(n * s.outputs), dprior = a.take(n * s.outputs);
-        dS = a.take(n * s.columns), dZ = a.take(n * s.features);
+        angle = a.take(n * s.waves), prior = a.take(n * s.outputs);
+    }
+};
+
+struct Space : Features {
+    real *dx[MAX_LAYERS], *dprior, *dS, *dZ;
+    real *turned, *gram, *A, *u, *du, *t, *expected, *v, *dv, *h;
+    double *U, *W, *G, *r, *solved, *solved_support, *D, *vectors;
+    void place(const Job &job, i64 n, Arena &a) { // for n rows at a time
+        const Shape &s = job.shape;
+        const i64 N = job.n_rows, square = N * pad(N);
+        Features::place(s, n, a);
+        for (i64 l = 0; l < s.n_layers; l++) dx[l] = a.take(n * s.hidden[l]);
+        dprior = a.take(n * s.outputs), dS = a.take(n * s.columns), dZ = a.take(n * s.features);
         turned = a.take(s.columns * pad(N)), gram = a.take(square), A = a.take(square + N * s.outputs);
         u = a.take(N * s.outputs), du = a.take(N * s.outputs), t = a.take(N * s.outputs);
         expected = a.take(N * s.outputs);
@@ -297,7 +304,7 @@ static void standardise(const Job &job, i64 n, const Number *from, real *to) {
         }
 }
 
-static void features(const Job &job, const real *theta, i64 n, Space &a) {
+static void features(const Job &job, const real *theta, i64 n, Features &a) {
     const Shape &s = job.shape;
     const i64 d = s.n_inputs - 1;
     for (i64 i = 0; i < n; i++) {
@@ -791,7 +798,7 @@ static thread_local Arena packed_of_thread;
 
 } // namespace
 
-bool HEAD_STEP(LEVEL, REAL)(const int64_t *given) {
+bool HEAD(step, LEVEL, REAL)(const int64_t *given) {
     using namespace head;
     Job job;
     Shape &s = job.shape;
@@ -831,3 +838,7 @@ bool HEAD_STEP(LEVEL, REAL)(const int64_t *given) {
     if (arena.size > KEPT_BYTES) arena.release();
     return done;
 }
+
+#if REAL_IS_DOUBLE
+#include "posterior.h"
+#endif

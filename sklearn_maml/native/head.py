@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class _Packed(NamedTuple):
     numbers: Any
 
 
-class HeadKernel:
-    """The compiled gradient of the heads of one shape.
+class Layout:
+    """Shape and constants of a head, as the kernels read them.
 
     Parameters
     ----------
@@ -62,15 +63,15 @@ class HeadKernel:
         See `NewtonLikelihood.unit`.
     delta : float, default=0
         Of the Huber loss.
-    n_threads : int
-        Among which large batches are divided; the results do not depend on it.
-    dtype : torch.dtype, default=torch.float32
-        Of rows, results and all but factors, which are of double precision.
 
-    Raises
-    ------
-    NativeUnavailableError
-        If the package was installed without the kernels.
+    Attributes
+    ----------
+    names : list of str
+        Of all parameters that a head may have, in the order of the kernels.
+    sizes, numbers : list of int, list of float
+    constants : list of Tensor
+    row_work : int
+        Multiply-adds of a row's forward pass, products with the rows of its task included.
     """
 
     def __init__(
@@ -89,36 +90,58 @@ class HeadKernel:
         likelihood: int = 0,
         unit: Tensor | None = None,
         delta: float = 0.0,
-        n_threads: int = 1,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._level = instruction_sets().index(instruction_set())
+        self.shapes = shapes
+        self.classes, self.n_outputs = classes, n_outputs
         n_layers = sum(name.startswith("body.weight") for name in shapes)
         layers = [f"body.{kind}{k}" for k in range(n_layers) for kind in ("weight", "bias")]
-        self._names = [*PARTS, *layers]
-        self.dtype = dtype
-        # the parameters as the kernel reads them, and their gradients
-        self._theta = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        self._grads = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        self.classes = classes
-        n_members, n_linear = shapes["factor"][:2]
-        self.n_features = shapes["body.weight0"][1]
-        self.n_outputs = n_outputs
-        self._n_threads = n_threads
+        self.names = [*PARTS, *layers]
+        self.n_members, n_linear = shapes["factor"][:2]
+        self.n_features, self.n_noises = shapes["body.weight0"][1], shapes["log_noise"][1]
+        self.n_columns = n_linear + shapes["log_scale"][1]
         code, slope = activation_code(activation) or (0, 0.0)
         n_waves = shapes["body.frequency"][2] if "body.frequency" in shapes else 0
-        sizes = [n_members, self.n_features, n_linear, n_outputs, shapes["log_noise"][1]]
-        sizes += [n_waves, int(classes), int(same_classes), likelihood, n_layers]
+        self.sizes = [self.n_members, self.n_features, n_linear, n_outputs, self.n_noises]
+        self.sizes += [n_waves, int(classes), int(same_classes), likelihood, n_layers]
         for name in layers[::2]:
-            sizes += [shapes[name][2], code]
-        self._sizes = sizes
-        self._numbers = [slope, spread, beyond, floor, delta]
+            self.sizes += [shapes[name][2], code]
+        self.numbers = [slope, spread, beyond, floor, delta]
         constants = (center, scale, torch.empty(0) if unit is None else unit)
-        self._constants = [part.detach().double().contiguous() for part in constants]
+        self.constants = [part.detach().double().contiguous() for part in constants]
+        self.row_work = sum(math.prod(shapes[n][1:]) for n in layers[::2])
+        self.row_work += 60 * shapes["log_scale"][1]
+
+
+class HeadKernel:
+    """The compiled gradient of the heads of one shape.
+
+    Parameters
+    ----------
+    layout : Layout
+    n_threads : int
+        Among which large batches are divided; the results do not depend on it.
+    dtype : torch.dtype, default=torch.float32
+        Of rows, results and all but factors, which are of double precision.
+
+    Raises
+    ------
+    NativeUnavailableError
+        If the package was installed without the kernels.
+    """
+
+    def __init__(
+        self, layout: Layout, *, n_threads: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._level = instruction_sets().index(instruction_set())
+        self._layout = layout
+        self.dtype = dtype
+        # the parameters as the kernel reads them, and their gradients
+        shapes = layout.shapes.items()
+        self._theta = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes}
+        self._grads = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes}
+        self.classes, self.n_outputs = layout.classes, layout.n_outputs
+        self._n_threads = n_threads
         self._packed: dict[int, _Packed] = {}  # by the number of members
-        # multiply-adds of a row's forward pass, products with the rows of its task included
-        self._row_work = sum(self._theta[n][0].numel() for n in layers[::2])
-        self._row_work += 60 * shapes["log_scale"][1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_packed": {}}  # addresses are not those of a copy
@@ -131,7 +154,7 @@ class HeadKernel:
             and rows.X.dtype in (torch.float32, torch.float64)
             and rows.X.dtype == batch.query.X.dtype
             and rows.X.ndim == 3
-            and rows.X.shape[2] == self.n_features
+            and rows.X.shape[2] == self._layout.n_features
             and (rows.y.dtype == torch.int64) == self.classes
             and rows.y.shape == (*rows.X.shape[:2], *tail)
             for rows in (batch.support, batch.query)
@@ -190,12 +213,12 @@ class HeadKernel:
         shape = (n_members, *batch.query.X.shape[:2], self.n_outputs)
         outputs = torch.empty(shape, dtype=self.dtype)
         n_rows = batch.support.X.shape[1] + batch.query.X.shape[1]
-        work = n_members * len(batch) * n_rows * self._row_work
+        work = n_members * len(batch) * n_rows * self._layout.row_work
         work *= 2 if task_weight is None else 6
         arguments = [
             ctypes.addressof(held.sizes),
             ctypes.addressof(held.numbers),
-            *map(at, self._constants),
+            *map(at, self._layout.constants),
             ctypes.addressof(held.theta_at),
             len(batch),
             n_given,
@@ -223,12 +246,13 @@ class HeadKernel:
             {name: of[:n_members] for name, of in part.items()}
             for part in (self._theta, self._grads)
         )
-        array = ctypes.c_int64 * len(self._names)
+        layout = self._layout
+        array = ctypes.c_int64 * len(layout.names)
         theta_at, grads_at = (
-            array(*(of[name].data_ptr() if name in of else 0 for name in self._names))
+            array(*(of[name].data_ptr() if name in of else 0 for name in layout.names))
             for of in (theta, grads)
         )
-        sizes = (ctypes.c_int64 * len(self._sizes))(n_members, *self._sizes[1:])
-        numbers = (ctypes.c_double * len(self._numbers))(*self._numbers)
+        sizes = (ctypes.c_int64 * len(layout.sizes))(n_members, *layout.sizes[1:])
+        numbers = (ctypes.c_double * len(layout.numbers))(*layout.numbers)
         lists = [*theta], [*theta.values()], [*grads.values()]
         return _Packed(*lists, theta_at, grads_at, sizes, numbers)

@@ -4,10 +4,11 @@
 #include <stdint.h>
 
 // Each takes one array of integers and addresses, and returns false if memory ran out. The orders of
-// `Argument` and `head::Argument` are repeated in native/__init__.py and native/head.py.
+// `Argument`, `head::Argument` and `posterior::Argument` are repeated in native/__init__.py, native/head.py
+// and native/posterior.py. The last three functions are there for double alone.
 typedef bool Function(const int64_t *);
 struct Kernels {
-    Function *meta_step, *adapt, *predict, *head_step;
+    Function *meta_step, *adapt, *predict, *head_step, *head_pack, *head_condition, *head_query;
 };
 
 enum Argument {
@@ -28,13 +29,22 @@ enum Argument {
 };
 }
 
+namespace posterior {
+enum Argument {
+    SIZES, NUMBERS, CENTER, SCALE, THETA, PACKED, N_PACKED, N_TASKS, N_THREADS, X_IS_DOUBLE, X, WIDTH,
+    Y, ROOT, SHIFT, MISFIT, MOVED, N_MOVED, LOG_DET, N_ROWS, HALF, N_HALF, OF_ROWS, PLACE, SHIFT_IS_DOUBLE, MEAN, VARIANCE,
+    N_ARGUMENTS,
+};
+}
+
 #define KERNELS(level, real) KERNELS_OF(level, real)
 #define KERNELS_OF(level, real) mlp_##level##_##real
-#define HEAD_STEP(level, real) HEAD_STEP_OF(level, real)
-#define HEAD_STEP_OF(level, real) head_##level##_##real
+#define HEAD(name, level, real) HEAD_OF(name, level, real)
+#define HEAD_OF(name, level, real) head_##name##_##level##_##real
 #define DECLARE(level)                                          \
     extern const Kernels KERNELS(level, float), KERNELS(level, double); \
-    Function HEAD_STEP(level, float), HEAD_STEP(level, double)
+    Function HEAD(step, level, float), HEAD(step, level, double);       \
+    Function HEAD(pack, level, double), HEAD(condition, level, double), HEAD(query, level, double)
 DECLARE(base);
 DECLARE(avx2);
 DECLARE(avx512);

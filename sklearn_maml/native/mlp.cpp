@@ -810,4 +810,9 @@ static bool predict(const i64 *a) { return run_tasks(a, predict_tasks); }
 
 } // namespace
 
-extern const Kernels KERNELS(LEVEL, REAL) = {meta_step, adapt, predict, HEAD_STEP(LEVEL, REAL)};
+extern const Kernels KERNELS(LEVEL, REAL) = {
+    meta_step, adapt, predict, HEAD(step, LEVEL, REAL),
+#if REAL_IS_DOUBLE
+    HEAD(pack, LEVEL, REAL), HEAD(condition, LEVEL, REAL), HEAD(query, LEVEL, REAL),
+#endif
+};

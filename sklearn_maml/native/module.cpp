@@ -62,6 +62,11 @@ PyObject *meta_step(PyObject *, PyObject *args) { return call(args, &Kernels::me
 PyObject *adapt(PyObject *, PyObject *args) { return call(args, &Kernels::adapt); }
 PyObject *predict(PyObject *, PyObject *args) { return call(args, &Kernels::predict); }
 PyObject *head_step(PyObject *, PyObject *args) { return call(args, &Kernels::head_step, head::N_ARGUMENTS); }
+PyObject *head_pack(PyObject *, PyObject *args) { return call(args, &Kernels::head_pack, posterior::N_ARGUMENTS); }
+PyObject *head_condition(PyObject *, PyObject *args) {
+    return call(args, &Kernels::head_condition, posterior::N_ARGUMENTS);
+}
+PyObject *head_query(PyObject *, PyObject *args) { return call(args, &Kernels::head_query, posterior::N_ARGUMENTS); }
 
 int fill(PyObject *module) {
 #if HAS_X86_LEVELS
@@ -83,6 +88,9 @@ PyMethodDef methods[] = {{"meta_step", meta_step, METH_VARARGS, NULL},
                          {"adapt", adapt, METH_VARARGS, NULL},
                          {"predict", predict, METH_VARARGS, NULL},
                          {"head_step", head_step, METH_VARARGS, NULL},
+                         {"head_pack", head_pack, METH_VARARGS, NULL},
+                         {"head_condition", head_condition, METH_VARARGS, NULL},
+                         {"head_query", head_query, METH_VARARGS, NULL},
                          {NULL, NULL, 0, NULL}};
 PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)fill}, {0, NULL}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, methods, slots, NULL, NULL, NULL};
