@@ -7,12 +7,12 @@ from sklearn_maml.engine.engine import Engine
 from sklearn_maml.engine.ladder import RUNGS, begin_with
 from sklearn_maml.engine.outer import MetaSteps
 from sklearn_maml.engine.rungs.base import Rung
-from sklearn_maml.engine.spec import Adapted, MetaStep
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep
 
 __all__ = [
     "ELEMENTWISE",
     "RUNGS",
-    "Adapted",
+    "AdaptedParams",
     "Engine",
     "MetaStep",
     "MetaSteps",

@@ -30,14 +30,14 @@ from sklearn_maml.engine.pieces import (
     join_params,
     join_steps,
 )
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step, check_batch_norm
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step, check_batch_norm
 from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import fit_outputs, mean_loss
-from sklearn_maml.meta_gradients import MetaGradient, SecondOrder, prepares_positions
+from sklearn_maml.meta_gradients import SecondOrder, prepares_positions
 from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
-from sklearn_maml.update_rules import SGD, TaskSolver
+from sklearn_maml.update_rules import SGD
 
 
 class Engine(MetaSteps):
@@ -47,25 +47,15 @@ class Engine(MetaSteps):
     ----------
     module : Module
         Its structure is copied; parameters are always passed as dicts.
-    row_loss : callable (output, y) -> losses of the rows
-    rule : TaskSolver
-    meta_gradient : MetaGradient
-    adapted : sequence of str
-        Names of the parameters that adapt.
     rung : {"auto", "loop", "vmap", "stacked", "traced", "native"}
         How tasks are batched. "auto" starts on the fastest that works at once, and climbs to
         "native" where fits and calls are announced (see `expect`), and to "traced" where the
         updates to come repay it. Asked for by name, both are ready from the start.
-    checkpoint_steps : bool
-        Whether second-order meta-gradients compute the graph of each inner step anew.
     max_tasks_in_memory : int or None
         Largest number of tasks that `meta_step` and `evaluate` run at once; the compiled kernels
         run one at a time (and thread) anyway.
-    precision : {"full", "tf32", "bf16"}
-        Numbers of the layers' matrix products.
-    batch_norm : {"inductive", "transductive"}
-        Statistics that batch norm normalises query rows with, in meta-training and predictions:
-        those of the task's support set, or those of its query rows.
+    **asked : dict
+        What is asked of it, see `Spec`.
 
     Attributes
     ----------
@@ -77,26 +67,11 @@ class Engine(MetaSteps):
         self,
         module: nn.Module,
         *,
-        row_loss: Callable[[Tensor, Tensor], Tensor],
-        rule: TaskSolver,
-        meta_gradient: MetaGradient,
-        adapted: Sequence[str],
         rung: str = "auto",
-        checkpoint_steps: bool = False,
         max_tasks_in_memory: int | None = None,
-        precision: str = "full",
-        batch_norm: str = "inductive",
+        **asked: Any,
     ) -> None:
-        self.spec = Spec(
-            module,
-            row_loss=row_loss,
-            rule=rule,
-            meta_gradient=meta_gradient,
-            adapted=adapted,
-            checkpoint_steps=checkpoint_steps,
-            precision=precision,
-            batch_norm=batch_norm,
-        )
+        self.spec = Spec(module, **asked)
         self.ladder = Ladder(self.spec, rung)
         self.memory = Memory(max_tasks_in_memory)
         self._warns_of = [*self.spec.own_norms]
@@ -275,19 +250,21 @@ class Engine(MetaSteps):
         output = fit_outputs(output, y)
         return mean_loss(self.spec.row_loss(output, y), batch.query.weight), output
 
-    def adapt(self, meta_params: Params, support: Rows, *, alpha: float, steps: int) -> Adapted:
+    def adapt(
+        self, meta_params: Params, support: Rows, *, alpha: float, steps: int
+    ) -> AdaptedParams:
         """Adapt to the support set of each task, from the meta-parameters of `meta_step`."""
         return self._adapt(meta_params, support, alpha, steps, statistics=True)
 
     def _adapt(
         self, meta_params: Params, support: Rows, alpha: float, steps: int, *, statistics: bool
-    ) -> Adapted:
+    ) -> AdaptedParams:
         """Adapt; with the batch-norm statistics of the support sets if these are asked for."""
         step = Step(alpha, steps, self.spec.parts)
         theta = step.parts.part(meta_params)
         rung = self.ladder.top.serving(step, support)
         if rung.one_by_one:
-            return Adapted(rung.adapt(theta, support, step), theta.shared, {})
+            return AdaptedParams(rung.adapt(theta, support, step), theta.shared, {})
         self.module.eval()
         for m in self.module.modules():
             if isinstance(m, _BatchNorm):
@@ -296,7 +273,7 @@ class Engine(MetaSteps):
             params = self.ladder.run(
                 support, step, lambda rung, rows: rung.adapt(theta, rows, step), join_params
             )
-            adapted = Adapted(params, theta.shared, {})
+            adapted = AdaptedParams(params, theta.shared, {})
             if self.spec.norms and statistics:
                 adapted.statistics = support_statistics(
                     self.module, self.spec.norms, adapted, support
@@ -308,7 +285,9 @@ class Engine(MetaSteps):
         chosen = self.spec.batch_norm if batch_norm is None else check_batch_norm(batch_norm)
         return bool(self.spec.norms) and chosen == "transductive"
 
-    def predict(self, adapted: Adapted, query: Rows, *, batch_norm: str | None = None) -> Tensor:
+    def predict(
+        self, adapted: AdaptedParams, query: Rows, *, batch_norm: str | None = None
+    ) -> Tensor:
         """Return outputs (n_tasks, n_rows, n_outputs) of each task's parameters on its rows.
 
         `batch_norm` may be another one than that of the engine.
@@ -326,7 +305,7 @@ class Engine(MetaSteps):
             outputs = [top.predicting(rows).outputs(own, rows) for own, rows in parts]
         return join_outputs(outputs, places, query.X.shape[1])
 
-    def module_of(self, adapted: Adapted, task: int) -> nn.Module:
+    def module_of(self, adapted: AdaptedParams, task: int) -> nn.Module:
         """Return a module of its own with the parameters, and the statistics, of one task."""
         params, statistics = adapted.task(task)
         module = copy.deepcopy(for_prediction(self.module, bool(statistics)))

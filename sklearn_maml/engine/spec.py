@@ -29,7 +29,23 @@ Buffers = dict[str, Tensor]
 
 
 class Spec:
-    """What is asked of an engine: see `Engine` for the parameters.
+    """What is asked of an engine.
+
+    Parameters
+    ----------
+    module : Module
+    row_loss : callable (output, y) -> losses of the rows
+    rule : TaskSolver
+    meta_gradient : MetaGradient
+    adapted : sequence of str
+        Names of the parameters that adapt.
+    checkpoint_steps : bool, default=False
+        Whether second-order meta-gradients compute the graph of each inner step anew.
+    precision : {"full", "tf32", "bf16"}, default="full"
+        Numbers of the layers' matrix products.
+    batch_norm : {"inductive", "transductive"}, default="inductive"
+        Statistics that batch norm normalises query rows with, in meta-training and predictions:
+        those of the task's support set, or those of its query rows.
 
     Attributes
     ----------
@@ -189,7 +205,7 @@ class MetaStep:
 
 
 @dataclasses.dataclass
-class Adapted:
+class AdaptedParams:
     """Parameters adapted to each of n tasks."""
 
     params: Params  # of shape (n_tasks, ...)
@@ -201,7 +217,7 @@ class Adapted:
         """Number of tasks."""
         return len(next(iter(self.params.values())))
 
-    def take(self, tasks: np.ndarray) -> Adapted:
+    def take(self, tasks: np.ndarray) -> AdaptedParams:
         """Parameters of some of the tasks, in this order."""
         first, last = int(tasks[0]), int(tasks[-1])
         in_a_row = len(tasks) == last - first + 1 and (np.diff(tasks) == 1).all()
@@ -211,7 +227,7 @@ class Adapted:
         params, statistics = (
             {name: t[index] for name, t in part.items()} for part in (self.params, self.statistics)
         )
-        return Adapted(params, self.shared, statistics)
+        return AdaptedParams(params, self.shared, statistics)
 
     def task(self, j: int) -> tuple[Params, Buffers]:
         """All parameters, and the statistics, of one task."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import Rows, pad_rows
-from sklearn_maml.engine import Adapted as Parameters
+from sklearn_maml.engine import AdaptedParams as Parameters
 from sklearn_maml.engine import Engine, begin_with
 from sklearn_maml.exceptions import NonFiniteStepWarning
 from sklearn_maml.inner import fit_outputs, mean_loss

@@ -31,10 +31,10 @@ from sklearn_maml.training.callbacks import (
     new_schedules,
     raised_by_callback,
 )
+from sklearn_maml.training.head_and_steps import HeadAndSteps
 from sklearn_maml.training.optimizers import load_state, without_compiler
 from sklearn_maml.training.outcomes import Outcomes, current_row, non_finite_error
 from sklearn_maml.training.outer_step import OuterStep
-from sklearn_maml.training.parts import Parts
 from sklearn_maml.training.stream import BatchLoader, Episodes, Loaders
 from sklearn_maml.training.validation import judge_start, validate
 
@@ -128,7 +128,7 @@ class MetaNet(NeuralNet):
         self.loaders_ = Loaders()
         self.outcomes_ = Outcomes(self._is_host)
         self.outer_step_ = OuterStep(self._is_host)
-        self.parts_: Parts | None = None
+        self.parts_: HeadAndSteps | None = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class MetaNet(NeuralNet):
         if self.checkpoint is not None and self.checkpoint.is_complete:
             self.checkpoint.take_result(self)
             return self
-        self.parts_ = None if self.joint is None else Parts(self.joint)
+        self.parts_ = None if self.joint is None else HeadAndSteps(self.joint)
         schedule.weigh_tasks(self)
         for group in self.optimizer_.param_groups:
             group["base_lr"] = group["lr"] = self.trust_ * group["lr"]

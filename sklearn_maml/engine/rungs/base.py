@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.inner import Differentiator, Forward, InnerProblem, RecomputedSteps
 from sklearn_maml.theta import Params, Theta
@@ -102,7 +102,7 @@ class Rung(ABC):
         """Parameters that adapt, (n_tasks, ...), after adapting to each support set."""
 
     @abstractmethod
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """Return outputs of each task's parameters on its rows, (n_tasks, n_rows, n_outputs).
 
         With the batch-norm statistics among `adapted`, or else those of the rows.

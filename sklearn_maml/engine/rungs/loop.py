@@ -11,7 +11,7 @@ from torch.nn import functional
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine.forward import for_prediction
 from sklearn_maml.engine.rungs.base import Rung
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.inner import Autograd
 from sklearn_maml.theta import Params, Theta
 
@@ -49,7 +49,7 @@ class Loop(Rung):
         ]
         return {name: torch.stack([task[name] for task in tasks]) for name in theta.fast}
 
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """See `Rung`."""
         module = for_prediction(self.spec.module, bool(adapted.statistics))
         width = query.X.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine.rungs.base import CannotClimbError, Outlook, Rung, warn_once
 from sklearn_maml.engine.rungs.stacked import Stacked
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
 from sklearn_maml.native import Kernel, NativeUnavailableError
 from sklearn_maml.targets.losses import (
@@ -229,6 +229,6 @@ class Native(Rung):
             adapted=list(theta.fast),
         )
 
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """See `Rung`."""
         return self.kernel.predict(adapted.params, adapted.shared, query)

@@ -26,7 +26,7 @@ from sklearn_maml.engine.conv.layers import (
 )
 from sklearn_maml.engine.forward import rounded
 from sklearn_maml.engine.rungs.base import Rung
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.inner import Autograd
 from sklearn_maml.inner.problem import LossOfQuery
 from sklearn_maml.theta import Params, Theta
@@ -140,7 +140,7 @@ class Stacked(Rung):
         theta = Theta(forward.spread(theta.fast), forward.spread(theta.shared), theta.learned)
         return self.problem(step, forward, Autograd(), support).adapt_from(theta, 0)
 
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """See `Rung`."""
         self.spec.module.eval()
         params = {**spread(adapted.shared, len(query)), **adapted.params, **adapted.statistics}

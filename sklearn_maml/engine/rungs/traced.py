@@ -16,7 +16,7 @@ from sklearn_maml.engine.rungs.base import Outlook, Rung
 from sklearn_maml.engine.rungs.conv import Conv
 from sklearn_maml.engine.rungs.stacked import Stacked
 from sklearn_maml.engine.rungs.vmap import Vmap
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.engine.tracing.graphs import captures, module_key, settings_key
 from sklearn_maml.engine.tracing.recording import Untraceable
 from sklearn_maml.engine.tracing.tracer import Tracer
@@ -144,6 +144,6 @@ class Traced(Rung):
         """See `Rung`: nothing is gained."""
         return self.under.adapt(theta, support, step)
 
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """See `Rung`: nothing is gained."""
         return self.under.outputs(adapted, query)

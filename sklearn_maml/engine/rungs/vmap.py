@@ -13,7 +13,7 @@ from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.engine.forward import for_prediction
 from sklearn_maml.engine.pieces import equal_shapes
 from sklearn_maml.engine.rungs.base import Rung, warn_once
-from sklearn_maml.engine.spec import Adapted, MetaStep, Spec, Step
+from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.engine.tracing.recording import first_line
 from sklearn_maml.inner import Functorch
 from sklearn_maml.theta import Params, Theta
@@ -73,7 +73,7 @@ class Vmap(Rung):
             fast, shared, rows
         )
 
-    def outputs(self, adapted: Adapted, query: Rows) -> Tensor:
+    def outputs(self, adapted: AdaptedParams, query: Rows) -> Tensor:
         """See `Rung`."""
         module = for_prediction(self.spec.module, bool(adapted.statistics))
         shared, axis = self.forward.for_vmap(adapted.shared, len(query))

@@ -16,7 +16,7 @@ from sklearn_maml.training.outer_step import Prepared
 from sklearn_maml.training.schedule import count_head_updates, decay_rate
 
 
-class Parts:
+class HeadAndSteps:
     """The two parts that one fit trains.
 
     Parameters
