@@ -16,7 +16,14 @@ from sklearn_maml.learners.conditioned import Calibration, Conditioned
 from sklearn_maml.learners.gaussian import TRUST, TRUST_FREEDOM, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.likelihoods import Normal, TwoClasses
-from sklearn_maml.learners.start import Bent, InLevel, start_of_numbers, start_of_outputs
+from sklearn_maml.learners.start import (
+    Bent,
+    Differ,
+    InLevel,
+    some_tasks,
+    start_of_numbers,
+    start_of_outputs,
+)
 from sklearn_maml.targets import CrossEntropy, SquaredError
 
 RNG = np.random.RandomState
@@ -148,6 +155,19 @@ def test_lines_bend_as_far_as_the_data_say(by_task):
         assert mean[2, 0] == pytest.approx(bend, abs=0.5 if own else 0.1)
         assert (factor[2, 2] > 0.3) == bool(by_task and own)
         assert (factor[2, :2] == 0).all()
+
+
+def test_a_start_of_very_many_tasks_looks_at_some_of_them_whole():
+    codes = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 4))
+    np.testing.assert_array_equal(np.sort(some_tasks(codes, 3)), np.arange(120))
+
+    class Few(Differ):
+        entries = 30 * 3**2 // 3  # of matrices of 3 x 3
+
+    seen = some_tasks(codes, 3, Few())
+    assert sorted(codes[seen]) == np.repeat(np.arange(0, 30, 3), 4).tolist()
+    # a pooled start, of more columns, has no matrix for each task
+    assert len(some_tasks(codes, 102, Few())) == 120
 
 
 def test_tasks_that_differ_in_level_alone_have_the_same_slopes():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.engine import Engine
+from sklearn_maml.engine import engine as engine_module
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.rungs.loop import Loop
 from sklearn_maml.engine.rungs.native import Native
@@ -395,6 +396,23 @@ def test_no_more_tasks_than_asked_for_are_run_at_once(monkeypatch, owner, method
         engine.meta_step(params, batch, alpha=0.1, steps=1)
         engine.evaluate(params, batch, alpha=0.1, steps=1)
         assert seen == expected
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, [4, 3]), (3, [3, 3, 1])])
+def test_held_out_tasks_have_their_parameters_some_at_a_time(monkeypatch, most, expected):
+    batch, module = make_batch(([3] * 7, [2] * 7)), make_mlp()
+    params = make_meta_params(module)
+    losses, outputs = make_engine(module).evaluate(params, batch, alpha=0.1, steps=1)
+    monkeypatch.setattr(engine_module, "LEAST_EVALUATED", 1)
+    size = sum(p.numel() for p in module.parameters())
+    monkeypatch.setattr(engine_module, "EVALUATED_NUMBERS", 4 * size)
+    seen = []
+    record_sizes(monkeypatch, "_adapt", seen, Engine)
+    engine = make_engine(module, max_tasks_in_memory=most)
+    got_losses, got_outputs = engine.evaluate(params, batch, alpha=0.1, steps=1)
+    assert seen == expected
+    torch.testing.assert_close(got_losses, losses, rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(got_outputs, outputs, rtol=TOLERANCE, atol=1e-14)
 
 
 # --- out of memory

@@ -39,6 +39,9 @@ from sklearn_maml.theta import Params
 from sklearn_maml.threads import several_threads, threads_for
 from sklearn_maml.update_rules import SGD
 
+# parameters of held-out tasks that are in memory at a time, and as many tasks at least
+EVALUATED_NUMBERS, LEAST_EVALUATED = 2**19, 32
+
 
 class Engine(MetaSteps):
     """Meta-gradients, adaptation and prediction for batches of tasks.
@@ -236,6 +239,8 @@ class Engine(MetaSteps):
     ) -> tuple[Tensor, Tensor]:
         """Query losses (n_tasks,) and query outputs after `steps` inner steps, as `predict`."""
         most = self.memory.most or len(batch)
+        if self.spec.on_cpu:  # the parameters of a task are often larger than its rows
+            most = min(most, max(EVALUATED_NUMBERS // max(self.spec.size, 1), LEAST_EVALUATED))
         if len(batch) > most:
             places = chunks(len(batch), most)
             parts = [

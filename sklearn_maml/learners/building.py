@@ -22,6 +22,7 @@ from sklearn_maml.learners.start import (
     Bent,
     Differ,
     InLevel,
+    some_tasks,
     start_of_classes,
     start_of_numbers,
     start_of_outputs,
@@ -122,7 +123,10 @@ def build_head(
     if table:
         center, scale = _moments(X, weight)
         scale = np.where(scale > 1e-12 * np.abs(center), scale, 1.0)
-        Z = np.clip((X.astype(np.float64) - center) / scale, -1e4, 1e4)
+        Z = X.astype(np.float64)
+        Z -= center
+        Z /= scale
+        np.clip(Z, -1e4, 1e4, out=Z)
     options: dict[str, Any] = {}
     if not likelihood.are_classes:
         y = y.reshape(-1, n_outputs).astype(np.float64)
@@ -137,19 +141,28 @@ def build_head(
     else:
         made = body
     kinds: Sequence[_Kind] = (_linear,)
+    feature = knot = np.arange(0)
     if body is None and not same_classes and likelihood.members_differ:
         kinds = KINDS
+        feature, knot = _knots(Z, made.room_for_hinges)
 
     def start(j: int) -> Any:
-        rows = slice(None) if visible is None else visible[j]
-        of_rows = weight if weight is None else weight[rows]
+        rows = np.arange(len(Z)) if visible is None else np.flatnonzero(visible[j])
         if same_classes:
             zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
             return zero, np.eye(1 + n_linear), one, one
         if likelihood.are_classes and not isinstance(likelihood, NewtonLikelihood):
+            of_rows = weight if weight is None else weight[rows]
             return start_of_classes(Z[rows], y[rows], n_outputs, of_rows)
-        columns, differ = kinds[j % len(kinds)](made, j, Z)
-        seen = columns[rows], y[rows], codes[rows]
+        bends, differ = kinds[j % len(kinds)](feature)
+        n_columns = 1 + n_linear + (len(feature) if bends else 0)
+        rows = rows[some_tasks(codes[rows], n_columns, differ)]
+        columns = Z[rows]
+        if bends:
+            made.bend(j, feature, knot)
+            columns = np.c_[columns, made.hinges(columns, feature, knot)]
+        seen = columns, y[rows], codes[rows]
+        of_rows = weight if weight is None else weight[rows]
         if isinstance(likelihood, NewtonLikelihood):
             return start_of_outputs(*seen, likelihood, options["units"], of_rows, differ)
         return start_of_numbers(*seen, of_rows, differ)
@@ -164,42 +177,41 @@ def build_head(
     )
 
 
-_Kind = Callable[[Any, int, np.ndarray], tuple[np.ndarray, Differ | None]]
+# of the features of hinges: whether these are columns of a start, and how tasks differ
+_Kind = Callable[[np.ndarray], tuple[bool, Differ]]
 
 
-def _linear(body: Any, member: int, Z: np.ndarray) -> tuple[np.ndarray, Differ | None]:
-    """Columns of a start with correlated random slopes."""
-    return Z, None
+def _linear(feature: np.ndarray) -> tuple[bool, Differ]:
+    """Make a start with correlated random slopes."""
+    return False, Differ()
 
 
-def _in_level(body: Any, member: int, Z: np.ndarray) -> tuple[np.ndarray, Differ | None]:
-    """Those of one whose tasks differ in level alone."""
-    return Z, InLevel()
+def _in_level(feature: np.ndarray) -> tuple[bool, Differ]:
+    """Make one whose tasks differ in level alone."""
+    return False, InLevel()
 
 
-def _bent(
-    body: MLPBody, member: int, Z: np.ndarray, by_task: bool = False
-) -> tuple[np.ndarray, Differ | None]:
-    """Those of one whose lines bend, in the same way in all tasks or in each its own."""
-    n_features = Z.shape[1]
-    distinct = [np.unique(values) for values in Z.T] if n_features <= MOST_WAVED else []
+def _bent(feature: np.ndarray, by_task: bool = False) -> tuple[bool, Differ]:
+    """Make one whose lines bend, in the same way in all tasks or in each its own."""
+    return (True, Bent(feature, by_task)) if len(feature) else (False, Differ())
+
+
+# how members start: what tasks are like is not known, and each task counts them by their density
+KINDS: tuple[_Kind, ...] = (_linear, _bent, partial(_bent, by_task=True), _in_level, _linear)
+
+
+def _knots(Z: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n_hinges,) that may bend, and where, for at most so many hinges."""
+    distinct = [np.unique(values) for values in Z.T] if Z.shape[1] <= MOST_WAVED else []
     curved = [j for j, values in enumerate(distinct) if len(values) >= LEAST_VALUES]
-    n_knots = min(MOST_KNOTS, body.room_for_hinges // max(len(curved), 1))
+    n_knots = min(MOST_KNOTS, room // max(len(curved), 1))
     feature, knot = [], []
     for j in curved:
         n = min(n_knots, len(distinct[j]) - 2)
         knots = np.unique(np.quantile(distinct[j], np.arange(1, n + 1) / (n + 1)))
         feature += [j] * len(knots)
         knot += knots.tolist()
-    if not feature:
-        return Z, None
-    body.bend(member, np.array(feature), np.array(knot))
-    hinges = body.hinges(Z, np.array(feature), np.array(knot))
-    return np.c_[Z, hinges], Bent(np.array(feature), by_task)
-
-
-# how members start: what tasks are like is not known, and each task counts them by their density
-KINDS: tuple[_Kind, ...] = (_linear, _bent, partial(_bent, by_task=True), _in_level, _linear)
+    return np.array(feature, dtype=int), np.array(knot)
 
 
 def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -102,7 +102,7 @@ def _mixed_model(
     ones = np.c_[np.ones(len(X)), X]
     n_columns = ones.shape[1]
     differ = Differ() if differ is None else differ
-    parts = _tasks(codes, n_columns, differ.entries)
+    parts = _tasks(codes)
     each, root = _of_tasks(parts, weight)
     sizes = np.array([len(rows) for rows in parts])
     of_row = np.ones(len(y)) if information is None else information
@@ -330,11 +330,19 @@ class _ByRows:
         return means, cov, float(self.noise * (self.each @ of_task))
 
 
-def _tasks(codes: np.ndarray, n_columns: int, entries: int = MIXED_ENTRIES) -> list[np.ndarray]:
-    """Rows of each task, or of some of very many, which tell as much."""
+def some_tasks(codes: np.ndarray, n_columns: int, differ: Differ | None = None) -> np.ndarray:
+    """Rows of all tasks, or of some of very many, which tell as much of a mixed model."""
+    if n_columns > 1 + LARGEST_MIXED:  # a pooled one, of as many coefficients
+        return np.arange(len(codes))
+    entries = Differ.entries if differ is None else differ.entries
+    parts = _tasks(codes)
+    return np.concatenate(parts[:: -(-len(parts) * n_columns**2 // entries)])
+
+
+def _tasks(codes: np.ndarray) -> list[np.ndarray]:
+    """Rows of each task."""
     order = np.argsort(codes, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    return parts[:: -(-len(parts) * n_columns**2 // entries)]
+    return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
 
 
 def _of_tasks(
@@ -365,9 +373,6 @@ def start_of_outputs(
     quasi-likelihood (Breslow & Clayton 1993); the noise is the dispersion.
     """
     differ = Differ() if differ is None else differ
-    used = np.concatenate(_tasks(codes, 1 + X.shape[1], differ.entries))
-    X, y, codes = X[used], y[used], codes[used]
-    weight = weight if weight is None else weight[used]
     fits = [
         _working_model(X, y[:, k], codes, weight, likelihood, units[k], differ)
         for k in range(y.shape[1])
