@@ -87,7 +87,7 @@ def spread_weights(sample_weight: Any, tasks: TaskCollection) -> Any:
         return sample_weight
     if len(sample_weight) != tasks.n_tasks:
         return sample_weight
-    if all(_is_number(part) for part in sample_weight):
+    if all(_is_scalar(part) for part in sample_weight):
         return np.asarray(sample_weight)[tasks.codes]
     parts = []
     for j, (part, size) in enumerate(zip(sample_weight, tasks.sizes.tolist(), strict=True)):
@@ -104,7 +104,7 @@ def spread_weights(sample_weight: Any, tasks: TaskCollection) -> Any:
     return np.concatenate(parts)
 
 
-def _is_number(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return not hasattr(value, "__len__") or getattr(value, "shape", None) == ()
 
 
