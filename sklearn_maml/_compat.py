@@ -22,6 +22,10 @@ except ImportError:  # pragma: no cover - depends on the installed version
         return method
 
 
+# frames that `with_callbacks` puts between a method and its caller, for the levels of warnings
+CALLBACK_FRAMES = int(HAS_SKLEARN_CALLBACKS)
+
+
 def with_callbacks(method: F) -> F:
     """Let scikit-learn's callbacks see a `fit`; its signature stays for type checkers."""
     return _with_callbacks(method)

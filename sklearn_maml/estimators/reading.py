@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
+from sklearn_maml._compat import CALLBACK_FRAMES
 from sklearn_maml.data.frames import PASS_THROUGH
 from sklearn_maml.data.ids import find_ids, look_scaled, show_ids
 from sklearn_maml.data.spellings import FLOATS, collect_tasks
@@ -104,7 +104,7 @@ class Reading(Building):
         n_shots = self._integer("n_shots")
         if tasks.spelling == "single" and targets.n_ways is None and n_shots is None:
             tasks = merged(tasks)
-        stacklevel = 7 if HAS_SKLEARN_CALLBACKS else 6
+        stacklevel = 6 + CALLBACK_FRAMES
         (targets.learn_on if continued else targets.learn)(tasks, tasks.weight)
         module = self._new_module(targets)
         tasks = self._usable(tasks, targets, n_shots, module, stacklevel + 1)

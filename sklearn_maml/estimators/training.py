@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from sklearn_maml._compat import HAS_SKLEARN_CALLBACKS
+from sklearn_maml._compat import CALLBACK_FRAMES, HAS_SKLEARN_CALLBACKS
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine, begin_with, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
@@ -240,7 +240,7 @@ class Training(Planning):
             f"do, try another alpha (now {self._alpha():g}), more steps (now {self._n_steps()}) or "
             f"more updates (now {self.max_iter}).",
             MemorizationWarning,
-            stacklevel=8 if HAS_SKLEARN_CALLBACKS else 7,
+            stacklevel=7 + CALLBACK_FRAMES,
         )
 
 
