@@ -261,6 +261,10 @@ class BaseMAML(Training, Stored, Scoring):
         `sklearn_maml.adapt` for a model of its own in every thread. With ``extend=True`` tasks
         that are adapted stay, and threads add to what others have added.
 
+        A task takes as much room as its parameters and support rows. A Gaussian head keeps up to
+        128 MiB of posteriors beside, of all tasks together: where they would take more, predictions
+        with ``return_std=True`` adapt anew to those of the tasks asked about that have none.
+
         Parameters
         ----------
         X : array-like of shape (n_support, n_features)

@@ -123,6 +123,14 @@ class Conditioned(Adapted):
         Posteriors, for the variance; those of other tasks are found anew where it is asked for.
     trust : ndarray of shape (n_members, n_tasks, n_outputs), default=None
         What members count: as much as the support targets are likely under them. None: the same.
+    run : HeadFunctions, default=None
+        Those that tasks were conditioned with; None: those of the parameters of the head.
+
+    Notes
+    -----
+    Posteriors take ``8 * n_members * n_columns * min(n_rows, n_columns)`` bytes a task, and without
+    them `std` takes as long as conditioning on the rows of the tasks that it is asked about. They
+    are kept for as many tasks as `MOST_KEPT` bytes are enough for, those with few rows first.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class Conditioned(Adapted):
         known: bool = True,
         kept: Kept | None = None,
         trust: np.ndarray | None = None,
+        run: HeadFunctions | None = None,
     ) -> None:
         self.head = head
         self.calibration = calibration
@@ -148,7 +157,7 @@ class Conditioned(Adapted):
         self.known = known
         self.kept = Kept.of(self.n_tasks) if kept is None else kept
         self.trust = self._even(head, shift.shape[1]) if trust is None else trust
-        self._own = None if head.body.of_user else exact(head)
+        self._own = exact(head) if run is None and not head.body.of_user else run
 
     def _functions(self) -> HeadFunctions:
         """Functions of the parameters with which tasks were conditioned."""
@@ -244,7 +253,7 @@ class Conditioned(Adapted):
         n_tasks = more.n_tasks
         kept = Kept.of(n_tasks, found) if are_all else self.kept.without(tasks, n_tasks)
         parts = (shift, *self._range_with(more), rows, sums)
-        return Conditioned(head, self.calibration, *parts, kept=kept, trust=trust)
+        return Conditioned(head, self.calibration, *parts, kept=kept, trust=trust, run=self._own)
 
     def _range_with(self, more: Support) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest targets of all tasks, where there are more rows."""
@@ -405,7 +414,8 @@ class Conditioned(Adapted):
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
         run, most = self._functions(), most_rows(self.head)
         asked, of_query = np.unique(codes, return_inverse=True)
-        order = np.argsort(of_query.reshape(-1), kind="stable")
+        of_query = of_query.reshape(-1)
+        order = np.argsort(of_query, kind="stable")
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         scale = self._scale()
@@ -414,14 +424,14 @@ class Conditioned(Adapted):
             for some, places, posterior in given.posteriors(self.kept):
                 place_of = np.full(len(asked), -1)
                 place_of[some] = places
-                of_rows = place_of[of_query.reshape(-1)[order]]
-                own, at = order[of_rows >= 0], of_rows[of_rows >= 0]
+                at = place_of[of_query]
+                own = order[at[order] >= 0]
                 for start in range(0, len(own), most):
-                    part = slice(start, start + most)
-                    X = tensors(self.head, rows[own[part]])[0]
+                    part = own[start : start + most]
+                    (X,) = tensors(self.head, rows[part])
                     found = run.query_rows(X, at[part], posterior, scale)
                     for values, whole in zip(found, (means, variances), strict=True):
-                        whole[:, own[part]] = values.cpu().numpy()
+                        whole[:, part] = values.cpu().numpy()
         return means, variances
 
     def module(self, task: int, how: Any = None) -> PlainHead:
