@@ -427,11 +427,12 @@ def test_probabilities_have_a_factor_for_each_size_of_a_support_set():
     level = 2 * rng.randn(40, 3)
     y = (level[task] + A[:, :1] + rng.gumbel(size=(len(task), 3))).argmax(1)
     clf = MAMLClassifier(unseen_tasks="prior", **SMALL).fit(A, y, groups=task)
-    calibration = clf.calibration_
+    calibration = dataclasses.replace(clf.calibration_, offset=None)
     np.testing.assert_array_equal(calibration.sizes[:3], [0, 1, 2])
     assert calibration.factor.shape == (len(calibration.sizes), 1)
 
     rows = (np.arange(len(y)) % 12 < 2) & (task < 20)  # and none of the other tasks
+    clf.calibration_ = calibration
     clf.adapt(A[rows], y[rows], groups=task[rows])
     before = clf.predict_proba(A, groups=task)
     factor = calibration.factor.copy()
@@ -444,3 +445,61 @@ def test_probabilities_have_a_factor_for_each_size_of_a_support_set():
     logs = np.log(before[~given])
     flat = np.exp(0.5 * (logs - logs.mean(1, keepdims=True)))
     np.testing.assert_allclose(after[~given], flat / flat.sum(1, keepdims=True), rtol=1e-6)
+
+
+def three_classes(n_rare_tasks=0):
+    """Labels of which the third is rare, and a fourth one that only some tasks have."""
+    rng = np.random.RandomState(0)
+    task = np.repeat(np.arange(80), 10)
+    A = rng.uniform(-1, 1, (len(task), 2))
+    level = np.array([2.0, 0.5, -1.0]) + rng.randn(80, 3)
+    y = (level[task] + A[:, :1] * [0, 1, 2] + rng.gumbel(size=(len(task), 3))).argmax(1)
+    return A, np.where(task < n_rare_tasks, 3, y), task
+
+
+def population_of(clf, A, y, task):
+    return clf.adapt(A[:0], y[:0], groups=task[:0]).predict_proba(A, groups=task)
+
+
+def test_classes_are_as_probable_without_rows_as_they_are_frequent():
+    A, y, task = three_classes()
+    clf = MAMLClassifier(unseen_tasks="prior", **SMALL)
+    for weight in (np.ones(len(y)), np.where(y == 2, 4.0, 1.0)):
+        clf.fit(A, y, groups=task, sample_weight=weight)
+        frequency = np.bincount(y, weight) / weight.sum()
+        p = np.average(population_of(clf, A, y, task), axis=0, weights=weight)
+        np.testing.assert_allclose(p, frequency, rtol=0.05)
+        # and not by accident
+        clf.calibration_ = dataclasses.replace(clf.calibration_, factor=clf.calibration_.factor / 2)
+        assert np.average(population_of(clf, A, y, task), axis=0, weights=weight)[2] > 0.15
+
+
+def test_of_a_class_that_one_task_has_frequencies_tell_less():
+    A, y, task = three_classes(1)
+    clf = MAMLClassifier(unseen_tasks="prior", **SMALL).fit(A, y, groups=task)
+    ratio = population_of(clf, A, y, task).mean(0) * len(y) / np.bincount(y)
+    assert not 0.9 < ratio[3] < 1.1  # it is drawn to what the head has learned
+    np.testing.assert_allclose(ratio[:2], 1, atol=0.05)
+
+
+def test_the_offset_of_classes_is_that_of_tasks_without_rows(tmp_path):
+    A, y, task = three_classes()
+    clf = MAMLClassifier(unseen_tasks="prior", **SMALL).fit(A, y, groups=task)
+    rows = (np.arange(len(y)) % 10 < 3) & (task < 40)
+    known = task < 40
+    before = clf.adapt(A[rows], y[rows], groups=task[rows]).predict_proba(A, groups=task)
+    offset = np.array([0.0, 0.0, 1.0])
+    clf.calibration_ = dataclasses.replace(
+        clf.calibration_, offset=clf.calibration_.offset + offset
+    )
+    after = clf.adapt(A[rows], y[rows], groups=task[rows]).predict_proba(A, groups=task)
+    np.testing.assert_array_equal(after[known], before[known])
+    odds = before[~known] * np.exp(offset)
+    np.testing.assert_allclose(after[~known], odds / odds.sum(1, keepdims=True), rtol=1e-6)
+    sklearn_maml.save(tmp_path / "model", clf)
+    again = sklearn_maml.load(tmp_path / "model").predict_proba(A, groups=task)
+    np.testing.assert_allclose(again, after, rtol=1e-6)
+    none = clf.adapt(A[:0], y[:0], groups=task[:0])
+    with torch.no_grad():
+        plain = none.adapted_module(None)(torch.from_numpy(A))
+    np.testing.assert_allclose(plain, none.predict_proba(A, groups=task), rtol=1e-6)

@@ -16,7 +16,7 @@ from sklearn_maml.engine import Engine, begin_with, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
-from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head
+from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head, match_frequencies
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.modules import copy_buffers
@@ -173,6 +173,7 @@ class Training(Planning):
             else:
                 shared = plan.episodes.shared_rows
                 calibration = judge_head(joint.trainer, meta_params, edges, shared)
+                calibration = match_frequencies(head, calibration, tasks)
             share = 0.0 if joint.engine is None else known
             if joint.engine is not None and plan.episodes.validation:
                 outputs = held_out_outputs(

@@ -62,6 +62,8 @@ class Calibration:
         small where the rows of a support set tell more of it than other tasks do.
     of_noise : bool ndarray of shape (n_outputs,) or None
         Where that scale is one of the noise alone, not of what tasks differ in; None: nowhere.
+    offset : ndarray of shape (n_outputs,) or None
+        What is added to the logits of tasks without labelled rows; None: nothing.
     tails : ndarray of shape (n_outputs,) or None
         Degrees of freedom of a Student distribution with the tails of the errors; None: normal.
     """
@@ -77,6 +79,7 @@ class Calibration:
     freedom: np.ndarray | None = None
     of_noise: np.ndarray | None = None
     tails: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
     def multiples(self, levels: np.ndarray) -> np.ndarray:
         """Return how many deviations (n_outputs, n_levels) above predictions quantiles are."""
@@ -282,7 +285,12 @@ class Conditioned(Adapted):
         low, high = map(torch.from_numpy, self._edges(codes))
         mean = self._average(means, codes)
         factor = torch.tensor(self._factor(rows, codes)) if likelihood.are_classes else 1.0
-        return likelihood.predicted(mean, factor, low, high).numpy()
+        found = likelihood.predicted(mean, factor, low, high)
+        without = self._counts[codes] == 0
+        if self.calibration.offset is not None and without.any():
+            offset = without[:, None] * self.calibration.offset
+            found = (found + torch.from_numpy(offset)).log_softmax(-1)
+        return found.numpy()
 
     def _average(self, means: np.ndarray, codes: np.ndarray) -> Tensor:
         """Put outputs (n_members, n_rows, n_outputs) of members together."""
@@ -442,7 +450,8 @@ class Conditioned(Adapted):
         of_logits = 1.0
         if self.head.likelihood.are_classes:
             of_logits = float(self.calibration.factors(self._counts[[task]], unseen=False)[0, 0])
-        return PlainHead(self.head, shift, low, high, of_logits, trust, self._root(task))
+        offset = None if self._counts[task] else self.calibration.offset
+        return PlainHead(self.head, shift, low, high, of_logits, trust, self._root(task), offset)
 
     def _root(self, task: int) -> Tensor | None:
         """Root of the covariance of the weights of a task, where outputs depend on it."""

@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, ndtri, stdtrit
+from scipy.special import log_softmax, ndtri, softmax, stdtrit
 from torch import Tensor
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.data.sampling import evenly
+from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.engine import Engine
-from sklearn_maml.learners.conditioned import MARGIN, Calibration, interpolated
+from sklearn_maml.learners.base import Support
+from sklearn_maml.learners.conditioned import MARGIN, Calibration, Conditioned, interpolated
+from sklearn_maml.learners.distribution import TINY
+from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.joint import HeadTrainer, HeldOut
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
@@ -31,6 +36,8 @@ FEWER, FEWER_OF_CLASSES, DRAWN, LEAST_KEPT = (0, 2), (0, 1, 2), 5, 0.25
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0)
 # tasks that have columns at a time: those of all members are large
 TASKS_AT_A_TIME = 25
+# rows that frequencies of classes are matched on, and rounds of it
+MOST_MATCHED, MATCHED_ROUNDS = 5000, 30
 # degrees of freedom of the errors, from those of a normal distribution down
 TAILS = np.geomspace(1e4, 2.0, 60)
 
@@ -97,6 +104,43 @@ def judge_head(
     # few rows are hidden: they do not tell that others are easier
     of_unseen = np.where(sizes[:, None] > 0, np.maximum(of_unseen, factor), factor)
     return dataclasses.replace(made, seen=shared_rows, factor_unseen=of_unseen)
+
+
+def match_frequencies(
+    head: GaussianHead, calibration: Calibration, tasks: TaskCollection
+) -> Calibration:
+    """Have classes be as probable without labelled rows as they are frequent, on average.
+
+    Parameters
+    ----------
+    head : GaussianHead
+    calibration : Calibration
+    tasks : TaskCollection
+        Those of meta-training; their classes are encoded.
+    """
+    if not head.likelihood.are_classes or head.same_classes:
+        return calibration
+    rows = evenly(len(tasks.X), MOST_MATCHED)
+    X, y, codes = tasks.X[rows], tasks.y[rows], tasks.codes[rows]
+    weight = np.ones(len(rows)) if tasks.weight is None else tasks.weight[rows]
+    one = Support(X[:0], y[:0], codes[:0], 1)
+    plain = dataclasses.replace(calibration, offset=None)
+    logs = Conditioned.prior(head, plain, one).outputs(X, np.zeros_like(codes))
+    count = np.zeros((len(tasks.ids), logs.shape[1]))
+    np.add.at(count, (codes, y), weight)
+    total = weight.sum()
+    # a class that was only declared is not impossible
+    frequency = np.maximum(count.sum(0), 0.5 * weight.mean()) / total
+    offset = np.zeros(len(frequency))
+    for _ in range(MATCHED_ROUNDS):
+        p = weight @ softmax(logs + offset, axis=1) / total
+        offset += np.log(frequency / np.maximum(p, TINY))
+        offset -= offset.mean()
+    # what other tasks would have: of classes that few of them have, frequencies tell little
+    error = count - frequency * count.sum(1, keepdims=True)
+    variance = (error**2).sum(0) / (total * frequency) ** 2
+    offset *= offset**2 / np.maximum(offset**2 + variance, TINY)
+    return dataclasses.replace(calibration, offset=offset)
 
 
 def _size(support: Rows) -> int:

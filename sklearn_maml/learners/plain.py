@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class PlainHead(nn.Module):
         What members count.
     root : Tensor of shape (n_members, n_outputs, n_columns, n_columns), optional
         Root of the covariance of w, where outputs depend on it.
+    offset : ndarray of shape (n_outputs,), optional
+        Added to the logits.
     """
 
     shift: Tensor
@@ -43,6 +46,7 @@ class PlainHead(nn.Module):
     high: Tensor
     trust: Tensor
     root: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class PlainHead(nn.Module):
         factor: float,
         trust: Tensor,
         root: Tensor | None = None,
+        offset: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         head = copy.deepcopy(head).eval()
@@ -66,6 +71,7 @@ class PlainHead(nn.Module):
         for name, values in {"shift": shift, "low": low, "high": high, "trust": trust}.items():
             self.register_buffer(name, values.double().clone())
         self.register_buffer("root", None if root is None else root.double().clone())
+        self.register_buffer("offset", None if offset is None else torch.tensor(offset))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return means of targets, or logarithms of probabilities."""
@@ -77,7 +83,8 @@ class PlainHead(nn.Module):
             prior, S = run.columns(x)
             outputs = run.amplitude() * (prior + S @ self.shift)
             mean = self.head.likelihood.average(outputs, self.trust)
-        return self.head.likelihood.predicted(mean, self.factor, self.low, self.high)
+        found = self.head.likelihood.predicted(mean, self.factor, self.low, self.high)
+        return found if self.offset is None else (found + self.offset).log_softmax(-1)
 
 
 class PlainMixture(nn.Module):
