@@ -2,7 +2,8 @@
 
     python benchmarks/serving.py [--clients 8] [--requests 200]
 
-CPU time of each call, the least over many short rounds in which all take turns, on one thread. With
+CPU time of each call, the least over many short rounds in which all take turns, on one thread; then
+of adapting to many tasks and predicting rows of them, with and without standard deviations. With
 FastAPI and httpx installed, also concurrent clients, whose requests bring ten support rows and five
 query rows as JSON: medians of the latency, and CPU time per request, the clients' own included. All
 models are in one process and take turns.
@@ -24,6 +25,10 @@ from sklearn_maml.datasets import make_sinusoid_tasks
 
 SHOTS, QUERIES = 10, 5
 ROUNDS, CALLS = 60, 10
+# adapted tasks, their support rows, and rows that are predicted: of each task, or of all together
+MANY = [(1, 10, "1"), (1, 100, "20"), (100, 20, "20 each"), (100, 50, "20 each")]
+MANY += [(100, 50, "5 each"), (100, 100, "20 each"), (1000, 50, "5 each")]
+MANY += [(10_000, 20, "1"), (10_000, 20, "50"), (10_000, 20, "5 each")]
 
 
 def models(X, y, task):
@@ -56,17 +61,56 @@ def calls_of(X, y, fitted):
     return calls
 
 
-def seconds_of(calls):
+def seconds_of(calls, rounds=ROUNDS, calls_a_round=CALLS):
     """Least CPU time of each call; all take turns, so that other work is fair to all."""
     least = dict.fromkeys(calls, np.inf)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, (call, _) in calls.items():
             call()
             start = time.process_time()
-            for _ in range(CALLS):
+            for _ in range(calls_a_round):
                 call()
-            least[name] = min(least[name], (time.process_time() - start) / CALLS)
+            least[name] = min(least[name], (time.process_time() - start) / calls_a_round)
     return least
+
+
+def cost_of_many(n_tasks, n_rows, asked, model, n_features=10):
+    """Seconds of adapting to tasks of ten features, predicting, and predicting with deviations."""
+    rng = np.random.default_rng(0)
+
+    def rows(n):
+        return rng.normal(size=(n, n_features))
+
+    task = np.repeat(np.arange(n_tasks), n_rows)
+    slopes, X = rng.normal(size=(n_tasks, n_features)), rows(n_tasks * n_rows)
+    y = (X * slopes[task]).sum(1) + 0.1 * rng.normal(size=len(X))
+    n = int(asked.split()[0])
+    each = "each" in asked
+    of_rows = np.repeat(np.arange(n_tasks), n) if each else rng.integers(n_tasks, size=n)
+    query = rows(len(of_rows))
+    calls = {
+        "adapt": (lambda: model.adapt(X, y, groups=task), ""),
+        "predict": (lambda: model.predict(query, groups=of_rows), ""),
+        "std": (lambda: model.predict(query, groups=of_rows, return_std=True), ""),
+    }
+    work = n_tasks * (n_rows + n if each else n_rows)
+    return seconds_of(calls, rounds=3 if work > 10_000 else 10, calls_a_round=1)
+
+
+def print_many():
+    """Print a line for each number of tasks and rows."""
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(1200, 10)), np.repeat(np.arange(60), 20)
+    y = (X * rng.normal(size=(60, 10))[task]).sum(1) + 0.1 * rng.normal(size=1200)
+    model = MAMLRegressor(update_rule="gaussian-head", max_iter=60, random_state=0)
+    model.fit(X, y, groups=task)
+    print("tasks  rows  predicted    adapt  predict  with std")
+    for n_tasks, n_rows, asked in MANY:
+        a, p, s = cost_of_many(n_tasks, n_rows, asked, model).values()
+        print(
+            f"{n_tasks:5d}{n_rows:6d}  {asked:8s}{1e3 * a:10.2f}{1e3 * p:9.2f}{1e3 * s:10.2f} ms"
+            f"{s / p:7.1f} times"
+        )
 
 
 def latencies(X, y, fitted, n_clients, n_requests):
@@ -114,6 +158,7 @@ def main() -> None:
     least = seconds_of(calls)
     for name, (_, beside) in calls.items():
         print(f"{name:34s}{1e6 * least[name]:8.0f} us {least[name] / least[beside]:7.1f} times")
+    print_many()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the client's own parts
