@@ -119,6 +119,35 @@ def test_trust_goes_with_more_rows_and_into_files():
     assert (Conditioned.from_state(head, tasks.calibration, state).trust == 0.5).all()
 
 
+def test_without_rows_members_count_what_meta_training_has_found():
+    head, edge = random_head(2), np.full(2, 1e6)
+    before = np.array([[0.2, 0.7], [0.8, 0.3]])
+    calibration = Calibration(-edge, edge, members=before)
+    rows = labelled(head, [6, 0])
+    tasks = Conditioned.on(head, calibration, rows)
+    np.testing.assert_allclose(tasks.trust[:, 1], before, rtol=1e-12)
+    alike = Conditioned.on(head, Calibration(-edge, edge), rows).trust[:, 0]
+    expected = before * alike
+    np.testing.assert_allclose(tasks.trust[:, 0], expected / expected.sum(0), rtol=1e-10)
+
+
+def test_members_count_as_much_as_held_out_tasks_are_theirs(tmp_path):
+    x, level, codes = curves(0.0)
+    rising = level + RNG(7).randn(40)[codes, None] * x
+    found = []
+    for y in (level, rising):
+        reg = MAMLRegressor(update_rule="gaussian-head", max_iter=1, random_state=0)
+        found.append(reg.fit(x, y[:, 0], groups=codes).calibration_.members)
+    in_level = [members[3, 0] for members in found]  # of five, whose share would be .2
+    assert in_level[0] > 0.2
+    assert in_level[1] < 0.1
+    np.testing.assert_allclose(np.sum(found, axis=1), 1)
+    save(tmp_path / "model", reg)
+    np.testing.assert_array_equal(load(tmp_path / "model").calibration_.members, found[1])
+    reg.set_params(early_stopping=False).fit(x, rising[:, 0], groups=codes)
+    assert reg.calibration_.members is None  # there are no held-out tasks
+
+
 def test_hinges_are_units_of_the_network():
     body = MLPBody(2, [3, 8, 8], nn.ReLU(), n_waves=2)
     before = [p.clone() for p in body.parameters()]

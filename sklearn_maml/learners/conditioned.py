@@ -66,6 +66,8 @@ class Calibration:
         What is added to the logits of tasks without labelled rows; None: nothing.
     tails : ndarray of shape (n_outputs,) or None
         Degrees of freedom of a Student distribution with the tails of the errors; None: normal.
+    members : ndarray of shape (n_members, n_outputs) or None
+        What members count for a task without labelled rows; None: the same.
     """
 
     low: np.ndarray
@@ -80,6 +82,7 @@ class Calibration:
     of_noise: np.ndarray | None = None
     tails: np.ndarray | None = None
     offset: np.ndarray | None = None
+    members: np.ndarray | None = None
 
     def multiples(self, levels: np.ndarray) -> np.ndarray:
         """Return how many deviations (n_outputs, n_levels) above predictions quantiles are."""
@@ -90,6 +93,16 @@ class Calibration:
         student = stdtrit(self.tails, 0.95) * stdtrit(self.tails, 0.75)
         found: np.ndarray = stdtrit(self.tails[:, None], levels)
         return np.sqrt(normal / student)[:, None] * found
+
+    def counted(self, trust: Tensor) -> Tensor:
+        """Return what members count (n_members, n_tasks, n_outputs) who would all count the same.
+
+        By `trust`, the density of labelled rows under them; without rows they do not.
+        """
+        if self.members is None:
+            return trust
+        counts = torch.from_numpy(self.members).to(trust).unsqueeze(1) * trust
+        return counts / counts.sum(0)
 
     def factors(self, n_rows: np.ndarray, unseen: bool) -> np.ndarray:
         """Factors (n_at, n_outputs) of deviations of tasks with so many support rows (n_at,)."""
@@ -125,7 +138,8 @@ class Conditioned(Adapted):
     kept : Kept, default=None
         Posteriors, for the variance; those of other tasks are found anew where it is asked for.
     trust : ndarray of shape (n_members, n_tasks, n_outputs), default=None
-        What members count: as much as the support targets are likely under them. None: the same.
+        What members count: what they do without rows, times the density of the support targets
+        under them. None: the same.
     run : HeadFunctions, default=None
         Those that tasks were conditioned with; None: those of the parameters of the head.
 
@@ -250,7 +264,7 @@ class Conditioned(Adapted):
             shift[:, tasks[some]] = posterior.shift.cpu().numpy()
             of_some = run.trust(posterior)
             if of_some is not None:
-                trust[:, tasks[some]] = of_some.cpu().numpy()
+                trust[:, tasks[some]] = self.calibration.counted(of_some).cpu().numpy()
             if keeps:
                 found.append((tasks[some], posterior))
         n_tasks = more.n_tasks

@@ -291,6 +291,14 @@ class HeadTrainer:
         return mean[0], y
 
     @torch.no_grad()
+    def trust(self, meta_params: Params, support: Rows) -> Tensor | None:
+        """Return what support sets alone make members count; see `HeadFunctions`."""
+        self.head.eval()
+        run, y, mask = self.functions(meta_params), self._targets(support), self._present(support)
+        root = None if mask is None else mask.to(y.dtype).sqrt()
+        return run.trust(run.condition(support.X, y, root, doubt=False))
+
+    @torch.no_grad()
     def predictive(
         self, meta_params: Params, batch: EpisodeBatch
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...] | None, Tensor | None]:

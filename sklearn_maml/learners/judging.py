@@ -34,6 +34,9 @@ LEVELS, LEAST_LEVEL, FACTORS = (0.9, 0.5), 0.86, (0.3, 3.0)
 FEWER, FEWER_OF_CLASSES, DRAWN, LEAST_KEPT = (0, 2), (0, 1, 2), 5, 0.25
 # what is tried; a task's scale is a matter of its own rows below ten or so
 FREEDOMS = (1e9, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0)
+# rounds in which what members count is found, and tasks that each of them has besides those that
+# are held out
+ROUNDS, BESIDES = 50, 3
 # tasks that have columns at a time: those of all members are large
 TASKS_AT_A_TIME = 25
 # rows that frequencies of classes are matched on, and rounds of it
@@ -77,8 +80,10 @@ def judge_head(
             given += [(held, support.first(n), hidden) for n in fewer]
         judged.add(held.member)
 
+    plain = dataclasses.replace(plain, members=_members(trainer, meta_params))
+
     def deviations(own: tuple[HeldOut, Rows, bool]) -> _Deviations:
-        return _Deviations.of(trainer, meta_params, *own)
+        return _Deviations.of(trainer, meta_params, plain, *own)
 
     # modules of users are not to be run in several threads at a time
     if trainer.head.factor.is_cpu and not trainer.head.body.of_user:
@@ -141,6 +146,34 @@ def match_frequencies(
     variance = (error**2).sum(0) / (total * frequency) ** 2
     offset *= offset**2 / np.maximum(offset**2 + variance, TINY)
     return dataclasses.replace(calibration, offset=offset)
+
+
+def _members(trainer: HeadTrainer, meta_params: dict[str, Tensor]) -> np.ndarray | None:
+    """Find what members count (n_members, n_outputs) without labelled rows; None: the same.
+
+    As much as tasks are likely to be theirs: proportions of a mixture of the members, by EM over
+    the support sets of held-out tasks, each of which one member alone has not seen. They are drawn
+    to equal ones.
+    """
+    parts = []
+    for _, batch, _ in trainer.validation:
+        for some in _few_at_a_time(len(batch)):
+            trust = trainer.trust(meta_params, batch.take(some).support)
+            if trust is None:
+                return None
+            parts.append(trust.double().cpu().numpy())
+    likely = np.concatenate(parts, axis=1)
+    each = trainer.n_held_out / likely.shape[1]  # a task has several episodes
+    members: np.ndarray = np.full(likely[:, 0].shape, 1 / len(likely))
+    for _ in range(ROUNDS):
+        of_tasks = likely * members[:, None]
+        total = BESIDES + each * (of_tasks / of_tasks.sum(0)).sum(1)
+        members = total / total.sum(0)
+    return members
+
+
+def _few_at_a_time(n_tasks: int) -> list[np.ndarray]:
+    return np.array_split(np.arange(n_tasks), -(-n_tasks // TASKS_AT_A_TIME))
 
 
 def _size(support: Rows) -> int:
@@ -244,27 +277,38 @@ class _Deviations:
         cls,
         trainer: HeadTrainer,
         meta_params: dict[str, Tensor],
+        calibration: Calibration,
         held: HeldOut,
         support: Rows,
         alone: bool = False,
     ) -> _Deviations:
         """Those of the query rows of held-out episodes, given these support sets.
 
-        `alone`: the other members have seen the rows. How far theirs are from the outputs of this
-        one, and how likely they find the targets, tells nothing of rows that no task had.
+        `calibration` has what members count. `alone`: the other members have seen the rows. How far
+        theirs are from the outputs of this one, and how likely they find the targets, tells nothing
+        of rows that no task had.
         """
-        batch, n_tasks = EpisodeBatch(support, held.episodes.query), len(held.task)
+        batch = EpisodeBatch(support, held.episodes.query)
         parts = [
             cls._of_some(
-                trainer, meta_params, HeldOut(held.member, batch.take(some), held.task[some]), alone
+                trainer,
+                meta_params,
+                calibration,
+                HeldOut(held.member, batch.take(some), held.task[some]),
+                alone,
             )
-            for some in np.array_split(np.arange(n_tasks), -(-n_tasks // TASKS_AT_A_TIME))
+            for some in _few_at_a_time(len(batch))
         ]
         return dataclasses.replace(cls.joined(parts), support=_size(support))
 
     @classmethod
     def _of_some(
-        cls, trainer: HeadTrainer, meta_params: dict[str, Tensor], held: HeldOut, alone: bool
+        cls,
+        trainer: HeadTrainer,
+        meta_params: dict[str, Tensor],
+        calibration: Calibration,
+        held: HeldOut,
+        alone: bool,
     ) -> _Deviations:
         support, query = held.episodes.support, held.episodes.query
         outputs, variances, y, misfits, trust = trainer.predictive(meta_params, held.episodes)
@@ -274,7 +318,9 @@ class _Deviations:
         parts = [like] * 4  # not asked for
         if misfits is not None:
             parts = [part[own if len(part) > 1 else 0].unsqueeze(1) for part in misfits]
-        counts = centers.new_tensor(1 / len(centers)) if trust is None else trust.unsqueeze(2)
+        counts = centers.new_tensor(1 / len(centers))
+        if trust is not None:
+            counts = calibration.counted(trust).unsqueeze(2)
         between = (counts * (centers - (counts * centers).sum(0)).square()).sum(0)
         if alone:
             between, trust = torch.zeros_like(between), None
