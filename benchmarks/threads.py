@@ -35,6 +35,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.engine import pieces
 from sklearn_maml.engine.rungs import conv
+from sklearn_maml.learners import building, judging
 from sklearn_maml.native import Kernel
 from sklearn_maml.native.head import HeadKernel
 
@@ -118,8 +119,10 @@ def model(name: str) -> None:
     changes: list[tuple[Any, str, Callable[..., int]]] = [
         (Kernel, "_call", of_mlp),
         (HeadKernel, "step", of_head),
-        (pieces, "side_by_side", lambda function, items: len(items)),
-        (conv, "side_by_side", lambda function, items: len(items)),
+        *(
+            (where, "side_by_side", lambda function, items: len(items))
+            for where in (pieces, conv, building, judging)
+        ),
     ]
     for where, what, n_blocks in changes:
         setattr(where, what, noting(getattr(where, what), n_blocks))

@@ -129,8 +129,10 @@ def usable(
 
 def _sure_support(tasks: TaskCollection, n_shots: int | None, classification: bool) -> np.ndarray:
     """Support rows (n_tasks,) that every episode of a task has."""
-    size = _classes_of_tasks(tasks)[1] if classification else tasks.sizes[tasks.codes]
-    of_cell = size // 2 if n_shots is None else np.minimum(n_shots, size - 1)
+    size = _classes_of_tasks(tasks)[1] if classification else tasks.sizes
+    of_cell = size // 2 if n_shots is None else np.minimum(n_shots, np.maximum(size - 1, 0))
+    if not classification:
+        return of_cell
     return np.bincount(tasks.codes, of_cell / size, tasks.n_tasks).round()
 
 

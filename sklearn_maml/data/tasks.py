@@ -92,7 +92,8 @@ class TaskCollection:
             chosen = np.zeros(self.n_tasks, dtype=bool)
             chosen[np.linspace(0, self.n_tasks - 1, most_tasks).astype(np.intp)] = True
             rows = self.leveled()
-            rows = np.arange(len(self.codes)) if rows is None else rows
+            if rows is None:
+                return np.flatnonzero(chosen[self.codes])
             return rows[chosen[self.codes[rows]]]
         if self.sizes.max() <= most:
             return None

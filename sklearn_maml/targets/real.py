@@ -102,7 +102,7 @@ class RealTargets(Targets):
                 near = DEVIATION * _medians(np.abs(y - center), sample_weight)
                 spread = np.where(near > 0, near, spread)  # most targets may be equal
             else:
-                _warn_of_outliers(y, y - center, rows, sample_weight)
+                _warn_of_outliers(y, center, rows, sample_weight)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
             self._constant = constant
@@ -238,7 +238,7 @@ class _Units(nn.Module):
 
 def _warn_of_outliers(
     y: np.ndarray,
-    deviations: np.ndarray,
+    center: np.ndarray,
     rows: np.ndarray | None,
     sample_weight: np.ndarray | None,
 ) -> None:
@@ -246,7 +246,10 @@ def _warn_of_outliers(
     few = int(FEW * len(y))
     if len(y) < MANY_ROWS:
         return
-    squares = np.square(deviations - np.median(deviations, axis=0)).mean(1)
+    deviations = y - center  # in place from here on: there may be very many
+    deviations -= np.median(deviations, axis=0)
+    squares = np.square(deviations, out=deviations).mean(1)
+    del deviations
     if sample_weight is not None:
         squares *= sample_weight
     far = np.flatnonzero(squares > FAR**2 * np.median(squares))

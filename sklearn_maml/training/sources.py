@@ -320,7 +320,7 @@ class CrossFitted:
         sees = np.ones((n_members, tasks.n_tasks), dtype=bool)
         for own, fold in zip(sees, self.folds, strict=True):
             own[fold] = False
-        self.visible = sees[:, tasks.codes]
+        self.visible = sees.take(tasks.codes, axis=1)  # in order: kernels read it as it is
         self._hide_rows(tasks, rng)
         for j, fold in enumerate(self.folds):
             fold = fold[evenly(len(fold), MOST_OF_MEMBER if j else MOST_VALIDATED)]
@@ -443,10 +443,11 @@ class CrossFitted:
         n_unseen = int(UNSEEN * np.median(tasks.sizes))
         if n_unseen < min(HEAD_TESTED):
             return
-        marks = row_marks(tasks.X)
-        in_order = np.sort(marks)
-        if 2 * (1 + np.count_nonzero(in_order[1:] != in_order[:-1])) > len(marks):
+        in_order = row_marks(tasks.X)
+        in_order.sort()
+        if 2 * (1 + np.count_nonzero(in_order[1:] != in_order[:-1])) > len(in_order):
             return
+        marks = row_marks(tasks.X)
         distinct = np.unique(marks)
         hidden = np.isin(marks, rng.permutation(distinct)[: int(UNSEEN * len(distinct))])
         # without any row of a kind, a member could say nothing of it: every column still varies
