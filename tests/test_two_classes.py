@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sklearn_maml import MAMLClassifier, load
+from sklearn_maml.learners import conditioned
 from sklearn_maml.learners.bodies import MLPBody
-from sklearn_maml.learners.laplace import LaplaceHead
+from sklearn_maml.learners.laplace import LaplaceFunctions, LaplaceHead
 from sklearn_maml.learners.likelihoods import Classes, Labels, TwoClasses, find_likelihood
 from sklearn_maml.targets import BinaryCrossEntropy, CrossEntropy
 
@@ -96,3 +97,17 @@ def test_what_was_learned_is_extended_saved_and_exported(clf, tmp_path):
     one = clf.adapt(X[:12], y[:12])
     got = one.adapted_module()(torch.from_numpy(X[12:])).numpy()
     np.testing.assert_allclose(got, one.predict_proba(X[12:]), rtol=1e-6)
+
+
+def test_probabilities_take_the_posteriors_that_adapt_has_found(clf, monkeypatch):
+    X, y, task = rare(5, 12, seed=1)
+    own = copy.deepcopy(clf)
+    own.adapt(X, np.array(["no", "yes"])[y], groups=task)
+    monkeypatch.setattr(conditioned, "MOST_KEPT", 0)
+    anew = copy.deepcopy(clf)
+    anew.adapt(X, np.array(["no", "yes"])[y], groups=task)
+    expected = anew.predict_proba(X, groups=task)
+    monkeypatch.setattr(LaplaceFunctions, "condition", None)
+    np.testing.assert_allclose(own.predict_proba(X, groups=task), expected, rtol=1e-9)
+    with pytest.raises(TypeError, match="not callable"):
+        anew.predict_proba(X, groups=task)

@@ -255,7 +255,8 @@ class Conditioned(Adapted):
         given = Given(run, rows, sums, tasks)
         # one after another, those of single tasks would take longer than to find them again
         are_all = len(tasks) == more.n_tasks
-        left = MOST_KEPT if are_all and not head.likelihood.are_classes else 0
+        asks = head.likelihood.uses_variance or not head.likelihood.are_classes
+        left = MOST_KEPT if are_all and asks else 0
         found = []
         for some in given.batches():
             keeps = (needed := 8 * run.room(given.sizes[some])) <= left
