@@ -204,8 +204,20 @@ class _Graph:
 
 
 class _Stream:
+    """Nothing runs beside anything else here, so nothing waits."""
+
     def wait_stream(self, other: _Stream) -> None:
-        """Nothing runs beside anything else here."""
+        pass
+
+    def wait_event(self, event: _Event) -> None:
+        assert event.recorded
+
+
+class _Event:
+    recorded = False
+
+    def record(self, stream: _Stream) -> None:
+        self.recorded = True
 
 
 _capturing: list[_Graph] = []
@@ -232,6 +244,7 @@ def capturing(fails: str | None = None) -> Iterator[list[_Graph]]:
 
     tools = {
         "CUDAGraph": _Graph,
+        "Event": _Event,
         "Stream": _Stream,
         "current_stream": _Stream,
         "graph": graph,

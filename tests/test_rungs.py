@@ -357,7 +357,7 @@ def test_dropout_draws_as_the_eager_step_does(layer):
         (PythonNoise, "Python state"),
         (NumpyNoise, "Python state"),
         (Switching, "data-dependent|guard"),
-        (HiddenTensor, "FakeTensor"),
+        (HiddenTensor, "no parameter and no buffer"),
     ],
 )
 def test_what_cannot_be_traced_runs_untraced_and_says_so_once(constructor, reason):

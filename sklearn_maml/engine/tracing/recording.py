@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from sklearn_maml.devices import accelerators, generator_states, set_generator_states
+from sklearn_maml.engine.tracing.branches import InBranches
+from sklearn_maml.engine.tracing.fusing import VIEWS, fuse
 
 # Elements of a constant that is computed when the graph is built; larger ones cost memory
 MAX_CONSTANT = 1 << 16
@@ -19,13 +21,6 @@ MAX_CONSTANT = 1 << 16
 Function = Callable[..., list[Tensor]]
 aten = torch.ops.aten
 
-# Operations that only say how memory is read
-VIEWS = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
-    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.detach.default,
-    aten.alias.default, aten.select.int,
-}  # fmt: skip
 CONSTANTS = {
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
@@ -63,8 +58,8 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> Function:
     function : callable (*tensors) -> list of Tensor
         Every tensor it reads has to be among its arguments.
     inputs : sequence of Tensor
-        Arguments of the shapes, dtypes and devices it is recorded for. Their values are not seen,
-        so a branch on a value cannot slip in.
+        Arguments of the shapes, dtypes and devices it is recorded for. A branch on a value cannot
+        slip in, as torch refuses to look at the values of what it records.
 
     Returns
     -------
@@ -77,7 +72,14 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> Function:
         If the function reads values, draws from Python's or NumPy's generator, writes to its
         arguments or fails otherwise.
     """
-    return Graph(_simplify(record(function, inputs)))
+    module = record(function, inputs)
+    _simplify(module)
+    if accelerators(inputs):
+        fuse(module)
+    for node in module.graph.nodes:
+        _bind(node)
+    module.recompile()
+    return Graph(module)
 
 
 def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -87,19 +89,27 @@ def record(function: Function, inputs: Sequence[Tensor]) -> fx.GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx
     except ImportError as error:  # pragma: no cover - depends on the installed torch
         raise Untraceable(f"torch {torch.__version__} lacks {error.name}") from error
-    generators = states_of(inputs)
+    before = states_of(inputs)
+    # copies, as it may write to them; dense, as it is run: see `Graph`
+    dense = [t.detach().contiguous().clone() for t in inputs]
     with recording:
         try:
-            # as it is run, see `Graph`: it may read memory by the strides that it has seen
-            dense = [t.contiguous() for t in inputs]
-            graph = make_fx(functionalize(function), tracing_mode="fake")(*dense)
-        except Exception as error:  # the module may raise anything when it is run on no values
+            # on values, as without them torch is wrong about the strides of some results, by which
+            # memory is read
+            graph = make_fx(functionalize(function), tracing_mode="real")(*dense)
+        except Exception as error:  # the module may raise anything
             raise Untraceable(first_line(error)) from error
-    if not same(generators, states_of(inputs)):
+        finally:
+            after = states_of(inputs)
+            restore(inputs, before)
+    if not same(before[:2], after[:2]):
         raise Untraceable("it draws random numbers that torch does not record")
     for node in graph.graph.nodes:
         if _mutates(node):
             raise Untraceable(f"it writes to a tensor in place ({node.target})")
+        # what is made in the function is marked by torch
+        if node.op == "get_attr" and any("lift_fresh" not in str(u.target) for u in node.users):
+            raise Untraceable("it reads a tensor that is no parameter and no buffer")
     return graph
 
 
@@ -139,29 +149,45 @@ class Graph:
     """A recorded graph as a function."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
+        self.module = graph
         self._forward = graph.forward
         self.is_random = any(map(is_random, graph.graph.nodes))
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """Run the graph."""
-        # the graph was recorded for contiguous inputs
+        # outside: tensors made inside could not be written to
+        return [t.clone() for t in self.run(*tensors)]
+
+    def run(self, *tensors: Tensor) -> list[Tensor]:
+        """Run the graph for tensors that can only be read."""
+        return self._run(self._forward, tensors)
+
+    def in_branches(self, backend: Any, device: torch.device) -> Function:
+        """Return what runs the graph on several streams of a device."""
+        if not InBranches.can_run(self.module, backend):
+            return self.run
+        run = InBranches(self.module, backend, device).run
+        return lambda *tensors: self._run(run, tensors)
+
+    @staticmethod
+    def _run(run: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
+        # it was recorded for contiguous inputs
         dense = [t.contiguous() for t in tensors]
         with torch.inference_mode():
-            outputs = self._forward(*dense)
-        # outside: tensors made inside could not be written to
-        return [t.clone() for t in outputs]
+            return list(run(*dense))
 
 
 # -- simplifying -----------------------------------------------------------------------------------
 
 
-def _simplify(module: fx.GraphModule) -> fx.GraphModule:
+def _simplify(module: fx.GraphModule) -> None:
     """Remove what changes no number: views of views, repeated and constant operations."""
     _fold_constants(module)
     seen: dict[Hashable, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op != "call_function" or is_random(node):
             continue
+        _take_sign(node)
         same: Any = _unit(node)
         if same is None and node.target in VIEWS:
             same = _shorten_view(node)
@@ -172,10 +198,6 @@ def _simplify(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)
     _remove_dead(module)
-    for node in module.graph.nodes:
-        _bind(node)
-    module.recompile()
-    return module
 
 
 def _remove_dead(module: fx.GraphModule) -> None:
@@ -203,9 +225,25 @@ def _unit(node: Any) -> fx.Node | None:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if is_number and number == unit and _layout(node) == _layout(x) is not None:
             return x
+        if node.target is aten.add.Tensor:
+            for one, other in ((x, number), (number, x)):
+                is_zero = isinstance(other, fx.Node) and other.meta.get("is_zero")
+                if is_zero and _layout(node) == _layout(one) is not None:
+                    return one
     if node.target in VIEWS and _layout(node) == _layout(node.args[0]) is not None:
         return node.args[0]
     return None
+
+
+def _take_sign(node: Any) -> None:
+    """Let a product with a number change the sign of its operand."""
+    if node.target is not aten.mul.Tensor or node.kwargs:
+        return
+    negated, number = node.args
+    if getattr(negated, "target", None) is not aten.neg.default or not isinstance(number, float):
+        return
+    if _layout(negated) == _layout(negated.args[0]):
+        node.args = (negated.args[0], -number)
 
 
 def _shorten_view(node: Any) -> fx.Node | None:
@@ -270,14 +308,19 @@ def _fold_constants(module: fx.GraphModule) -> None:
             )
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         known[node] = node.target(*args, **kwargs)
+    made: dict[Hashable, fx.Node] = {}  # equal constants are one
     for i, (node, value) in enumerate(known.items()):
         if node.op == "get_attr" or all(user in known for user in node.users):
             continue
-        name = f"_folded_{i}"
-        module.register_buffer(name, value.detach())
-        with graph.inserting_before(node):
-            constant = graph.get_attr(name)
-        constant.meta["val"] = node.meta["val"]
+        own = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        key = (_layout(node), own.tobytes())
+        constant = made.get(key)
+        if constant is None:
+            name = f"_folded_{i}"
+            module.register_buffer(name, value.detach())
+            with graph.inserting_before(node):
+                constant = made[key] = graph.get_attr(name)
+            constant.meta |= {"val": node.meta["val"], "is_zero": not own.any()}
         node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in known)
     _remove_dead(module)
 
