@@ -39,6 +39,7 @@ from sklearn_maml import (
     task_scores,
 )
 from sklearn_maml.engine.tracing import graphs, tracer
+from sklearn_maml.estimators import base, building, stored
 from sklearn_maml.exceptions import (
     DeviceWarning,
     EngineFallbackWarning,
@@ -51,6 +52,7 @@ from sklearn_maml.inspection import (
     MetaTrainingDisplay,
     TaskScoresDisplay,
 )
+from sklearn_maml.learners import launched, systems
 from sklearn_maml.training import optimizers, schedule
 from sklearn_maml.training.net import MetaNet
 from sklearn_maml.training.outer_step import OuterStep
@@ -462,17 +464,19 @@ def test_every_kind_of_data(name, updates):
     assert_unhindered(updates, n_first="optimizer" in settings)
 
 
+# a head of targets without noise is what rounding makes it, on the CPU too
+NOISY = (Y + 0.3 * np.random.default_rng(3).normal(size=Y.shape)).astype(np.float32)
 HEADS = {
-    "numbers": (MAMLRegressor, X, Y, G, {}),
-    "several targets": (MAMLRegressor, X, np.c_[Y, X[:, 0]], G, {}),
+    "numbers": (MAMLRegressor, X, NOISY, G, {}),
+    "several targets": (MAMLRegressor, X, np.c_[NOISY, X[:, 0]], G, {}),
     "shared labels": (MAMLClassifier, X, C, G, {}),
     "local labels": (MAMLClassifier, X, KINDS, G, {"n_ways": 3, "n_shots": 2, "n_queries": 3}),
-    "ragged tasks": (MAMLRegressor, X[RAGGED], Y[RAGGED], G[RAGGED], {}),
-    "a module": (MAMLRegressor, X, Y, G, {"module": nn.Sequential(nn.Linear(3, 1))}),
-    "float64": (MAMLRegressor, X.astype(float), Y.astype(float), G, {}),
-    "one step outside": (MAMLRegressor, X, Y, G, {"meta_gradient": "reptile"}),
+    "ragged tasks": (MAMLRegressor, X[RAGGED], NOISY[RAGGED], G[RAGGED], {}),
+    "a module": (MAMLRegressor, X, NOISY, G, {"module": nn.Sequential(nn.Linear(3, 1))}),
+    "float64": (MAMLRegressor, X.astype(float), NOISY.astype(float), G, {}),
+    "one step outside": (MAMLRegressor, X, NOISY, G, {"meta_gradient": "reptile"}),
     "counts": (MAMLRegressor, X, np.floor(Y**2), G, {"loss": "poisson"}),
-    "quantiles": (MAMLRegressor, X, Y, G, {"loss": "quantile", "quantile": 0.8}),
+    "quantiles": (MAMLRegressor, X, NOISY, G, {"loss": "quantile", "quantile": 0.8}),
 }
 
 
@@ -1231,3 +1235,90 @@ def test_a_planted_look_is_counted(updates):
     assert all(counts.synchronisations for counts in updates)
     with pytest.raises(AssertionError):
         assert_unhindered(updates)
+
+
+# --- where the default model is fitted
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("settings", "most", "expected"),
+    [
+        ({"device": "auto"}, 2.5e8, "cpu"),
+        ({"device": "auto"}, 0, NAME),
+        ({"device": "auto", "update_rule": "sgd"}, 2.5e8, NAME),
+        ({"device": DEVICE}, 2.5e8, NAME),
+    ],
+    ids=["small", "large", "sgd", "by request"],
+)
+def test_small_heads_are_fitted_on_the_cpu(settings, most, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "MOST_ON_HOST", most)
+    for module in (base, stored):
+        resolve = module.resolve_device
+        monkeypatch.setattr(
+            module, "resolve_device", lambda d, r=resolve: r(DEVICE if d == "auto" else d)
+        )
+    model = MAMLRegressor(**{**SMALL, "update_rule": "auto", **settings}).fit(X, NOISY, groups=G)
+    assert model.device_.type == expected
+    assert {p.device.type for p in model._learner.parameters()} == {expected}
+    model.adapt(X[:5], NOISY[:5]).save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.device_.type == expected
+    np.testing.assert_array_equal(again.predict(X[:9]), model.predict(X[:9]))
+
+
+@emulated
+@pytest.mark.parametrize("name", ["numbers", "shared labels", "quantiles"])
+def test_steps_of_a_head_are_captured_once_their_shape_comes_again(name, monkeypatch, updates):
+    monkeypatch.setattr(launched, "LEAST_VISITS", 1)
+    make, features, y, groups, settings = HEADS[name]
+    settings = {**SMALL, **settings, "update_rule": "gaussian-head", "max_iter": 30}
+    plain = make(**settings, device=DEVICE).fit(features, y, groups=groups)
+    with capturing() as graphs:
+        device = make(**settings, device=DEVICE).fit(features, y, groups=groups)
+    assert sum(graph.n_replays for graph in graphs) >= 5
+    for a, b in zip(parameters(device).values(), parameters(plain).values(), strict=True):
+        assert torch.equal(a, b)
+    # comparing with the step waits, once for each shape
+    assert sum(bool(counts.waits) for counts in updates) <= len(graphs)
+
+
+@emulated
+def test_steps_of_a_head_that_cannot_be_captured_are_made_as_they_are(monkeypatch):
+    monkeypatch.setattr(launched, "LEAST_VISITS", 1)
+    settings = {**SMALL, "update_rule": "gaussian-head", "max_iter": 12, "device": DEVICE}
+    plain = MAMLRegressor(**settings).fit(X, NOISY, groups=G)
+    with capturing(fails="no room"), pytest.warns(EngineFallbackWarning, match=r"head.*no room"):
+        failed = MAMLRegressor(**settings).fit(X, NOISY, groups=G)
+    for a, b in zip(parameters(failed).values(), parameters(plain).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@emulated
+def test_weighted_steps_of_a_head_are_not_captured():
+    """They depend on numbers of rows that the host knows."""
+    weight = np.where(RAGGED, 1.0, 2.0)
+    settings = {**SMALL, "update_rule": "gaussian-head", "max_iter": 12, "device": DEVICE}
+    with capturing() as graphs:
+        MAMLRegressor(**settings).fit(X, NOISY, groups=G, sample_weight=weight)
+    assert graphs == []
+
+
+@emulated
+def test_systems_are_solved_in_batches_on_the_device():
+    torch.manual_seed(0)
+    A = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    system = (A @ A.mT + torch.eye(5)).requires_grad_()
+    v = torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    found = {}
+    for device in ("cpu", DEVICE):
+        own = system.detach().to(device).requires_grad_()
+        factor = torch.linalg.cholesky(own.detach())
+        inverse = systems.inverse_of(own)
+        (grad,) = torch.autograd.grad((inverse.sin() * inverse).sum(), own)
+        results = [systems.solve(v.to(device), factor), systems.inverse_of_factor(factor)]
+        found[device] = [on_host(t.detach()) for t in (*results, inverse, grad)]
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    singular = systems.inverse_of(-system.detach().to(DEVICE))
+    assert on_host(singular).isnan().all()

@@ -227,6 +227,7 @@ class BaseMAML(Training, Stored, Scoring):
             else:
                 source = self._collect(X, y, groups, targets, seed, continued, sample_weight)
             self._take_targets(targets)
+            self.device_ = self._place(self.device_)
             self._score_seed = seed
             self.__dict__.pop("_state", None)
             routed = {"groups": groups, "sample_weight": sample_weight}

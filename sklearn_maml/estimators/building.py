@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sklearn_maml._validation import is_integer
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine
@@ -22,12 +23,14 @@ from sklearn_maml.learners.building import (
     module_body,
     why_no_head,
 )
+from sklearn_maml.learners.compiled import work_of_head
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.learner import Learner, Problem
 from sklearn_maml.learners.likelihoods import Likelihood, find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names
+from sklearn_maml.native import instruction_sets
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.theta import name_in_module
 from sklearn_maml.training.sources import LEAST_TASKS
@@ -35,11 +38,28 @@ from sklearn_maml.training.sources import LEAST_TASKS
 # tasks that the start of a head is computed of, at most: more would tell little
 STARTING_TASKS = 1000
 
+# Multiply-adds of an update of the default model up to which it is fitted on the CPU although there
+# is a GPU: kernels of one core then take less than the 8 ms of an update on an H200, where gradient
+# steps and head are thousands of launches; and typical rows of an episode
+MOST_ON_HOST, ROWS_OF_EPISODE = 2.5e8, 25
+
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
 class Building(Parameters):
     """Makes what is trained, at its start."""
+
+    def _place(self, device: torch.device) -> torch.device:
+        """Return where to fit, given where torch can: small heads are faster on the CPU."""
+        covered = self.module is None and len(self.feature_shape_) == 1 and instruction_sets()
+        rule = self._rule_name()
+        if str(self.device) != "auto" or rule not in ("auto", "gaussian-head") or not covered:
+            return device
+        hidden = self.hidden_layer_sizes
+        sizes = [*self.feature_shape_, *([hidden] if is_integer(hidden) else hidden)]
+        n_rows = self._integer("meta_batch_size") * ROWS_OF_EPISODE
+        work = work_of_head(self._n_members(), sizes, n_rows)
+        return torch.device("cpu") if work <= MOST_ON_HOST else device
 
     def _new_module(self, targets: Targets) -> nn.Module | None:
         """Return a network like the one to be trained, if the user gave a module."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from sklearn_maml.native.head import HeadKernel, Layout
 from sklearn_maml.native.posterior import PosteriorKernel
 from sklearn_maml.threads import n_threads_asked
 
+# typical number of rows that a row meets in the Gram matrix of its task
+ROWS_OF_TASK = 60
 # their numbers in likelihoods.h
 LIKELIHOODS: dict[type, int] = {
     Labels: 1,
@@ -100,6 +103,16 @@ def _layout(head: GaussianHead, n_ways: int) -> Layout | None:
         unit=head.unit if isinstance(head, LaplaceHead) else None,
         delta=likelihood.loss.delta if isinstance(likelihood, HyperbolicTails) else 0.0,
     )
+
+
+def work_of_head(n_members: int, sizes: Sequence[int], n_rows: int) -> float:
+    """Multiply-adds of the kernel in an update, of episodes of so many rows in all.
+
+    `sizes` are those of rows and of the layers of an `MLPBody`.
+    """
+    of_row = sum(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
+    of_row += (sizes[0] + 1) ** 2 + ROWS_OF_TASK * (sizes[-1] + sizes[0])
+    return 6.0 * n_members * n_rows * of_row  # of both passes, there and back
 
 
 class _TwoClassKernel(HeadKernel):

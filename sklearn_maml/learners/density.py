@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sklearn_maml.learners.systems import inverse_of_factor
+
 
 class Predictive(torch.autograd.Function):
     """Negative log density of query targets given support targets, with its derivative.
@@ -55,7 +57,7 @@ def _density(gram: Tensor, residual: Tensor, noise: Tensor) -> tuple[Tensor, Ten
     system.diagonal(dim1=-2, dim2=-1).add_(noise.double()[:, None, :, None])
     factor, failed = torch.linalg.cholesky_ex(system)
     factor = factor.masked_fill((failed != 0)[..., None, None], torch.nan)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = inverse_of_factor(factor)
     r = residual.double()
     u = (inverse @ r.unsqueeze(-1)).squeeze(-1)
     logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -25,6 +25,7 @@ from sklearn_maml.learners.density import Predictive
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.posteriors import Information, Posterior, Scale, of_tasks
 from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
+from sklearn_maml.learners.systems import solve
 
 Params = dict[str, Tensor]
 
@@ -240,8 +241,8 @@ class HeadFunctions:
     def _solve(self, factor: Tensor, v: Tensor) -> Tensor:
         """Solve the systems of `_root` for v (n_members, n_tasks, n, n_outputs)."""
         if factor.shape[2] > 1:  # every output has a system of its own
-            return torch.cholesky_solve(v.mT.unsqueeze(-1), factor).squeeze(-1).mT
-        return torch.cholesky_solve(v, factor.squeeze(2))
+            return solve(v.mT.unsqueeze(-1), factor).squeeze(-1).mT
+        return solve(v, factor.squeeze(2))
 
     def condition(
         self, X: Tensor, y: Tensor, root: Tensor | None = None, *, doubt: bool = True
@@ -557,7 +558,7 @@ class ClassFunctions(HeadFunctions):
         system = system + torch.diag_embed(self.noise().double()[:, None].expand(-1, 1, k))
         factor, failed = torch.linalg.cholesky_ex(system)
         factor = factor.where((failed == 0)[..., None, None], torch.nan)
-        u = torch.cholesky_solve(residual[:, :, :k].double(), factor).to(S.dtype)
+        u = solve(residual[:, :, :k].double(), factor).to(S.dtype)
         return S[:, :, k:] @ (A.mT @ u)
 
     def query(self, X: Tensor, given: Posterior, scale: Scale | None = None) -> tuple[Tensor, None]:

@@ -17,6 +17,7 @@ from sklearn_maml.data.episodes import EpisodeBatch, Rows, normalised, totals
 from sklearn_maml.engine import Engine, MetaStep, MetaSteps
 from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import DECAY, GaussianHead, HeadFunctions
+from sklearn_maml.learners.launched import LaunchedSteps
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.native.head import HeadKernel
 
@@ -76,6 +77,8 @@ class HeadTrainer:
         Tasks that are held out, each counted once for each member.
     n_judges : int
         Those of the first member, which are not in the training of gradient steps either.
+    launched : LaunchedSteps
+        Makes the steps of an accelerator.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class HeadTrainer:
         judges = [held.task for held in validation if held.member in (None, 0)]
         self.n_judges = len(np.unique(np.concatenate(judges))) if judges else 0
         self._kernels: dict[int, HeadKernel | None] = {}
+        self.launched = LaunchedSteps(head)
         self._places = [torch.from_numpy(np.searchsorted(distinct, p)).to(device) for p in places]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
@@ -123,14 +127,15 @@ class HeadTrainer:
             self.head.train()
         kernel = self._kernel(batch, self.n_ways)
         if kernel is None:
-            grads, mean = self._gradient(meta_params, batch, k)
-        else:
-            weights = [self._present(rows) for rows in (batch.support, batch.query)]
-            of_tasks = self._of_tasks(batch, k)
-            found, mean = kernel.step(
-                _of_head(meta_params), batch, weights, self.visible, k, of_tasks
-            )
-            grads = {f"{PREFIX}{name}": grad for name, grad in found.items()}
+            of_head = {n: p for n, p in meta_params.items() if n.startswith(PREFIX)}
+            # the number of rows counts where they have weights, and is known to the host
+            if self.weighted:
+                return self._step(of_head, batch)
+            return self.launched.meta_step(self._step, of_head, batch)
+        weights = [self._present(rows) for rows in (batch.support, batch.query)]
+        of_tasks = self._of_tasks(batch, k)
+        found, mean = kernel.step(_of_head(meta_params), batch, weights, self.visible, k, of_tasks)
+        grads = {f"{PREFIX}{name}": grad for name, grad in found.items()}
         return self._meta_step(grads, mean, batch.query)
 
     def _kernel(self, batch: EpisodeBatch, n_ways: int) -> HeadKernel | None:
@@ -140,10 +145,10 @@ class HeadTrainer:
         kernel = self._kernels[n_ways]
         return kernel if kernel is not None and kernel.takes(batch) else None
 
-    def _gradient(self, meta_params: Params, batch: EpisodeBatch, k: int) -> tuple[Params, Tensor]:
-        """Gradient, and outputs (n_members, n_tasks, n_query, n_outputs) of the query rows."""
-        names = [name for name in meta_params if name.startswith(PREFIX)]
-        leaves = {name: meta_params[name].detach().requires_grad_() for name in names}
+    def _step(self, of_head: Params, batch: EpisodeBatch) -> MetaStep:
+        """Make a meta-step by torch."""
+        k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
+        leaves = {name: p.detach().requires_grad_() for name, p in of_head.items()}
         with torch.enable_grad():
             support, query = batch.support, batch.query
             X = torch.cat([support.X, query.X], 1)
@@ -152,10 +157,11 @@ class HeadTrainer:
             nll, mean = self.functions(leaves).loss(X, y, mask, k)
             loss = (nll * self._of_tasks(batch, k)).sum()
             grads = torch.autograd.grad(
-                loss, [leaves[name] for name in names], allow_unused=True, materialize_grads=True
+                loss, [*leaves.values()], allow_unused=True, materialize_grads=True
             )
         n_query = batch.query.X.shape[1]
-        return dict(zip(names, grads, strict=True)), mean.detach()[:, :, -n_query:]
+        of_query = mean.detach()[:, :, -n_query:]
+        return self._meta_step(dict(zip(leaves, grads, strict=True)), of_query, batch.query)
 
     def _of_tasks(self, batch: EpisodeBatch, k: int) -> Tensor:
         """Weights (n_tasks,) of the tasks in the loss."""
@@ -441,6 +447,7 @@ class Joint(MetaSteps):
 
     def expect(self, first_update: int, n_updates: int, **outlook: int) -> None:
         """See `MetaSteps`."""
+        self.trainer.launched.expect(n_updates)
         if self.engine is not None:
             self.engine.expect(first_update, n_updates, **outlook)
 

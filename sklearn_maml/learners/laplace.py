@@ -19,6 +19,7 @@ from torch import Tensor
 from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.posteriors import Scale
+from sklearn_maml.learners.systems import inverse_of
 
 Params = dict[str, Tensor]
 Shape = tuple[Tensor, Tensor]
@@ -120,7 +121,7 @@ class _Dual:
     def solved(self, root: Tensor, moment: Tensor) -> Tensor:
         """Solve (I + S'R R S) w = S' moment."""
         right = (root * (self.gram @ moment)).mT.unsqueeze(-1)
-        of_rows = _inverse(self.system(root)) @ right
+        of_rows = inverse_of(self.system(root)) @ right
         return moment - root * of_rows.squeeze(-1).mT
 
 
@@ -145,17 +146,11 @@ class _Primal:
 
     def solved(self, root: Tensor, moment: Tensor) -> Tensor:
         right = (self.S.mT @ moment).mT.unsqueeze(-1)
-        return (_inverse(self.system(root)) @ right).squeeze(-1).mT
+        return (inverse_of(self.system(root)) @ right).squeeze(-1).mT
 
 
 def _with_one(gram: Tensor) -> Tensor:
     return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-
-
-def _inverse(system: Tensor) -> Tensor:
-    """Inverse, whose derivative is two products; what is not finite gives what is not finite."""
-    inverse, failed = torch.linalg.inv_ex(system)
-    return inverse.where((failed == 0)[..., None, None], torch.nan)
 
 
 @dataclass(frozen=True)
@@ -254,7 +249,7 @@ class LaplaceFunctions(HeadFunctions):
         # the information is that at the mode, of which it has the derivatives
         objective, _, information = problem.derivatives(at)
         root = problem.root(information)
-        return at, root, _inverse(space.system(root)), objective
+        return at, root, inverse_of(space.system(root)), objective
 
     def query(  # type: ignore[override]
         self, X: Tensor, given: LaplacePosterior, scale: Scale | None = None
