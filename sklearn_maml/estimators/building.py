@@ -41,7 +41,7 @@ STARTING_TASKS = 1000
 # Multiply-adds of an update of the default model up to which it is fitted on the CPU although there
 # is a GPU: kernels of one core then take less than the 8 ms of an update on an H200, where gradient
 # steps and head are thousands of launches; and typical rows of an episode
-MOST_ON_HOST, ROWS_OF_EPISODE = 2.5e8, 25
+MOST_ON_HOST, ROWS_OF_EPISODE = 5e8, 25
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 

@@ -136,7 +136,8 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         predicts for the population of tasks, as after `adapt` to a task without rows. May be
         changed after `fit`.
     device : str or torch.device, default="auto"
-        "auto" takes CUDA where there is one.
+        "auto" takes CUDA where there is one, but for small default models, which compiled kernels
+        fit faster on the CPU.
     callbacks : list, default=None
         skorch callbacks, or ``(name, callback)`` pairs; ``callbacks__name__*`` are their
         parameters.
