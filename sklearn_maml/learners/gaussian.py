@@ -435,11 +435,11 @@ class HeadFunctions:
         distinct, of_row = np.unique(places, return_inverse=True)
         parts, order = [], []
         for tasks, at, real in padded(of_row.reshape(-1), len(distinct)):
-            found = self.query(X[torch.from_numpy(at)], of_tasks(given, distinct[tasks]), scale)
-            own = torch.from_numpy(real)
-            parts.append([v[:, own] for v in found if v is not None])
+            own, rows = (torch.from_numpy(i).to(X.device) for i in (np.flatnonzero(real), at))
+            found = self.query(X[rows], of_tasks(given, distinct[tasks]), scale)
+            parts.append([v.flatten(1, 2)[:, own] for v in found if v is not None])
             order.append(at[real])
-        back = torch.from_numpy(np.argsort(np.concatenate(order)))
+        back = torch.from_numpy(np.argsort(np.concatenate(order))).to(X.device)
         mean, variance = (torch.cat(values, 1)[:, back] for values in zip(*parts, strict=True))
         return mean, variance
 
