@@ -109,7 +109,7 @@ class HeadTrainer:
         judges = [held.task for held in validation if held.member in (None, 0)]
         self.n_judges = len(np.unique(np.concatenate(judges))) if judges else 0
         self._kernels: dict[int, HeadKernel | None] = {}
-        self.launched = LaunchedSteps(head)
+        self.launched = LaunchedSteps(head, weighted)
         self._places = [torch.from_numpy(np.searchsorted(distinct, p)).to(device) for p in places]
 
     def functions(self, meta_params: Params, member: int | None = None) -> HeadFunctions:
@@ -128,9 +128,6 @@ class HeadTrainer:
         kernel = self._kernel(batch, self.n_ways)
         if kernel is None:
             of_head = {n: p for n, p in meta_params.items() if n.startswith(PREFIX)}
-            # the number of rows counts where they have weights, and is known to the host
-            if self.weighted:
-                return self._step(of_head, batch)
             return self.launched.meta_step(self._step, of_head, batch)
         weights = [self._present(rows) for rows in (batch.support, batch.query)]
         of_tasks = self._of_tasks(batch, k)
@@ -159,8 +156,7 @@ class HeadTrainer:
             grads = torch.autograd.grad(
                 loss, [*leaves.values()], allow_unused=True, materialize_grads=True
             )
-        n_query = batch.query.X.shape[1]
-        of_query = mean.detach()[:, :, -n_query:]
+        of_query = mean.detach()[:, :, -batch.query.X.shape[1] :]
         return self._meta_step(dict(zip(leaves, grads, strict=True)), of_query, batch.query)
 
     def _of_tasks(self, batch: EpisodeBatch, k: int) -> Tensor:

@@ -29,15 +29,18 @@ class LaunchedSteps:
     Parameters
     ----------
     head : GaussianHead
+    weighted : bool
+        Whether rows have weights: then their number counts, which the host knows.
 
     Attributes
     ----------
     tracer : Tracer
     """
 
-    def __init__(self, head: GaussianHead) -> None:
+    def __init__(self, head: GaussianHead, weighted: bool) -> None:
         # modules of users may draw random numbers and keep averages
-        self._may = captures(head.factor.device) and type(head.body) is MLPBody
+        may = captures(head.factor.device) and type(head.body) is MLPBody
+        self._may = may and not weighted
         self.tracer = Tracer(LEAST_VISITS, 2)
 
     def expect(self, n_updates: int) -> None:
@@ -50,7 +53,7 @@ class LaunchedSteps:
         meta_params: Params,
         batch: EpisodeBatch,
     ) -> MetaStep:
-        """Return ``step(meta_params, batch)``, where it may not depend on the rows' `lengths`."""
+        """Return ``step(meta_params, batch)``."""
         if not self._may or not self.tracer.begin_update():
             return step(meta_params, batch)
         names = [*meta_params]
