@@ -434,12 +434,15 @@ class HeadFunctions:
         """
         distinct, of_row = np.unique(places, return_inverse=True)
         parts, order = [], []
+
+        def there(index: np.ndarray) -> Tensor:
+            return torch.from_numpy(index).to(X.device)
+
         for tasks, at, real in padded(of_row.reshape(-1), len(distinct)):
-            own, rows = (torch.from_numpy(i).to(X.device) for i in (np.flatnonzero(real), at))
-            found = self.query(X[rows], of_tasks(given, distinct[tasks]), scale)
-            parts.append([v.flatten(1, 2)[:, own] for v in found if v is not None])
+            found = self.query(X[there(at)], of_tasks(given, distinct[tasks]), scale)
+            parts.append([v[:, there(real)] for v in found if v is not None])
             order.append(at[real])
-        back = torch.from_numpy(np.argsort(np.concatenate(order))).to(X.device)
+        back = there(np.argsort(np.concatenate(order)))
         mean, variance = (torch.cat(values, 1)[:, back] for values in zip(*parts, strict=True))
         return mean, variance
 
