@@ -142,7 +142,7 @@ class OuterStep:
         size = step_size(net)
         step: dict[str, Any]
         if size is not None:
-            step = self.compute(net, batch)
+            step = self._compute(net, batch, ready)
             self._notify_grad(net, batch)
             self._step_by(net, size, ready.finite)
             return step
@@ -150,7 +150,7 @@ class OuterStep:
             step = with_closure()
             return step
         if ready.flat is None:
-            step = self.compute(net, batch)
+            step = self._compute(net, batch, ready)
             self._notify_grad(net, batch)
             if ready.fused:
                 step_fused(net.optimizer_, ready.bad)
@@ -201,7 +201,9 @@ class OuterStep:
 
     def compute(self, net: Any, batch: Any) -> dict[str, Any]:
         """Compute the meta-gradient of one meta-batch and store it for the optimiser."""
-        ready = self.prepare(net)
+        return self._compute(net, batch, self.prepare(net))
+
+    def _compute(self, net: Any, batch: Any, ready: Prepared) -> dict[str, Any]:
         step, grads = self.meta_gradient(net, batch, ready)
         for k, p in enumerate(ready.trainable.values()):
             # the optimiser leaves parameters without a gradient, and their state, as they are
