@@ -182,39 +182,42 @@ def _size(support: Rows) -> int:
 
 
 def _logit_factors(trainer: HeadTrainer, meta_params: dict[str, Tensor]) -> dict[str, Any]:
-    """Factors of the logits, and the sizes of support sets that they are for; see `_factors`."""
-    parts: dict[int, list[list[Any]]] = {}
-    judged = set()
+    """Factors of the logits, and the sizes of support sets that they are for.
+
+    Those of each size are drawn to that of all held-out episodes, as few tasks tell little. Members
+    whose support sets differ in size by a row or two have them together.
+    """
+    least = min(_size(batch.support) for _, batch, _ in trainer.validation)
+    # with n_ways a support set has rows of all classes
+    fewer = () if trainer.head.same_classes else tuple(n for n in FEWER_OF_CLASSES if n < least)
+    parts: list[list[list[Any]]] = []  # of as many first rows, then of the batches of a member
+    n_batches: dict[int | None, int] = {}
     for member, batch, task in trainer.validation:
-        whole = _size(batch.support)
-        # with n_ways a support set has rows of all classes
-        fewer = () if member in judged or trainer.head.same_classes else FEWER_OF_CLASSES
-        judged.add(member)
-        for n in (*(n for n in fewer if n < whole), whole):
-            support = batch.support.first(n) if n < whole else batch.support
+        place = n_batches.get(member, 0)
+        n_batches[member] = place + 1
+        sets = [*map(batch.support.first, fewer)] if place == 0 else []
+        places = [*range(len(sets)), len(fewer) + place]
+        parts += [[] for _ in range(places[-1] + 1 - len(parts))]
+        for j, support in zip(places, [*sets, batch.support], strict=True):
             pair = trainer.outputs(meta_params, member, EpisodeBatch(support, batch.query))
-            weight = trainer.weights(batch.query)
-            of_row = np.broadcast_to(task[:, None], batch.query.X.shape[:2])
             found = [batch.query.real(t).double().cpu().numpy() for t in pair]
-            found.append(batch.query.real(torch.tensor(of_row)).numpy())
-            parts.setdefault(n, []).append([*found, weight])
+            parts[j].append([*found, trainer.weights(batch.query), task, _sizes(support)])
 
-    def joined(sizes: Sequence[int]) -> list[Any]:
-        each = [part for size in sizes for part in parts[size]]
-        return [_joined(values) for values in zip(*each, strict=True)]
+    def fitted(own: list[list[Any]]) -> tuple[float, int, float]:
+        outputs, targets, weight, tasks, sizes = (_joined(v) for v in zip(*own, strict=True))
+        log = float(np.log(find_logit_scale(outputs, targets, weight)))
+        return log, len(np.unique(tasks)), float(np.median(sizes))
 
-    sizes = sorted(parts)
-    outputs, targets, _, weight = joined([size for size in sizes if size] or sizes)
-    of_all = find_logit_scale(outputs, targets, weight)
+    of_all = fitted([part for own in parts[len(fewer) :] for part in own])[0]
     if trainer.head.same_classes:
-        return {"factor": of_all}
-    factors = []
-    for size in sizes:
-        outputs, targets, task, weight = joined([size])
-        n_tasks = len(np.unique(task))
-        log = n_tasks * np.log(find_logit_scale(outputs, targets, weight))
-        factors.append(np.exp((log + DRAWN * np.log(of_all)) / (n_tasks + DRAWN)))
-    return {"sizes": np.array(sizes, dtype=float), "factor": np.array(factors)[:, None]}
+        return {"factor": float(np.exp(of_all))}
+    factors = {}
+    for own in parts:
+        log, n_tasks, size = fitted(own)
+        factors[size] = np.exp((n_tasks * log + DRAWN * of_all) / (n_tasks + DRAWN))
+    of_sizes = sorted(factors)
+    factor = np.array([[factors[size]] for size in of_sizes])
+    return {"sizes": np.array(of_sizes), "factor": factor}
 
 
 def _sizes(support: Rows) -> np.ndarray:
