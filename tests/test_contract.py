@@ -486,6 +486,22 @@ def test_a_distribution_may_be_ragged(kind, fitted):
     assert np.isfinite(model.history_[-1, "train_loss"])
 
 
+@pytest.mark.parametrize("estimator", [MAMLRegressor, MAMLClassifier])
+def test_predictions_of_views_are_those_of_copies(estimator):
+    rng = np.random.default_rng(0)
+    X, task = rng.normal(size=(80, 3)), np.repeat(np.arange(10), 8)
+    y = np.digitize(X[:, 0], [-0.5, 0.5])
+    model = estimator(update_rule="gaussian-head", hidden_layer_sizes=(4,), max_iter=2)
+    model.set_params(random_state=0).fit(X, y, groups=task)
+    packed = np.zeros(80, dtype=[("x", float, 3), ("flag", np.int8)])
+    packed["x"] = X
+    views = {"rows": X[::-1], "columns": X[:, ::-1], "fields": packed["x"]}
+    for name, view in views.items():
+        model.adapt(view, y, groups=task)
+        got, expected = (outputs(model, rows, task) for rows in (view, view.copy()))
+        assert_array_equal(got, expected, err_msg=name)
+
+
 @pytest.mark.parametrize("library", [pd, pl], ids=["pandas", "polars"])
 def test_lists_of_frames_keep_their_names(library, fitted):
     X, y, groups = tasks_of("regression")

@@ -70,7 +70,8 @@ def room_of_sums(head: GaussianHead) -> int:
 
 def tensors(head: GaussianHead, *arrays: np.ndarray) -> list[Tensor]:
     """Arrays on the device of a head."""
-    own = (array if array.flags.writeable else array.copy() for array in arrays)
+    # torch takes no negative strides and warns of what is read-only
+    own = (array if array.flags.carray else array.copy() for array in arrays)
     return [torch.from_numpy(array).to(head.factor.device) for array in own]
 
 
