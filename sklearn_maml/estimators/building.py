@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_maml._validation import is_integer
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.engine import Engine
@@ -29,7 +28,7 @@ from sklearn_maml.learners.learner import Learner, Problem
 from sklearn_maml.learners.likelihoods import Likelihood, find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
-from sklearn_maml.modules import ACTIVATIONS, adapted_names
+from sklearn_maml.modules import ACTIVATIONS, adapted_names, layer_sizes
 from sklearn_maml.native import instruction_sets
 from sklearn_maml.targets.base import Targets
 from sklearn_maml.theta import name_in_module
@@ -55,8 +54,7 @@ class Building(Parameters):
         rule = self._rule_name()
         if str(self.device) != "auto" or rule not in ("auto", "gaussian-head") or not covered:
             return device
-        hidden = self.hidden_layer_sizes
-        sizes = [*self.feature_shape_, *([hidden] if is_integer(hidden) else hidden)]
+        sizes = [*self.feature_shape_, *layer_sizes(self.hidden_layer_sizes)]
         n_rows = self._integer("meta_batch_size") * ROWS_OF_EPISODE
         work = work_of_head(self._n_members(), sizes, n_rows)
         return torch.device("cpu") if work <= MOST_ON_HOST else device
