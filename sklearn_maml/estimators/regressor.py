@@ -103,9 +103,9 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
     meta_batch_size : int, default=25
         Tasks of a meta-update.
     max_iter : int, default=1000
-        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, or fewer where held-out
-        tasks show that it only gets worse, of more than 100 features, and where it is all that is
-        left, meta-training ends there.
+        Meta-updates. A Gaussian head takes 6 in 10 of them, of a larger rate, or fewer where
+        held-out tasks show that it only gets worse, of more than 100 features, and where it is all
+        that is left, meta-training ends there.
     early_stopping : bool or "auto", default="auto"
         True holds out tasks, stops when their loss after adaptation has not improved for
         `n_iter_no_change` updates, and keeps the parameters that were best on them. "auto" does
