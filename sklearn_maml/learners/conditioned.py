@@ -37,6 +37,7 @@ ROWS_AT_A_TIME = 8192
 # of a task that gets more: conditioning on so many takes about ten times as long as on their sums
 ROWS_PER_COLUMN = 4
 MOST_KEPT = 2**27  # bytes of posteriors
+HALF_OFFSET = 0.5  # rows after which half of the offset of classes is left
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Calibration:
     of_noise : bool ndarray of shape (n_outputs,) or None
         Where that scale is one of the noise alone, not of what tasks differ in; None: nowhere.
     offset : ndarray of shape (n_outputs,) or None
-        What is added to the logits of tasks without labelled rows; None: nothing.
+        What is added to the logits of tasks without labelled rows, see `offsets`; None: nothing.
     tails : ndarray of shape (n_outputs,) or None
         Degrees of freedom of a Student distribution with the tails of the errors; None: normal.
     members : ndarray of shape (n_members, n_outputs) or None
@@ -110,6 +111,12 @@ class Calibration:
         if self.sizes is None:
             return np.broadcast_to(factor, (len(n_rows), len(self.low)))
         return interpolated(n_rows, self.sizes, factor)
+
+    def offsets(self, n_rows: np.ndarray) -> np.ndarray | None:
+        """Return what is added to logits (n_at, n_outputs) with so many support rows (n_at,)."""
+        if self.offset is None:
+            return None
+        return self.offset * (HALF_OFFSET / (HALF_OFFSET + n_rows))[:, None]
 
 
 def interpolated(at: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -301,9 +308,8 @@ class Conditioned(Adapted):
         mean = self._average(means, codes)
         factor = torch.tensor(self._factor(rows, codes)) if likelihood.are_classes else 1.0
         found = likelihood.predicted(mean, factor, low, high)
-        without = self._counts[codes] == 0
-        if self.calibration.offset is not None and without.any():
-            offset = without[:, None] * self.calibration.offset
+        offset = self.calibration.offsets(self._counts[codes])
+        if offset is not None:
             found = (found + torch.from_numpy(offset)).log_softmax(-1)
         return found.numpy()
 
@@ -465,7 +471,8 @@ class Conditioned(Adapted):
         of_logits = 1.0
         if self.head.likelihood.are_classes:
             of_logits = float(self.calibration.factors(self._counts[[task]], unseen=False)[0, 0])
-        offset = None if self._counts[task] else self.calibration.offset
+        offset = self.calibration.offsets(self._counts[[task]])
+        offset = offset if offset is None else offset[0]
         return PlainHead(self.head, shift, low, high, of_logits, trust, self._root(task), offset)
 
     def _root(self, task: int) -> Tensor | None:

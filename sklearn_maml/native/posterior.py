@@ -157,7 +157,7 @@ class PosteriorKernel:
             X_is_double=X.dtype == torch.float64,
             X=X.contiguous(),
             width=n_rows,
-            place=place,
+            place=place.contiguous(),
             shift=shift.contiguous(),
             shift_is_double=shift.dtype == torch.float64,
             half=None if half is None else half.contiguous(),
