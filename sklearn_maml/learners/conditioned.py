@@ -358,7 +358,8 @@ class Conditioned(Adapted):
     @cached_property
     def _counts(self) -> np.ndarray:
         """Number of labelled rows of each task, by their weights."""
-        n_rows = np.bincount(self.support.codes, self.support.counts(), self.n_tasks)
+        counts = np.bincount(self.support.codes, self.support.counts(), self.n_tasks)
+        n_rows = counts.astype(float)  # those of no rows at all are integers
         for task, found in self.sums.items():
             n_rows[task] = found.n_rows
         return n_rows
