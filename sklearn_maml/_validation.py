@@ -153,13 +153,8 @@ class PrefixedParamsMixin:
                 own[name] = params.pop(name)
         known = self.get_params(deep=True)
         for name in params:
-            head, separator, tail = name.partition("__")
-            holder = params.get(head, known.get(head))
-            if separator and head in known and not hasattr(holder, "set_params"):
-                raise ValueError(
-                    f"{name} sets {tail!r} of the object that {head} is, but {head}={holder!r} has "
-                    "no parameters. Leave it out."
-                )
+            head = name.partition("__")[0]
+            _check_holder(name, {**known, **params})
             if head not in known:
                 known |= dict.fromkeys(self._option_names())
                 raise ValueError(
@@ -179,6 +174,7 @@ class PrefixedParamsMixin:
         for name in self._extra_params():
             if self._has_prefix(name):
                 continue
+            _check_holder(name, vars(self))
             prefixes = ", ".join(f"{prefix}__*" for prefix in self._gathered("_prefixes"))
             raise ValueError(
                 f"{type(self).__name__} has no parameter {name!r}.{self._suggestion(name, known)}"
@@ -200,9 +196,10 @@ class PrefixedParamsMixin:
         renamed = self._gathered("_renamed")
         if name in renamed:
             return f" It is {renamed[name]!r} now."
-        option = name.partition("__")[2]
+        head, _, option = name.partition("__")
         free = [prefix for prefix, own in self._gathered("_prefixes").items() if option and not own]
-        return did_you_mean(name, [*known, *(f"{prefix}__{option}" for prefix in free)])
+        alike = difflib.get_close_matches(head, free)  # whatever the option, which may be long
+        return did_you_mean(name, [*known, *(f"{prefix}__{option}" for prefix in alike)])
 
     def _rename_parameters(self) -> None:
         """Move parameters that an earlier version has set to their names of now.
@@ -215,6 +212,16 @@ class PrefixedParamsMixin:
             prefix, _, option = new.partition("__")
             if value != (self._gathered("_prefixes")[prefix] or {}).get(option):
                 own[new] = value
+
+
+def _check_holder(name: str, values: dict[str, Any]) -> None:
+    """Refuse a parameter of a parameter that has none."""
+    head, separator, tail = name.partition("__")
+    if separator and head in values and not hasattr(values[head], "set_params"):
+        raise ValueError(
+            f"{name} sets {tail!r} of the object that {head} is, but {head}={values[head]!r} has "
+            "no parameters. Leave it out."
+        )
 
 
 def resolve_object(

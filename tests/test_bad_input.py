@@ -383,11 +383,6 @@ BAD_ADAPTS = {
         {"X": X, "y": Y, "sample_weight": spoilt(np.ones(36), np.nan)},
         "sample_weight contains NaN",
     ),
-    "a task without weight": (
-        "regressor",
-        {"X": X, "y": Y, "groups": G, "sample_weight": (G != 2).astype(float)},
-        "all zero in 1 of 6 support set",
-    ),
     "other names": (
         "frame",
         {"X": FRAME.rename(columns={"b": "z"}), "y": Y},
@@ -770,6 +765,16 @@ def test_misspelt_parameters_are_reported_by_fit(kinds, name, meant):
     with pytest.raises(ValueError, match=f"no parameter '{name}'. Did you mean '{meant}'?"):
         estimator.fit(X, Y, groups=G)
     assert not hasattr(estimator, "module_")
+
+
+@pytest.mark.parametrize("name", ["loss__nope", "alpha__nope"])
+def test_parameters_of_what_has_none_are_refused_alike_by_fit_and_set_params(name):
+    for ask in (
+        lambda: classifier(**{name: 1}).fit(X, C),
+        lambda: classifier().set_params(**{name: 1}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} sets 'nope' of.*has no parameters. Leave"):
+            ask()
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_sum_over_tasks_taken_for_each_task_would_be_noticed(monkeypatch):
     """Negative control: the promise that only sums are asked for, made where it is not true."""
     module, batch = build_net("stride"), make_batch(3)
     expected = run(module, batch, "loop")
-    monkeypatch.setattr(products.Sums, "only", True)
+    monkeypatch.setattr(products.Summation, "only", True)
     assert largest_difference(run(module, batch, "auto"), expected) > 1e-4
 
 
@@ -253,7 +253,7 @@ def test_products_pass_gradgradcheck():
     geometry = ((2, 1), (1, 0))
 
     def convolve(x, w):
-        return products.convolve(x, w, geometry, products.Sums())
+        return products.convolve(x, w, geometry, products.Summation())
 
     expected = torch.stack(
         [functional.conv2d(a, b, None, *geometry) for a, b in zip(x, w, strict=True)]

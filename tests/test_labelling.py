@@ -325,8 +325,10 @@ def test_choice_does_not_depend_on_the_order_of_the_pool(reg):
 
 
 def test_of_rows_that_are_alike_the_first_is_taken(reg):
-    rows = reg.suggest_rows(np.repeat(GRID, 5, axis=0), 2)
-    assert rows[0] in (0, 40)
+    rows = reg.suggest_rows(np.repeat(GRID, 5, axis=0), 6)
+    for end in set(rows // 5):
+        own = rows[rows // 5 == end]
+        assert own.tolist() == list(range(5 * end, 5 * end + len(own)))
     assert (reg.suggest_rows(np.ones((4, 1)), 4) == [0, 1, 2, 3]).all()
 
 

@@ -303,7 +303,8 @@ def test_a_glitch_in_a_support_set_gives_no_astronomic_rates(loss, far, dtype):
 @pytest.mark.parametrize("loss", ["huber", "quantile"])
 def test_parameters_of_a_loss_have_its_prefix_whether_it_is_a_name_or_an_object(loss):
     option = {"huber": "loss__delta", "quantile": "loss__quantile"}[loss]
-    named, given = (regressor(k, quantile=0.5) for k in (loss, LOSSES[loss]()))
+    named = regressor(loss, quantile=0.5 if loss == "quantile" else None)
+    given = regressor(LOSSES[loss]())
     fits = []
     for model in (named, given):
         fits.append(model.fit(X, Y, groups=TASK).adapt(X[:9], Y[:9]).predict(X))
@@ -313,6 +314,14 @@ def test_parameters_of_a_loss_have_its_prefix_whether_it_is_a_name_or_an_object(
     assert np.abs(fits[0] - fits[1]).max() > 1e-3
     with pytest.raises(ValueError, match="loss was changed after fit"):
         named.set_params(**{option: 0.4}).adapt(X[:9], Y[:9])
+
+
+@pytest.mark.parametrize("loss", ["squared_error", Quantile(0.5)])
+def test_a_quantile_is_not_ignored(loss):
+    for model in (regressor(loss), regressor(loss).fit(X, Y, groups=TASK)):
+        ask = model.adapt if hasattr(model, "module_") else model.fit
+        with pytest.raises(ValueError, match=r"quantile=0.3 is for loss='quantile'.*leave"):
+            model.set_params(quantile=0.3) and ask(X, Y, groups=TASK)
 
 
 @pytest.mark.parametrize("quantile", [None, 0, 1.0, "high"])
@@ -390,7 +399,7 @@ def test_predictions_after_files_pickles_and_as_a_module_are_the_same(reg, tmp_p
 
 def test_the_loss_of_a_fitted_model_stays(reg):
     with pytest.raises(ValueError, match="loss was changed after fit"):
-        clone_of(reg).set_params(loss="squared_error").adapt(X[:9], Y[:9] + 1)
+        clone_of(reg).set_params(loss="squared_error", quantile=None).adapt(X[:9], Y[:9] + 1)
     if reg.loss == "quantile":
         with pytest.raises(ValueError, match="loss was changed after fit"):
             reg.set_params(quantile=0.5).adapt(X[:9], Y[:9])
@@ -406,7 +415,8 @@ def test_few_shot_estimators_pipelines_and_searches(reg):
     assert_array_equal(FewShotRegressor(reg).fit(X[:9], y[:9]).predict(X), expected)
     pipe = make_pipeline(StandardScaler(), clone(reg)).fit(X, y, mamlregressor__groups=TASK)
     assert np.isfinite(adapt(pipe, X[:9], y[:9]).predict(X)).all()
-    grid = {"loss": ["squared_error", reg.loss], "quantile": [0.5]}
+    own = {"quantile": [0.5]} if reg.loss == "quantile" else {}
+    grid = [{"loss": ["squared_error"], "quantile": [None]}, {"loss": [reg.loss], **own}]
     search = GridSearchCV(clone(reg), grid, cv=KFold(2))
     search.fit([(X[j == TASK], y[j == TASK]) for j in range(8)])
     scores = search.cv_results_["mean_test_score"]

@@ -155,6 +155,20 @@ def test_frames_columns_and_weights_without_rows():
         np.testing.assert_array_equal(after.predict(FRAME[:5]), expected)
 
 
+def test_rows_without_weight_are_no_rows(reg):
+    tasks = [(X[:3], Y[:3]), (X[8:12], Y[8:12])]
+    given = copy.copy(reg).adapt(tasks, sample_weight=[np.zeros(3), np.ones(4)])
+    expected = copy.copy(reg).adapt([(X[:0], Y[:0]), tasks[1]], sample_weight=[[], np.ones(4)])
+    np.testing.assert_array_equal(given.predict([NEW] * 2), expected.predict([NEW] * 2))
+    alone = adapt(reg, X[:3], Y[:3], sample_weight=np.zeros(3))
+    np.testing.assert_array_equal(alone.predict(NEW), population(reg))
+
+
+def test_without_a_prior_there_is_nothing_to_predict_from_rows_without_weight():
+    with pytest.raises(ValueError, match="weights are all zero"):
+        FewShotRegressor().fit(X[:3], Y[:3], sample_weight=np.zeros(3))
+
+
 def test_several_targets():
     model = MAMLRegressor(**SMALL).fit(X, np.c_[Y, -Y], groups=G)
     for none in (Y[:0], np.empty((0, 2))):

@@ -18,24 +18,36 @@ from sklearn_maml.data.tasks import TaskCollection
 COUNTS = (-50, 10)
 
 BLOCK = 2**20  # numbers that are marked at a time
+NO_WEIGHT = "The sample weights are all zero. Give at least one row a positive weight."
 LEAST = 1e-20  # of the largest weight: sums of smaller ones may be 0 in float32
 
 
 def check_weights(
-    sample_weight: Any, X: np.ndarray, exponents: tuple[int, int] = (0, 0), **options: Any
+    sample_weight: Any,
+    X: np.ndarray,
+    exponents: tuple[int, int] = (0, 0),
+    *,
+    zeros: bool = False,
+    **options: Any,
 ) -> np.ndarray:
     """Validate weights of rows, and scale them, so that no sum of them overflows.
 
     By the power of two, which keeps their ratios, that is nearest to 1 and gives the largest weight
-    an exponent between these two; with the default it is at most 1.
+    an exponent between these two; with the default it is at most 1. With `zeros` all may be 0.
     """
     refuse_graphs(sample_weight=sample_weight)
+    if zeros and np.shape(sample_weight) in ((), X.shape[:1]) and _are_zero(sample_weight):
+        return np.zeros(len(X), options.get("dtype", X.dtype))
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
         weights = _check_sample_weight(sample_weight, X, **options)
     exponent = int(np.frexp(np.abs(weights).max())[1])
     shift = min(max(exponent, exponents[0]), exponents[1]) - exponent
     return np.ldexp(weights, shift) if shift else weights
+
+
+def _are_zero(values: Any) -> bool:
+    return bool((np.asarray(values) == 0).all())
 
 
 def take_weights(X: Any, y: Any, sample_weight: Any, known: str | None) -> tuple[Any, Any]:
@@ -149,11 +161,10 @@ def weighted(tasks: TaskCollection, sample_weight: Any) -> TaskCollection:
     if sample_weight is None:
         return tasks
     given = spread_weights(sample_weight, tasks)
-    weights = check_weights(given, tasks.X, dtype=np.float64, ensure_non_negative=True)
+    options: dict[str, Any] = {"dtype": np.float64, "ensure_non_negative": True}
+    weights = check_weights(given, tasks.X, zeros=True, **options)
     if not weights.any():
-        raise ValueError(
-            "The sample weights are all zero. Give at least one row a positive weight."
-        )
+        raise ValueError(NO_WEIGHT)
     if not weights.all():
         kept = weights > 0
         if tasks.in_query is not None:  # an episode needs query rows

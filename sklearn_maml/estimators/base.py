@@ -16,6 +16,7 @@ from sklearn_maml._compat import with_callbacks
 from sklearn_maml._types import TaskDistribution, Tasks, Weights
 from sklearn_maml._validation import keeps_state_on_error
 from sklearn_maml.data.spellings import is_task_distribution
+from sklearn_maml.data.weights import NO_WEIGHT
 from sklearn_maml.devices import SeededTorch, resolve_device
 from sklearn_maml.estimators.reading import SEVERAL_TASKS
 from sklearn_maml.estimators.scoring import Scoring
@@ -279,7 +280,7 @@ class BaseMAML(Training, Stored, Scoring):
             Weights of the rows, spelt as in `fit`: a row of weight 2 is one that is there twice.
             Gradient steps follow the weighted mean of the losses, of which ratios alone matter;
             a Gaussian head is the surer the larger weights are, up to 1024. Rows without weights
-            have a weight of 1.
+            have a weight of 1; those of weight 0 are left out, if need be all rows of a task.
         extend : bool, default=False
             Whether to add the rows to what was adapted before: tasks then are what they would be
             after one call with all of their rows, those without new rows stay, and new ones are
@@ -346,6 +347,8 @@ class BaseMAML(Training, Stored, Scoring):
         X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, reset=True)
         sample_weight, _ = self._support_weights(sample_weight, tasks)
+        if sample_weight is not None and not sample_weight.any():
+            raise ValueError(NO_WEIGHT)
         targets = self._make_targets()
         targets.learn(tasks, sample_weight)
         self._take_targets(targets)

@@ -159,12 +159,5 @@ class Reading(Building):
             return None, False
         given = spread_weights(sample_weight, tasks)
         options: dict[str, Any] = {"dtype": tasks.X.dtype, "ensure_non_negative": True}
-        weights = check_weights(given, tasks.X, COUNTS, **options)
-        totals = np.bincount(tasks.codes, weights=weights, minlength=tasks.n_tasks)
-        empty = (totals == 0) & (tasks.sizes > 0)
-        if empty.any():
-            raise ValueError(
-                f"Sample weights are all zero in {int(empty.sum())} of {len(totals)} "
-                "support set(s). Give at least one row of each task a positive weight."
-            )
+        weights = check_weights(given, tasks.X, COUNTS, zeros=True, **options)
         return weights, bool(weights.max() != np.asarray(given, dtype=weights.dtype).max())

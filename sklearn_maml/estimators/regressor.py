@@ -47,7 +47,7 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
         `sklearn_maml.targets.Loss` is taken, too: ``Huber(delta=0.5)``, or a loss of your own, with
         a domain of y and a link. "ridge-head" is for squared error alone.
     quantile : float, default=None
-        Between 0 and 1: which quantile ``loss="quantile"`` is of. Other losses have no use for it.
+        Between 0 and 1: which quantile ``loss="quantile"`` is of; None for other losses.
     update_rule : str or UpdateRule, default="auto"
         How a task is learned. "auto" trains gradient steps ("sgd") and a Gaussian head side by
         side, and lets held-out tasks choose between them or a mixture (`learner_weights_`): steps
@@ -359,6 +359,14 @@ class MAMLRegressor(RegressorMixin, PredictingNumbers, Suggesting, BaseMAML):
             R^2 of the pooled query rows.
         """
         return self._score(X, y, groups, sample_weight, r2_score)
+
+    def _validate_params(self) -> None:
+        super()._validate_params()
+        if self.quantile is not None and self.loss != "quantile":
+            raise ValueError(
+                f"quantile={self.quantile!r} is for loss='quantile', but loss={self.loss!r}, which "
+                "has no use for it. Set loss='quantile', or leave quantile out."
+            )
 
     def _make_targets(self) -> RealTargets:
         options = self._prefixed("loss")

@@ -14,7 +14,7 @@ from sklearn_maml.theta import Params, Parts, Theta
 Tensors = list[Tensor]
 
 
-class Problem(Protocol):
+class AdaptationProblem(Protocol):
     """What a meta-gradient may ask of the tasks at hand; see `inner.InnerProblem`."""
 
     update: int
@@ -134,7 +134,7 @@ class MetaGradient(BaseEstimator):
         return None
 
     def loss_and_grad(
-        self, meta_params: Params, problem: Problem
+        self, meta_params: Params, problem: AdaptationProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the query loss after adaptation.
 
@@ -142,7 +142,7 @@ class MetaGradient(BaseEstimator):
         ----------
         meta_params : dict of str to Tensor
             The initialisation (``module.*``) and what the update rule learns (``rule.*``).
-        problem : Problem
+        problem : AdaptationProblem
             The tasks at hand.
 
         Returns

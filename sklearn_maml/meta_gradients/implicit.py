@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.meta_gradients.base import MetaGradient, Problem, Tensors
+from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient, Tensors
 from sklearn_maml.theta import Params, name_in_module
 
 
@@ -111,7 +111,7 @@ class Implicit(MetaGradient):
             )
 
     def loss_and_grad(
-        self, meta_params: Params, problem: Problem
+        self, meta_params: Params, problem: AdaptationProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient at the solution of the inner problem; see `MetaGradient.loss_and_grad`."""
         solution = problem.adapt(meta_params, 0)

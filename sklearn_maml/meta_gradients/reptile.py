@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.data.episodes import EpisodeBatch, joined_rows, totals
-from sklearn_maml.meta_gradients.base import MetaGradient, Problem
+from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient
 from sklearn_maml.theta import Params, name_in_module
 
 
@@ -133,7 +133,7 @@ class Reptile(MetaGradient):
         return (1.0 - progress) * self.step_size + progress * self.final_step_size
 
     def loss_and_grad(
-        self, meta_params: Params, problem: Problem
+        self, meta_params: Params, problem: AdaptationProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Return initialisation minus adapted parameters; see `MetaGradient.loss_and_grad`."""
         adapted = problem.adapt(meta_params, 0)

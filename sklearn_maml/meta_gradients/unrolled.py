@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer
-from sklearn_maml.meta_gradients.base import MetaGradient, Problem
+from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient
 from sklearn_maml.theta import Params
 
 
@@ -57,7 +57,7 @@ class _Unrolled(MetaGradient):
         return weights
 
     def loss_and_grad(
-        self, meta_params: Params, problem: Problem
+        self, meta_params: Params, problem: AdaptationProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the query loss; see `MetaGradient.loss_and_grad`."""
         order = self.order_at(problem.update)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.engine.conv.norms import normalise
-from sklearn_maml.engine.conv.products import Sums, channels_last, convolve, is_shared
+from sklearn_maml.engine.conv.products import Summation, channels_last, convolve, is_shared
 from sklearn_maml.inner import Autograd
 
 Params = dict[str, Tensor]
@@ -38,7 +38,7 @@ KEPT_BYTES = 2**25 - 2**16
 class Pass:
     """How a net is run."""
 
-    sums: Sums = dataclasses.field(default_factory=Sums)
+    sums: Summation = dataclasses.field(default_factory=Summation)
     # whether what is computed is differentiated once at most, and the backward pass runs once
     once: bool = False
     # Rows of each task, the first ones, that are its support set: batch norm takes the statistics
@@ -50,7 +50,7 @@ class Pass:
 class ConvAutograd(Autograd):
     """Plain reverse mode that asks for no gradient of each task where the tasks share weights."""
 
-    def __init__(self, sums: Sums) -> None:
+    def __init__(self, sums: Summation) -> None:
         self.sums = sums
 
     def _backward(self, loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
@@ -332,7 +332,7 @@ def gradient_now(
     params: Params,
     n_tasks: int,
     step: int,
-    sums: Sums,
+    sums: Summation,
 ) -> tuple[Tensor, list[Any]]:
     """Sum of a loss over tasks that takes its gradients along, a few tasks at a time.
 
@@ -345,7 +345,7 @@ def gradient_now(
         Sum of the losses of these tasks with their parameters; differentiated once.
     params : dict of str to Tensor of shape (n_tasks, ...)
     n_tasks, step : int
-    sums : Sums
+    sums : Summation
 
     Returns
     -------

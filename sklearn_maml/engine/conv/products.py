@@ -37,7 +37,7 @@ FEW_CHANNELS = 16
 CHANNEL_BLOCK = 16
 
 
-class Sums:
+class Summation:
     """How products are summed.
 
     Parameters
@@ -247,7 +247,7 @@ def _weight_gradient(gy: Tensor, x: Tensor, like: Tensor, g: Geometry, only_sum:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, g: Geometry, sums: Sums, in_blocks: bool = False
+        ctx: Any, x: Tensor, weight: Tensor, g: Geometry, sums: Summation, in_blocks: bool = False
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = g, sums
@@ -269,7 +269,7 @@ class _Convolution(torch.autograd.Function):
 class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gy: Tensor, weight: Tensor, like: Tensor, g: Geometry, sums: Sums
+        ctx: Any, gy: Tensor, weight: Tensor, like: Tensor, g: Geometry, sums: Summation
     ) -> Tensor:
         ctx.save_for_backward(gy, weight)
         ctx.how = g, sums
@@ -290,7 +290,9 @@ class _InputGradient(torch.autograd.Function):
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, like: Tensor, g: Geometry, sums: Sums) -> Tensor:
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, like: Tensor, g: Geometry, sums: Summation
+    ) -> Tensor:
         ctx.save_for_backward(gy, x)
         ctx.how = g, sums
         # a sum spread over the tasks: whoever adds the tasks' gradients up gets the same
@@ -310,7 +312,9 @@ class _WeightGradient(torch.autograd.Function):
         return ggy, gx, None, None, None
 
 
-def convolve(x: Tensor, weight: Tensor, g: Geometry, sums: Sums, in_blocks: bool = False) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, g: Geometry, sums: Summation, in_blocks: bool = False
+) -> Tensor:
     """Convolve each task's rows with its weights.
 
     Parameters
@@ -319,7 +323,7 @@ def convolve(x: Tensor, weight: Tensor, g: Geometry, sums: Sums, in_blocks: bool
         With the channels last in memory, as `channels_last` lays it out.
     weight : Tensor of shape (n_tasks, out_channels, channels, height, width)
     g : stride and padding
-    sums : Sums
+    sums : Summation
     in_blocks : bool
         Whether products are added up some channels at a time, for smaller rounding errors.
 

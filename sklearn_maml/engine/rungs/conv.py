@@ -22,7 +22,7 @@ from sklearn_maml.engine.conv.layers import (
     keep_memory,
     tasks_at_a_time,
 )
-from sklearn_maml.engine.conv.products import Sums
+from sklearn_maml.engine.conv.products import Summation
 from sklearn_maml.engine.pieces import chunks, equal_shapes, sets_of
 from sklearn_maml.engine.rungs.base import Rung
 from sklearn_maml.engine.rungs.stacked import Stacked, StackedForward
@@ -112,7 +112,7 @@ class Conv(Stacked):
         )
 
     def _pass(self) -> Pass:
-        return Pass(Sums(rounds=self.spec.precision == "bf16"))
+        return Pass(Summation(rounds=self.spec.precision == "bf16"))
 
     def differentiator(self, forward: StackedForward) -> Autograd:
         """See `Stacked`."""
