@@ -108,8 +108,32 @@ def plain_tasks(batch):
     ]
 
 
+def parts_of(batch, j):
+    """Support X and y and query X and y of a task, in NumPy, of a single target."""
+    return [
+        (part.task(j).X.numpy(), part.task(j).y.numpy()[:, 0])
+        for part in (batch.support, batch.query)
+    ]
+
+
+def quadratic(X, y):
+    """Matrix and vector of the gradient A theta - b of a mean squared error."""
+    return 2 / len(X) * X.T @ X, 2 / len(X) * X.T @ y
+
+
+def descend(A, b, theta, alpha, steps):
+    """Take gradient steps on a quadratic, in closed form."""
+    M = np.eye(len(theta)) - alpha * A
+    powers = [np.linalg.matrix_power(M, k) for k in range(steps + 1)]
+    return powers[-1] @ theta + alpha * sum(powers[:-1], np.zeros_like(M)) @ b
+
+
 def flat(tensors):
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+
+def relative_error(got, expected):
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 class Number(nn.Module):

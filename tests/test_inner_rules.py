@@ -49,6 +49,13 @@ from sklearn_maml.update_rules import (
 
 RUNGS = ["loop", "vmap", "stacked"]
 STEPS = 3
+DESCENT_RULES = [
+    SGD(),
+    SGD(max_grad_norm=0.5),
+    MetaSGD(),
+    MetaSGD(per="tensor"),
+    MetaSGD(max_grad_norm=0.2),
+]
 GRADIENT_RULES = [
     PerLayerPerStep(),
     PerLayerPerStep(n_steps=2),
@@ -96,6 +103,9 @@ def plain_move(rule, k, theta, slopes, learned, memory, alpha):
         if isinstance(rule, PerLayerPerStep):
             factors = learned[n]
             theta[n] = theta[n] - alpha * torch.exp(factors[min(k, len(factors) - 1)]) * g
+        elif isinstance(rule, SGD | MetaSGD):
+            factor = torch.exp(learned[n]) if learned else 1.0
+            theta[n] = theta[n] - alpha * factor * g
         elif isinstance(rule, LearnedAlpha):
             theta[n] = theta[n] - alpha * torch.exp(learned["alpha"]) * g
         elif isinstance(rule, Momentum):
@@ -117,7 +127,7 @@ def plain_loop(rule, meta_params, batch, *, alpha, steps, fast, second_order, cl
     learned = {
         n.removeprefix("rule.").replace("__", "."): p for n, p in leaves.items() if "rule." in n
     }
-    total, adapted_to = 0.0, []
+    losses, adapted_to = [], []
 
     def loss(theta, X, y):
         hidden = torch.tanh(X @ theta["0.weight"].T + theta["0.bias"])
@@ -138,17 +148,17 @@ def plain_loop(rule, meta_params, batch, *, alpha, steps, fast, second_order, cl
                 slopes = [g.detach() for g in slopes]
             slopes = dict(zip(fast, slopes, strict=True))
             plain_move(rule, k, theta, slopes, learned, memory, alpha)
-        total = total + loss(theta, X_query, y_query)
+        losses.append(loss(theta, X_query, y_query))
         adapted_to.append({n: theta[n].detach() for n in fast})
     grads = torch.autograd.grad(
-        total / len(batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+        sum(losses) / len(batch), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
-    return dict(zip(leaves, grads, strict=True)), adapted_to
+    return dict(zip(leaves, grads, strict=True)), torch.stack(losses).detach(), adapted_to
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("rule", GRADIENT_RULES, ids=repr)
+@pytest.mark.parametrize("rule", [*DESCENT_RULES, *GRADIENT_RULES], ids=repr)
 def test_gradient_rules_agree_with_a_plain_loop(rule, order, rung):
     settings = [
         ("all", False, "ragged"), ("head", True, "equal"), ("body", False, "ragged"),
@@ -164,18 +174,19 @@ def test_gradient_rules_agree_with_a_plain_loop(rule, order, rung):
         # more steps than have rates
         step = engine.meta_step(meta_params, batch, alpha=0.2, steps=STEPS + 1)
         names = adapted_names(module, adapted)
-        grads, adapted_to = plain_loop(
+        grads, losses, adapted_to = plain_loop(
             rule, meta_params, batch, alpha=0.2, steps=STEPS + 1, fast=names,
             second_order=order == 2, classes=classes,
         )  # fmt: skip
         assert engine.rung == rung
         assert_same(step.grads, grads)
+        torch.testing.assert_close(step.losses, losses, rtol=1e-9, atol=0)
         params = engine.adapt(meta_params, batch.support, alpha=0.2, steps=STEPS + 1).params
         assert_same(params, {n: torch.stack([task[n] for task in adapted_to]) for n in names})
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("rule", GRADIENT_RULES, ids=repr)
+@pytest.mark.parametrize("rule", [*DESCENT_RULES, *GRADIENT_RULES], ids=repr)
 def test_second_order_gradients_are_the_derivative_of_the_evaluated_loss(rule, rung):
     module, batch = make_mlp(), make_batch("ragged")
     meta_params = make_meta_params(module, rule)

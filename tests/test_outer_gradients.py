@@ -18,6 +18,7 @@ import sklearn
 import torch
 from builders import (
     SIZES,
+    descend,
     differences,
     flat,
     has_kernels,
@@ -25,13 +26,15 @@ from builders import (
     make_engine,
     make_meta_params,
     make_mlp,
+    parts_of,
     plain_tasks,
+    quadratic,
+    relative_error,
 )
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from skorch.callbacks import Callback, LRScheduler
 from test_memory import LiveBytes
-from test_meta_gradients import relative_error
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -86,25 +89,6 @@ def assert_same(got, expected, batch, tolerance=TOLERANCE):
         rtol=tolerance,
         atol=1e-12,
     )
-
-
-def parts_of(batch, j):
-    return [
-        (part.task(j).X.numpy(), part.task(j).y.numpy()[:, 0])
-        for part in (batch.support, batch.query)
-    ]
-
-
-def quadratic(X, y):
-    """Matrix and vector of the gradient A theta - b of a mean squared error."""
-    return 2 / len(X) * X.T @ X, 2 / len(X) * X.T @ y
-
-
-def descend(A, b, theta, alpha, steps):
-    """Take gradient steps on a quadratic, in closed form."""
-    M = np.eye(len(theta)) - alpha * A
-    powers = [np.linalg.matrix_power(M, k) for k in range(steps + 1)]
-    return powers[-1] @ theta + alpha * sum(powers[:-1], np.zeros_like(M)) @ b
 
 
 def linear_model(theta):

@@ -1,57 +1,16 @@
-"""What a meta-gradient is, and what it may ask."""
+"""What a meta-gradient is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any
 
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
-from sklearn_maml.data.episodes import EpisodeBatch, Rows
-from sklearn_maml.theta import Params, Parts, Theta
-
-Tensors = list[Tensor]
-
-
-class AdaptationProblem(Protocol):
-    """What a meta-gradient may ask of the tasks at hand; see `inner.InnerProblem`."""
-
-    update: int
-    steps: int
-    parts: Parts
-    differentiator: Any
-    query: Rows
-
-    @property
-    def batched(self) -> bool:
-        """Whether tensors have a leading task axis."""
-
-    def start(self, meta_params: Params, /) -> Theta:
-        """Return the parameters that adapt, those that do not, and what the rule learned."""
-
-    def support_loss(self, params: Params, /) -> Tensor:
-        """Support loss at all parameters, summed over tasks."""
-
-    def query_loss(self, params: Params, /) -> tuple[Tensor, Any]:
-        """Query loss at all parameters, summed over tasks, and what goes with it."""
-
-    def adapt(
-        self, meta_params: Params, order: int, on_step: Callable[[Params], None] | None = None
-    ) -> Params:
-        """All parameters after the inner steps.
-
-        `order` is 2 to differentiate through the inner gradients, 1 to take them as constants, 0
-        for parameters without a graph. `on_step` is told of all parameters after every step.
-        """
-
-    def value_and_grad(
-        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
-    ) -> tuple[Params, tuple[Tensor, Any]]:
-        """Gradient of the first output of `function` at `params`, and its outputs."""
-
-    def support_grad(self, fast: Params, meta_params: Params) -> Params:
-        """Gradient of the support loss in the parameters that adapt, in the graph of both."""
+from sklearn_maml.data.episodes import EpisodeBatch
+from sklearn_maml.inner.problem import InnerProblem
+from sklearn_maml.theta import Params
 
 
 class MetaGradient(BaseEstimator):
@@ -134,7 +93,7 @@ class MetaGradient(BaseEstimator):
         return None
 
     def loss_and_grad(
-        self, meta_params: Params, problem: AdaptationProblem
+        self, meta_params: Params, problem: InnerProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the query loss after adaptation.
 
@@ -142,7 +101,7 @@ class MetaGradient(BaseEstimator):
         ----------
         meta_params : dict of str to Tensor
             The initialisation (``module.*``) and what the update rule learns (``rule.*``).
-        problem : AdaptationProblem
+        problem : InnerProblem
             The tasks at hand.
 
         Returns

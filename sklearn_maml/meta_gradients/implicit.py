@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
-from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient, Tensors
+from sklearn_maml.inner.problem import InnerProblem
+from sklearn_maml.meta_gradients.base import MetaGradient
 from sklearn_maml.theta import Params, name_in_module
+
+Tensors = list[Tensor]
 
 
 class Implicit(MetaGradient):
@@ -111,7 +114,7 @@ class Implicit(MetaGradient):
             )
 
     def loss_and_grad(
-        self, meta_params: Params, problem: AdaptationProblem
+        self, meta_params: Params, problem: InnerProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient at the solution of the inner problem; see `MetaGradient.loss_and_grad`."""
         solution = problem.adapt(meta_params, 0)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sklearn_maml._validation import is_integer, is_number
 from sklearn_maml.data.episodes import EpisodeBatch, joined_rows, totals
-from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient
+from sklearn_maml.inner.problem import InnerProblem
+from sklearn_maml.meta_gradients.base import MetaGradient
 from sklearn_maml.theta import Params, name_in_module
 
 
@@ -133,7 +134,7 @@ class Reptile(MetaGradient):
         return (1.0 - progress) * self.step_size + progress * self.final_step_size
 
     def loss_and_grad(
-        self, meta_params: Params, problem: AdaptationProblem
+        self, meta_params: Params, problem: InnerProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Return initialisation minus adapted parameters; see `MetaGradient.loss_and_grad`."""
         adapted = problem.adapt(meta_params, 0)

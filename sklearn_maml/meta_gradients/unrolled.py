@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sklearn_maml._validation import is_integer
-from sklearn_maml.meta_gradients.base import AdaptationProblem, MetaGradient
+from sklearn_maml.inner.problem import InnerProblem
+from sklearn_maml.meta_gradients.base import MetaGradient
 from sklearn_maml.theta import Params
 
 
@@ -57,7 +58,7 @@ class _Unrolled(MetaGradient):
         return weights
 
     def loss_and_grad(
-        self, meta_params: Params, problem: AdaptationProblem
+        self, meta_params: Params, problem: InnerProblem
     ) -> tuple[Params, tuple[Tensor, Any]]:
         """Gradient of the query loss; see `MetaGradient.loss_and_grad`."""
         order = self.order_at(problem.update)
