@@ -27,7 +27,8 @@ from sklearn_maml.learners.base import padded
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.conditioned import Calibration
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
-from sklearn_maml.learners.joint import Joint, clip_members
+from sklearn_maml.learners.head_trainer import clip_members
+from sklearn_maml.learners.joint import Joint
 from sklearn_maml.learners.judging import _Deviations
 from sklearn_maml.learners.likelihoods import Classes, Normal
 from sklearn_maml.learners.posteriors import Scale

@@ -12,7 +12,7 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
-from sklearn_maml.learners import joint, laplace
+from sklearn_maml.learners import head_trainer, laplace
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.compiled import head_kernel
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
@@ -316,11 +316,11 @@ def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
     params = {f"head.{name}": p for name, p in params_of(head).items()}
 
     def results():
-        trainer = joint.HeadTrainer(head, visible, [], weighted=weighted)
+        trainer = head_trainer.HeadTrainer(head, visible, [], weighted=weighted)
         return [trainer.meta_step(params, batch), trainer.evaluate(params, batch)]
 
     compiled = results()
-    monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+    monkeypatch.setattr(head_trainer, "head_kernel", lambda *_: None)
     for got, expected in zip(compiled, results(), strict=True):
         assert_allclose(got.losses, expected.losses, rtol=1e-4)
         assert_allclose(got.outputs, expected.outputs, rtol=1e-4, atol=1e-5)
@@ -334,7 +334,7 @@ def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_head_that_is_trained_is_watched_by_its_first_member(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+        monkeypatch.setattr(head_trainer, "head_kernel", lambda *_: None)
     head = make_head().float()
     batch = make_batch(head, 6, 9, weighted=False, n_tasks=4)
     support, query = (
@@ -345,7 +345,7 @@ def test_a_head_that_is_trained_is_watched_by_its_first_member(compiled, monkeyp
     visible = np.ones((2, N_ROWS), dtype=bool)
     visible[1] = False  # the other would have prior means
     params = {f"head.{name}": p for name, p in params_of(head).items()}
-    trainer = joint.HeadTrainer(head, visible, [])
+    trainer = head_trainer.HeadTrainer(head, visible, [])
     step = trainer.evaluate(params, batch)
     assert not step.grads
     expected = trainer.outputs(params, 0, batch)[0]
@@ -364,7 +364,7 @@ def test_fits_of_either_agree(monkeypatch):
     monkeypatch.setattr(native.head._kernels, "head_step", lambda *a: calls.append(1) or step(*a))
     fits = [MAMLRegressor(hidden_layer_sizes=(8,), random_state=0, **options).fit(X, y)]
     assert calls
-    monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+    monkeypatch.setattr(head_trainer, "head_kernel", lambda *_: None)
     fits.append(MAMLRegressor(hidden_layer_sizes=(8,), random_state=0, **options).fit(X, y))
     one, other = (reg.adapt(X[:, :4], y[:, :4]).predict(X[:, 4:]) for reg in fits)
     assert_allclose(one, other, rtol=1e-3, atol=1e-4)
@@ -421,14 +421,14 @@ def test_rows_of_either_precision_and_others_that_are_left_to_torch():
 def test_held_out_tasks_of_a_member(name, monkeypatch):
     head = make_head(**HEADS[name]).float()
     batch = make_batch(head, 6, 9, n_tasks=4)
-    held = [joint.HeldOut(member, batch, np.arange(4)) for member in (None, 0, 1)]
+    held = [head_trainer.HeldOut(member, batch, np.arange(4)) for member in (None, 0, 1)]
     params = {f"head.{name}": p for name, p in params_of(head).items()}
 
     def results():
-        trainer = joint.HeadTrainer(head, None, held)
+        trainer = head_trainer.HeadTrainer(head, None, held)
         return [trainer.held_out_errors(params), *trainer.errors(params, batch)]
 
     compiled = results()
-    monkeypatch.setattr(joint, "head_kernel", lambda *_: None)
+    monkeypatch.setattr(head_trainer, "head_kernel", lambda *_: None)
     for got, expected in zip(compiled, results(), strict=True):
         assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ from sklearn_maml import (
 from sklearn_maml.datasets import make_sinusoid_tasks
 from sklearn_maml.exceptions import NotAdaptedError
 from sklearn_maml.inspection import AdaptationCurveDisplay, TaskScoresDisplay
-from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.learners.head_trainer import HeadTrainer
 from sklearn_maml.learners.learner import Learner
 
 X, Y, G = make_sinusoid_tasks(n_tasks=20, n_rows=8, random_state=0)

@@ -31,7 +31,7 @@ from sklearn_maml import (
 )
 from sklearn_maml.datasets import SinusoidTasks
 from sklearn_maml.learners import building
-from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.learners.head_trainer import HeadTrainer
 from sklearn_maml.threads import one_thread, one_thread_for_arrays
 
 N_TASKS, N_ROWS = 12, 8

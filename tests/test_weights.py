@@ -37,7 +37,7 @@ from sklearn_maml.engine import Engine
 from sklearn_maml.exceptions import SingleTaskWarning
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
-from sklearn_maml.learners.joint import HeadTrainer
+from sklearn_maml.learners.head_trainer import HeadTrainer
 from sklearn_maml.learners.judging import _Deviations
 from sklearn_maml.learners.laplace import LaplaceHead
 from sklearn_maml.learners.learner import Learner

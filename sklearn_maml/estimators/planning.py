@@ -12,7 +12,8 @@ from sklearn_maml._validation import check_keywords, did_you_mean, is_integer
 from sklearn_maml.devices import SeededTorch
 from sklearn_maml.estimators.building import Building
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.joint import RATE, HeadTrainer, Joint
+from sklearn_maml.learners.head_trainer import HeadTrainer
+from sklearn_maml.learners.joint import RATE, Joint
 from sklearn_maml.learners.learner import LearnerEngine
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.training.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Params = dict[str, Tensor]
+from sklearn_maml.theta import Params
 
 # wave lengths, over 2 pi, in typical distances of standardised rows: from jumps to trends
 LENGTHS = (0.1, 3.0)

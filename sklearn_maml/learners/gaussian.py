@@ -26,8 +26,7 @@ from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.posteriors import Information, Posterior, Scale, of_tasks
 from sklearn_maml.learners.start import LARGEST_MIXED, NOISE_FLOOR
 from sklearn_maml.learners.systems import solve
-
-Params = dict[str, Tensor]
+from sklearn_maml.theta import Params
 
 NO_HALF = "asked for variances, but conditioned without"
 BEYOND = 1e4  # standard deviations at which features are cut off

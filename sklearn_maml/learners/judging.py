@@ -19,7 +19,7 @@ from sklearn_maml.learners.base import Support
 from sklearn_maml.learners.conditioned import MARGIN, Calibration, Conditioned, interpolated
 from sklearn_maml.learners.distribution import TINY
 from sklearn_maml.learners.gaussian import GaussianHead
-from sklearn_maml.learners.joint import HeadTrainer, HeldOut
+from sklearn_maml.learners.head_trainer import HeadTrainer, HeldOut
 from sklearn_maml.learners.likelihoods import Likelihood
 from sklearn_maml.learners.shares import choose_share, find_logit_scale
 from sklearn_maml.threads import several_threads, side_by_side

@@ -20,8 +20,8 @@ from sklearn_maml.learners.gaussian import GaussianHead, HeadFunctions
 from sklearn_maml.learners.likelihoods import NewtonLikelihood
 from sklearn_maml.learners.posteriors import Scale
 from sklearn_maml.learners.systems import inverse_of
+from sklearn_maml.theta import Params
 
-Params = dict[str, Tensor]
 Shape = tuple[Tensor, Tensor]
 
 # Newton steps at most, and the change of outputs from which one more is exact; parts of a step

@@ -16,8 +16,7 @@ from sklearn_maml.engine.tracing.tracer import Tracer
 from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import GaussianHead
-
-Params = dict[str, Tensor]
+from sklearn_maml.theta import Params
 
 # more visits to a shape of episodes that make up for capturing its step: that takes six steps
 LEAST_VISITS = 8

@@ -19,8 +19,8 @@ from sklearn_maml.engine import MetaStep, MetaSteps
 from sklearn_maml.learners.base import Adapted, Support, padded, refuse_unknown
 from sklearn_maml.learners.gradient import Running
 from sklearn_maml.learners.plain import PlainLearner
+from sklearn_maml.theta import Params
 
-Params = dict[str, Tensor]
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "head."
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import Rows
+from sklearn_maml.theta import Params
 
 try:
     from sklearn_maml.native import _kernels
@@ -29,7 +30,6 @@ except ImportError as error:
 else:
     _missing = None
 
-Params = dict[str, Tensor]
 
 MAX_LAYERS = 32  # as in the source
 # floating-point operations of a call from which on it is divided among threads

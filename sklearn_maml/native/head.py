@@ -18,8 +18,7 @@ from sklearn_maml.native import (
     instruction_set,
     instruction_sets,
 )
-
-Params = dict[str, Tensor]
+from sklearn_maml.theta import Params
 
 # in the order of `Tensor` of head.cpp; weight and bias of each layer follow
 PARTS = (

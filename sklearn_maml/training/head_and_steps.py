@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import EpisodeBatch
-from sklearn_maml.learners.joint import PATIENCE, Joint, clip_members
+from sklearn_maml.learners.head_trainer import clip_members
+from sklearn_maml.learners.joint import PATIENCE, Joint
 from sklearn_maml.training.outcomes import current_row, note_non_finite
 from sklearn_maml.training.outer_step import Prepared
 from sklearn_maml.training.schedule import count_head_updates, decay_rate

@@ -14,7 +14,7 @@ from sklearn_maml.data.sampling import MOST_VALIDATED, EpisodeSampler, draw_fixe
 from sklearn_maml.data.splitting import hold_out, part_of
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.data.weights import row_marks
-from sklearn_maml.learners.joint import HeldOut
+from sklearn_maml.learners.head_trainer import HeldOut
 from sklearn_maml.targets.base import Targets
 
 # tasks drawn from a task distribution for validation, and to learn what its tasks look like

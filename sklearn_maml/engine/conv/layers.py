@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sklearn_maml.engine.conv.norms import normalise
 from sklearn_maml.engine.conv.products import Summation, channels_last, convolve, is_shared
 from sklearn_maml.inner import Autograd
+from sklearn_maml.theta import Params
 
-Params = dict[str, Tensor]
 Layer = Callable[[Params, Tensor, "Pass"], Tensor]
 
 ROW_WISE_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
