@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import norm
-from tabular import COLLECTIONS, find_file, load, split
+from tabular import COLLECTIONS, load_all, split, standardised
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.evaluation.methods import normal_crps
@@ -84,11 +84,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG file for the reliability curves")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    for name, collection in COLLECTIONS.items():
-        path = find_file(collection, args.data)
-        if path is None or not name.startswith(tuple(args.collections.split(","))):
-            continue
-        X, y, task = load(path, collection)
+    names = [n for n in COLLECTIONS if n.startswith(tuple(args.collections.split(",")))]
+    for name, collection, (X, y, task) in load_all(names, args.data):
         kinds = CLASSIFIERS if collection.classification else {"": {}}
         for label, options in kinds.items():
             results: dict = {k: [] for k in (0, *collection.shots)}
@@ -97,8 +94,7 @@ def main() -> None:
                 # without support rows: the query rows of the smallest sets
                 episodes[0] = [(s[:0], q) for s, q in episodes[min(episodes)]]
                 kind = MAMLClassifier if collection.classification else MAMLRegressor
-                scale = X[train].std(0)
-                Z = (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
+                Z = standardised(X, train)
                 model = kind(random_state=seed, unseen_tasks="prior", **options)
                 model.fit(Z[train], y[train], groups=task[train])
                 measure = probabilities if collection.classification else coverage

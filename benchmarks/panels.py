@@ -22,7 +22,10 @@ from sklearn_maml import MAMLRegressor, compare_baselines
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A data set and its columns; `log` are taken as logarithms, `made` by `DataFrame.eval`."""
+    """A data set and its columns; `log` are taken as logarithms, `made` by `DataFrame.eval`.
+
+    Tasks have `least` rows or more.
+    """
 
     name: str
     task: str
@@ -31,6 +34,7 @@ class Panel:
     log: str = ""
     made: str = ""
     rows: str = ""
+    least: int = 8
 
 
 PANELS = {
@@ -79,11 +83,10 @@ def load(panel: Panel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     features = panel.features.split()
     frame = frame[[panel.task, panel.target, *features]].dropna()
     task = pd.factorize(frame[panel.task].astype(str))[0]
-    enough = np.bincount(task)[task] >= 8
-    frame, task = frame[enough], task[enough]
+    enough = np.bincount(task)[task] >= panel.least
+    frame, task = frame[enough], pd.factorize(task[enough])[0]
     X = pd.get_dummies(frame[features], drop_first=True).to_numpy(dtype=float)
-    y = frame[panel.target].to_numpy(dtype=float)
-    return X[:, X.std(0) > 0], y, task
+    return X, frame[panel.target].to_numpy(dtype=float), task
 
 
 def main() -> None:
@@ -94,6 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.collections.split(","):
         X, y, task = load(PANELS[name])
+        X = X[:, X.std(0) > 0]
         shots = (5, 10) if np.unique(task, return_counts=True)[1].min() > 11 else 5
         reg = MAMLRegressor(random_state=args.seed)
         table = compare_baselines(reg, X, y, task, n_shots=shots, random_state=args.seed)

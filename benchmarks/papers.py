@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
-from sinusoid import ADAPT_STEPS, N_QUERIES, N_TASKS, interval, parse_options, task_errors
+from sinusoid import ADAPT_STEPS, N_TASKS, interval, meta_train, parse_options
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_maml import MAMLClassifier, MAMLRegressor
-from sklearn_maml.datasets import SinusoidTasks, load_omniglot
+from sklearn_maml import MAMLClassifier
+from sklearn_maml.datasets import load_omniglot
 from sklearn_maml.meta_gradients import Implicit, Reptile
 from sklearn_maml.update_rules import SGD
 
@@ -77,28 +77,13 @@ def sinusoid(methods: list[str], all_shots: list[int], updates: int | None, seed
     print(f"{'method':12s}{'K':>3s}{'updates':>9s}{header}   CPU time of the fit")
     for shots in all_shots:
         for name in methods:
-            settings: dict[str, Any] = {
-                "hidden_layer_sizes": (40, 40),
-                "update_rule": "sgd",
-                "steps": 1,
-                "alpha": 0.01,
-                "max_iter": 70_000,
-                "n_shots": shots,
-                "random_state": seed,
-                **SINUSOID[name],
-            }
+            settings = {"hidden_layer_sizes": (40, 40), "max_iter": 70_000, **SINUSOID[name]}
             if updates is not None:
                 settings["max_iter"] = updates
-            reg = MAMLRegressor(**settings)
-            cpu = time.process_time()
-            reg.fit(SinusoidTasks(n_rows=shots + (reg.n_queries or N_QUERIES)))
-            cpu = time.process_time() - cpu
-            cells = []
-            for steps in ADAPT_STEPS:
-                mean, half = interval(task_errors(reg, shots, steps, seed))
-                cells.append(f"{mean:9.3f} ± {half:.3f}")
+            reg, cells, cpu = meta_train(shots, seed, **settings)
             print(
-                f"{name:12s}{shots:3d}{reg.n_iter_:9,d}{' '.join(cells)}   {cpu:5.0f} s", flush=True
+                f"{name:12s}{shots:3d}{reg.n_iter_:9,d}   {'    '.join(cells)}   {cpu:5.0f} s",
+                flush=True,
             )
             if (name, shots) in PUBLISHED_SINUSOID:
                 print(f"{'':12s}published: {PUBLISHED_SINUSOID[name, shots]}")

@@ -86,42 +86,16 @@ class JaxStep:
     def __init__(self, load: Workload, module: nn.Module, batches: list[Batch]) -> None:
         import jax
         import jax.numpy as jnp
-        import optax
+        from jax_maml import jax_maml
 
-        def loss(params: Any, X: Any, y: Any) -> Any:
-            for weight, bias in params[:-1]:
-                X = jax.nn.relu(X @ weight + bias)
-            output = X @ params[-1][0] + params[-1][1]
-            if y.dtype.kind == "i":
-                return optax.softmax_cross_entropy_with_integer_labels(output, y).mean()
-            return jnp.mean((output[..., 0] - y) ** 2)
-
-        def task_loss(params: Any, X: Any, y: Any, X_query: Any, y_query: Any) -> Any:
-            for _ in range(load.steps):
-                grads = jax.grad(loss)(params, X, y)
-                if not load.second_order:
-                    grads = jax.lax.stop_gradient(grads)
-                params = jax.tree.map(lambda p, g: p - load.alpha * g, params, grads)
-            return loss(params, X_query, y_query)
-
-        def meta_loss(params: Any, batch: Any) -> Any:
-            return jax.vmap(functools.partial(task_loss, params))(*batch).mean()
-
-        self.jax, self.grad = jax, jax.jit(jax.value_and_grad(meta_loss))
-        optimizer = optax.adam(1e-3)
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def update(params: Any, state: Any, batch: Any) -> Any:
-            value, grads = jax.value_and_grad(meta_loss)(params, batch)
-            changes, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, changes), state, value
-
+        maml = jax_maml(load.alpha, load.steps, second_order=load.second_order)
+        self.grad, self.update = jax.jit(maml.grad), maml.update
         values = [p.detach().numpy() for p in module.parameters()]
         self.params = [
             (jnp.asarray(w.T), jnp.asarray(b))
             for w, b in zip(values[::2], values[1::2], strict=True)
         ]
-        self.update, self.state = update, optimizer.init(self.params)
+        self.state = maml.init(self.params)
         self.batches = [tuple(map(jnp.asarray, batch)) for batch in batches]
 
     def meta_grad(self) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from calibration import reliability
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 from sklearn.preprocessing import StandardScaler
-from tabular import COLLECTIONS, SHIPPED, load
+from tabular import COLLECTIONS, load
 
 from sklearn_maml import MAMLClassifier
 
@@ -46,8 +46,7 @@ def simulated(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def vowels(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Formants of 76 speakers, two of each vowel."""
-    collection = COLLECTIONS["vowels"]
-    X, y, task = load(SHIPPED / collection.file, collection)
+    X, y, task = load(COLLECTIONS["vowels"])
     return X, (y == VOWEL).astype(int), np.unique(task, return_inverse=True)[1]
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.cluster import KMeans
-from tabular import COLLECTIONS, find_file, load, split
+from tabular import load_all, split, standardised
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 
@@ -107,8 +107,7 @@ def of_seed(name, X, y, task, collection, seed, loss="squared_error", classes=No
     if classes:
         model = MAMLClassifier(random_state=seed)
         y = np.searchsorted(np.quantile(y[train], np.arange(1, classes) / classes), y)
-    scale = X[train].std(0)
-    Z = (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
+    Z = standardised(X, train)
     model.fit(Z[train], y[train], groups=task[train])
     tasks = [np.concatenate(parts)[:LARGEST] for parts in episodes[max(episodes)]]
     pools, queries = [rows[::2] for rows in tasks], [rows[1::2] for rows in tasks]
@@ -227,15 +226,10 @@ def main() -> None:
         frame = pd.read_csv(args.csv)
     else:
         parts = []
-        for name in args.collections.split(","):
-            path = find_file(COLLECTIONS[name], args.data)
-            if path is None:
-                print(f"{name}: {COLLECTIONS[name].file} is not here; give its folder as --data")
-                continue
-            X, y, task = load(path, COLLECTIONS[name])
-            seeds = [int(seed) for seed in args.seeds.split(",")]
-            how = {"loss": args.loss, "classes": args.classes}
-            parts += [of_seed(name, X, y, task, COLLECTIONS[name], seed, **how) for seed in seeds]
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        how = {"loss": args.loss, "classes": args.classes}
+        for name, collection, data in load_all(args.collections.split(","), args.data):
+            parts += [of_seed(name, *data, collection, seed, **how) for seed in seeds]
         frame = pd.concat(parts)
         if args.csv is not None:
             frame.to_csv(args.csv, index=False)

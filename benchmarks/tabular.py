@@ -18,13 +18,14 @@ it after a change to them.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sinusoid import parse_options
 
 import sklearn_maml
 from sklearn_maml import MAMLClassifier, MAMLRegressor, compare_baselines
@@ -77,20 +78,34 @@ COLLECTIONS = {
 }
 
 
-def find_file(collection: Collection, folder: Path | None) -> Path | None:
-    """Path of a collection's file: shipped, in the folder, or None."""
-    for place in (SHIPPED, folder):
-        if place is not None and (place / collection.file).exists():
-            return place / collection.file
-    return None
+Data = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def load(path: Path, collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read a collection; returns X, y and task. Columns of strings become indicators."""
+def load(collection: Collection, folder: Path | None = None) -> Data | None:
+    """X, y and task of a collection that is shipped or in the folder; else None, and a line."""
+    places = [place / collection.file for place in (SHIPPED, folder) if place is not None]
+    path = next((path for path in places if path.exists()), None)
+    if path is None:
+        print(f"{collection.file} is not here; give its folder as --data")
+        return None
     frame = pd.read_csv(path, dtype={"task": str, "vowel": str}, keep_default_na=False)
     features = frame.drop(columns=["task", collection.target, *collection.left_out])
-    X = pd.get_dummies(features).to_numpy(dtype=float)
+    X = pd.get_dummies(features).to_numpy(dtype=float)  # columns of strings become indicators
     return X, frame[collection.target].to_numpy(), frame["task"].to_numpy(dtype=str)
+
+
+def load_all(names: Iterable[str], folder: Path | None) -> Iterator[tuple[str, Collection, Data]]:
+    """Those of the named collections that are here."""
+    for name in names:
+        data = load(COLLECTIONS[name], folder)
+        if data is not None:
+            yield name, COLLECTIONS[name], data
+
+
+def standardised(X: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Features in standard deviations of the training rows; constant ones are 0."""
+    scale = X[train].std(0)
+    return (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
 
 
 def split(X, y, task, collection, seed):
@@ -143,9 +158,9 @@ class Cache:
             self.frame.to_csv(self.path, index=False)
 
 
-def scores_of(name, path, collection, seeds, options, cache, baselines):
+def scores_of(name, data, collection, seeds, options, cache, baselines):
     """Scores of the estimator and the baselines on every held-out task of all seeds."""
-    X, y, task = load(path, collection)
+    X, y, task = data
     kind = MAMLClassifier if collection.classification else MAMLRegressor
     parts = []
     for seed in seeds:
@@ -184,13 +199,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="CSV file for the scores of the baselines")
     parser.add_argument("--no-baselines", action="store_true", help="the estimator alone")
     args = parser.parse_args()
-    options = {}
-    for item in args.set:
-        name, _, value = item.partition("=")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
+    options = parse_options(args.set)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     chosen = list(COLLECTIONS)
     if args.collections:
@@ -199,18 +208,13 @@ def main() -> None:
     cache = Cache(args.cache)
     print(f"options {options}, seeds {seeds}; standard errors are over held-out tasks")
     summary = []
-    for name in chosen:
-        collection = COLLECTIONS[name]
+    for name, collection, data in load_all(chosen, args.data):
         if args.shots:
             shots = tuple(int(k) for k in args.shots.split(","))
             collection = dataclasses.replace(collection, shots=shots)
-        path = find_file(collection, args.data)
-        if path is None:
-            print(f"\n{name}: {collection.file} is not here; give its folder as --data")
-            continue
         start = time.perf_counter()
         scores, ours = scores_of(
-            name, path, collection, seeds, options, cache, not args.no_baselines
+            name, data, collection, seeds, options, cache, not args.no_baselines
         )
         table = summarize_comparison(scores, ours)
         print(f"\n{name} ({time.perf_counter() - start:.0f} s)")

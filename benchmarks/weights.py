@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.utils.class_weight import compute_sample_weight
-from tabular import COLLECTIONS, find_file, load, split
+from tabular import load_all, split, standardised
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 
@@ -30,8 +30,7 @@ def episodes_of(X, y, task, collection, seed):
     """Training rows, support and query rows, and standardised features."""
     train, episodes = split(X, y, task, collection, seed)
     support, query = (np.concatenate(part) for part in zip(*episodes[SHOTS], strict=True))
-    scale = X[train].std(0)
-    return train, support, query, (X - X[train].mean(0)) / np.where(scale > 0, scale, 1)
+    return train, support, query, standardised(X, train)
 
 
 def errors_of(X, y, task, collection, seed, **options):
@@ -84,13 +83,7 @@ def main() -> None:
         (CLASSES, scores_of, ["acc", "loss", "balanced", "acc'", "loss'", "balanced'"]),
     ):
         print(f"\n{'':32s}" + "".join(f"{column:>13s}" for column in columns))
-        for name in names:
-            collection = COLLECTIONS[name]
-            path = find_file(collection, args.data)
-            if path is None:
-                print(f"{name}: {collection.file} is not here; give its folder as --data")
-                continue
-            data = load(path, collection)
+        for name, collection, data in load_all(names, args.data):
             for rule in ("auto", "sgd"):
                 options = {"update_rule": rule, "max_iter": args.max_iter}
                 means = np.mean([score(*data, collection, s, **options) for s in seeds], axis=0)

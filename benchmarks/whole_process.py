@@ -142,7 +142,7 @@ def run_ours(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> 
 def run_jax(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> float:
     import jax
     import jax.numpy as jnp
-    import optax
+    from jax_maml import jax_maml
 
     w, draw = workload, Sampler(workload, X, y)
     sizes = (w.n_features, *w.hidden, w.n_outputs)
@@ -153,36 +153,12 @@ def run_jax(workload: Workload, X: np.ndarray, y: np.ndarray, updates: int) -> f
         shapes = ((a, b), (b,))
         params.append([rng.uniform(-bound, bound, s).astype(np.float32) for s in shapes])
 
-    def loss(params: Any, X: Any, y: Any) -> Any:
-        for weight, bias in params[:-1]:
-            X = jax.nn.relu(X @ weight + bias)
-        output = X @ params[-1][0] + params[-1][1]
-        if w.classification:
-            return optax.softmax_cross_entropy_with_integer_labels(output, y).mean()
-        return jnp.mean((output[..., 0] - y) ** 2)
-
-    def task_loss(params: Any, X_support: Any, y_support: Any, X_query: Any, y_query: Any) -> Any:
-        for _ in range(w.steps):
-            grads = jax.grad(loss)(params, X_support, y_support)
-            params = jax.tree.map(lambda p, g: p - w.alpha * g, params, grads)
-        return loss(params, X_query, y_query)
-
-    def meta_loss(params: Any, batch: Any) -> Any:
-        return jax.vmap(functools.partial(task_loss, params))(*batch).mean()
-
-    optimizer = optax.adam(1e-3)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, state: Any, batch: Any) -> Any:
-        value, grads = jax.value_and_grad(meta_loss)(params, batch)
-        changes, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, changes), state, value
-
     params = jax.tree.map(jnp.asarray, params)
-    state = optimizer.init(params)
+    maml = jax_maml(w.alpha, w.steps)
+    state = maml.init(params)
     losses = []
     for _ in range(updates):
-        params, state, value = update(params, state, draw())
+        params, state, value = maml.update(params, state, draw())
         losses.append(value)  # not read here: the next batch is drawn meanwhile
     jax.block_until_ready(params)
     return float(np.mean([float(v) for v in losses[-max(1, updates // 10) :]]))
