@@ -1195,6 +1195,22 @@ def test_no_inputs_make_steps_explode_and_other_tasks_keep_their_bits(linear_ste
     np.testing.assert_array_equal(reg.predict(X[:, 10:])[3:], plain[3:])
 
 
+@pytest.mark.parametrize("scale", [10, 20, 30, 100])
+def test_steps_that_end_with_units_at_rest_on_all_support_rows_do_not_explode_elsewhere(
+    linear_steps, scale
+):
+    """Their loss is small again after the last step, whatever the weights grew to before."""
+    reg, X, y = linear_steps
+    X = scale * X
+    with pytest.warns(NonFiniteStepWarning):
+        adapted = copy.deepcopy(reg).adapt(X[:, :5], y[:, :5])
+    before = copy.deepcopy(reg).set_params(adapt_steps=0).adapt(X[:, :5], y[:, :5])
+    errors, of_before = (
+        ((model.predict(X[:, 10:]) - y[:, 10:]) ** 2).mean(1) for model in (adapted, before)
+    )
+    assert (errors < 3 * np.maximum(of_before, (y[:, 10:] ** 2).mean(1))).all()
+
+
 def test_tasks_that_took_shorter_steps_are_counted(linear_steps):
     reg, X, y = linear_steps
     X = X.copy()

@@ -24,8 +24,10 @@ from sklearn_maml.theta import name_in_module
 ROWS_AT_A_TIME, PIECES = 4096, 16
 # A task's loss is looked at where a parameter has moved by more than this part of the largest one:
 # looking at all tasks would cost as much as a step. Steps have diverged where it is so many times
-# what it was before, or without any features; parts of the rate that are tried then.
-SUSPECT, GROWTH, SHORTER = 0.25, 10.0, (0.1, 0.01)
+# what it was before, or without any features, after 1, 2, 4, ... of them: when units that had grown
+# without bound are at rest on all support rows, the loss is small again. Parts of the rate that are
+# tried then.
+SUSPECT, GROWTH, SHORTER = 0.25, 4.0, (0.1, 0.01, 1e-3, 1e-4)
 CACHED = 2**17  # numbers that are looked at together
 
 
@@ -154,20 +156,34 @@ class GradientSteps:
             if not engine.spec.norms:
                 blind = self._sizes(engine, torch.zeros_like(outputs), rows)
                 most = GROWTH * torch.maximum(before, blind)
-            fails = self._grown(engine, adapted.take(tasks), rows, most)
+            taken = adapted.take(tasks)
+            fails = self._grown_by(engine, taken, self.alpha, rows, most)
             n_failed = int(fails.sum())
             for factor in SHORTER:
                 if not bool(fails.any()):
                     break
-                again = engine.adapt(
-                    self.meta_params, rows, alpha=factor * self.alpha, steps=self.steps
-                )
-                works = fails & ~self._grown(engine, again, rows, most)
+                alpha = factor * self.alpha
+                again = engine.adapt(self.meta_params, rows, alpha=alpha, steps=self.steps)
+                works = fails & ~self._grown_by(engine, again, alpha, rows, most)
                 _replace(adapted, tasks, again, works)
                 fails = fails & ~works
             _replace(adapted, tasks, start, fails)
         stopped = int(fails.sum())
         return n_failed - stopped, stopped
+
+    def _grown_by(
+        self, engine: Engine, last: Parameters, alpha: float, rows: Rows, most: Tensor
+    ) -> Tensor:
+        """Which tasks (n_tasks,) are beyond `most` after the last step, or were on the way."""
+        grown = self._grown(engine, last, rows, most)
+        steps = 1
+        # a head is solved for at once, and with norms whatever is finite will do
+        looks = engine.spec.head is None and not engine.spec.norms
+        while looks and steps < self.steps:
+            on_the_way = engine.adapt(self.meta_params, rows, alpha=alpha, steps=steps)
+            grown |= self._grown(engine, on_the_way, rows, most)
+            steps *= 2
+        return grown
 
     def _grown(self, engine: Engine, parameters: Parameters, rows: Rows, most: Tensor) -> Tensor:
         """Which tasks (n_tasks,) have a loss, or predictions, beyond `most`."""
