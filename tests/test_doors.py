@@ -34,6 +34,7 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
+from sklearn_maml.data import tasks as data_tasks
 from sklearn_maml.data.ids import look_scaled
 from sklearn_maml.exceptions import (
     DroppedLearnerWarning,
@@ -41,6 +42,7 @@ from sklearn_maml.exceptions import (
     SingleTaskWarning,
     TaskColumnWarning,
 )
+from sklearn_maml.targets import real
 
 N_TASKS, N_ROWS = 6, 8
 TASK = np.repeat(np.arange(N_TASKS), N_ROWS)
@@ -281,7 +283,11 @@ def test_predictions_are_of_the_type_of_the_features_where_that_has_the_digits()
     assert np.abs(module - predicted[TASK == 1]).max() < 1e-5
 
 
-def test_a_glitch_among_the_targets_is_warned_of():
+@pytest.mark.parametrize("at_a_time", [None, 7])
+def test_a_glitch_among_the_targets_is_warned_of(at_a_time, monkeypatch):
+    if at_a_time is not None:  # as of very many rows
+        monkeypatch.setattr(data_tasks, "AT_A_TIME", at_a_time)
+        monkeypatch.setattr(real, "ENOUGH", 120)
     rng = np.random.default_rng(0)
     task = np.repeat(np.arange(12), 20)
     x, y = rng.normal(size=(240, 2)), rng.normal(size=240)

@@ -53,6 +53,44 @@ def make_classes(counts, *, seed=0):
     return TaskCollection(X, y, codes, np.arange(len(counts)), None, "groups")
 
 
+@pytest.mark.parametrize("kind", ["numbers", "classes", "given sets"])
+def test_tasks_whose_rows_come_task_after_task_are_those_of_mixed_rows(kind):
+    rng = np.random.default_rng(0)
+    sizes = np.array([5, 0, 300, 7, 4])
+    codes = np.repeat(np.arange(5), sizes)
+    mixed = rng.permutation(codes)
+    place = np.empty(len(codes), dtype=int)
+    place[np.argsort(mixed, kind="stable")] = np.arange(len(codes))
+    X, y = rng.normal(size=(len(codes), 2)), np.arange(len(codes)) % 3
+    classes = kind == "classes"
+    y = y if classes else y[:, None] + 0.5
+    in_query = np.arange(len(codes)) % 2 == 1 if kind == "given sets" else None
+    of_mixed = None if in_query is None else in_query[place]
+    grouped = TaskCollection(X, y, codes, np.arange(5), in_query, "groups")
+    other = TaskCollection(X[place], y[place], mixed, np.arange(5), of_mixed, "groups")
+    assert grouped.order is None
+    assert other.order is not None
+    assert grouped.fingerprints() == other.fingerprints()
+    pairs = [(grouped, other), (grouped.select(np.array([2, 0])), other.select(np.array([2, 0])))]
+    pairs.append(tuple(tasks.take_rows(tasks.leveled()) for tasks in (grouped, other)))
+    for one, two in pairs:
+        assert one.n_tasks == two.n_tasks
+        for j in range(one.n_tasks):
+            assert np.array_equal(one.X[one.rows(j)], two.X[two.rows(j)])
+            assert np.array_equal(one.y[one.rows(j)], two.y[two.rows(j)])
+    assert len(grouped.leveled()) < len(codes)
+    batches = [
+        EpisodeSampler(tasks, classification=classes, n_queries=3).sample(
+            np.array([0, 2, 3]), np.random.default_rng(1)
+        )
+        for tasks in (grouped, other)
+    ]
+    for name in ("support", "query"):
+        one, two = (getattr(batch, name) for batch in batches)
+        assert torch.equal(one.X, two.X)
+        assert torch.equal(one.y, two.y)
+
+
 def positions(rows, j):
     return rows.task(j).X[:, 0].numpy().astype(int)
 

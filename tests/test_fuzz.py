@@ -305,7 +305,7 @@ def test_marks_of_rows_depend_on_neither_their_order_nor_their_layout(monkeypatc
     rows, task = rng.normal(size=(60, 40)).astype(np.float32), np.repeat(np.arange(6), 10)
     marks = TaskCollection(rows, rows[:, 0], task, np.arange(6), None, "groups").fingerprints()
     assert len(set(marks.values())) == 6
-    monkeypatch.setattr(data_tasks, "SUMMED_ROWS", 7)
+    monkeypatch.setattr(data_tasks, "AT_A_TIME", 7)
     order = rng.permutation(60)
     for X in (rows, np.asfortranarray(rows)):
         tasks = TaskCollection(X[order], X[order, 0], task[order], np.arange(6), None, "groups")

@@ -24,6 +24,7 @@ from sklearn_maml import (
     load,
     task_scorer,
 )
+from sklearn_maml.data import tasks as data_tasks
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.data.tasks import TaskCollection
 from sklearn_maml.engine.tracing import graphs
@@ -449,6 +450,31 @@ def test_numbers_are_decoded_to_what_was_encoded(center_y):
     assert_allclose(targets.decode(y, TASK, coding), Y, rtol=1e-12)
     again = RealTargets(SquaredError(), True, center_y).restore(targets.attributes())
     assert_array_equal(again.encode_support(tasks, None)[0], y)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("center_y", [False, True])
+def test_statistics_of_very_many_targets_are_those_of_all(center_y, weighted, monkeypatch):
+    monkeypatch.setattr(data_tasks, "AT_A_TIME", 7)
+    rng = np.random.default_rng(0)
+    y, codes = rng.normal(3, 2, size=(40, 2)).astype(np.float32), np.repeat([0, 1], 20)
+    weight = rng.uniform(0.5, 2, 40) if weighted else None
+    targets = RealTargets(SquaredError(), True, center_y)
+    targets.learn(collection(y, codes), weight)
+    centers = [np.average(y, axis=0, weights=weight)] * 2
+    assert_allclose(targets.y_mean_, centers[0], rtol=1e-6)
+    if center_y:
+        parts = [None, None] if weight is None else np.split(weight, 2)
+        centers = [
+            np.average(rows, axis=0, weights=part)
+            for rows, part in zip(np.split(y, 2), parts, strict=True)
+        ]
+    deviations = y - np.repeat(centers, 20, axis=0)
+    scale = np.sqrt(np.average(deviations**2, axis=0, weights=weight))
+    assert_allclose(targets.y_scale_, scale, rtol=1e-6)
+    if not (center_y and weighted):  # the means of episodes are of rows that count the same
+        encoded = targets.encode(collection(y, codes)).y
+        assert_allclose(encoded, deviations / scale, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_ways", [None, 3])

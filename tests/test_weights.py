@@ -27,11 +27,12 @@ from sklearn_maml import (
     task_scorer,
     task_scores,
 )
+from sklearn_maml.data import weights as data_weights
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
 from sklearn_maml.data.sampling import EpisodeSampler
 from sklearn_maml.data.spellings import collect_tasks
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.data.weights import merged, weighted
+from sklearn_maml.data.weights import merged, share_rows, weighted
 from sklearn_maml.datasets import SinusoidTasks
 from sklearn_maml.engine import Engine
 from sklearn_maml.exceptions import SingleTaskWarning
@@ -515,6 +516,18 @@ def test_scorers_of_probabilities_weigh_rows():
 
 def sampler(tasks, **options):
     return EpisodeSampler(tasks, classification=False, n_queries=None, **options)
+
+
+@pytest.mark.parametrize("looked_at", [2**18, 200])
+def test_whether_rows_are_shared_is_told_by_some_of_very_many(looked_at, monkeypatch):
+    monkeypatch.setattr(data_weights, "LOOKED_AT", looked_at)
+    monkeypatch.setattr(data_weights, "BLOCK", 64)
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=(4000, 2)), np.indices((63, 64)).reshape(2, -1).T[:4000]):
+        assert not share_rows(values.astype(np.float32))
+        for n_distinct in (1, 40, 1800):
+            assert share_rows(values[rng.integers(0, n_distinct, 4000)].astype(np.float32))
+        assert not share_rows(values[np.arange(4000) // 3 * 2 % 4000 + np.arange(4000) % 3 // 2])
 
 
 def test_support_weights_sum_to_one_and_query_weights_to_that_of_the_task():

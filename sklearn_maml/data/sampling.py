@@ -110,7 +110,7 @@ class Split:
 class _Cells:
     """Sets of rows to draw from; those of task j are `starts[j]:starts[j + 1]`."""
 
-    rows: np.ndarray  # row positions, cell after cell
+    rows: np.ndarray | None  # row positions, cell after cell; None: as they come
     first: np.ndarray  # (n_cells,) where each cell begins in rows
     size: np.ndarray  # (n_cells,)
     label: np.ndarray  # (n_cells,) class of the cell, 0 for regression
@@ -132,7 +132,8 @@ def _make_cells(tasks: TaskCollection, labels: np.ndarray | None) -> _Cells:
 
 def _chosen(tasks: TaskCollection, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chosen rows, task after task, and where each task begins."""
-    rows = tasks.order[chosen[tasks.order]]
+    rows = np.flatnonzero(tasks.by_task(chosen))
+    rows = rows if tasks.order is None else tasks.order[rows]
     return rows, np.searchsorted(tasks.codes[rows], np.arange(tasks.n_tasks + 1))
 
 
@@ -299,7 +300,8 @@ class EpisodeSampler:
         n_support, n_query = self._sizes(size, episode, rng, n_batches)
         draw = _draw(size, n_support + n_query, rng)
         column = np.arange(draw.shape[1])
-        rows = self.cells.rows.take(self.cells.first[cells][:, None] + draw)
+        rows = self.cells.first[cells][:, None] + draw
+        rows = rows if self.cells.rows is None else self.cells.rows.take(rows)
         if _is_constant(n_support) and _is_constant(n_query) and len(cells) == len(which):
             k = n_support[0]
             return Split(rows[:, :k].ravel(), n_support, rows[:, k:].ravel(), n_query)

@@ -383,7 +383,7 @@ def _validate_target(estimator: Any, y: Any, X: np.ndarray, classification: bool
             f"Input y contains NaN or None, in {int(np.isnan(y).sum())} place(s). Leave these rows "
             "out, or fill in their targets."
         )
-    largest = float(np.abs(y).max())
+    largest = float(max(y.max(), -y.min()))
     most = float(np.sqrt(np.finfo(y.dtype).max / y.size)) / 4
     if largest > most:
         raise ValueError(

@@ -17,7 +17,12 @@ from sklearn_maml.data.ids import keys_of
 
 # rows that may speak for a task where all tasks are pooled, in units of those of the median task
 LEVEL = 20
-SUMMED_ROWS = 65_536  # at a time
+AT_A_TIME = 65_536  # rows
+
+
+def in_blocks(n_rows: int) -> list[slice]:
+    """Cut rows into blocks, copies of which are small; there is one at least."""
+    return [slice(k, k + AT_A_TIME) for k in range(0, max(n_rows, 1), AT_A_TIME)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +41,15 @@ class TaskCollection:
     def __post_init__(self) -> None:
         counts = np.bincount(self.codes, minlength=len(self.ids))
         object.__setattr__(self, "sizes", counts)
-        object.__setattr__(self, "order", np.argsort(self.codes, kind="stable"))
+        in_turn = bool((self.codes[1:] >= self.codes[:-1]).all())
+        order = None if in_turn else np.argsort(self.codes, kind="stable")
+        object.__setattr__(self, "order", order)
         object.__setattr__(self, "indptr", np.concatenate([[0], np.cumsum(counts)]))
 
-    # set in __post_init__; rows of task j are order[indptr[j]:indptr[j + 1]]
+    # set in __post_init__; rows of task j are order[indptr[j]:indptr[j + 1]], or these places
+    # themselves where rows come task after task: order is None then, which saves its memory
     sizes: np.ndarray = dataclasses.field(init=False)
-    order: np.ndarray = dataclasses.field(init=False)
+    order: np.ndarray | None = dataclasses.field(init=False)
     indptr: np.ndarray = dataclasses.field(init=False)
 
     @property
@@ -56,7 +64,12 @@ class TaskCollection:
 
     def rows(self, task: int) -> np.ndarray:
         """Row positions of one task, in the order the caller gave them."""
-        return self.order[self.indptr[task] : self.indptr[task + 1]]
+        first, last = self.indptr[task], self.indptr[task + 1]
+        return np.arange(first, last) if self.order is None else self.order[first:last]
+
+    def by_task(self, values: np.ndarray) -> np.ndarray:
+        """Values of the rows, task after task; the same array where rows come like this."""
+        return values if self.order is None else values[self.order]
 
     def having(self, **values: np.ndarray | None) -> TaskCollection:
         """Copy with another `X`, `y` or `weight` of the same rows, which are not sorted again."""
@@ -75,9 +88,9 @@ class TaskCollection:
 
     def select(self, tasks: np.ndarray) -> TaskCollection:
         """Sub-collection of the tasks at these positions."""
-        position = np.full(self.n_tasks, -1)
-        position[tasks] = np.arange(len(tasks))
-        keep = np.flatnonzero(position[self.codes] >= 0)
+        position, chosen = np.empty(self.n_tasks, np.intp), np.zeros(self.n_tasks, dtype=bool)
+        position[tasks], chosen[tasks] = np.arange(len(tasks)), True
+        keep = np.flatnonzero(chosen[self.codes])
         return self.at(keep, codes=position[self.codes[keep]], ids=self.ids[tasks])
 
     def leveled(self, most_tasks: int | None = None) -> np.ndarray | None:
@@ -97,9 +110,9 @@ class TaskCollection:
             return rows[chosen[self.codes[rows]]]
         if self.sizes.max() <= most:
             return None
-        number = np.arange(len(self.order)) - np.repeat(self.indptr[:-1], self.sizes)
+        number = np.arange(len(self.codes)) - np.repeat(self.indptr[:-1], self.sizes)
         kept = number % -(-self.sizes // most).repeat(self.sizes) == 0
-        return np.sort(self.order[kept])
+        return np.flatnonzero(kept) if self.order is None else np.sort(self.order[kept])
 
     def take_rows(self, kept: np.ndarray, least: int = 1) -> TaskCollection:
         """Sub-collection of some rows, without the tasks that have fewer than `least` of them."""
@@ -119,10 +132,12 @@ class TaskCollection:
         It tells its own rows from new rows of it.
         """
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite sum is a mark as well
-            # of rows in C order, whatever that of X: sums depend on it
-            parts = np.array_split(self.X, -(-len(self.X) // SUMMED_ROWS) or 1)
-            sums = [np.ascontiguousarray(x).reshape(len(x), -1).sum(1) for x in parts]
-        marks = np.concatenate(sums)[self.order]
+            marks = np.empty(len(self.X), self.X.dtype)
+            for part in in_blocks(len(self.X)):
+                # of rows in C order, whatever that of X: sums depend on it
+                x = np.ascontiguousarray(self.X[part])
+                marks[part] = x.reshape(len(x), -1).sum(1)
+        marks = self.by_task(marks)
         return {
             key: zlib.crc32(np.sort(marks[self.indptr[j] : self.indptr[j + 1]]).tobytes())
             for j, key in enumerate(keys_of(self.ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from sklearn_maml.data.tasks import TaskCollection
 # more than 2**10 each let systems become singular, and ones of less than 2**-50 say nothing.
 COUNTS = (-50, 10)
 
-BLOCK = 2**20  # numbers that are marked at a time
+BLOCK = 2**17  # numbers that are marked at a time
+LOOKED_AT = 2**18  # rows of very many that tell whether they are shared
 NO_WEIGHT = "The sample weights are all zero. Give at least one row a positive weight."
 LEAST = 1e-20  # of the largest weight: sums of smaller ones may be 0 in float32
 
@@ -203,14 +204,27 @@ def merged(tasks: TaskCollection) -> TaskCollection:
 
 
 def row_marks(X: np.ndarray) -> np.ndarray:
-    """Checksum (n_rows,) of each row of features."""
+    """Checksum (n_rows,) of each row of features, an int64."""
+    return np.concatenate([*_marks(X)]).view(np.int64)
+
+
+def share_rows(X: np.ndarray) -> bool:
+    """Whether no more than half of the rows are distinct, as a part of very many tells."""
+    n_parts = np.uint64(max(len(X) // LOOKED_AT, 1))
+    # a part has all rows that are equal, or none of them
+    marks = np.concatenate([m[(m >> np.uint64(32)) % n_parts == 0] for m in _marks(X)])
+    marks.sort()
+    n_distinct = np.count_nonzero(marks[1:] != marks[:-1]) + min(len(marks), 1)
+    return bool(2 * n_distinct <= len(marks))  # a part may be empty: of very few distinct ones
+
+
+def _marks(X: np.ndarray) -> Iterator[np.ndarray]:
+    """Checksums of rows, some rows at a time."""
     flat = X.reshape(len(X), -1)
     n_columns = flat.shape[1]
     odd = np.random.RandomState(0).randint(0, 2**63, n_columns, dtype=np.uint64) * 2 + 1
-    marks = np.empty(len(X), dtype=np.uint64)
     at_a_time = max(BLOCK // max(n_columns, 1), 1)  # copies of images would be large
-    for start in range(0, len(X), at_a_time):
-        part = slice(start, start + at_a_time)
-        bits = np.ascontiguousarray(flat[part], dtype=np.float64).view(np.uint64)
-        marks[part] = ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)
-    return marks.view(np.int64)
+    for start in range(0, max(len(X), 1), at_a_time):
+        part = flat[start : start + at_a_time]
+        bits = np.ascontiguousarray(part, dtype=np.float64).view(np.uint64)
+        yield ((bits ^ (bits >> np.uint64(29))) * odd).sum(1, dtype=np.uint64)

@@ -234,4 +234,5 @@ def population_range(y: np.ndarray, n_outputs: int, likelihood: Likelihood) -> A
     """Lowest and highest outputs (n_outputs,) that targets of meta-training call for."""
     if likelihood.are_classes:
         return np.zeros(n_outputs), np.ones(n_outputs)
-    return likelihood.edges(y.reshape(len(y), -1).astype(np.float64))
+    low, high = likelihood.edges(y.reshape(len(y), -1))
+    return low.astype(np.float64), high.astype(np.float64)

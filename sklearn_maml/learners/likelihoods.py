@@ -60,7 +60,7 @@ class _LogLink(NewtonLikelihood):
 
     def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Likelihood`; the lowest are far below the mean, as no count says little."""
-        return np.log(y.mean(0)) - LOWEST, np.log(y.max(0))
+        return np.log(y.mean(0, dtype=np.float64)) - LOWEST, np.log(y.max(0).astype(np.float64))
 
     def average(self, outputs: Tensor, trust: Tensor) -> Tensor:
         """Logarithms of the mean of the means."""

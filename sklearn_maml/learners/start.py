@@ -245,15 +245,19 @@ class _ByColumns:
         parts: list[np.ndarray],
         each: np.ndarray,
     ) -> None:
-        weighted = X * weight[:, None]
-        self.gram = np.stack([weighted[rows].T @ X[rows] for rows in parts])
-        self.moment = np.stack([weighted[rows].T @ y[rows] for rows in parts])
+        pairs = [self._of_task(X[rows], y[rows], weight[rows]) for rows in parts]
+        self.gram, self.moment = (np.stack(of_tasks) for of_tasks in zip(*pairs, strict=True))
         self.square = sum(
             a * (weight[rows] @ y[rows] ** 2) for a, rows in zip(each, parts, strict=True)
         )
         self.each = each
         # sums over tasks are products with all their matrices, on top of each other
         self.stacked = (each[:, None, None] * self.gram).reshape(-1, X.shape[1])
+
+    @staticmethod
+    def _of_task(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weighted = X * weight[:, None]
+        return weighted.T @ X, weighted.T @ y
 
     def condition(self, cov: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
         """Condition on the rows of each task; return the system that the mean solves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from sklearn_maml.data.sampling import VALIDATION_QUERIES
-from sklearn_maml.data.tasks import TaskCollection
+from sklearn_maml.data.tasks import TaskCollection, in_blocks
 from sklearn_maml.exceptions import OutlierWarning
 from sklearn_maml.targets.base import Coding, Loss, Targets
 
@@ -20,6 +21,7 @@ DIGITS = 1e-3
 # targets are warned of if so few of so many are so many times as far out as the median, and make
 # up so much of the variance
 FEW, MANY_ROWS, FAR, MOST = 0.005, 100, 20.0, 0.9
+ENOUGH = 2**18  # rows, evenly spread, whose medians are those of all to that end
 # standard deviation of a normal distribution, in median absolute deviations
 DEVIATION = 1.4826
 # support rows of each task in `score` with n_shots=None: half of the rows, at most
@@ -71,8 +73,7 @@ class RealTargets(Targets):
     def learn(self, tasks: TaskCollection, sample_weight: np.ndarray | None = None) -> None:
         """See `Targets`."""
         self.loss = clone(self.loss)  # whose parameters the user may change
-        # squares of what is small would be 0 in float32
-        y = tasks.y.reshape(len(tasks.y), -1).astype(np.float64)
+        y = tasks.y.reshape(len(tasks.y), -1)
         if self.center_y and not self.loss.standardises:
             raise ValueError(
                 "center_y=True takes the mean of its support rows from the targets of a task, but "
@@ -90,24 +91,30 @@ class RealTargets(Targets):
             tasks, y = tasks.take_rows(rows), y[rows]
             sample_weight = sample_weight if sample_weight is None else sample_weight[rows]
         if self.normalize_y and self.loss.standardises:
-            self.y_mean_ = np.average(y, axis=0, weights=sample_weight)
+            self.y_mean_ = _mean(lambda part: y[part], len(y), sample_weight)
             if self.loss.robust:
                 self.y_mean_ = _medians(y, sample_weight)
             center, level = self.y_mean_, np.abs(self.y_mean_)
             if self.center_y:
                 means = _task_means(y, tasks, sample_weight)
                 center, level = means[tasks.codes], np.abs(means).max(0)
-            spread = np.sqrt(np.average((y - center) ** 2, axis=0, weights=sample_weight))
+
+            def deviations(part: slice) -> np.ndarray:
+                # squares of what is small would be 0 in float32
+                return y[part] - (center if center.ndim == 1 else center[part])
+
+            squares = _mean(lambda part: deviations(part) ** 2, len(y), sample_weight)
+            spread = np.sqrt(squares)
             if self.loss.robust:
                 near = DEVIATION * _medians(np.abs(y - center), sample_weight)
                 spread = np.where(near > 0, near, spread)  # most targets may be equal
             else:
-                _warn_of_outliers(y, center, rows, sample_weight)
+                _warn_of_outliers(y, deviations, rows, sample_weight)
             constant = spread <= 10 * np.finfo(tasks.y.dtype).eps * level
             self.y_scale_ = np.where(constant, 1.0, spread)
             self._constant = constant
         if self.loss.scales:
-            level = np.average(y, axis=0, weights=sample_weight)
+            level = _mean(lambda part: y[part], len(y), sample_weight)
             if not (level > 0).all():
                 raise ValueError(
                     f"All targets{' of an output' if y.shape[1] > 1 else ''} are 0, to which the "
@@ -127,11 +134,15 @@ class RealTargets(Targets):
 
     def encode(self, tasks: TaskCollection) -> TaskCollection:
         """See `Targets`."""
-        y = self._checked(tasks)
-        # with center_y a constant of a task goes with the mean of its support rows; without the
-        # mean of all its rows float32 keeps more digits of what is left
-        mean = _task_means(y, tasks)[tasks.codes] if self.center_y else self.y_mean_
-        return tasks.having(y=self._standardised(y - mean, tasks.X.dtype))
+        y, dtype = self._checked(tasks), tasks.X.dtype
+        if not self.center_y:
+            encoded = np.empty(y.shape, dtype)
+            for part in in_blocks(len(y)):
+                encoded[part] = self._standardised(y[part] - self.y_mean_, dtype)
+            return tasks.having(y=encoded)
+        # a constant of a task goes with the mean of its support rows; without the mean of all its
+        # rows float32 keeps more digits of what is left
+        return tasks.having(y=self._standardised(y - _task_means(y, tasks)[tasks.codes], dtype))
 
     def encode_support(
         self, tasks: TaskCollection, sample_weight: np.ndarray | None
@@ -238,7 +249,7 @@ class _Units(nn.Module):
 
 def _warn_of_outliers(
     y: np.ndarray,
-    center: np.ndarray,
+    deviations: Callable[[slice], np.ndarray],
     rows: np.ndarray | None,
     sample_weight: np.ndarray | None,
 ) -> None:
@@ -246,26 +257,47 @@ def _warn_of_outliers(
     few = int(FEW * len(y))
     if len(y) < MANY_ROWS:
         return
-    deviations = y - center  # in place from here on: there may be very many
-    deviations -= np.median(deviations, axis=0)
-    squares = np.square(deviations, out=deviations).mean(1)
-    del deviations
-    if sample_weight is not None:
-        squares *= sample_weight
-    far = np.flatnonzero(squares > FAR**2 * np.median(squares))
-    far = far[np.argsort(squares[far])][-max(few, 1) :]
-    if squares[far].sum() <= MOST * squares.sum():
+    some = slice(None, None, -(-len(y) // ENOUGH))
+    middle = np.median(deviations(some), axis=0)
+
+    def squares_of(part: slice) -> np.ndarray:
+        squares = np.square(deviations(part) - middle).mean(1)
+        return squares if sample_weight is None else squares * sample_weight[part]
+
+    limit, total = FAR**2 * np.median(squares_of(some)), 0.0
+    places, found = [], []
+    for part in in_blocks(len(y)):
+        squares = squares_of(part)
+        total += squares.sum()
+        places.append(part.start + np.flatnonzero(squares > limit))
+        found.append(squares[squares > limit])
+    far, squares = np.concatenate(places), np.concatenate(found)
+    largest = np.argsort(squares)[-max(few, 1) :]
+    far, part_of_far = far[largest], squares[largest].sum()
+    if part_of_far <= MOST * total:
         return
     row = int(far[-1])
     place = row if rows is None else int(rows[row])
     warnings.warn(
         f"{len(far)} of {len(y)} targets, such as {y[row].tolist()} in row {place}, are so far "
-        f"from all others that they make up {squares[far].sum() / squares.sum():.0%} of the "
+        f"from all others that they make up {part_of_far / total:.0%} of the "
         "variance: the targets are standardised by them, and squared errors are about them. "
         "If they are glitches, leave them out; if not, fit a transformed target (log, or ranks).",
         OutlierWarning,
         stacklevel=6,
     )
+
+
+def _mean(
+    values: Callable[[slice], np.ndarray], n_rows: int, sample_weight: np.ndarray | None
+) -> np.ndarray:
+    """Mean (n_outputs,) of values of rows, which are made some rows at a time."""
+    parts = in_blocks(n_rows)
+    if sample_weight is None:
+        return np.sum([values(p).astype(np.float64).sum(0) for p in parts], axis=0) / n_rows
+    weight = sample_weight[:, None]
+    sums = [np.multiply(values(p), weight[p], dtype=np.float64).sum(0) for p in parts]
+    return np.sum(sums, axis=0) / weight.sum()
 
 
 def _medians(y: np.ndarray, sample_weight: np.ndarray | None) -> np.ndarray:
@@ -276,7 +308,8 @@ def _medians(y: np.ndarray, sample_weight: np.ndarray | None) -> np.ndarray:
     y, half = np.take_along_axis(y, order, 0), total[-1] / 2
     # first row with half of the weight up to it, and first with more
     ends = [(total >= half).argmax(0), (total > half).argmax(0)]
-    return np.mean([y[end, np.arange(y.shape[1])] for end in ends], axis=0)
+    middle = np.array([y[end, np.arange(y.shape[1])] for end in ends], dtype=np.float64)
+    return middle.mean(0)
 
 
 def _task_means(

@@ -13,7 +13,7 @@ from sklearn_maml.data.episodes import EpisodeBatch
 from sklearn_maml.data.sampling import MOST_VALIDATED, EpisodeSampler, draw_fixed, evenly
 from sklearn_maml.data.splitting import hold_out, part_of
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.data.weights import row_marks
+from sklearn_maml.data.weights import row_marks, share_rows
 from sklearn_maml.learners.head_trainer import HeldOut
 from sklearn_maml.targets.base import Targets
 
@@ -441,11 +441,7 @@ class CrossFitted:
         if tasks.in_query is not None or tasks.X.ndim != 2:
             return
         n_unseen = int(UNSEEN * np.median(tasks.sizes))
-        if n_unseen < min(HEAD_TESTED):
-            return
-        in_order = row_marks(tasks.X)
-        in_order.sort()
-        if 2 * (1 + np.count_nonzero(in_order[1:] != in_order[:-1])) > len(in_order):
+        if n_unseen < min(HEAD_TESTED) or not share_rows(tasks.X):
             return
         marks = row_marks(tasks.X)
         distinct = np.unique(marks)
