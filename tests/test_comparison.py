@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
@@ -673,6 +673,27 @@ def test_boosting_learns_how_far_to_trust_the_mean_of_few_rows():
     errors = [error(model, of[k]) for k in (0, 1, 5)]
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] < errors[1]
+
+
+def test_boosting_learns_which_classes_a_task_has():
+    rng = np.random.RandomState(0)
+    task = np.repeat(np.arange(120), 10)
+    own = np.array([rng.permutation(4)[:2] for _ in range(120)])  # two of four classes
+    y = own[task, np.tile([0, 1], 600)]
+    X = rng.normal(size=(1200, 1))
+    single = np.r_[True, task[1:] != task[:-1]] & (task < 5)  # tasks of one row teach, too
+    kept = (task >= 5) & (task < 90) | single
+    model = TargetEncoded(HistGradientBoostingClassifier(random_state=0))
+    model.fit(training(X[kept], y[kept], task[kept], n_shots=(0, 1), n_classes=4))
+    new = task >= 90
+    right = {}
+    for k in (0, 1):
+        of = episodes(X[new], y[new], task[new], 2 * k)  # the first two rows are of both classes
+        found = model.predict(of, k)
+        np.testing.assert_allclose(np.concatenate(found).sum(1), 1)
+        right[k] = np.mean([p.argmax(1) == e.y_query for p, e in zip(found, of, strict=True)])
+    assert right[0] < 0.35
+    assert right[1] > 0.45
 
 
 def test_per_task_ridge_wins_where_tasks_are_independent():

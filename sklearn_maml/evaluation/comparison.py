@@ -181,8 +181,9 @@ def compare_baselines(
 
     Baselines of classifiers: "pooled HistGradientBoosting", "pooled logistic", "per-task 1-NN",
     "per-task logistic", "hierarchical logistic" (coefficients of tasks drawn to the pooled ones),
-    "GLMM, random intercepts", "pretrained MLP + fine-tune", and "per-task TabPFN" if it is
-    installed. With `n_ways`, those of single tasks.
+    "GLMM, random intercepts", "target-encoded boosting" (with the shrunk part of each class),
+    "pretrained MLP + fine-tune", and "per-task TabPFN" if it is installed. With `n_ways`, those of
+    single tasks.
 
     References
     ----------

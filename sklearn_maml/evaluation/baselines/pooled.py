@@ -18,6 +18,7 @@ from sklearn_maml.evaluation.baselines.base import (
     Episode,
     Predicted,
     TrainingTasks,
+    draw_episode,
     for_shots,
     predictions,
 )
@@ -131,8 +132,8 @@ class ResidualProcess(Pooled):
 class TargetEncoded(Baseline):
     """Boosting with the task as features: the shrunk mean of its support targets, their number.
 
-    Trained on what it will see: the mean of as many other rows of the task, drawn at random, for
-    each number of support rows.
+    Of labels, the shrunk part of each class. Trained on what it will see: the mean of as many other
+    rows of the task, drawn at random, for each number of support rows.
     """
 
     DRAWS = 3
@@ -144,9 +145,9 @@ class TargetEncoded(Baseline):
         """Fit a model for each number of support rows."""
         super().fit(train)
         tasks = train.rows_of_tasks()
-        within, means, noise = _components([train.y[rows] for rows in tasks])
-        self.mean_ = means.mean()
-        between = means.var() - noise
+        within, means, noise = _components([self._columns(train.y[rows]) for rows in tasks])
+        self.mean_ = means.mean(0)
+        between = means.var(0).sum() - noise
         self.ratio_ = within / between if between > 0 else np.inf
         rng = np.random.RandomState(train.seed)
         self.models_ = {}
@@ -154,32 +155,47 @@ class TargetEncoded(Baseline):
             X, y = [], []
             for rows in tasks:
                 for _ in range(self.DRAWS if k else 1):
-                    shuffled = rng.permutation(rows)
-                    n = min(k, len(rows) - 1)
-                    X.append(self._encoded(train.X[shuffled[n:]], train.y[shuffled[:n]]))
-                    y.append(train.y[shuffled[n:]])
+                    support, query = self._draw(rng.permutation(rows), train.y, k)
+                    X.append(self._encoded(train.X[query], train.y[support]))
+                    y.append(train.y[query])
             self.models_[k] = clone(self.model).fit(np.concatenate(X), np.concatenate(y))
         return self
+
+    def _draw(self, rows: np.ndarray, y: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Split shuffled rows of a task, some of which are query rows however few there are."""
+        most = k if self.n_classes else min(k, len(rows) - 1)
+        support, query = draw_episode(rows, y, most, self.n_classes > 0, len(rows))
+        return (support, query) if len(query) else (rows[:-1], rows[-1:])
+
+    def _columns(self, y: np.ndarray) -> np.ndarray:
+        """Targets (n_rows, 1), or indicators (n_rows, n_classes) of labels."""
+        return np.eye(self.n_classes)[y] if self.n_classes else y[:, None]
 
     def _encoded(self, X: np.ndarray, of_support: np.ndarray) -> np.ndarray:
         n = len(of_support)
         mean = self.mean_
         if n:
-            mean = mean + (of_support - mean).sum() / (n + self.ratio_)
-        return np.c_[X, np.full(len(X), mean), np.full(len(X), n)]
+            mean = mean + (self._columns(of_support) - mean).sum(0) / (n + self.ratio_)
+        return np.c_[X, np.tile(mean, (len(X), 1)), np.full(len(X), n)]
 
     def predict(self, episodes: Sequence[Episode], k: int) -> list[Predicted]:
         """Predict with the model of K support rows."""
         model = for_shots(self.models_, k)
-        return [model.predict(self._encoded(e.X_query, e.y_support)) for e in episodes]
+        return [
+            predictions(model, self._encoded(e.X_query, e.y_support), self.n_classes)
+            for e in episodes
+        ]
 
 
 def _components(parts: Sequence[np.ndarray]) -> tuple[float, np.ndarray, float]:
-    """Variance within tasks, their means, and what noise adds to the variance of these."""
+    """Variance within tasks, their means, and what noise adds to the variance of these.
+
+    Of parts with several columns, variances are sums over them.
+    """
     sizes = np.array([len(part) for part in parts])
-    squares = sum(((part - part.mean()) ** 2).sum() for part in parts)
+    squares = sum(((part - part.mean(0)) ** 2).sum() for part in parts)
     within = squares / max((sizes - 1).sum(), 1)
-    return within, np.array([part.mean() for part in parts]), within * np.mean(1 / sizes)
+    return within, np.array([part.mean(0) for part in parts]), within * np.mean(1 / sizes)
 
 
 def _fit_kernel(X: Tensor, target: Tensor, present: Tensor) -> np.ndarray:

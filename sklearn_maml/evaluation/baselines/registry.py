@@ -78,6 +78,9 @@ CLASSIFICATION: dict[str, Callable[[], Baseline]] = {
     "per-task logistic": lambda: PerTask(_logistic),
     "hierarchical logistic": HierarchicalLogistic,
     "GLMM, random intercepts": RandomIntercepts,
+    "target-encoded boosting": lambda: TargetEncoded(
+        HistGradientBoostingClassifier(random_state=0)
+    ),
     "pretrained MLP + fine-tune": FineTunedMLP,
     "per-task TabPFN": lambda: make_tabpfn(classification=True),
 }
