@@ -12,7 +12,7 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor, native
 from sklearn_maml.learners import conditioned, exact, sums
-from sklearn_maml.learners.posteriors import Scale
+from sklearn_maml.learners.posteriors import Information, Scale
 from sklearn_maml.native import posterior
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +29,7 @@ HEADS = {
     "classes": {"classes": True, "n_outputs": 3},
     "classes of a task's own": {"classes": True, "same": True, "n_outputs": 3},
 }
-SIZES = {"none": 0, "few": 3, "some": 11, "more than columns": 70}
+SIZES = {"none": 0, "few": 3, "some": 11, "more than a panel": 40, "more than columns": 70}
 
 
 def normal(generator, *shape):
@@ -87,6 +87,32 @@ def test_posteriors_and_predictions_are_those_of_torch(kind, n_rows):
             ):
                 assert_allclose(got, of_torch, rtol=1e-9, atol=1e-11)
         assert_array_equal(told[0], outputs)
+
+
+@pytest.mark.parametrize("n_rows", [0, 3, 40, 70])
+def test_predictions_by_sums_are_those_by_rows(n_rows):
+    compiled, plain = both(make_head(**HEADS["more columns"]))
+    support, (rows, places) = support_of(compiled.head, n_rows), queries_of(compiled.head)
+    with torch.no_grad():
+        # torch conditions on sums, and the kernels predict by what it finds
+        of_sums = compiled.posterior(Information.over(*compiled.weighted(*support)))
+        found = compiled.query_rows(rows, places.numpy(), of_sums)
+        by_rows = plain.condition(*support)
+        expected = plain.query_rows(rows, places.numpy(), by_rows)
+        assert_allclose(compiled.covariance(of_sums), plain.covariance(by_rows), atol=1e-9)
+    for got, of_rows in zip(found, expected, strict=True):
+        assert_allclose(got, of_rows, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["more columns", "two outputs"])
+def test_queries_of_one_task_at_a_time_are_those_of_torch(kind):
+    compiled, plain = both(make_head(**HEADS[kind]))
+    support = support_of(compiled.head, 11)
+    rows = queries_of(compiled.head)[0][:12].view(4, 3, -1)
+    with torch.no_grad():
+        found, expected = (run.query(rows, run.condition(*support)) for run in (compiled, plain))
+    for got, of_torch in zip(found, expected, strict=True):
+        assert_allclose(got, of_torch, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("n_rows", [11, 70])

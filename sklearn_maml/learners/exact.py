@@ -18,7 +18,7 @@ from sklearn_maml.learners.gaussian import (
     HeadFunctions,
 )
 from sklearn_maml.learners.posteriors import Posterior, Scale
-from sklearn_maml.native.posterior import PosteriorKernel
+from sklearn_maml.native.posterior import LANES, PosteriorKernel, packed, unpacked
 from sklearn_maml.threads import n_threads_asked
 
 Params = dict[str, Tensor]
@@ -77,6 +77,18 @@ class CompiledNumbers(HeadFunctions):
         if root is None or root.ndim > 2 or not self.kernel.takes(X):
             return super().condition(X, y, root, doubt=doubt)
         return Posterior(**self.kernel.condition(X, y, root, doubt, n_threads_asked()))
+
+    def room(self, n_rows: np.ndarray) -> int:
+        """See `HeadFunctions`."""
+        return super().room(-(-n_rows // LANES) * LANES)
+
+    def kept(self, half: Tensor) -> Tensor:
+        """See `HeadFunctions`."""
+        return packed(half)
+
+    def half_of(self, given: Posterior) -> Tensor | None:
+        """See `HeadFunctions`."""
+        return given.half if given.half is None else unpacked(given.half, self.head.n_columns)
 
     def outputs(self, X: Tensor, shift: Tensor, place: Tensor) -> Tensor:
         """See `HeadFunctions`."""

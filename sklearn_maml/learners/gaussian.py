@@ -266,8 +266,8 @@ class HeadFunctions:
         solved = self._solve(factor, residual)
         half = n_moved = None
         if doubt:
-            half = torch.linalg.solve_triangular(factor, S.unsqueeze(2), upper=False)
-            n_moved = half.square().sum((-2, -1))
+            root = torch.linalg.solve_triangular(factor, S.unsqueeze(2), upper=False)
+            half, n_moved = self.kept(root), root.square().sum((-2, -1))
         shift, misfit = S.mT @ solved, (residual * solved).sum(2)
         of_rows = torch.ones_like(n_rows[:1, :, 0], dtype=torch.bool)
         parts = (shift, misfit, shift.square().sum(2), n_moved, self._log_det(factor))
@@ -279,13 +279,21 @@ class HeadFunctions:
         shift = self._solve(factor, given.cross)
         half = n_moved = None
         if doubt:
-            root = torch.diag_embed(noise.sqrt().unsqueeze(-1).expand(factor.shape[:-1]))
-            half = torch.linalg.solve_triangular(factor, root, upper=False)
-            n_moved = half.shape[-1] - half.square().sum((-2, -1))
+            one = torch.diag_embed(noise.sqrt().unsqueeze(-1).expand(factor.shape[:-1]))
+            root = torch.linalg.solve_triangular(factor, one, upper=False)
+            half, n_moved = self.kept(root), root.shape[-1] - root.square().sum((-2, -1))
         misfit = (given.square - (given.cross * shift).sum(2)) / noise
         of_rows = torch.zeros_like(given.n_rows[:1, :, 0], dtype=torch.bool)
         parts = (shift, misfit, shift.square().sum(2), n_moved, self._log_det(factor))
         return Posterior(*parts, given.n_rows, half, of_rows)
+
+    def kept(self, half: Tensor) -> Tensor:
+        """Roots H as posteriors have them."""
+        return half
+
+    def half_of(self, given: Posterior) -> Tensor | None:
+        """Roots H (n_members, n_tasks, n_noises, n, n_columns), see `Posterior`."""
+        return given.half
 
     def _log_det(self, factor: Tensor) -> Tensor:
         """Logarithms of the determinants of systems, over those of the noise alone."""
@@ -417,9 +425,10 @@ class HeadFunctions:
         """
         prior, S = self.of_tasks(X)
         mean = self.amplitude_of_tasks() * (prior + S @ given.shift)
-        if given.half is None:
+        half = self.half_of(given)
+        if half is None:
             return mean, None
-        left = (given.half @ S.mT.unsqueeze(2)).square().sum(-2)
+        left = (half @ S.mT.unsqueeze(2)).square().sum(-2)
         less = (S.square().sum(-1).unsqueeze(2) - left).clamp_min(0)
         left = torch.where(given.of_rows[..., None, None], less, left)
         return mean, (left + self.noise()[:, None, :, None]).mT
@@ -472,8 +481,9 @@ class HeadFunctions:
 
     def covariance(self, given: Posterior) -> Tensor:
         """Covariance (n_members, n_tasks, n_noises, n_columns, n_columns) of w."""
-        assert given.half is not None, NO_HALF
-        known = given.half.mT @ given.half
+        half = self.half_of(given)
+        assert half is not None, NO_HALF
+        known = half.mT @ half
         one = torch.eye(known.shape[-1], dtype=known.dtype, device=known.device)
         return torch.where(given.of_rows[..., None, None, None], one - known, known)
 

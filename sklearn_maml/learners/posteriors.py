@@ -59,9 +59,10 @@ class Posterior:
         Logarithm of the determinant of their covariance, over that of the noise alone.
     n_rows : Tensor of shape (1 or n_members, n_tasks, 1)
         Support rows, by their weights.
-    half : Tensor of shape (n_members, n_tasks, n_noises, n, n_columns) or None
-        Root H of the covariance of w, which is H'H, a triangle, or, if the system that was solved
-        is one of rows, 1 - H'H. None: nobody asks for variances.
+    half : Tensor of shape (n_members, n_tasks, n_noises, ...) or None
+        Root H (n, n_columns) of the covariance of w, which is H'H, a triangle, or, if the system
+        that was solved is one of rows, 1 - H'H; as `HeadFunctions.kept` arranges its numbers.
+        None: nobody asks for variances.
     of_rows : bool Tensor of shape (1, n_tasks)
         Whether it is one of rows, or of columns where there are fewer of them.
     """

@@ -14,8 +14,9 @@ namespace {
 static i64 n_columns(const Shape &s) { return s.n_linear + s.width(); }
 static bool is_of_rows(const Shape &s, i64 n) { return n <= n_columns(s); }
 
-// rows of H at a time: the more, the more zeros of a triangle are not skipped
-enum { HALF_ROWS_AT_A_TIME = 2 * MAX_ROWS };
+// H is kept in panels of so many rows, those of a column side by side: what a predicted row is multiplied with is read
+// from the first number to the last, and memory is what that waits for. Fewer than 8 rows are filled up by zeros.
+enum { PANEL_ROWS = 32 };
 
 struct Conditioning {
     Job job;                            // the support rows are its first set
@@ -26,24 +27,61 @@ struct Conditioning {
 };
 
 struct Systems {
-    real *turned, *gram, *r, *u, *v, *expected, *half, *U, *W;
+    real *turned, *gram, *r, *u, *v, *expected, *U, *W;
     void place(const Shape &s, i64 width, Arena &a) {
         const i64 pn = pad(width), most = pn > s.columns ? pn : s.columns, C = s.n_outputs;
         const i64 n = is_of_rows(s, width) ? pn : s.columns; // of a system
         turned = a.take(s.columns * pad(n_columns(s))), gram = a.take(n * n), U = a.take(n * n), W = a.take(n * n);
         r = a.take(C * pn), u = a.take(C * most), v = a.take(C * s.columns);
-        expected = a.take(s.outputs), half = a.take(MAX_ROWS * s.columns);
+        expected = a.take(s.outputs);
     }
+};
+
+// where columns are, without their padding: the first of each part, and how many they are
+struct Parts {
+    i64 of[4][2];
+    Parts(const Shape &s)
+        : of{{0, s.n_linear},
+             {s.linear, s.units[s.n_layers - 1]},
+             {s.linear + s.last(), s.n_waves},
+             {s.linear + s.last() + s.waves, s.n_waves}} {}
 };
 
 // columns without their padding, each of `width` numbers; may be in place
 static void compact(const Shape &s, i64 width, const real *from, real *to) {
-    const i64 units = s.linear + s.last();
-    const i64 parts[][2] = {
-        {0, s.n_linear}, {s.linear, s.units[s.n_layers - 1]}, {units, s.n_waves}, {units + s.waves, s.n_waves}};
-    for (const auto &part : parts) {
+    for (const auto &part : Parts(s).of) {
         memmove(to, from + part[0] * width, part[1] * width * sizeof(real));
         to += part[1] * width;
+    }
+}
+
+// panels of H, from the inverse factor W (ld) of a system; U is overwritten
+static void keep_half(const Shape &s, i64 n, bool of_rows, double noise, const real *S, i64 ld, const real *W, real *U,
+                      i64 n_half, real *to) {
+    const i64 K = s.columns, p = n_columns(s), size = of_rows ? n : K;
+    const double root = sqrt(noise);
+    transpose<true>(size, size, W, ld, U, ld);
+    if (!of_rows) {
+        compact(s, K, U, U);
+        for (i64 c = 0; c < p; c++) compact(s, 1, U + c * K, U + c * K);
+    }
+    for (i64 r = 0; r < n_half; r += PANEL_ROWS) {
+        const i64 m = n_half - r < PANEL_ROWS ? n_half - r : PANEL_ROWS, there = of_rows ? pad(n) - r : p - r;
+        const i64 mine = there < m ? there : m, k = r + mine < n ? r + mine : n;
+        if (mine < m) memset(to, 0, p * m * sizeof(real));
+        if (mine <= 0) {
+            to += p * m;
+            continue;
+        }
+        if (!of_rows) {
+            for (i64 c = 0; c < p; c++, to += m)
+                for (i64 i = 0; i < mine; i++) to[i] = root * U[c * K + r + i];
+            continue;
+        }
+        for (const auto &part : Parts(s).of) { // H' = S' W', of which W' is a triangle
+            multiply(part[1], mine, {k, 1, K, ld, {S + part[0], 0}, {U + r, 0}, 0}, 0, 0, to, m);
+            to += part[1] * m;
+        }
     }
 }
 
@@ -129,19 +167,7 @@ static void condition(const Conditioning &q, i64 member, const real *theta, i64 
             q.misfit[at * C + c] = misfit;
         }
         if (!q.n_half) continue;
-        double *half = q.half + (at * s.n_noises + o) * q.n_half * p, *to = half;
-        for (i64 i = 0; i < n && of_rows; i += MAX_ROWS) {
-            const i64 m = n - i < MAX_ROWS ? n - i : MAX_ROWS;
-            multiply(m, K, {i + m, ld, 1, K, {b.W + i * ld, 0}, {S, 0}, 0}, 0, 0, b.half, K);
-            for (i64 j = 0; j < m; j++, to += p) compact(s, 1, b.half + j * K, to);
-        }
-        if (!of_rows) {
-            const double root = sqrt(noise);
-            for (i64 i = 0; i < K * K; i++) b.W[i] *= root;
-            compact(s, K, b.W, b.W);
-            for (i64 i = 0; i < p; i++, to += p) compact(s, 1, b.W + i * K, to);
-        }
-        memset(to, 0, (half + q.n_half * p - to) * sizeof(double));
+        keep_half(s, n, of_rows, noise, S, ld, b.W, b.U, q.n_half, q.half + (at * s.n_noises + o) * p * q.n_half);
     }
     if (of_rows) multiply(C, K, {n, pn, 1, K, {b.u, 0}, {S, 0}, 0}, 0, 0, b.v, K);
     for (i64 c = 0; c < C; c++) {
@@ -204,11 +230,11 @@ struct Query {
 };
 
 struct Predictions {
-    real *turned, *weights, *out, *moved, *squares;
+    real *turned, *weights, *out, *moved;
     void place(const Shape &s, Arena &a) {
         const i64 most = pad(ROWS_AT_A_TIME);
         turned = a.take(s.columns * most), weights = a.take(s.columns * s.n_outputs);
-        out = a.take(s.n_outputs * most), moved = a.take(HALF_ROWS_AT_A_TIME * most), squares = a.take(most);
+        out = a.take(s.n_outputs * most), moved = a.take(ROWS_AT_A_TIME * PANEL_ROWS);
     }
 };
 
@@ -231,25 +257,22 @@ static void predict(const Query &q, i64 member, const real *theta, i64 first, i6
             q.mean[(member * n_rows + first + i) * C + c] =
                 theta[s.amplitude + c] * (prior[i * s.outputs + c] + b.out[c * pn + i]);
     for (i64 o = 0; q.variance && o < s.n_noises; o++) {
-        const double *half = q.half + (at * s.n_noises + o) * q.n_half * p;
+        const double *half = q.half + (at * s.n_noises + o) * p * q.n_half;
         const bool of_rows = q.of_rows[q.place[first]];
-        memset(b.squares, 0, pn * sizeof(real));
-        for (i64 r = 0; r < q.n_half; r += HALF_ROWS_AT_A_TIME) {
-            const i64 m = q.n_half - r < HALF_ROWS_AT_A_TIME ? q.n_half - r : HALF_ROWS_AT_A_TIME;
+        double *left = q.variance + (member * n_rows + first) * s.n_noises + o;
+        for (i64 i = 0; i < n; i++) left[i * s.n_noises] = 0;
+        for (i64 r = 0; r < q.n_half; r += PANEL_ROWS) {
+            const i64 m = q.n_half - r < PANEL_ROWS ? q.n_half - r : PANEL_ROWS;
             const i64 k = of_rows || r + m > p ? p : r + m; // of a triangle no more is there
-            multiply(m, n, {k, p, 1, pn, {half + r * p, 0}, {b.turned, 0}, 0}, 0, 0, b.moved, pn);
-            for (i64 j = 0; j < m; j++)
-                for (i64 i = 0; i < pn; i += V) {
-                    const vec x = load(b.moved + j * pn + i);
-                    store(b.squares + i, load(b.squares + i) + x * x);
-                }
+            multiply(n, m, {k, 1, pn, m, {b.turned, 0}, {half + r * p, 0}, 0}, 0, 0, b.moved, m);
+            for (i64 i = 0; i < n; i++) left[i * s.n_noises] += dot_rows(m, b.moved + i * m, b.moved + i * m);
         }
         for (i64 i = 0; i < n; i++) {
             const real *row = S + i * s.columns;
-            double left = b.squares[i];
-            if (of_rows) left = dot_rows(s.columns, row, row) - left;
-            left = left < 0 ? 0 : left; // NaN stays
-            q.variance[(member * n_rows + first + i) * s.n_noises + o] = left + theta[s.noise + o];
+            double found = left[i * s.n_noises];
+            if (of_rows) found = dot_rows(s.columns, row, row) - found;
+            found = found < 0 ? 0 : found; // NaN stays
+            left[i * s.n_noises] = found + theta[s.noise + o];
         }
     }
 }

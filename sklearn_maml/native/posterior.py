@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sklearn_maml.native import PARALLEL_WORK, _kernels, instruction_set, instruction_sets
 from sklearn_maml.native.head import Layout
@@ -31,6 +33,8 @@ ARGUMENTS = (
     ),
 )
 DTYPES = (torch.float32, torch.float64)
+LANES = 8  # numbers of the widest vectors
+PANEL_ROWS = 32  # of posterior.h
 
 
 class PosteriorKernel:
@@ -89,7 +93,7 @@ class PosteriorKernel:
         Returns
         -------
         found : dict
-            The parts of `learners.gaussian.Posterior`.
+            The parts of `learners.posteriors.Posterior`; `half` is `packed`.
         """
         own = self.layout
         n_members, p, n_tasks, width = own.n_members, own.n_columns, *X.shape[:2]
@@ -98,8 +102,8 @@ class PosteriorKernel:
         found: dict[str, Tensor | None] = {"shift": shift}
         found |= {n: y.new_empty(*shape, own.n_outputs) for n in ("misfit", "moved")}
         found |= {n: y.new_empty(*shape, own.n_noises) for n in ("n_moved", "log_det")}
-        n_half = min(width, p) if doubt else 0
-        found["half"] = y.new_empty(*shape, own.n_noises, n_half, p) if doubt else None
+        n_half = -(-min(width, p) // LANES) * LANES if doubt else 0
+        found["half"] = _aligned(*shape, own.n_noises, p * n_half) if doubt else None
         found["n_rows"] = y.new_empty(1, n_tasks, 1)
         found["of_rows"] = torch.empty(1, n_tasks, dtype=torch.bool)
         row = own.row_work + own.n_noises * min(width, p) * p
@@ -148,7 +152,8 @@ class PosteriorKernel:
         mean = torch.empty(own.n_members, n_rows, own.n_outputs, dtype=torch.float64)
         variance, n_half, row = None, 0, own.row_work
         if half is not None:
-            variance, n_half = mean.new_empty(own.n_members, n_rows, own.n_noises), half.shape[3]
+            variance = mean.new_empty(own.n_members, n_rows, own.n_noises)
+            n_half = half.shape[3] // own.n_columns
             row += own.n_noises * n_half * own.n_columns
         self._call(
             _kernels.head_query,
@@ -176,3 +181,26 @@ class PosteriorKernel:
         # what `given` has is held until the call is over
         arguments = [v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values]
         function(self._level, True, (ctypes.c_int64 * len(arguments))(*arguments))
+
+
+def _aligned(*shape: int) -> Tensor:
+    """Memory for numbers, from where vectors may be read."""
+    # numpy asks for large pages: a system hands out those in a fifth of the time, where it has any
+    room = np.empty(math.prod(shape) + LANES - 1)
+    first = -room.ctypes.data // room.itemsize % LANES
+    return torch.from_numpy(room[first : first + math.prod(shape)]).view(shape)
+
+
+def packed(half: Tensor) -> Tensor:
+    """Roots H (..., n, n_columns) as the kernels keep them: (..., numbers).
+
+    In panels of rows, of which those of a column are side by side.
+    """
+    rows = nn.functional.pad(half, (0, 0, 0, -half.shape[-2] % LANES))
+    return torch.cat([part.mT.flatten(-2) for part in rows.split(PANEL_ROWS, -2)], -1)
+
+
+def unpacked(kept: Tensor, n_columns: int) -> Tensor:
+    """Return what `packed` was given, and up to seven rows of zeros."""
+    panels = kept.split(PANEL_ROWS * n_columns, -1)
+    return torch.cat([part.unflatten(-1, (n_columns, -1)).mT for part in panels], -2)
