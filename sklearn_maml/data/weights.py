@@ -37,18 +37,16 @@ def check_weights(
     an exponent between these two; with the default it is at most 1. With `zeros` all may be 0.
     """
     refuse_graphs(sample_weight=sample_weight)
-    if zeros and np.shape(sample_weight) in ((), X.shape[:1]) and _are_zero(sample_weight):
-        return np.zeros(len(X), options.get("dtype", X.dtype))
+    if zeros:
+        given = np.asarray(sample_weight)
+        if given.shape in ((), X.shape[:1]) and (given == 0).all():
+            return np.zeros(len(X), options.get("dtype", X.dtype))
     # a number that is too large for the dtype is refused with a message of its own
     with np.errstate(over="ignore", invalid="ignore"):
         weights = _check_sample_weight(sample_weight, X, **options)
     exponent = int(np.frexp(np.abs(weights).max())[1])
     shift = min(max(exponent, exponents[0]), exponents[1]) - exponent
     return np.ldexp(weights, shift) if shift else weights
-
-
-def _are_zero(values: Any) -> bool:
-    return bool((np.asarray(values) == 0).all())
 
 
 def take_weights(X: Any, y: Any, sample_weight: Any, known: str | None) -> tuple[Any, Any]:
