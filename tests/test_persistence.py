@@ -1066,6 +1066,82 @@ def test_a_complete_checkpoint_gives_the_result_at_once(data, tmp_path, monkeypa
     assert_same_weights(other, unkept)
 
 
+class Bent(nn.Module):
+    """Ends in a linear layer."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.body = nn.Linear(in_features, 5)
+        self.head = nn.Linear(5, out_features)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def answers(model, X, y):
+    """Everything that a model says of a task, after adapting to some of its rows."""
+    model.adapt(X[:6], y[:6])
+    if hasattr(model, "predict_proba"):
+        return [model.predict_proba(X)]
+    return [*model.predict(X, return_std=True)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["numbers", "counts", "two classes", "three classes", "n_ways", "module", "beside steps"],
+)
+def test_a_complete_checkpoint_of_a_head_starts_and_judges_nothing(kind, tmp_path, monkeypatch):
+    rng = np.random.RandomState(0)
+    groups = np.repeat(np.arange(20), 14)
+    X = rng.randn(280, 2)
+    y = X @ [1.0, 0.5] + 2 * rng.randn(20)[groups]
+    settings = {"max_iter": 50, "hidden_layer_sizes": (4,), "random_state": 0}
+    cls = MAMLClassifier if "classes" in kind or kind == "n_ways" else MAMLRegressor
+    if kind == "counts":
+        y, settings["loss"] = rng.poisson(np.exp(0.3 * y)), "poisson"
+    elif kind == "two classes":
+        y = (y > 0).astype(int)
+    elif cls is MAMLClassifier:
+        y = np.tile(np.arange(14) % 3, 20)
+    if kind == "n_ways":
+        settings |= {"n_ways": 3, "n_shots": 1}
+    elif kind == "module":
+        settings["module"] = Bent
+    elif kind == "beside steps":
+        settings["validation_fraction"] = 0.5
+    settings["callbacks"] = [Checkpoint(tmp_path / "fit")]
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*args):
+        raise KilledError
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patched:  # before what held-out tasks decide is written
+        patched.setattr(CheckpointedFit, "decide", killed)
+        with pytest.raises(KilledError):
+            cls(**settings).fit(X, y, groups=groups)
+    with monkeypatch.context() as patched:
+        patched.setattr(sklearn_maml.estimators.building, "build_head", refuse)
+        patched.setattr(sklearn_maml.engine.Engine, "meta_step", refuse)
+        judged = cls(**settings).fit(X, y, groups=groups)
+    first = cls(**{**settings, "callbacks": None}).fit(X, y, groups=groups)
+    with monkeypatch.context() as patched:
+        patched.setattr(sklearn_maml.estimators.building, "build_head", refuse)
+        patched.setattr(sklearn_maml.estimators.training, "judge_head", refuse)
+        again = cls(**settings).fit(X, y, groups=groups)
+    assert_same_weights(first, again)
+    assert first.learner_weights_ == judged.learner_weights_ == again.learner_weights_
+    for model in (judged, again):
+        for expected, got in zip(
+            answers(first, X[:14], y[:14]), answers(model, X[:14], y[:14]), strict=True
+        ):
+            assert_array_equal(got, expected)
+
+
 def test_warm_starts_are_checkpointed(data, tmp_path):
     X, y, groups = data
     params = {**SMALL, "max_iter": 150, "warm_start": True}
@@ -1217,7 +1293,7 @@ def test_checkpoints_are_written_after_so_many_seconds(data, tmp_path, monkeypat
 
     def write(self, net, complete):
         written.append((net.update_, complete))
-        original(self, net, complete)
+        return original(self, net, complete)
 
     monkeypatch.setattr(CheckpointedFit, "_write", write)
 

@@ -235,7 +235,7 @@ class BaseMAML(Training, Stored, Scoring):
             metadata = {name: value for name, value in routed.items() if value is not None}
             plan = dataclasses.replace(self._plan(source, seed, continued), partial=partial)
             joint = self._meta_train(plan, seed, continued, (X, y, metadata), processes, checkpoint)
-            self._choose_learners(plan, joint, before)
+            self._choose_learners(plan, joint, before, checkpoint)
         if source.single:
             # without tasks the estimator is an ordinary one: it has learned from all the rows
             self._adapt_to(source.tasks, source.tasks.weight)

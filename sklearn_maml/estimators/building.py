@@ -101,32 +101,35 @@ class Building(Parameters):
 
     def _new_learner(self, weights: dict[str, Tensor]) -> Any:
         """Meta-parameters of the shapes of a fit, for those of a file."""
-        prefix = "head."
-        of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
         self.targets_ = self._make_targets().restore(self.__dict__)
         with SeededTorch(self.device_, 0):
             learner = self._make_learner(self._networks().make())
             own = self._own_learner()
             if own is not None:
                 learner.head = self._build_network(own, None)
-            elif of_head:
-                likelihood = self._likelihood()
-                assert likelihood is not None
-                learner.head = (
-                    kind_of_head(likelihood)
-                    .like(
-                        of_head,
-                        self._head_body(),
-                        self.targets_.n_outputs,
-                        activation=ACTIVATIONS[self.activation](),
-                        likelihood=likelihood,
-                        same_classes=self.targets_.n_ways is not None,
-                    )
-                    .to(TORCH_DTYPES[self._dtype])
-                )
+            else:
+                learner.head = self._head_like(weights)
         if not any(name.startswith(name_in_module("")) for name in weights):
             learner.without_steps()
         return learner
+
+    def _head_like(self, weights: dict[str, Tensor]) -> GaussianHead | None:
+        """Gaussian head of the shapes of meta-parameters that have one."""
+        prefix = "head."
+        of_head = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
+        if not of_head:
+            return None
+        likelihood = self._likelihood()
+        assert likelihood is not None
+        head = kind_of_head(likelihood).like(
+            of_head,
+            self._head_body(),
+            self.targets_.n_outputs,
+            activation=ACTIVATIONS[self.activation](),
+            likelihood=likelihood,
+            same_classes=self.targets_.n_ways is not None,
+        )
+        return head.to(dtype=TORCH_DTYPES[self._dtype], device=self.device_)
 
     def _problem(self, tasks: TaskCollection | None) -> Problem:
         """Describe the tasks to a learner; None, of a model from a file, has their shapes only."""

@@ -16,7 +16,7 @@ from sklearn_maml.learners.head_trainer import HeadTrainer
 from sklearn_maml.learners.joint import RATE, Joint
 from sklearn_maml.learners.learner import LearnerEngine
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
-from sklearn_maml.training.checkpoint import Checkpoint
+from sklearn_maml.training.checkpoint import Checkpoint, CheckpointedFit, net_state
 from sklearn_maml.training.optimizers import settings_on
 from sklearn_maml.training.sources import LEAST_TASKS, CrossFitted
 
@@ -76,13 +76,17 @@ class Planning(Building):
         )
         return Plan(source, episodes, with_steps=with_steps, with_head=True)
 
-    def _new_net(self, plan: Plan, seed: int, continued: bool) -> tuple[Any, Any]:
+    def _new_net(
+        self, plan: Plan, seed: int, continued: bool, checkpoint: CheckpointedFit | None
+    ) -> tuple[Any, Any]:
         """Meta-parameters, and the net that trains them."""
         if continued:
             from sklearn_maml.training.outcomes import shortened
 
             self._check_unchanged(everything=True)
             learner = copy.deepcopy(self._learner)
+            if checkpoint is not None:
+                self._take_up(checkpoint, learner, plan, seed, continued)
             net = self._make_net(learner)
             history = self.net_.history
             net.continue_from(
@@ -93,15 +97,43 @@ class Planning(Building):
             module = self._networks().make()
             self._check_module(module)
         learner = self._make_learner(module)
-        with SeededTorch(self.device_, seed):
-            if plan.with_head:
-                learner.head = self._make_head(plan)
-            elif plan.learner is not None:
+        if plan.learner is not None:
+            with SeededTorch(self.device_, seed):
                 learner.head = self._build_network(plan.learner, plan.source.encoded)
+        if checkpoint is not None:
+            self._take_up(checkpoint, learner, plan, seed, continued)
+        if plan.with_head:  # its start follows from what was compared, and takes long
+            result = None if checkpoint is None else checkpoint.result
+            with SeededTorch(self.device_, seed):
+                learner.head = self._make_head(plan) if result is None else self._head_like(result)
         if not plan.with_steps:
             learner.without_steps()
         learner.to(self.device_)
         return learner, self._make_net(learner)
+
+    def _take_up(
+        self, checkpoint: CheckpointedFit, learner: Any, plan: Plan, seed: int, more: bool
+    ) -> None:
+        """Compare what a checkpoint has with this fit."""
+        source, tasks = plan.source, plan.source.tasks
+        weight = source.encoded.weight
+        checkpoint.compare(
+            params=self.get_params(deep=False),
+            seed=seed,
+            the_tasks_in_X_y_and_groups=[
+                tasks.X,
+                tasks.y,
+                tasks.codes,
+                tasks.ids,
+                tasks.in_query,
+                source.single,
+                *([] if weight is None else [weight]),
+            ],
+            the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
+            the_fit_that_is_continued=[self.net_.update_, net_state(self.net_)["optimizer"]]
+            if more
+            else None,
+        )
 
     def _all_callbacks(self) -> list[Any]:
         """Return callbacks of the net: the user's, and a progress bar where one can be seen."""

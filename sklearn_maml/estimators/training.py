@@ -16,11 +16,12 @@ from sklearn_maml.engine import Engine, begin_with, has_dropout, is_row_wise
 from sklearn_maml.estimators.planning import Planning
 from sklearn_maml.exceptions import DroppedLearnerWarning, MemorizationWarning
 from sklearn_maml.learners.building import population_range
+from sklearn_maml.learners.conditioned import Calibration
 from sklearn_maml.learners.judging import choose, held_out_outputs, judge_head, match_frequencies
 from sklearn_maml.learners.plan import GRADIENT_STEPS, Plan
 from sklearn_maml.learners.shares import LEAST_HELD_OUT
 from sklearn_maml.modules import copy_buffers
-from sklearn_maml.training.checkpoint import CheckpointedFit, net_state
+from sklearn_maml.training.checkpoint import CheckpointedFit
 from sklearn_maml.training.distributed import Processes
 
 # A fit is judged by what adapting gains after as many meta-updates, on as many held-out tasks: on
@@ -50,7 +51,7 @@ class Training(Planning):
         from sklearn_maml.training.stream import TaskStream, ValidateOn
 
         source, episodes = plan.source, plan.episodes
-        learner, net = self._new_net(plan, seed, continued)
+        learner, net = self._new_net(plan, seed, continued, checkpoint)
         engine = self._training_engine(learner, plan, continued)
         self._rung = "auto"
         net.engine = engine
@@ -81,8 +82,7 @@ class Training(Planning):
         # only modules that may draw random numbers (dropout, unknown ones) need torch's generator
         random = any(not is_row_wise(m) or has_dropout(m) for m in learner.networks())
         if checkpoint is not None:
-            self._take_up(checkpoint, net, learner, plan, seed, continued)
-            checkpoint.draws_random = random
+            net.checkpoint, checkpoint.draws_random = checkpoint, random
         rank = 0 if processes is None else processes.rank  # other tasks, other random numbers
         with (
             SeededTorch(self.device_, seed + (net.update_ if continued else 0) + rank)
@@ -125,32 +125,13 @@ class Training(Planning):
             ],
         )
 
-    def _take_up(
-        self, checkpoint: CheckpointedFit, net: Any, learner: Any, plan: Plan, seed: int, more: bool
+    def _choose_learners(
+        self,
+        plan: Plan,
+        joint: Any,
+        before: dict[str, Any] | None,
+        checkpoint: CheckpointedFit | None,
     ) -> None:
-        """Compare what a checkpoint has with this fit."""
-        source, tasks = plan.source, plan.source.tasks
-        weight = source.encoded.weight
-        checkpoint.compare(
-            params=self.get_params(deep=False),
-            seed=seed,
-            the_tasks_in_X_y_and_groups=[
-                tasks.X,
-                tasks.y,
-                tasks.codes,
-                tasks.ids,
-                tasks.in_query,
-                source.single,
-                *([] if weight is None else [weight]),
-            ],
-            the_parameters_that_the_fit_begins_with=dict(learner.state_dict()),
-            the_fit_that_is_continued=[net.update_, net_state(self.net_)["optimizer"]]
-            if more
-            else None,
-        )
-        net.checkpoint = checkpoint
-
-    def _choose_learners(self, plan: Plan, joint: Any, before: dict[str, Any] | None) -> None:
         """Decide on held-out tasks which learners predict, and how sure they may be.
 
         `before` has the fitted attributes of the fit that this one continues: what its tasks have
@@ -159,12 +140,39 @@ class Training(Planning):
         self.learner_weights_, self.calibration_ = plan.weights(0.0), None
         if joint is None:
             return
+        known = 0.0 if before is None else before["learner_weights_"].get(GRADIENT_STEPS, 0.0)
+        decided = None if checkpoint is None else checkpoint.decided
+        if decided is None:
+            share, calibration = self._judge(plan, joint, before, known)
+            if checkpoint is not None:
+                checkpoint.decide({"share": share, "calibration": dict(vars(calibration))})
+        else:
+            share, calibration = decided["share"], Calibration(**decided["calibration"])
+        if known > 0 and share == 0:
+            warnings.warn(
+                f"Gradient steps had a share of {known:.1f} in predictions, and have none after "
+                "this continued fit: its held-out tasks did better without them. Fit on old and "
+                "new tasks together to keep what the old ones have shown.",
+                DroppedLearnerWarning,
+                stacklevel=4,
+            )
+        self.calibration_ = calibration
+        self.learner_weights_ = plan.weights(share)
+        if self.verbose and plan.with_steps:
+            shares = ", ".join(f"{name} {w:.1f}" for name, w in self.learner_weights_.items())
+            dict(self.net_.callbacks_)["print_log"].sink(f"Shares of predictions: {shares}")
+
+    def _judge(
+        self, plan: Plan, joint: Any, before: dict[str, Any] | None, known: float
+    ) -> tuple[float, Calibration]:
+        """Share of gradient steps, and how sure predictions may be, by held-out tasks.
+
+        `known` is the share in the fit that this one continues.
+        """
         tasks, head = plan.source.encoded, self._learner.head
         meta_params = self._learner.meta_params()
         edges = population_range(tasks.y, head.n_outputs, head.likelihood)
-        known = 0.0
         if before is not None:
-            known = before["learner_weights_"].get(GRADIENT_STEPS, 0.0)
             of_before = before["calibration_"]
             edges = np.minimum(edges[0], of_before.low), np.maximum(edges[1], of_before.high)
         with joint.threads(0):
@@ -188,19 +196,7 @@ class Training(Planning):
                 share, calibration = choose(
                     outputs, plan.episodes.task_of_episode, calibration, head.likelihood, known
                 )
-        if known > 0 and share == 0:
-            warnings.warn(
-                f"Gradient steps had a share of {known:.1f} in predictions, and have none after "
-                "this continued fit: its held-out tasks did better without them. Fit on old and "
-                "new tasks together to keep what the old ones have shown.",
-                DroppedLearnerWarning,
-                stacklevel=4,
-            )
-        self.calibration_ = calibration
-        self.learner_weights_ = plan.weights(share)
-        if self.verbose and plan.with_steps:
-            shares = ", ".join(f"{name} {w:.1f}" for name, w in self.learner_weights_.items())
-            dict(self.net_.callbacks_)["print_log"].sink(f"Shares of predictions: {shares}")
+        return share, calibration
 
     def _warn_if_memorized(self, engine: Engine, learner: Any, source: Any) -> None:
         """Warn where held-out tasks gain nothing from their own support sets."""

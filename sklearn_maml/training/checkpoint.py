@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from sklearn.base import BaseEstimator
+from torch import Tensor
 
 from sklearn_maml.devices import generator_states, is_host, set_generator_states
 from sklearn_maml.exceptions import FileFormatError
@@ -120,6 +121,10 @@ class CheckpointedFit:
     ----------
     is_complete : bool
         Whether the file already has the result of the fit.
+    result : dict of str to Tensor, or None
+        State of the net's module in a complete file.
+    decided : dict or None
+        What held-out tasks have decided of a result that was taken from a complete file.
     draws_random : bool
         Whether meta-training draws from torch's generators.
     """
@@ -127,6 +132,7 @@ class CheckpointedFit:
     path: Path
     every: float
     draws_random: bool
+    decided: dict[str, Any] | None
     _describe: Callable[..., Any]
 
     def __init__(self, settings: Checkpoint, describe: Callable[..., Any]) -> None:
@@ -136,7 +142,9 @@ class CheckpointedFit:
         self.path = Path(settings.path)
         self.every = float(every)
         self.draws_random = False
+        self.decided = None
         self._describe = describe
+        self._result: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._marks: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
         if not self.path.parent.is_dir():
@@ -159,17 +167,24 @@ class CheckpointedFit:
         if tree.get("kind") != "checkpoint":
             raise FileFormatError(f"{self.path} is a {tree.get('kind')} and no checkpoint.")
         try:
-            saved: dict[str, Any] = Decoder(tensors).decode(tree["content"])
+            document = tree["content"]
+            saved: dict[str, Any] = Decoder(tensors).decode(document)
             # what is looked at before the fit goes on
             saved["complete"], saved["seed"], saved["marks"]["parameters"].items()
         except Exception as error:  # what is not well-formed may fail anywhere
             raise FileFormatError(f"{self.path} is not well-formed: {error!r}.") from error
+        self._read_as = document, tensors
         return saved
 
     @property
     def is_complete(self) -> bool:
         """Whether the file already has the result of the fit."""
         return self._saved is not None and bool(self._saved["complete"])
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Return the state of the module in a complete file, to know its shapes by."""
+        return self._saved["module"] if self._saved is not None and self.is_complete else None
 
     def seed(self, seed: int, given: bool) -> int:
         """Return the seed of the fit: that of an unfinished one where none was given."""
@@ -253,8 +268,10 @@ class CheckpointedFit:
 
     def take_result(self, net: Any) -> None:
         """Give a net the result of the fit, from a complete file."""
+        assert self._saved is not None
         self._restore(net)
-        self._saved = None
+        self.decided = self._saved.get("decided")
+        self._result, self._saved = self._read_as, None
 
     def _restore(self, net: Any) -> None:
         assert self._saved is not None
@@ -274,9 +291,21 @@ class CheckpointedFit:
 
     def end(self, net: Any) -> None:
         """Write the result."""
-        self._write(net, complete=True)
+        self._result = self._write(net, complete=True)
 
-    def _write(self, net: Any, complete: bool) -> None:
+    def decide(self, decided: dict[str, Any]) -> None:
+        """Write what held-out tasks have decided to the result, too; an interrupted fit has none.
+
+        The result is there before: to decide takes as long as many updates.
+        """
+        if self._result is not None:
+            encoder = Encoder()
+            document, tensors = self._result
+            document = {**document, "decided": encoder.encode(decided, "decided")}
+            content = {"kind": "checkpoint", "content": document}
+            write_tree(self.path, content, {**tensors, **encoder.tensors})
+
+    def _write(self, net: Any, complete: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         encoder = Encoder()
         engine = net.engine.progress()
         content = {
@@ -295,6 +324,7 @@ class CheckpointedFit:
         document = {name: encoder.encode(part, name) for name, part in content.items()}
         document["callbacks"] = {} if complete else _callback_states(net, encoder)
         write_tree(self.path, {"kind": "checkpoint", "content": document}, encoder.tensors)
+        return document, encoder.tensors
 
 
 def _generator_states(net: Any) -> dict[str, Any]:
