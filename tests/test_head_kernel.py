@@ -101,6 +101,11 @@ def make_batch(head, n_support, n_query, weighted=False, n_tasks=5, n_given=None
     return EpisodeBatch(rows(n_support), rows(n_query), n_given=n_given)
 
 
+def unseen_of(visible):
+    """Bits of the members that do not see a row, as kernels and trainers take them."""
+    return np.packbits(~np.asarray(visible), axis=0, bitorder="little")[0]
+
+
 def of_torch(head, batch, weights, visible, k, task_weight):
     """Gradients and outputs of torch, as of `HeadKernel.step`."""
     both = (batch.support, batch.query)
@@ -136,10 +141,10 @@ def run(head, batch, visible=None, n_threads=None, task_weight=None):
     assert kernel.takes(batch)
     k = batch.support.X.shape[1] if batch.n_given is None else batch.n_given
     weights = (batch.support.weight, batch.query.weight)
-    seen = None if visible is None else visible.to(torch.int8)
+    unseen = None if visible is None else torch.from_numpy(unseen_of(visible))
     if task_weight is None:
         task_weight = torch.linspace(0.01, 0.02, len(batch), dtype=torch.float64)
-    got = kernel.step(params_of(head), batch, weights, seen, k, task_weight)
+    got = kernel.step(params_of(head), batch, weights, unseen, k, task_weight)
     return got, of_torch(head, batch, weights, visible, k, task_weight)
 
 
@@ -316,7 +321,7 @@ def test_meta_steps_and_evaluations_of_a_trainer(name, weighted, monkeypatch):
     params = {f"head.{name}": p for name, p in params_of(head).items()}
 
     def results():
-        trainer = head_trainer.HeadTrainer(head, visible, [], weighted=weighted)
+        trainer = head_trainer.HeadTrainer(head, unseen_of(visible), [], weighted=weighted)
         return [trainer.meta_step(params, batch), trainer.evaluate(params, batch)]
 
     compiled = results()
@@ -345,7 +350,7 @@ def test_a_head_that_is_trained_is_watched_by_its_first_member(compiled, monkeyp
     visible = np.ones((2, N_ROWS), dtype=bool)
     visible[1] = False  # the other would have prior means
     params = {f"head.{name}": p for name, p in params_of(head).items()}
-    trainer = head_trainer.HeadTrainer(head, visible, [])
+    trainer = head_trainer.HeadTrainer(head, unseen_of(visible), [])
     step = trainer.evaluate(params, batch)
     assert not step.grads
     expected = trainer.outputs(params, 0, batch)[0]

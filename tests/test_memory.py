@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -627,3 +628,18 @@ def test_values_that_make_no_sense_are_refused(cls, name, value):
     X, y, groups = make_tasks()
     with pytest.raises(ValueError, match=rf"'{name}' parameter of {cls.__name__} must be .* Got"):
         cls(**{name: value}).fit(X, y > 0, groups=groups)
+
+
+def test_reading_many_rows_takes_little_memory_beside_them():
+    n_rows = 400_000  # of 12 bytes, and 8 for the id
+    rng = np.random.default_rng(0)
+    X, task = rng.standard_normal((n_rows, 2), dtype=np.float32), np.arange(n_rows) // 100
+    reg = MAMLRegressor(
+        update_rule="sgd", hidden_layer_sizes=(8,), max_iter=1, early_stopping=False, random_state=0
+    )
+    reg.fit(X[:400], X[:400, 0], groups=task[:400])  # imports
+    tracemalloc.start()
+    reg.fit(X, X[:, 0], groups=task)
+    most = tracemalloc.get_traced_memory()[1] / n_rows
+    tracemalloc.stop()
+    assert most < 20

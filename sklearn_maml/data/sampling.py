@@ -123,7 +123,7 @@ def _make_cells(tasks: TaskCollection, labels: np.ndarray | None) -> _Cells:
         starts = np.arange(tasks.n_tasks + 1)
         return _Cells(tasks.order, tasks.indptr[:-1], tasks.sizes, zeros, starts)
     n_labels = int(labels.max()) + 1
-    key = tasks.codes.astype(np.int64) * n_labels + labels
+    key = tasks.codes.astype(np.intp) * n_labels + labels
     rows = np.argsort(key, kind="stable")
     cell, first, size = np.unique(key[rows], return_index=True, return_counts=True)
     starts = np.searchsorted(cell, np.arange(tasks.n_tasks + 1) * n_labels)
@@ -262,7 +262,7 @@ class EpisodeSampler:
         if not self.as_they_come or not self.by_class or self.tasks.in_query is not None:
             return 1.0
         in_task = np.bincount(
-            self.tasks.codes * self.n_labels + self.tasks.y,
+            self.tasks.codes.astype(np.intp) * self.n_labels + self.tasks.y,
             minlength=self.tasks.n_tasks * self.n_labels,
         ).reshape(-1, self.n_labels)
         episode = np.repeat(np.arange(len(draw.n_query)), draw.n_query)

@@ -139,7 +139,7 @@ def _sure_support(tasks: TaskCollection, n_shots: int | None, classification: bo
 def _classes_of_tasks(tasks: TaskCollection) -> tuple[np.ndarray, np.ndarray]:
     """Return the class of its task (n_rows,) that a row is of, and how many rows that has."""
     labels, position = np.unique(tasks.y, return_inverse=True)
-    cell = tasks.codes * len(labels) + position.reshape(-1)
+    cell = tasks.codes.astype(np.intp) * len(labels) + position.reshape(-1)
     _, inverse, counts = np.unique(cell, return_inverse=True, return_counts=True)
     return cell, counts[inverse.reshape(-1)]
 

@@ -182,18 +182,18 @@ class Building(Parameters):
 
     def _make_head(self, plan: Plan) -> GaussianHead:
         """Gaussian head at its start."""
-        tasks, visible = plan.source.encoded, plan.episodes.visible
+        tasks, unseen = plan.source.encoded, plan.episodes.unseen
         rows = tasks.leveled(STARTING_TASKS)
         if rows is not None:
             tasks = tasks.take_rows(rows)
-            visible = None if visible is None else visible[:, rows]
+            unseen = None if unseen is None else unseen[rows]
         likelihood = self._likelihood()
         assert likelihood is not None
         head = build_head(
             tasks.X,
             tasks.y,
             tasks.codes,
-            visible,
+            unseen,
             tasks.weight,
             n_members=self._n_members(),
             body=self._head_body(),

@@ -227,7 +227,7 @@ class Planning(Building):
         episodes = plan.episodes
         trainer = HeadTrainer(
             learner.head,
-            episodes.visible,
+            episodes.unseen,
             episodes.member_validation,
             n_ways=episodes.n_ways,
             weighted=plan.source.encoded.weight is not None,

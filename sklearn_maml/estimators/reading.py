@@ -100,6 +100,8 @@ class Reading(Building):
             self._weight_column = sample_weight if named else None
         X, sample_weight = self._take_weights(X, y, sample_weight)
         tasks = self._read_tasks(X, y, groups, reset=not continued)
+        # a fit keeps them as long as it takes
+        tasks = tasks.having(codes=tasks.codes.astype(np.int32))
         tasks = weighted(tasks, sample_weight)
         n_shots = self._integer("n_shots")
         if tasks.spelling == "single" and targets.n_ways is None and n_shots is None:

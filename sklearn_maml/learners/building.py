@@ -86,7 +86,7 @@ def build_head(
     X: np.ndarray,
     y: np.ndarray,
     codes: np.ndarray,
-    visible: np.ndarray | None,
+    unseen: np.ndarray | None,
     weight: np.ndarray | None = None,
     *,
     n_members: int,
@@ -103,7 +103,8 @@ def build_head(
     ----------
     X, y, codes : ndarrays
         Rows, their encoded targets, and tasks.
-    visible : bool ndarray of shape (n_members, n_rows) or None
+    unseen : uint8 ndarray of shape (n_rows,) or None
+        Bit j says that member j may not see a row.
     weight : ndarray of shape (n_rows,), default=None
         Of the rows.
     n_members : int
@@ -147,7 +148,7 @@ def build_head(
         feature, knot = _knots(Z, made.room_for_hinges)
 
     def start(j: int) -> Any:
-        rows = np.arange(len(Z)) if visible is None else np.flatnonzero(visible[j])
+        rows = np.arange(len(Z)) if unseen is None else np.flatnonzero(unseen >> j & 1 == 0)
         if same_classes:
             zero, one = np.zeros((1 + n_linear, n_outputs)), np.ones(1)
             return zero, np.eye(1 + n_linear), one, one

@@ -44,9 +44,9 @@ class HeadTrainer:
     Parameters
     ----------
     head : GaussianHead
-    visible : bool ndarray of shape (n_members, n_rows) or None
-        Rows of the collection that each member learns from. The tasks of the others are its
-        held-out ones.
+    unseen : uint8 ndarray of shape (n_rows,) or None
+        Bit j says that member j does not learn from a row of the collection. The tasks of these
+        rows are its held-out ones.
     validation : list of HeldOut
     weighted : bool, default=False
         Whether the weights of rows are more than padding.
@@ -66,7 +66,7 @@ class HeadTrainer:
     def __init__(
         self,
         head: GaussianHead,
-        visible: np.ndarray | None,
+        unseen: np.ndarray | None,
         validation: Sequence[HeldOut],
         weighted: bool = False,
         n_ways: int | None = None,
@@ -76,9 +76,12 @@ class HeadTrainer:
         device = head.factor.device
         self._classes = torch.arange(max(head.n_outputs, n_ways or 0), device=device)
         self.n_ways = n_ways or head.n_outputs
-        self.visible: Tensor | None = None
-        if visible is not None:
-            self.visible = torch.from_numpy(np.ascontiguousarray(visible).view(np.int8)).to(device)
+        self.unseen: Tensor | None = None
+        if unseen is not None:
+            self.unseen = torch.from_numpy(unseen).to(device)
+            self._bits = torch.tensor(
+                [1 << j for j in range(head.n_members)], dtype=torch.uint8, device=device
+            )
         self.validation = [
             HeldOut(held.member, held.episodes.to(device), held.task) for held in validation
         ]
@@ -113,7 +116,7 @@ class HeadTrainer:
             return self.launched.meta_step(self._step, of_head, batch)
         weights = [self._present(rows) for rows in (batch.support, batch.query)]
         of_tasks = self._of_tasks(batch, k)
-        found, mean = kernel.step(_of_head(meta_params), batch, weights, self.visible, k, of_tasks)
+        found, mean = kernel.step(_of_head(meta_params), batch, weights, self.unseen, k, of_tasks)
         grads = {f"{PREFIX}{name}": grad for name, grad in found.items()}
         return self._meta_step(grads, mean, batch.query)
 
@@ -180,9 +183,9 @@ class HeadTrainer:
             return self._run(self.functions(meta_params, member), batch, mask, n_ways)[0]
         # outputs of all query rows are asked for
         asked = dataclasses.replace(batch, query=dataclasses.replace(batch.query, index=None))
-        visible = self.visible if trains else None
+        unseen = self.unseen if trains else None
         k = batch.support.X.shape[1]
-        return kernel.step(_of_head(meta_params, member), asked, [present, None], visible, k)[1]
+        return kernel.step(_of_head(meta_params, member), asked, [present, None], unseen, k)[1]
 
     def _meta_step(self, grads: Params, mean: Tensor, query: Rows) -> MetaStep:
         """Put errors and outputs of the query rows beside gradients."""
@@ -212,10 +215,10 @@ class HeadTrainer:
     def _mask(self, rows: Rows) -> Tensor | None:
         """Weights (n_members or 1, n_tasks, n_rows) of the rows that the members may see."""
         present = self._present(rows)
-        if self.visible is None or rows.index is None:
+        if self.unseen is None or rows.index is None:
             return present
-        seen = self.visible.index_select(1, rows.index.flatten()) > 0
-        seen = seen.view(-1, *rows.index.shape)
+        unseen = self.unseen.index_select(0, rows.index.flatten()).view(rows.index.shape)
+        seen = (unseen & self._bits[:, None, None]) == 0
         return seen if present is None else seen * present
 
     def _present(self, rows: Rows) -> Tensor | None:

@@ -126,7 +126,7 @@ def match_frequencies(
     if not head.likelihood.are_classes or head.same_classes:
         return calibration
     rows = evenly(len(tasks.X), MOST_MATCHED)
-    X, y, codes = tasks.X[rows], tasks.y[rows], tasks.codes[rows]
+    X, y, codes = tasks.X[rows], tasks.y[rows], tasks.codes[rows].astype(np.intp)
     weight = np.ones(len(rows)) if tasks.weight is None else tasks.weight[rows]
     one = Support(X[:0], y[:0], codes[:0], 1)
     plain = dataclasses.replace(calibration, offset=None)

@@ -220,9 +220,9 @@ struct Set {
 struct Job {
     Shape shape;
     Set sets[2]; // support and query
-    i64 n_tasks, n_rows, k, n_visible, n_parts;
+    i64 n_tasks, n_rows, k, n_parts;
     bool X_is_double;
-    const int8_t *visible;
+    const uint8_t *unseen; // by the member of each bit
     const double *center, *scale, *unit;
     const real *task_weight;
     real *theta, *grads; // packed: of each member, and of each part of its tasks
@@ -274,7 +274,7 @@ struct Space : Features {
 static real weight_of(const Job &job, i64 member, i64 task, i64 number) {
     const Set &set = job.sets[number >= job.sets[0].width];
     i64 at = task * set.width + number - (&set == job.sets ? 0 : job.sets[0].width);
-    if (job.visible && set.index && !job.visible[member * job.n_visible + set.index[at]]) return 0;
+    if (job.unseen && set.index && job.unseen[set.index[at]] >> member & 1) return 0;
     return set.weight ? set.weight[at] : 1;
 }
 
@@ -812,7 +812,7 @@ bool HEAD(step, LEVEL, REAL)(const int64_t *given) {
     job.n_tasks = given[head::N_TASKS], job.k = given[N_GIVEN];
     job.X_is_double = given[X_IS_DOUBLE];
     job.n_rows = job.sets[0].width + job.sets[1].width;
-    job.visible = (const int8_t *)given[VISIBLE], job.n_visible = given[N_VISIBLE];
+    job.unseen = (const uint8_t *)given[UNSEEN];
     job.center = (const double *)given[CENTER], job.scale = (const double *)given[SCALE];
     job.unit = (const double *)given[UNIT];
     job.task_weight = (const real *)given[TASK_WEIGHT], job.outputs = (real *)given[head::OUTPUTS];

@@ -164,7 +164,7 @@ class HeadKernel:
         params: Params,
         batch: EpisodeBatch,
         weights: Sequence[Tensor | None],
-        visible: Tensor | None,
+        unseen: Tensor | None,
         n_given: int,
         task_weight: Tensor | None = None,
     ) -> tuple[Params, Tensor]:
@@ -177,8 +177,8 @@ class HeadKernel:
         batch : EpisodeBatch
         weights : pair of Tensors of shape (n_tasks, n_rows) or (1, n_tasks, n_rows), or None
             Of the rows of support and query; 0 for padding.
-        visible : int8 Tensor of shape (n_members, n_rows) or None
-            Rows of the collection that each member learns from, if the rows have an `index`.
+        unseen : uint8 Tensor of shape (n_rows_of_collection,) or None
+            Bit j says that member j does not learn from a row, if the rows have an `index`.
         n_given : int
             Support rows that are conditioned on; further ones are as query rows.
         task_weight : Tensor of shape (n_tasks,), optional
@@ -225,8 +225,7 @@ class HeadKernel:
             int(batch.query.X.dtype == torch.float64),
             *rows_at(batch.support, weights[0]),
             *rows_at(batch.query, weights[1]),
-            at(visible),
-            0 if visible is None else visible.shape[1],
+            at(unseen),
             at(task_weight, self.dtype),
             outputs.data_ptr(),
             ctypes.addressof(held.grads_at),

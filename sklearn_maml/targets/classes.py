@@ -130,7 +130,8 @@ class ClassTargets(Targets):
                 "to predict. Give labelled rows of each, or meta-fit with n_ways=None."
             )
         labels, codes = np.unique(tasks.y, return_inverse=True)
-        key, inverse = np.unique(tasks.codes * len(labels) + codes.reshape(-1), return_inverse=True)
+        cells = tasks.codes.astype(np.intp) * len(labels) + codes.reshape(-1)
+        key, inverse = np.unique(cells, return_inverse=True)
         task = key // len(labels)
         rank = np.arange(len(key)) - np.searchsorted(task, np.arange(tasks.n_tasks))[task]
         n_classes = np.bincount(task, minlength=tasks.n_tasks)

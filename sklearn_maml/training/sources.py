@@ -233,8 +233,8 @@ class CrossFitted:
     ----------
     draw, n_train, bytes_of_episode, rows_per_task
         As of `source`.
-    visible : bool ndarray of shape (n_members, n_rows) or None
-        Rows that each member learns from.
+    unseen : uint8 ndarray of shape (n_rows,) or None
+        Bit j says that member j does not learn from a row.
     validation : list of EpisodeBatch or None
         Of tasks that neither the first member nor gradient steps learn from.
     task_of_episode : int ndarray
@@ -261,7 +261,7 @@ class CrossFitted:
     ) -> None:
         self.source = source
         self.rows_per_task = source.rows_per_task
-        self.visible: np.ndarray | None = None
+        self.unseen: np.ndarray | None = None
         self.shared_rows: np.ndarray | None = None
         self.n_ways = source.options["n_ways"]
         self.shots_range = None
@@ -317,10 +317,10 @@ class CrossFitted:
         self.validation, self.member_validation = None, []
         if not holds_out:
             return
-        sees = np.ones((n_members, tasks.n_tasks), dtype=bool)
-        for own, fold in zip(sees, self.folds, strict=True):
-            own[fold] = False
-        self.visible = sees.take(tasks.codes, axis=1)  # in order: kernels read it as it is
+        of_task = np.zeros(tasks.n_tasks, dtype=np.uint8)
+        for j, fold in enumerate(self.folds):
+            of_task[fold] |= 1 << j
+        self.unseen = of_task[tasks.codes]
         self._hide_rows(tasks, rng)
         for j, fold in enumerate(self.folds):
             fold = fold[evenly(len(fold), MOST_OF_MEMBER if j else MOST_VALIDATED)]
@@ -437,7 +437,7 @@ class CrossFitted:
 
         Such tasks tell nothing of other rows unless some are held out, too.
         """
-        assert self.visible is not None
+        assert self.unseen is not None
         if tasks.in_query is not None or tasks.X.ndim != 2:
             return
         n_unseen = int(UNSEEN * np.median(tasks.sizes))
@@ -449,12 +449,13 @@ class CrossFitted:
         # without any row of a kind, a member could say nothing of it: every column still varies
         lone = (np.ptp(tasks.X[~hidden], 0) == 0) & (np.ptp(tasks.X, 0) > 0)
         hidden &= (tasks.X[:, lone] == tasks.X[~hidden][:1, lone]).all(1)
-        of_fold = ~self.visible[-1]
-        sides = (of_fold & hidden, self.visible[-1] & ~hidden)
+        last = 1 << (len(self.folds) - 1)
+        of_fold = self.unseen & last > 0
+        sides = (of_fold & hidden, ~of_fold & ~hidden)
         # where rows come with their task, one side may have none of them
         if all(bool((np.bincount(tasks.codes[side]) > 1).any()) for side in sides):
             self.shared_rows = distinct
-            self.visible[-1] &= ~hidden
+            self.unseen[hidden] |= last
             self.hidden = hidden
 
     def _held_out_episodes(
