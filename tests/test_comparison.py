@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -149,6 +150,23 @@ def test_standard_errors_are_over_tasks_of_scores_averaged_over_repeats():
     assert table.loc["other", "fit_seconds"] == pytest.approx(0.2)
     # 0.67 is less than twice its standard error, 0.88
     assert list(table["best"]) == ["best", "tied"]
+
+
+def test_method_that_fails_on_a_task_is_not_scored_by_the_others():
+    scores = pd.DataFrame(
+        {
+            "repeat": 0,
+            "n_shots": 1,
+            "task": ["a", "b", "c"] * 2,
+            "method": ["ours"] * 3 + ["other"] * 3,
+            "rmse": [1.0, 2.0, 6.0, 0.5, 1.0, np.nan],
+            "fit_seconds": 1.0,
+        }
+    )
+    table = summarize_comparison(scores, "ours").loc[1]
+    assert list(table.index) == ["ours", "other"]
+    assert list(table["best"]) == ["best", ""]
+    assert table.loc["other", ["rmse", "difference", "estimator_wins"]].isna().all()
 
 
 def test_higher_accuracy_is_better():
@@ -766,6 +784,19 @@ def test_fine_tuning_chooses_no_steps_where_tasks_are_alike():
     X, different, task = random_slopes(30)
     model = FineTunedMLP().fit(training(X, different / different.std(), task))
     assert model.chosen_[5][1] >= 5
+
+
+def test_fine_tuning_that_diverges_on_a_task_leaves_it_the_trained_network():
+    X, y, task = random_slopes(30)
+    model = FineTunedMLP().fit(training(X, y / y.std(), task))
+    usual, far = episodes(X, y / y.std(), task)[:2]
+    far = dataclasses.replace(far, X_support=1e4 * far.X_support)
+    both = model.predict([usual, far], 5)
+    np.testing.assert_allclose(both[0], model.predict([usual], 5)[0], rtol=1e-4)
+    model.chosen_ = {5: (0.1, 0)}
+    trained = model.predict([usual, far], 5)
+    np.testing.assert_allclose(both[1], trained[1], rtol=1e-6)
+    assert np.abs(both[0] - trained[0]).max() > 0.1
 
 
 def test_hierarchical_logistic_of_a_large_penalty_is_the_pooled_one():

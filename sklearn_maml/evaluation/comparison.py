@@ -123,7 +123,8 @@ def compare_baselines(
         Indexed by `n_shots` and `method`, best first, with the columns
 
         - `rmse`: root mean squared error of a task in units of the standard deviation of the
-          training targets (of each target), mean over tasks; or `accuracy`;
+          training targets (of each target), mean over tasks; or `accuracy`; NaN, and last, of a
+          method that has predicted NaN for a task;
         - `std_error`: its standard error over tasks, of scores averaged over repeats;
         - `crps` and `coverage`: of methods with a standard deviation, the continuous ranked
           probability score [2]_, lower is better, and the part of the targets in 90 % intervals;
@@ -360,6 +361,9 @@ def summarize_comparison(scores: Any, estimator: str) -> Any:
     for k, of_k in scores.groupby("n_shots"):
         # (n_tasks, n_methods)
         wide = of_k.pivot_table(index="task", columns="method", values=metric, dropna=False)
+        # means of the other tasks would have it be better than it is
+        failed = of_k[metric].isna().groupby(of_k["method"]).any()
+        wide = wide.mask(np.broadcast_to(failed.reindex(wide.columns), wide.shape))
         n = len(wide)
         paired = wide.sub(wide[estimator], axis=0)
         part = pandas.DataFrame({metric: wide.mean()})

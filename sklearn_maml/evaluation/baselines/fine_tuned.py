@@ -31,7 +31,8 @@ class FineTunedMLP(Baseline):
     """A network trained on the rows of all tasks, then on the support rows of each.
 
     Plain gradient steps on all parameters, of a rate and a number chosen on validation tasks:
-    what a meta-learned initialisation is to be better than.
+    what a meta-learned initialisation is to be better than. Tasks on whose support rows they raise
+    the loss keep the network as it was trained.
     """
 
     HIDDEN = 64
@@ -107,8 +108,12 @@ class FineTunedMLP(Baseline):
         """Predict with the parameters after fine-tuning."""
         rate, steps = for_shots(self.chosen_, k)
         support, query = support_and_query(episodes, np.float32)
-        *_, params = self._path(support, rate, steps)
+        first, *others = self._path(support, rate, steps)
+        last = others[-1] if others else first
         with torch.no_grad():
+            before, after = (losses(_forward(p, support.X), support) for p in (first, last))
+            learned = (after <= before)[:, None, None]  # steps may diverge, to NaN
+            params = [q.where(learned, p) for p, q in zip(first, last, strict=True)]
             return unstack(_forward(params, query.X), episodes, self.n_classes)
 
 
