@@ -2,24 +2,40 @@
 
 A meta-step says little of what users wait for: here whole fits are timed, and adapting to tasks
 and predicting, and the two devices' errors on tasks that neither has seen are put side by side.
+Sizes lie on both sides of that up to which ``device="auto"`` fits on the CPU. A fit that takes
+longer than `SECONDS` of updates is ended: then the time of an update is what can be compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_steps import Context
+from gpu_steps import Clock, Context
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_maml import MAMLClassifier, MAMLRegressor
 from sklearn_maml.datasets import load_vowels, load_x264
+from sklearn_maml.estimators.building import ROWS_OF_EPISODE
+from sklearn_maml.estimators.parameters import N_MEMBERS
+from sklearn_maml.learners.compiled import work_of_head
 
 N_SUPPORT = 10
+SECONDS = 4.0  # of updates, without those of the first epoch
+# tasks, rows, features and units of simulated collections
+SIZES = (
+    (100, 20, 10, (64, 64)),
+    (1000, 100, 50, (64, 64)),
+    (1000, 100, 50, (256, 256)),
+    (300, 50, 20, (64, 64)),
+    (1000, 100, 50, (512, 512)),
+    (1000, 100, 100, (128, 128)),
+)
 
 
 @dataclasses.dataclass
@@ -29,8 +45,11 @@ class ModelResult:
     workload: str
     where: str  # "card" or "CPU"
     threads: int
+    work: float = 0.0  # multiply-adds of an update of the head, by which "auto" decides
     updates: int = 0
+    ended: bool = False  # before its time
     fit_seconds: float | None = None
+    update_ms: float | None = None
     adapt_ms: float | None = None  # all new tasks in one call
     predict_ms: float | None = None
     error: float | None = None  # root mean square of new rows, of new tasks; or the log-loss
@@ -56,17 +75,31 @@ def simulated(n_tasks: int, n_rows: int, n_features: int) -> tuple[np.ndarray, .
     return X, (y + 0.1 * rng.normal(size=len(y))).astype(np.float32), groups
 
 
+def two_classes(*sizes: int) -> tuple[np.ndarray, ...]:
+    X, y, groups = simulated(*sizes)
+    return X, (y > 0).astype(int), groups
+
+
 def collections(small: bool) -> list[Collection]:
     if small:
         tiny = {"max_iter": 5, "hidden_layer_sizes": (8,)}
         return [Collection("tiny", MAMLRegressor, lambda: simulated(20, 15, 3), tiny)]
+    loads = [
+        Collection(
+            f"{'two classes, ' if make is MAMLClassifier else ''}{n_tasks:,} x {n_rows} x "
+            f"{n_features}, units {units}",
+            make,
+            functools.partial(load, n_tasks, n_rows, n_features),
+            {"hidden_layer_sizes": units},
+        )
+        for n_tasks, n_rows, n_features, units in SIZES
+        for make, load in ((MAMLRegressor, simulated), (MAMLClassifier, two_classes))
+    ]
     return [
-        Collection("100 x 20 x 10", MAMLRegressor, lambda: simulated(100, 20, 10)),
-        Collection("1,000 x 100 x 50, units (256, 256)", MAMLRegressor,
-                   lambda: simulated(1000, 100, 50), {"hidden_layer_sizes": (256, 256)}),
+        *loads,
         Collection("x264", MAMLRegressor, lambda: load_x264(return_X_y_groups=True)),
         Collection("vowels", MAMLClassifier, lambda: load_vowels(return_X_y_groups=True)),
-    ]  # fmt: skip
+    ]
 
 
 def split(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,13 +149,19 @@ def run(context: Context, collection: Collection, device: str) -> tuple[ModelRes
     groups = np.unique(names, return_inverse=True)[1]
     train, support, query = split(groups)
     X = StandardScaler().fit(X[train]).transform(X).astype(np.float32)
-    model = collection.make(**collection.settings, device=device, random_state=0)
-    context.synchronise()
+    on_device = context.synchronise if device == context.device else lambda: None
+    clock = Clock(SECONDS, on_device)
+    settings = {**collection.settings, "device": device, "callbacks": [clock], "random_state": 0}
+    model = collection.make(**settings)
     start = time.perf_counter()
     model.fit(X[train], y[train], groups=groups[train])
-    context.synchronise()
+    on_device()
     result = ModelResult(collection.name, "", torch.get_num_threads())
     result.fit_seconds, result.updates = time.perf_counter() - start, model.n_iter_
+    result.update_ms = 1e3 * clock.typical
+    result.ended = clock.was_up
+    sizes = [X.shape[1], *model.hidden_layer_sizes]
+    result.work = work_of_head(N_MEMBERS, sizes, model.meta_batch_size * ROWS_OF_EPISODE)
     s, q = (X[support], y[support], groups[support]), (X[query], groups[query])
     result.adapt_ms = median_ms(context, lambda: model.adapt(*s[:2], groups=s[2]))
     regression = collection.make is MAMLRegressor

@@ -107,14 +107,16 @@ def model_table(models: list[Row]) -> str:
     if not models:
         return ""
     lines = [
-        "| default model | on the | updates | fit, s | adapt, ms | predict, ms | error "
-        "| predictions differ by |",
-        "| --- " * 8 + "|",
+        "| default model | multiply-adds | on the | updates | fit, s | update, ms | adapt, ms "
+        "| predict, ms | error | predictions differ by |",
+        "| --- " * 10 + "|",
     ]
     for row in models:
         cells = [
-            row["workload"], row["where"], f"{row['updates']:,}",
-            *(number(row[name], ".2f") for name in ("fit_seconds", "adapt_ms", "predict_ms")),
+            row["workload"], number(row["work"], ".1e"), row["where"],
+            f"{row['updates']:,}{', ended' if row['ended'] else ''}",
+            *(number(row[name], ".2f")
+              for name in ("fit_seconds", "update_ms", "adapt_ms", "predict_ms")),
             *(number(row[name], ".4f") for name in ("error", "difference")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -125,14 +127,14 @@ def omniglot_table(results: list[Row]) -> str:
     if not results:
         return ""
     lines = [
-        "| Omniglot | updates | of planned | fit, s | updates a second | transductive, % "
-        "| inductive, % |",
-        "| --- " * 7 + "|",
+        "| Omniglot | updates | of planned | fit, s | updates a second "
+        "| one query row of a class at once, as published, % | 15 at once, % | inductive, % |",
+        "| --- " * 8 + "|",
     ]
     for row in results:
         scores = [
             f"{row[norm][0]:.2f} ± {row[norm][1]:.2f}" if row[norm] else "not evaluated"
-            for norm in ("transductive", "inductive")
+            for norm in ("as_published", "transductive", "inductive")
         ]
         lines.append(
             f"| {row['ways']}-way {row['shots']}-shot | {row['updates']:,} | {row['planned']:,} "
@@ -194,7 +196,7 @@ def target_table(steps: list[Row], omniglot: list[Row], *, dry_run: bool) -> str
     seconds = None if row is None else UPDATES / row["updates_per_second"]
     line("60,000 updates of Omniglot 5-way 1-shot, as a ratio to six minutes", 1.0, seconds,
          SECONDS)  # fmt: skip
-    accuracy = row["transductive"][0] if row is not None and row["transductive"] else None
-    line("accuracy there, transductive, as a ratio to 98.5 %", 1.0, accuracy, ACCURACY,
+    accuracy = row["as_published"][0] if row is not None and row["as_published"] else None
+    line("accuracy there, as published, as a ratio to 98.5 %", 1.0, accuracy, ACCURACY,
          at_least=True)  # fmt: skip
     return "\n".join(lines)

@@ -338,6 +338,7 @@ class Clock(Callback):
     def on_train_begin(self, net: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
         self.times: list[float] = []
+        self.was_up = False
 
     def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
         self.synchronise()
@@ -350,7 +351,8 @@ class Clock(Callback):
         if len(self.times) == 1 and not self.strict:
             self.start = now
         next_one = now - self.began if self.strict else 0.0
-        if now - self.start + next_one > self.seconds:
+        self.was_up = now - self.start + next_one > self.seconds
+        if self.was_up:
             raise KeyboardInterrupt
 
     @property

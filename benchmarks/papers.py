@@ -168,18 +168,30 @@ def draw_episodes(
 
 
 def accuracies(
-    clf: MAMLClassifier, X: np.ndarray, support: np.ndarray, query: np.ndarray
+    clf: MAMLClassifier,
+    X: np.ndarray,
+    support: np.ndarray,
+    query: np.ndarray,
+    at_once: int = QUERIES_OF_CLASS,
 ) -> np.ndarray:
-    """Accuracy of each episode."""
+    """Accuracy of each episode, so many query rows of each class being predicted at once.
+
+    With transductive batch norm these are the rows whose statistics it takes.
+    """
     n, ways, _ = support.shape
     y_support = np.broadcast_to(np.arange(ways)[:, None], support.shape).reshape(n, -1)
-    y_query = np.broadcast_to(np.arange(ways)[:, None], query.shape).reshape(n, -1)
     result = []
     for start in range(0, n, 50):  # bounds the memory that the images take
         part = slice(start, start + 50)
         clf.adapt(X[support[part].reshape(len(support[part]), -1)], y_support[part])
-        predicted = clf.predict(X[query[part].reshape(len(query[part]), -1)])
-        result.append((predicted == y_query[part]).mean(1))
+        predicted = np.concatenate(
+            [
+                clf.predict(X[rows.reshape(len(rows), -1)]).reshape(rows.shape)
+                for rows in np.split(query[part], query.shape[2] // at_once, axis=2)
+            ],
+            axis=2,
+        )
+        result.append((predicted == np.arange(ways)[:, None]).mean((1, 2)))
     return np.concatenate(result)
 
 

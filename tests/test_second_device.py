@@ -1,6 +1,6 @@
 """Everything runs on a device that is not the CPU, and a meta-step waits for nothing there.
 
-``SKLEARN_MAML_TEST_DEVICE=cuda`` runs it on a card.
+That is a card where there is one.
 """
 
 from __future__ import annotations
@@ -925,6 +925,43 @@ def test_the_default_model_with_its_standard_deviations():
         model.adapt(X, Y, groups=groups)
     for k in range(2):
         close([m.predict(X, groups=groups, return_std=True)[k] for m in models], rtol=1e-3)
+
+
+DEFAULTS = {
+    "numbers": (MAMLRegressor, NOISY, {}),
+    "several targets": (MAMLRegressor, np.c_[NOISY, X[:, 0]], {}),
+    "shared labels": (MAMLClassifier, C, {}),
+    "three labels": (MAMLClassifier, KINDS, {}),
+    "local labels": (MAMLClassifier, KINDS, {"n_ways": 3, "n_shots": 2, "n_queries": 2}),
+    "counts": (MAMLRegressor, np.floor(Y**2), {"loss": "poisson"}),
+    "medians": (MAMLRegressor, NOISY, {"loss": "absolute_error"}),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_default_model_of_the_cpu_answers_the_same_on_the_device(name, tmp_path):
+    """Members and what a task's rows say of them, learned by the kernels of the CPU."""
+    make, y, settings = DEFAULTS[name]
+    settings = {"max_iter": 30, "hidden_layer_sizes": (8,), "random_state": 0, **settings}
+    groups = np.repeat(np.arange(12), 12)
+    model = make(**settings, device="cpu").fit(X, y, groups=groups)
+    model.save(tmp_path / "model")
+    # the others have no labelled rows, without which local labels mean nothing
+    some = (groups % 3 > 0) | ("n_ways" in settings)
+    models = [load(tmp_path / "model", device=device) for device in ("cpu", DEVICE)]
+    for m in models:
+        m.set_params(unseen_tasks="prior").adapt(X[some], y[some], groups=groups[some])
+    if make is MAMLClassifier:
+        close([m.predict_proba(X, groups=groups) for m in models], rtol=1e-3, atol=1e-4)
+        return
+    close([m.predict(X, groups=groups) for m in models], rtol=1e-3, atol=1e-4)
+    hows = [{"return_std": True}]
+    if settings.get("loss") != "poisson":
+        hows.append({"return_quantiles": (0.1, 0.9)})
+    for how in hows:
+        answers = [m.predict(X, groups=groups, **how) for m in models]
+        for pair in zip(*answers, strict=True):
+            close([*pair], rtol=1e-3, atol=1e-4)
 
 
 def test_few_shot_estimators(regressors, classifiers):

@@ -380,8 +380,8 @@ def test_epoch_scoring_of_a_classifier():
             (batch,) = dataset_valid.batches
             params = net.module_.meta_params()
             logits = net.engine.evaluate(params, batch, alpha=net.alpha, steps=net.eval_steps)[1]
-            p = batch.query.real(logits).softmax(1).numpy()
-            outputs.append((batch.query.real(batch.query.y).numpy(), p))
+            p = batch.query.real(logits).softmax(1).cpu().numpy()
+            outputs.append((batch.query.real(batch.query.y).cpu().numpy(), p))
 
     metrics = {
         "accuracy": lambda y, p: accuracy_score(y, p.argmax(1)),
@@ -423,7 +423,8 @@ def test_epoch_scoring_with_a_function(use_caching):
 
     def spread(net, dataset, y):
         predicted = net.predict(dataset)
-        targets = np.concatenate([batch.query.real(batch.query.y) for batch in dataset.batches])
+        of_batches = [batch.query.real(batch.query.y).cpu() for batch in dataset.batches]
+        targets = np.concatenate(of_batches)
         assert predicted.shape == targets.shape
         return float(((predicted - targets) ** 2).mean())
 
