@@ -66,7 +66,7 @@ class Stage:
 
 
 STAGES = {
-    "tests": Stage(75, needs=("pytest",)),
+    "tests": Stage(90, needs=("pytest",)),
     "steps": Stage(90),
     "jax": Stage(55, needs=("jax", "optax")),
     "precision": Stage(25),
@@ -129,8 +129,9 @@ def tests_stage(context: Any, out: Path) -> None:
     else:
         command += ["-m", "gpu"]
     report = out / "tests.xml"
+    env = {**os.environ, **({"SKLEARN_MAML_TEST_DEVICE": "cuda"} if on_card else {})}
     try:
-        subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, check=False)
+        subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, env=env, check=False)
         suite = next(ET.parse(report).getroot().iter("testsuite"))
     finally:
         report.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ What an accelerator forbids is forbidden: operands on several devices (but for C
 dimensions), and `numpy()`, which torch refuses itself. What costs there is counted, see `watch`:
 moves between the host and the device, and synchronisations, where the host waits for a value.
 
-Where torch sees a card the tests run on that instead: `DEVICE` is ``cuda:0``, and `watch` counts
-what torch reports as synchronising. The two cannot be there together, because torch would pin
-memory for the stand-in; ``CUDA_VISIBLE_DEVICES=`` in the environment brings it back.
+With ``SKLEARN_MAML_TEST_DEVICE=cuda`` in the environment the tests run on a card instead: `DEVICE`
+is ``cuda:0``, and `watch` counts what torch reports as synchronising. The two cannot be there
+together: torch would pin memory for the stand-in.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-ON_CARD = torch.cuda.is_available()
+ON_CARD = os.environ.get("SKLEARN_MAML_TEST_DEVICE") == "cuda"
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 except ImportError:  # pragma: no cover - depends on the installed torch

@@ -1,6 +1,6 @@
 """Everything runs on a device that is not the CPU, and a meta-step waits for nothing there.
 
-That is a card where there is one.
+``SKLEARN_MAML_TEST_DEVICE=cuda`` runs it on a card.
 """
 
 from __future__ import annotations
@@ -1279,17 +1279,20 @@ def test_a_planted_look_is_counted(updates):
 
 @emulated
 @pytest.mark.parametrize(
-    ("settings", "most", "expected"),
+    ("settings", "name", "expected"),
     [
-        ({"device": "auto"}, 5e8, "cpu"),
-        ({"device": "auto"}, 0, NAME),
-        ({"device": "auto", "update_rule": "sgd"}, 5e8, NAME),
-        ({"device": DEVICE}, 5e8, NAME),
+        ({"device": "auto"}, "MOST_OF_NEWTON", "cpu"),
+        ({"device": "auto"}, "MOST_ON_HOST", NAME),
+        ({"device": "auto", "loss": "absolute_error"}, "MOST_ON_HOST", "cpu"),
+        ({"device": "auto", "loss": "absolute_error"}, "MOST_OF_NEWTON", NAME),
+        ({"device": "auto", "update_rule": "sgd"}, "MOST_OF_NEWTON", NAME),
+        ({"device": DEVICE}, "MOST_OF_NEWTON", NAME),
     ],
-    ids=["small", "large", "sgd", "by request"],
+    ids=["small", "large", "small, Newton", "large, Newton", "sgd", "by request"],
 )
-def test_small_heads_are_fitted_on_the_cpu(settings, most, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "MOST_ON_HOST", most)
+def test_small_heads_are_fitted_on_the_cpu(settings, name, expected, tmp_path, monkeypatch):
+    """What is larger than the bound of this name."""
+    monkeypatch.setattr(building, name, 0)
     for module in (base, stored):
         resolve = module.resolve_device
         monkeypatch.setattr(

@@ -25,7 +25,7 @@ from sklearn_maml.learners.building import (
 from sklearn_maml.learners.compiled import work_of_head
 from sklearn_maml.learners.gaussian import GaussianHead
 from sklearn_maml.learners.learner import Learner, Problem
-from sklearn_maml.learners.likelihoods import Likelihood, find_likelihood
+from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood, find_likelihood
 from sklearn_maml.learners.plan import Plan
 from sklearn_maml.meta_gradients import resolve_meta_gradient
 from sklearn_maml.modules import ACTIVATIONS, adapted_names, layer_sizes
@@ -38,9 +38,10 @@ from sklearn_maml.training.sources import LEAST_TASKS
 STARTING_TASKS = 1000
 
 # Multiply-adds of an update of the default model up to which it is fitted on the CPU although there
-# is a GPU: kernels of one core then take less than the 8 ms of an update on an H200, where gradient
-# steps and head are thousands of launches; and typical rows of an episode
-MOST_ON_HOST, ROWS_OF_EPISODE = 5e8, 25
+# is a GPU: on an H200 most of an update is launches, whatever the size, and of a head that takes
+# Newton steps ten times as many. Beside 16 cores fits took as long at about 1.5e9, and by what
+# they grew would beyond 1e10; most machines have fewer. And typical rows of an episode.
+MOST_ON_HOST, MOST_OF_NEWTON, ROWS_OF_EPISODE = 1e9, 5e9, 25
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
@@ -57,7 +58,9 @@ class Building(Parameters):
         sizes = [*self.feature_shape_, *layer_sizes(self.hidden_layer_sizes)]
         n_rows = self._integer("meta_batch_size") * ROWS_OF_EPISODE
         work = work_of_head(self._n_members(), sizes, n_rows)
-        return torch.device("cpu") if work <= MOST_ON_HOST else device
+        newton = isinstance(self._likelihood(), NewtonLikelihood)
+        most = MOST_OF_NEWTON if newton else MOST_ON_HOST
+        return torch.device("cpu") if work <= most else device
 
     def _new_module(self, targets: Targets) -> nn.Module | None:
         """Return a network like the one to be trained, if the user gave a module."""
@@ -101,7 +104,6 @@ class Building(Parameters):
 
     def _new_learner(self, weights: dict[str, Tensor]) -> Any:
         """Meta-parameters of the shapes of a fit, for those of a file."""
-        self.targets_ = self._make_targets().restore(self.__dict__)
         with SeededTorch(self.device_, 0):
             learner = self._make_learner(self._networks().make())
             own = self._own_learner()

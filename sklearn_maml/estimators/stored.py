@@ -112,6 +112,7 @@ class Stored(Planning, Adapting):
         names = "device learner rates frozen in_training history net calibration state"
         parts = {name: fitted.pop(name) for name in names.split() if name in fitted}
         super().__restore_state__(fitted)
+        self.targets_ = self._make_targets().restore(self.__dict__)
         self.device_ = self._place(_find_device(self.device, parts["device"]))
         weights = parts["learner"]
         learner = self._new_learner(weights)
