@@ -25,7 +25,7 @@ from torch import Tensor
 from sklearn_maml.exceptions import FileFormatError
 
 # raised with every change after which versions would misread each other's files
-FORMAT = 4
+FORMAT = 5
 # entries of the metadata
 DOCUMENT, VERSION, DIGEST = "sklearn_maml", "format", "sha256"
 _NO_DIGEST = "0" * 64
