@@ -28,6 +28,7 @@ import scipy.sparse
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from networks import Normed
 from sklearn.base import clone
 from sklearn.exceptions import DataConversionWarning, NotFittedError, UndefinedMetricWarning
 from sklearn.pipeline import make_pipeline
@@ -76,19 +77,6 @@ SMALL: dict[str, Any] = {
     "meta_batch_size": 3,
     "random_state": 0,
 }
-
-
-class Normed(nn.Module):
-    """Rows meet in its batch norm."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.body = nn.Linear(in_features, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.head = nn.Linear(3, out_features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.norm(self.body(x))))
 
 
 class Residual(nn.Module):

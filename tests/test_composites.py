@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from networks import Residual
 from numpy.testing import assert_array_equal
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
@@ -38,15 +39,6 @@ from sklearn_maml import (
 from sklearn_maml.exceptions import FileFormatError
 
 SMALL = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0}
-
-
-class Net(nn.Module):
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.into, self.out = nn.Linear(in_features, 4), nn.Linear(4, out_features)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.into(x)))
 
 
 class Halve(TransformerMixin, BaseEstimator):
@@ -263,13 +255,13 @@ def test_few_shot_estimators_around_and_inside_composites_are_saved(data, tmp_pa
 @pytest.mark.usefixtures("skops")
 def test_classes_of_users_inside_composites_are_asked_for(data, tmp_path):
     X, y, task = data
-    pipe = make_pipeline(StandardScaler(), MAMLRegressor(**SMALL, module=Net))
+    pipe = make_pipeline(StandardScaler(), MAMLRegressor(**SMALL, module=Residual))
     pipe.fit(X, y, groups=task)
     path = tmp_path / "model"
     sklearn_maml.save(path, pipe)
-    with pytest.raises(ValueError, match=r"module \(the class Net\).* sklearn_maml\.load\("):
+    with pytest.raises(ValueError, match=r"module \(the class Residual\).* sklearn_maml\.load\("):
         sklearn_maml.load(path)
-    twin = sklearn_maml.load(path, module=Net, device="cpu")
+    twin = sklearn_maml.load(path, module=Residual, device="cpu")
     assert twin[-1].device == "cpu"
     assert_array_equal(adapt(twin, X[:8], y[:8]).predict(X), adapt(pipe, X[:8], y[:8]).predict(X))
 

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import sklearn
 import torch
+from networks import Dropped, Normed, Residual
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import metrics
 from sklearn.base import clone
@@ -55,45 +56,6 @@ SMALL = {
     "max_iter": 12,
     "random_state": 0,
 }
-
-
-class Residual(nn.Module):
-    """Not a Sequential: run with torch.vmap."""
-
-    def __init__(self, in_features, out_features, width=6):
-        super().__init__()
-        self.body = nn.Linear(in_features, width)
-        self.head = nn.Linear(width, out_features)
-
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return self.head(hidden + hidden.square())
-
-
-class Normed(nn.Module):
-    """Rows meet in its batch norm."""
-
-    def __init__(self, in_features, out_features, width=6):
-        super().__init__()
-        self.body = nn.Linear(in_features, width)
-        self.norm = nn.BatchNorm1d(width)
-        self.head = nn.Linear(width, out_features)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.norm(self.body(x))))
-
-
-class Dropped(nn.Module):
-    """Draws random numbers in meta-training."""
-
-    def __init__(self, in_features, out_features, width=6):
-        super().__init__()
-        self.body = nn.Linear(in_features, width)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(width, out_features)
-
-    def forward(self, x):
-        return self.head(self.drop(torch.tanh(self.body(x))))
 
 
 MODULES = {"mlp": None, "residual": Residual, "batch norm": Normed}
@@ -1211,8 +1173,9 @@ def test_adapt_takes_sample_weight(pipe):
 
 def test_adapt_refuses_what_holds_no_meta_learned_model(pipe):
     X, y, _ = tasks_of("regression", seed=1)
-    with pytest.raises(TypeError, match="StandardScaler"):
-        adapt(StandardScaler(), X, y)
+    for thing in (StandardScaler(), nn.Linear(2, 1), FewShotRegressor(), 3):
+        with pytest.raises(TypeError, match=f"no meta-learned model in {type(thing).__name__}"):
+            adapt(thing, X, y)
     with pytest.raises(NotFittedError):
         adapt(MAMLRegressor(), X, y)
     with pytest.raises(NotFittedError):

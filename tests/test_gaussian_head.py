@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from networks import Residual
 from scipy.special import softmax
 from sklearn import config_context
 from sklearn.pipeline import make_pipeline
@@ -907,18 +908,6 @@ def quick(maml=MAMLRegressor, **params):
     return maml(**{"max_iter": 4, "random_state": 0, "update_rule": HEAD, **params})
 
 
-class Network(nn.Module):
-    """A module of a user's own that ends in a linear layer."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(in_features, 8), nn.Tanh())
-        self.out = nn.Linear(8, out_features)
-
-    def forward(self, x):
-        return self.out(self.body(x))
-
-
 @pytest.mark.parametrize("rule", [HEAD, "auto"])
 class TestEveryKindOfTasks:
     def check(self, model, X, y):
@@ -953,10 +942,10 @@ class TestEveryKindOfTasks:
 
     def test_module_of_ones_own(self, rule, tmp_path):
         X, y, task = slopes(12, 20)
-        model = quick(update_rule=rule, module=Network, max_iter=20).fit(X, y, groups=task)
+        model = quick(update_rule=rule, module=Residual, max_iter=20).fit(X, y, groups=task)
         expected = self.check(model, X, y)
         model.save(tmp_path / "m")
-        same = MAMLRegressor.load(tmp_path / "m", module=Network)
+        same = MAMLRegressor.load(tmp_path / "m", module=Residual)
         np.testing.assert_array_equal(same.predict(X[6:12]), expected)
 
     def test_local_labels(self, rule):

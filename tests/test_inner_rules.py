@@ -22,6 +22,7 @@ from builders import (
     number_batch,
     plain_tasks,
 )
+from networks import Residual
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -606,20 +607,6 @@ def conv_net(n_outputs=3):
     return nn.Sequential(*layers).double()
 
 
-class Residual(nn.Module):
-    """Not a sequence, so that it is run with vmap."""
-
-    def __init__(self, n_outputs=3):
-        super().__init__()
-        self.stem, self.inner = nn.Linear(2, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, n_outputs)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = x + torch.tanh(self.inner(x))
-        return self.head(x)
-
-
 @pytest.mark.parametrize("rule", HEADS, ids=repr)
 @pytest.mark.parametrize("kind", ["conv", "residual", "traced"])
 def test_heads_of_other_modules_are_those_of_the_loop(kind, rule):
@@ -630,7 +617,7 @@ def test_heads_of_other_modules_are_those_of_the_loop(kind, rule):
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = Residual().double()
+            module = Residual(2, 3).double()
         X, rung = rng.normal(size=(3, 9, 2)), "vmap" if kind == "residual" else "traced"
     y = torch.as_tensor(rng.integers(0, 3, (3, 9)))
     X = torch.as_tensor(X)

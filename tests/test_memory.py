@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import build, make_batch, make_engine, make_meta_params
+from networks import Residual
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from torch import nn
@@ -81,16 +82,6 @@ class Counting(nn.Module):
         return torch.tanh(self.linear(x)) * self.calls.clone()
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(2, 2)
-        self.second = nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.second(x + torch.tanh(self.first(x)))
-
-
 class Regularised(MetaGradient):
     """Looks at the initialisation, and adapts twice, once from elsewhere."""
 
@@ -124,7 +115,7 @@ MODULES = {
         (2,),
         "vmap",
     ),
-    "residual": (Residual, (2,), "vmap"),
+    "residual": (lambda: Residual(2, 2), (2,), "vmap"),
     "batch norm": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 3, 3, padding=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from networks import Residual
 from torch import nn
 
 from sklearn_maml import MAMLRegressor
@@ -17,16 +18,6 @@ from sklearn_maml.update_rules import SGD
 
 X, Y, G = make_sinusoid_tasks(n_tasks=12, n_rows=20, random_state=0)
 X32, Y32 = X.astype(np.float32), Y.astype(np.float32)
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(1, 16), nn.Linear(16, 1)
-
-    def forward(self, x):
-        h = torch.tanh(self.first(x))
-        return self.last(h + torch.tanh(h))
 
 
 MODULES = {

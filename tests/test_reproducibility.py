@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from networks import Dropped
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -47,19 +48,6 @@ SMALL = {
     "max_iter": 6,
     "meta_batch_size": 4,
 }
-
-
-class Dropped(nn.Module):
-    """Draws random numbers in meta-training."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.body = nn.Linear(in_features, 6)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(6, out_features)
-
-    def forward(self, x):
-        return self.head(self.drop(torch.tanh(self.body(x))))
 
 
 def convolutions(n_outputs):

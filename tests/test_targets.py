@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from builders import SIZES, flat, make_batch, make_engine, make_meta_params, make_mlp
+from builders import make_engine, make_mlp
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, KFold
@@ -25,9 +25,7 @@ from sklearn_maml import (
     task_scorer,
 )
 from sklearn_maml.data import tasks as data_tasks
-from sklearn_maml.data.episodes import EpisodeBatch, Rows
 from sklearn_maml.data.tasks import TaskCollection
-from sklearn_maml.engine.tracing import graphs
 from sklearn_maml.inspection import MetaTrainingDisplay
 from sklearn_maml.learners import Learner
 from sklearn_maml.targets import (
@@ -39,8 +37,6 @@ from sklearn_maml.targets import (
     SquaredError,
 )
 from sklearn_maml.targets.losses import cross_entropy_rows, squared_error_rows
-
-RUNGS = ["loop", "vmap", "stacked", "traced"]
 
 
 class Poisson(Loss):
@@ -68,11 +64,6 @@ class OwnSquares(Loss):
 
     def rows(self, output, y):
         return ((output - y) ** 2).mean(-1)
-
-
-@pytest.fixture(autouse=True)
-def nothing_traced_yet(monkeypatch):
-    monkeypatch.setattr(graphs, "_cache", type(graphs._cache)())
 
 
 def counts(n_tasks=8, n_rows=12, seed=0):
@@ -109,62 +100,6 @@ def reg(fitted):
 
 
 # --- losses of rows
-
-
-def counts_batch(sizes, seed=0, **options):
-    batch = make_batch(sizes, seed=seed, **options)
-    for rows in (batch.support, batch.query):
-        rows.y.copy_(rows.y.exp().round())
-    return batch
-
-
-def meta_step(engine, meta_params, batch, steps):
-    """A meta-step; one that is traced comes after those that trace it."""
-    for _ in range(3):
-        step = engine.meta_step(meta_params, batch, alpha=0.1, steps=steps)
-    return step
-
-
-# f(x) = theta x at x = 1; the support loss exp(theta) - 3 theta has the gradient exp(theta) - 3,
-# so that theta = 0 becomes .2 for alpha = .1, and d theta_1 / d theta = 1 - .1 exp(0) = .9. The
-# query loss exp(theta) - theta has the gradient exp(.2) - 1 there.
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize(("order", "factor"), [(1, 1.0), (2, 0.9)])
-def test_one_meta_step_of_poisson_by_hand(rung, order, factor):
-    module = nn.Linear(1, 1, bias=False).double()
-    nn.init.zeros_(module.weight)
-    one = torch.ones(2, 1, 1, dtype=torch.float64)
-    batch = EpisodeBatch(Rows(one, 3 * one), Rows(one, one))
-    engine = make_engine(module, rung, order=order, row_loss=Poisson().rows)
-    step = meta_step(engine, {"module.weight": module.weight.detach()}, batch, 1)
-    assert engine.tracer.n_traced == (rung == "traced")
-    expected = (np.exp(0.2) - 1) * factor
-    assert step.grads["module.weight"].item() == pytest.approx(expected, rel=1e-12)
-    assert step.losses.tolist() == pytest.approx([np.exp(0.2) - 0.2] * 2, rel=1e-12)
-    assert step.outputs.flatten().tolist() == pytest.approx([0.2] * 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("rung", RUNGS)
-def test_a_meta_step_of_poisson_has_the_slope_of_its_loss(rung, sizes):
-    module = make_mlp()
-    batch = counts_batch(sizes, weighted=sizes == "ragged")
-    params = make_meta_params(module)
-    engine = make_engine(module, rung, row_loss=Poisson(exposure=1.5).rows)
-    step = meta_step(engine, params, batch, 3)
-
-    def loss(shift):
-        moved = {name: p + shift * direction[name] for name, p in params.items()}
-        return engine.evaluate(moved, batch, alpha=0.1, steps=3)[0].mean().item()
-
-    g = torch.Generator().manual_seed(0)
-    direction = {n: torch.randn(p.shape, generator=g).double() for n, p in params.items()}
-    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
-    assert float(flat(step.grads) @ flat(direction)) == pytest.approx(slope, rel=1e-7)
-    assert float(step.losses.mean()) == pytest.approx(loss(0.0), rel=1e-12)
-    first = make_engine(module, rung, order=1, row_loss=Poisson(exposure=1.5).rows)
-    other = meta_step(first, params, batch, 3).grads
-    assert float(flat(other) @ flat(direction)) != pytest.approx(slope, rel=1e-3)
 
 
 def test_the_compiled_kernels_refuse_losses_they_have_no_derivative_of():

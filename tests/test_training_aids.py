@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from networks import Residual
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -46,18 +47,6 @@ SMALL = {
     "max_iter": 80,
     "random_state": 0,
 }
-
-
-class Layered(nn.Module):
-    """Not a plain sequence, so it runs under vmap."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.hidden = nn.Linear(in_features, 7)
-        self.head = nn.Linear(7, out_features)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.hidden(x)))
 
 
 def classifier(**params):
@@ -115,7 +104,7 @@ def test_the_order_of_classes_matters_to_a_free_head():
     "params",
     [
         {},
-        {"module": Layered},
+        {"module": Residual},
         {"optimizer__fused": False},
         {"optimizer": "adamw", "optimizer__weight_decay": 0.1},
         {"optimizer__weight_decay": 0.1, "optimizer__amsgrad": True},
