@@ -62,24 +62,8 @@ class SaveMixin(Leaf):
 
         Parameters
         ----------
-        path : str or path-like
-            File to write.
-        tasks : bool, default=True
-            Whether the tasks that the estimator is adapted to are saved, too.
-        training : bool, default=True
-            Whether the state of the optimiser is saved, from which a fit with ``warm_start=True``
-            goes on; with Adam it takes twice the space of the weights.
-        trusted : iterable of str, default=()
-            Types beside those known to skops that a pipeline in a FewShot estimator may have.
-
-        Raises
-        ------
-        NotFittedError
-            If the estimator is not fitted.
-        TypeError
-            If the estimator has something that no file can hold.
-        ValueError
-            If parameters were changed after `fit` that what was learned depends on.
+        path, tasks, training, trusted : str or path-like, bool, bool, iterable of str
+            As in `sklearn_maml.save`, which raises the same errors.
         """
         save(path, self, tasks=tasks, training=training, trusted=trusted)
 
@@ -97,16 +81,8 @@ class SaveMixin(Leaf):
 
         Parameters
         ----------
-        path : str or path-like
-            File that `save` wrote.
-        module : torch.nn.Module class or instance, default=None
-            What the estimator was given as `module`, unless it was None.
-        device : str or torch.device, default=None
-            Where the model is to be; None takes the device of the file, or the CPU.
-        trusted : iterable of str, default=()
-            What `save` was given as `trusted`.
-        **objects : dict
-            Other parameters that are no plain data, such as ``callbacks=[...]``, by name.
+        path, module, device, trusted, **objects : str or path-like, and others
+            As in `sklearn_maml.load`.
 
         Returns
         -------
@@ -116,7 +92,7 @@ class SaveMixin(Leaf):
         Raises
         ------
         FileFormatError
-            If the file is something else, has another class, is damaged, or is of a later version.
+            As in `sklearn_maml.load`, and if the file has another class.
         ValueError
             If a parameter has to be passed; the message names it.
         """

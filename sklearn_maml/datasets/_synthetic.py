@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
+from sklearn_maml._validation import is_integer, is_number
+
 FloatArray = NDArray[np.float64]
 RandomState = int | np.random.RandomState | None
 
-_INTEGER = (int, np.integer)
-_REAL = (*_INTEGER, float, np.floating)
-
 
 def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, _INTEGER) and not isinstance(value, bool) and value >= 1:
+    if is_integer(value) and value >= 1:
         return int(value)
     raise ValueError(
         f"{name} must be an integer of at least 1, got {value!r}. Pass {name}=1 or more."
@@ -27,7 +26,7 @@ def _check_count(name: str, value: Any) -> int:
 
 def _check_range(name: str, value: Any) -> tuple[float, float]:
     numbers = isinstance(value, (Sequence, np.ndarray)) and len(value) == 2
-    if numbers and all(isinstance(v, _REAL) and math.isfinite(v) for v in value):
+    if numbers and all(is_number(v) and math.isfinite(v) for v in value):
         low, high = float(value[0]), float(value[1])
         if low <= high:
             return low, high
@@ -38,7 +37,7 @@ def _check_range(name: str, value: Any) -> tuple[float, float]:
 
 
 def _check_noise(value: Any) -> float:
-    if isinstance(value, _REAL) and math.isfinite(value) and value >= 0:
+    if is_number(value) and math.isfinite(value) and value >= 0:
         return float(value)
     raise ValueError(
         f"noise must be a finite number of at least 0, got {value!r}. It is the standard "

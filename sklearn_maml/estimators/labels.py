@@ -86,15 +86,9 @@ class ClassesOrLabels(BaseMAML):
 
         Parameters
         ----------
-        X : array-like of shape (n_rows, n_features), list of tasks, 3-D array, or distribution
+        X, y, groups, sample_weight : tasks
             Rows of some tasks, or tasks, as in `fit`. A task is better learned from whole than in
             pieces; few tasks at a time will do where the first call had 4 or more.
-        y : array-like of shape (n_rows,), default=None
-            Labels.
-        groups : array-like of shape (n_rows,) or (n_rows, n_parts), default=None
-            Task id of each row.
-        sample_weight : array-like of shape (n_rows,), str or dict, default=None
-            Weights of the rows or tasks, as in `fit`.
         classes : array-like of shape (n_classes,), default=None
             Labels of all calls. None takes those of the first call, and later calls may have
             no others; not needed with `n_ways`.

@@ -277,10 +277,8 @@ class PredictingClasses(Predicting):
 
         Parameters
         ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-        groups : array-like of shape (n_queries,), default=None
-            Task id of each row, if `adapt` was called with task ids.
+        X, groups : query rows
+            As in `predict_proba`.
 
         Returns
         -------
@@ -296,10 +294,8 @@ class PredictingClasses(Predicting):
 
         Parameters
         ----------
-        X : array-like of shape (n_queries, n_features)
-            Query rows.
-        groups : array-like of shape (n_queries,), default=None
-            Task id of each row, if `adapt` was called with task ids.
+        X, groups : query rows
+            As in `predict_proba`.
 
         Returns
         -------
