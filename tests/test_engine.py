@@ -27,7 +27,7 @@ from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.modules import ACTIVATIONS, make_mlp
 from sklearn_maml.targets.losses import cross_entropy_rows
 from sklearn_maml.threads import one_thread
-from sklearn_maml.update_rules import SGD, MetaSGD
+from sklearn_maml.update_rules import SGD
 
 TOLERANCE = 1e-9
 EQUAL = ([4, 4, 4], [3, 3, 3])
@@ -461,27 +461,6 @@ def test_options_change_nothing_about_it(name, options):
             not torch.allclose(plain["grads"][n], g, rtol=1e-4)
             for n, g in expected["grads"].items()
         )
-
-
-@pytest.mark.parametrize("rung", ["loop", "vmap", "stacked"])
-def test_learned_rates_act_on_every_rung(rung):
-    module, batch = build(MODULES["mlp tanh"][0]), make_batch(RAGGED, (3,))
-    rule = MetaSGD()
-    g = torch.Generator().manual_seed(0)
-    rates = {
-        f"rule.{n.replace('.', '__')}": torch.randn(p.shape, generator=g, dtype=p.dtype)
-        for n, p in module.named_parameters()
-    }
-    params = {**make_meta_params(module), **rates}
-    results = {}
-    for r in ("loop", rung):
-        engine = make_engine(module, r, rule=rule)
-        step = engine.meta_step(params, batch, alpha=0.2, steps=2)
-        adapted = engine.adapt(params, batch.support, alpha=0.2, steps=2)
-        results[r] = {"grads": step.grads, "losses": step.losses, "adapted": adapted.params}
-    assert_same(results[rung], results["loop"], rung)
-    plain = make_engine(module, "loop").adapt(params, batch.support, alpha=0.2, steps=2)
-    assert not torch.allclose(plain.params["0.weight"], results[rung]["adapted"]["0.weight"])
 
 
 @pytest.mark.parametrize("name", ["mlp relu", "residual", "batch norm 1d", "row mean"])

@@ -208,7 +208,6 @@ def take_column(X: Any, name: str) -> tuple[Any, Any]:
 
 
 def _without(X: Any, places: set[int]) -> Any:
-    """Frame without the columns at some places."""
     if not places:
         return X
     kept = [k for k in range(X.shape[1]) if k not in places]

@@ -357,7 +357,6 @@ def _values(ids: np.ndarray) -> list[Any]:
 
 
 def _value(value: Any, name: str) -> Any:
-    """Value of one id as it is kept."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, str):

@@ -183,7 +183,6 @@ class Building(Parameters):
         return module_body([self._networks().make() for _ in range(self._n_members())])
 
     def _make_head(self, plan: Plan) -> GaussianHead:
-        """Gaussian head at its start."""
         tasks, unseen = plan.source.encoded, plan.episodes.unseen
         rows = tasks.leveled(STARTING_TASKS)
         if rows is not None:

@@ -171,7 +171,6 @@ class _FewShot(SaveMixin, BaseEstimator):
 
 @register_container(_FewShot)
 def _adapt_few_shot(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    """Adapt the prior, or what `fit` made of it."""
     prior, rates = model.__prior_and_rates__()
     return adapt.with_rates(**rates)(prior, X, y)
 

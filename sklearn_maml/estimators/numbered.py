@@ -228,7 +228,6 @@ class NumberedClasses(SaveMixin, AnswersForClasses, BaseEstimator):
 
 @register_container(NumberedClasses)
 def _adapt_numbered(model: Any, X: Any, y: Any, adapt: Any) -> Any:
-    """Adapt the classifier to the labels that the numbers stand for."""
     return NumberedClasses(
         adapt(model.estimator, *changed_targets(X, y, model.labels)), model.classes
     )

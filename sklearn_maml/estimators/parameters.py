@@ -141,11 +141,9 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         self._valid = values
 
     def _integer(self, name: str) -> Any:
-        """Value of an integer parameter."""
         return as_integer(getattr(self, name))
 
     def _engine_options(self) -> dict[str, Any]:
-        """Return how batches are run."""
         options = self._prefixed("engine")
         most = as_integer(options["max_tasks_in_memory"])
         return {**options, "max_tasks_in_memory": most}
@@ -173,7 +171,6 @@ class Parameters(SaveMixin, PrefixedParamsMixin, CallbackSupportMixin, BaseEstim
         return self.update_rule if isinstance(self.update_rule, str) else None
 
     def _gradient_rule(self) -> TaskSolver:
-        """Rule of the gradient steps."""
         if isinstance(self.update_rule, Learner):
             return resolve_update_rule("sgd", {})
         options = self._prefixed("update_rule")

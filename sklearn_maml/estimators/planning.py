@@ -208,7 +208,6 @@ class Planning(Building):
         return net
 
     def _training_engine(self, learner: Any, plan: Plan, continued: bool) -> Any:
-        """Make what makes the meta-steps."""
         if plan.learner is not None:
             return LearnerEngine(plan.learner, learner.head, self._row_loss())
         engine = None
@@ -236,7 +235,6 @@ class Planning(Building):
         return Joint(trainer, engine, has_share=weights.get(GRADIENT_STEPS, 0.0) > 0)
 
     def _set_up(self, net: Any, learner: Any, plan: Plan) -> None:
-        """Tell the net how to train."""
         from skorch.callbacks import LRScheduler
 
         from sklearn_maml.training.schedule import UPDATES_PER_EPOCH

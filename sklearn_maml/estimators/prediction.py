@@ -211,7 +211,6 @@ class Predicting(Adapting):
 
     @one_thread()
     def _outputs(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Run each row under what was learned of its task."""
         outputs = state.adapted.outputs(rows, codes, self._running())
         return self._finite(outputs.astype(rows.dtype, copy=False))
 
@@ -223,7 +222,6 @@ class Predicting(Adapting):
         return outputs.astype(rows.dtype), std
 
     def _decide(self, state: State, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Predictions of rows under the parameters of the task of each."""
         values: np.ndarray = self.targets_.decode(self._outputs(state, rows, codes), codes, state)
         return values if self.targets_.are_classes else self._finite(values)
 

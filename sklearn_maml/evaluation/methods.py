@@ -100,7 +100,6 @@ def make_methods(
 
 
 def _cloner(model: Any) -> Callable[[int], Any]:
-    """Make clones of an estimator, whatever the number of rows."""
     return lambda n_rows: clone(model)
 
 
@@ -262,7 +261,9 @@ class _MetaLearner:
             adapted = walk(self.model, data.rows(support), y)
             given = {"X": data.rows(query), "groups": of_query}
             if data.n_classes:
-                values = _of_classes(adapted.predict_proba(**given), data.n_classes)
+                p = adapted.predict_proba(**given)
+                # a column for each class, where no episode has all of them
+                values = np.pad(p, ((0, 0), (0, data.n_classes - p.shape[1])))
             elif _knows_std(adapted):
                 values, std = adapted.predict(**given, return_std=True)
             else:
@@ -274,11 +275,6 @@ class _MetaLearner:
         cuts = np.cumsum([len(q) for _, q in pairs])[:-1]
         stds = [None] * len(pairs) if std is None else np.split(std.astype(np.float64), cuts)
         return list(zip(np.split(values, cuts), stds, strict=True))
-
-
-def _of_classes(p: np.ndarray, n_classes: int) -> np.ndarray:
-    """Give probabilities a column for each class, where no episode has all of them."""
-    return np.pad(p, ((0, 0), (0, n_classes - p.shape[1])))
 
 
 def _knows_std(adapted: Any) -> bool:

@@ -201,7 +201,6 @@ def _adapt_predict(
 
 
 def _nothing(maml: BaseMAML, return_std: bool) -> list[np.ndarray]:
-    """Answers for no rows."""
     targets, none = maml.targets_, np.zeros(0, dtype=np.intp)
     outputs = np.zeros((0, targets.n_outputs))
     predicted = targets.decode(outputs, none, Coding())

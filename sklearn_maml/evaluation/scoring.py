@@ -135,7 +135,6 @@ class _Predictor:
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:
-        """Predict each row with the parameters of its task."""
         return self._model.predict(self._state, X, self._codes)
 
     def __sklearn_tags__(self) -> Any:
@@ -149,9 +148,7 @@ class _ClassPredictor(_Predictor):
     """Stands for adapted classifiers; scikit-learn's scorers go by the names of its methods."""
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Return class probabilities of each row under the parameters of its task."""
         return self._model.probabilities(self._state, X, self._codes)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Return logits of each row under the parameters of its task."""
         return self._model.decision(self._state, X, self._codes)

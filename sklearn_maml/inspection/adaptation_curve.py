@@ -260,7 +260,6 @@ def _steps_around(trained: int) -> np.ndarray:
 
 
 def _mean_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the last axis and its 95 % interval."""
     mean, n = scores.mean(1), scores.shape[1]
     if n == 1:
         return mean, mean, mean

@@ -243,7 +243,6 @@ class FewShotFitDisplay:
         return self
 
     def _label(self, n: int) -> str:
-        """Name a curve."""
         if self.learners is None:
             return f"{n} step{'s' if n > 1 else ''}" if n else "initialisation"
         if n == 0:

@@ -216,7 +216,6 @@ def _knots(Z: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moments(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the features."""
     if weight is None:
         return X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
     share = weight / weight.sum()

@@ -222,7 +222,6 @@ class Conditioned(Adapted):
 
     @classmethod
     def _of_none(cls, head: GaussianHead, calibration: Calibration, like: Support) -> Conditioned:
-        """No tasks."""
         shift = np.empty((head.n_members, 0, head.n_columns, head.n_latent), like.X.dtype)
         edge = np.empty((0, head.n_outputs))
         rows = RowsByTask.of(Support(like.X[:0], like.y[:0], like.codes[:0], 0))

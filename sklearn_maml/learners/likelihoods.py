@@ -55,7 +55,6 @@ class _LogLink(NewtonLikelihood):
         return excess.clamp_min(0).sqrt()
 
     def latent(self, y: np.ndarray, lowest: np.ndarray | float) -> np.ndarray:
-        """See `Likelihood`."""
         return np.where(y > 0, np.log(np.maximum(y, TINY)), lowest)
 
     def edges(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -348,7 +348,6 @@ def some_tasks(codes: np.ndarray, n_columns: int, differ: Differ | None = None) 
 
 
 def _tasks(codes: np.ndarray) -> list[np.ndarray]:
-    """Rows of each task."""
     order = np.argsort(codes, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
 

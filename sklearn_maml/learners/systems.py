@@ -48,7 +48,6 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, system: Tensor) -> Tensor:
-        """Return the inverses."""
         factor, failed = torch.linalg.cholesky_ex(system)
         found = inverse_of_factor(factor.where((failed == 0)[..., None, None], torch.nan))
         ctx.save_for_backward(found)
@@ -56,6 +55,5 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Return the derivative in the systems."""
         (found,) = ctx.saved_tensors
         return -found.mT @ grads[0] @ found.mT

@@ -132,7 +132,6 @@ class _LogLink(Loss):
     max_grad_norm: ClassVar[float | None] = 3.0
 
     def inverse_link(self, output: Tensor) -> Tensor:
-        """Return means."""
         return output.exp()
 
 

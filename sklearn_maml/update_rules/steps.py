@@ -131,7 +131,6 @@ class SGD(_LinearRule):
     def _rates_of_step(
         self, k: int, params: Params, *, alpha: float, rates: Params
     ) -> dict[str, Any]:
-        """`alpha` for every parameter."""
         return dict.fromkeys(params, alpha)
 
 
@@ -179,7 +178,6 @@ class MetaSGD(_LinearRule):
     def _rates_of_step(
         self, k: int, params: Params, *, alpha: float, rates: Params
     ) -> dict[str, Any]:
-        """Learned rates, the same in every step."""
         return {name: alpha * rates[name].exp() for name in params}
 
 
@@ -231,7 +229,6 @@ class PerLayerPerStep(_LinearRule):
     def _rates_of_step(
         self, k: int, params: Params, *, alpha: float, rates: Params
     ) -> dict[str, Any]:
-        """Learned rates of step `k`, or of the last one that has them."""
         k = min(k, self._n_rates(rates) - 1)
         return {name: alpha * rates[name][k].exp() for name in params}
 
@@ -270,7 +267,6 @@ class LearnedAlpha(_LinearRule):
     def _rates_of_step(
         self, k: int, params: Params, *, alpha: float, rates: Params
     ) -> dict[str, Any]:
-        """Learned rate, the same for all."""
         return dict.fromkeys(params, alpha * rates["alpha"].exp())
 
 
