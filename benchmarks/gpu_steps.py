@@ -124,7 +124,7 @@ class Workload:
         return {"update_rule": "sgd", "engine__batch_norm": "transductive"}
 
 
-def _mlp(name: str, n_tasks: int | None = None, label: str | None = None) -> Workload:
+def mlp_workload(name: str, n_tasks: int | None = None, label: str | None = None) -> Workload:
     sizes, _, _, _, steps, alpha, classification = WORKLOADS[name]
     return Workload(
         label or name,
@@ -137,7 +137,7 @@ def _mlp(name: str, n_tasks: int | None = None, label: str | None = None) -> Wor
     )
 
 
-def _images(n_tasks: int, ways: int, queries: int, seed: int) -> Batch:
+def images_of(n_tasks: int, ways: int, queries: int, seed: int) -> Batch:
     """One image of each class to adapt to, some more to predict; noise around a centre."""
     rng = np.random.default_rng(seed)
     y = np.tile(np.arange(ways), 1 + queries)[None].repeat(n_tasks, 0)
@@ -147,7 +147,7 @@ def _images(n_tasks: int, ways: int, queries: int, seed: int) -> Batch:
     return X[:, :ways], y[:, :ways], X[:, ways:], y[:, ways:]
 
 
-def _conv4(filters: int) -> nn.Module:
+def conv4_of(filters: int) -> nn.Module:
     torch.manual_seed(0)
     return conv4(5, filters, averages=False)
 
@@ -157,19 +157,19 @@ def workloads(small: bool) -> list[Workload]:
     n_images = (2, 5, 1) if small else (32, 5, 15)
     images = Workload(
         "W3",
-        functools.partial(_conv4, 4 if small else 64),
-        functools.partial(_images, *n_images),
+        functools.partial(conv4_of, 4 if small else 64),
+        functools.partial(images_of, *n_images),
         steps=1,
         alpha=0.1,
         classification=True,
     )
     few = 3 if small else None
     loads = [
-        _mlp("W1", few),
+        mlp_workload("W1", few),
         images,
-        _mlp("W2", few),
-        _mlp("W1_s5", few),
-        _mlp("W2", 6 if small else 1000, label="W4"),
+        mlp_workload("W2", few),
+        mlp_workload("W1_s5", few),
+        mlp_workload("W2", 6 if small else 1000, label="W4"),
     ]
     if small:
         loads = [dataclasses.replace(w, steps=min(w.steps, 2)) for w in loads]

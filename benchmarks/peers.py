@@ -12,91 +12,51 @@ and a ratio is the median over the turns. What is not installed is left out with
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_steps import _images
-from papers import conv4
-from run import (
-    WORKLOADS,
-    Batch,
-    LibraryStep,
-    PlainLoop,
-    make_batch,
-    make_mlp,
-    median_ratio,
-    relative_error,
-    take_turns,
-)
+from gpu_steps import Workload, conv4_of, images_of, mlp_workload
+from run import WORKLOADS, median_ratio, relative_error, take_turns
 from torch import nn
 from whole_process import learn2learn_maml
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is timed: a module, batches of tasks, and how they are learned."""
-
-    module: Callable[[], nn.Module]
-    batch: Callable[[int], Batch]
-    alpha: float
-    steps: int
-    second_order: bool = True
-    sizes: tuple[int, ...] | None = None  # of a multilayer perceptron
-
-
-def _mlp(name: str, second_order: bool) -> Workload:
-    sizes, _, _, _, steps, alpha, _ = WORKLOADS[name]
-    return Workload(
-        functools.partial(make_mlp, sizes),
-        functools.partial(make_batch, name),
-        alpha,
-        steps,
-        second_order,
-        sizes,
-    )
-
-
-def _conv(queries: int) -> Workload:
-    def module() -> nn.Module:
-        torch.manual_seed(0)
-        return conv4(5, 64, averages=False)
-
-    return Workload(module, functools.partial(_images, 32, 5, queries), 0.1, 1)
-
-
-ALL = {
-    **{
-        f"{n}{'' if order else '_fo'}": _mlp(n, order) for n in WORKLOADS for order in (True, False)
-    },
-    "W3_q5": _conv(1),
-    "W3": _conv(15),
-}
+def all_workloads() -> dict[str, tuple[Workload, bool]]:
+    """Workloads by name, and whether their meta-gradient is of second order."""
+    found = {
+        f"{name}{'' if second_order else '_fo'}": (mlp_workload(name), second_order)
+        for name in WORKLOADS
+        for second_order in (True, False)
+    }
+    for name, queries in (("W3_q5", 1), ("W3", 15)):
+        images = functools.partial(images_of, 32, 5, queries)
+        load = Workload(name, functools.partial(conv4_of, 64), images, 1, 0.1, True)
+        found[name] = load, True
+    return found
 
 
 class JaxStep:
     """``jit(value_and_grad(mean(vmap)))`` and optax's Adam, for multilayer perceptrons."""
 
-    def __init__(self, load: Workload, module: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, load: Workload, second_order: bool) -> None:
         import jax
         import jax.numpy as jnp
         from jax_maml import jax_maml
 
-        maml = jax_maml(load.alpha, load.steps, second_order=load.second_order)
+        maml = jax_maml(load.alpha, load.steps, second_order=second_order)
         self.grad, self.update = jax.jit(maml.grad), maml.update
-        values = [p.detach().numpy() for p in module.parameters()]
+        values = [p.detach().numpy() for p in load.make_module().parameters()]
         self.params = [
             (jnp.asarray(w.T), jnp.asarray(b))
             for w, b in zip(values[::2], values[1::2], strict=True)
         ]
         self.state = maml.init(self.params)
-        self.batches = [tuple(map(jnp.asarray, batch)) for batch in batches]
+        self.batches = [tuple(map(jnp.asarray, batch)) for batch in load.batches]
 
     def meta_grad(self) -> list[np.ndarray]:
         """Return the gradient of the first batch, parameter by parameter, as torch has them."""
@@ -113,11 +73,12 @@ class JaxStep:
 class LoopStep:
     """learn2learn's MAML in the loop of its examples."""
 
-    def __init__(self, load: Workload, module: nn.Module, batches: list[Batch]) -> None:
-        self.maml = learn2learn_maml()(module, lr=load.alpha, first_order=not load.second_order)
+    def __init__(self, load: Workload, second_order: bool) -> None:
+        module = load.make_module()
+        self.maml = learn2learn_maml()(module, lr=load.alpha, first_order=not second_order)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=1e-3)
         self.steps = load.steps
-        self.batches = [tuple(map(torch.from_numpy, batch)) for batch in batches]
+        self.batches = [tuple(map(torch.from_numpy, batch)) for batch in load.batches]
 
     @staticmethod
     def _loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -153,32 +114,16 @@ class LoopStep:
 
 def measure(name: str, installed: list[str], seconds: float) -> None:
     """Print a line of the table."""
-    load = ALL[name]
-    batches = [load.batch(seed) for seed in range(4)]
-    classes = batches[0][1].dtype.kind == "i"
-    ours = LibraryStep(
-        load.module(),
-        batches,
-        alpha=load.alpha,
-        steps=load.steps,
-        classification=classes,
-        meta_gradient="second-order" if load.second_order else "first-order",
-        engine__batch_norm="transductive",  # as the others do
-    )
-    exact = PlainLoop(
-        load.module(),
-        batches,
-        load.alpha,
-        load.steps,
-        dtype=torch.float64,
-        second_order=load.second_order,
-    ).meta_grad(0)[1]
+    load, second_order = all_workloads()[name]
+    # with the batch norm of the others
+    ours = load.library("cpu", meta_gradient="second-order" if second_order else "first-order")
+    exact = load.loop("cpu", dtype=torch.float64, second_order=second_order).meta_grad(0)[1]
     names = list(exact)
     peers: dict[str, Any] = {}
-    if "jax" in installed and load.sizes is not None:
-        peers["jax"] = JaxStep(load, load.module(), batches)
+    if "jax" in installed and not load.convolves:
+        peers["jax"] = JaxStep(load, second_order)
     if "learn2learn" in installed:
-        peers["learn2learn"] = LoopStep(load, load.module(), batches)
+        peers["learn2learn"] = LoopStep(load, second_order)
     found = {"ours": ours.meta_grad(0)[1]}
     found |= {n: dict(zip(names, p.meta_grad(), strict=True)) for n, p in peers.items()}
     errors = {n: relative_error(grads, exact) for n, grads in found.items()}
@@ -200,7 +145,9 @@ def measure(name: str, installed: list[str], seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workloads", default=",".join(ALL), help="names, with commas between")
+    parser.add_argument(
+        "--workloads", default=",".join(all_workloads()), help="names, with commas between"
+    )
     parser.add_argument("--seconds", type=float, default=20, help="of CPU, for each workload")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # else JAX has a thread for each core, whatever it is told
@@ -213,7 +160,7 @@ def main() -> None:
         print(f"{name} is not installed and left out")
     if installed:
         print("\nA meta-step with Adam: ours, its time as a ratio to others, its gradient's error")
-        for name in args.workloads.split(","):
+        for name in args.workloads.split(",") if args.workloads else all_workloads():
             measure(name, installed, args.seconds)
 
 
