@@ -23,10 +23,10 @@ from run import (
     WORKLOADS,
     LibraryStep,
     PlainLoop,
-    gradient_error,
     make_batch,
     make_mlp,
     median_ratio,
+    relative_error,
     take_turns,
 )
 
@@ -51,7 +51,7 @@ def per_task(counts: list[int], seconds: float, turns: int) -> dict[str, dict[st
                 make_mlp(sizes), batches, alpha=alpha, steps=steps, classification=classification
             )
             loop = PlainLoop(make_mlp(sizes), batches, alpha, steps)
-            errors.append(gradient_error(ours, loop))
+            errors.append(relative_error(ours.meta_grad(0)[1], loop.meta_grad(0)[1]))
             pairs += [ours.step, loop.step]
         times = take_turns(pairs, seconds / len(NAMES), turns)
         own, other = times[::2], times[1::2]
