@@ -286,8 +286,10 @@ def test_members_of_two_classes_start_differently_and_are_saved(tmp_path):
     clf = MAMLClassifier(max_iter=4, hidden_layer_sizes=(8,), random_state=0)
     clf.fit(X, y[:, 0].astype(int), groups=task)
     head = clf.net_.module_.head
-    slopes = head.factor[:, 1, 1].abs().detach().numpy()
-    assert slopes[3] < 0.02 < slopes[[0, 1, 2, 4]].min()
+    levels, slopes = head.factor[:, [0, 1], [0, 1]].abs().detach().numpy().T
+    # the tasks of one differ in level alone, those of another do not differ
+    assert levels[4] < 0.02 < levels[:4].min(), levels
+    assert slopes[[3, 4]].max() < 0.02 < slopes[:3].min()
     assert not np.allclose(head.body.weight0[1, :, 0].detach(), head.body.weight0[0, :, 0].detach())
     rows = np.arange(len(y)) % 20 < 5
     clf.adapt(X[rows], y[rows, 0].astype(int), groups=task[rows])
@@ -299,3 +301,19 @@ def test_members_of_two_classes_start_differently_and_are_saved(tmp_path):
     with torch.no_grad():
         plain = clf.adapted_module(3)(torch.from_numpy(X[task == 3]))
     np.testing.assert_allclose(plain, expected[task == 3], rtol=1e-5)
+
+
+def labels(sd, n_tasks=60, n_rows=12):
+    rng = RNG(4)
+    codes, X = np.repeat(np.arange(n_tasks), n_rows), rng.randn(n_tasks * n_rows, 2)
+    logits = X[:, 0] + sd * rng.randn(n_tasks)[codes]
+    return X, (logits + rng.logistic(size=len(codes)) > 0).astype(int), codes
+
+
+def test_of_two_classes_members_count_as_much_as_held_out_tasks_are_theirs():
+    found = []
+    for sd in (0.0, 3.0):
+        X, y, codes = labels(sd)
+        clf = MAMLClassifier(update_rule="gaussian-head", max_iter=1, random_state=0)
+        found.append(clf.fit(X, y, groups=codes).calibration_.members[4, 0])
+    assert found[0] > 0.18 > 0.15 > found[1]  # of the member whose tasks do not differ, of five

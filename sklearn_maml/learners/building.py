@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.gaussian import ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
-from sklearn_maml.learners.likelihoods import Likelihood, NewtonLikelihood
+from sklearn_maml.learners.likelihoods import Labels, Likelihood, NewtonLikelihood
 from sklearn_maml.learners.start import (
+    Alike,
     Bent,
     Differ,
     InLevel,
@@ -144,7 +145,7 @@ def build_head(
     kinds: Sequence[_Kind] = (_linear,)
     feature = knot = np.arange(0)
     if body is None and not same_classes and likelihood.members_differ:
-        kinds = KINDS
+        kinds = KINDS_OF_LABELS if isinstance(likelihood, Labels) else KINDS
         feature, knot = _knots(Z, made.room_for_hinges)
 
     def start(j: int) -> Any:
@@ -192,6 +193,11 @@ def _in_level(feature: np.ndarray) -> tuple[bool, Differ]:
     return False, InLevel()
 
 
+def _alike(feature: np.ndarray) -> tuple[bool, Differ]:
+    """Make one whose tasks do not differ."""
+    return False, Alike()
+
+
 def _bent(feature: np.ndarray, by_task: bool = False) -> tuple[bool, Differ]:
     """Make one whose lines bend, in the same way in all tasks or in each its own."""
     return (True, Bent(feature, by_task)) if len(feature) else (False, Differ())
@@ -199,6 +205,8 @@ def _bent(feature: np.ndarray, by_task: bool = False) -> tuple[bool, Differ]:
 
 # how members start: what tasks are like is not known, and each task counts them by their density
 KINDS: tuple[_Kind, ...] = (_linear, _bent, partial(_bent, by_task=True), _in_level, _linear)
+# few labels tell little of how tasks differ, and the variances of a start are easily too large
+KINDS_OF_LABELS: tuple[_Kind, ...] = (*KINDS[:4], _alike)
 
 
 def _knots(Z: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -65,6 +65,8 @@ def judge_head(
     plain = Calibration(*edges)
     if not trainer.validation:
         return plain
+    if trainer.head.likelihood.members_differ:
+        plain = dataclasses.replace(plain, members=_members(trainer, meta_params))
     if trainer.head.likelihood.are_classes:
         return dataclasses.replace(plain, **_logit_factors(trainer, meta_params))
     last = trainer.head.n_members - 1
@@ -79,8 +81,6 @@ def judge_head(
         if held.member not in judged:
             given += [(held, support.first(n), hidden) for n in fewer]
         judged.add(held.member)
-
-    plain = dataclasses.replace(plain, members=_members(trainer, meta_params))
 
     def deviations(own: tuple[HeldOut, Rows, bool]) -> _Deviations:
         return _Deviations.of(trainer, meta_params, plain, *own)

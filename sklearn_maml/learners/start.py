@@ -168,6 +168,18 @@ class InLevel(Differ):
         return np.diag(np.r_[cov[0, 0], np.full(len(cov) - 1, SMALLEST)])
 
 
+class Alike(Differ):
+    """Tasks do not differ."""
+
+    def first(self, n_columns: int) -> np.ndarray:
+        """See `Differ`."""
+        return self.allowed(super().first(n_columns))
+
+    def allowed(self, cov: np.ndarray) -> np.ndarray:
+        """See `Differ`."""
+        return SMALLEST * np.eye(len(cov))
+
+
 class Bent(Differ):
     """The last columns are hinges, where the lines of features bend.
 
