@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import shutil
@@ -421,6 +422,19 @@ def test_the_wheel_contains_the_data_and_the_notices(tmp_path):
     }
     assert {"sklearn_maml/py.typed", "sklearn_maml/native/mlp.cpp"} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]
+
+
+def test_benchmarks_import_what_there_is():
+    """Most of them run for minutes, and need packages that are not here: nothing else runs them."""
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in scripts}
+    for script, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in trees:
+                body = trees[node.module].body
+                there = {part.id for top in body for part in ast.walk(top) if hasattr(part, "id")}
+                there |= {top.name for top in body if hasattr(top, "name")}
+                assert {alias.name for alias in node.names} <= there, script
 
 
 @pytest.mark.parametrize("name", ["comparison", "estimators", "few_shot"])
