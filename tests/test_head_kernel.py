@@ -12,6 +12,8 @@ from torch import nn
 
 from sklearn_maml import MAMLRegressor, native
 from sklearn_maml.data.episodes import EpisodeBatch, Rows, totals
+from sklearn_maml.engine.rungs import base as rungs
+from sklearn_maml.exceptions import EngineFallbackWarning
 from sklearn_maml.learners import head_trainer, laplace
 from sklearn_maml.learners.bodies import MLPBody, ModuleBody
 from sklearn_maml.learners.compiled import head_kernel
@@ -397,7 +399,9 @@ def test_heads_that_torch_has_to_train(monkeypatch):
         laplace_head = LaplaceHead(body, [one], none, none, likelihood=likelihood)
         assert (head_kernel(laplace_head, 1) is not None) == is_covered
     monkeypatch.setattr(native, "_kernels", None)
-    assert head_kernel(covered, 1) is None
+    monkeypatch.setattr(rungs, "_warned", set())
+    with pytest.warns(EngineFallbackWarning, match="several times as long"):
+        assert head_kernel(covered, 1) is None
 
 
 def test_rows_of_either_precision_and_others_that_are_left_to_torch():

@@ -999,6 +999,18 @@ def test_a_fit_that_stopped_early_is_a_shorter_fit():
     assert torch.equal(coefficients(early), coefficients(shorter))
 
 
+@pytest.mark.parametrize("make", [MAMLRegressor, MAMLClassifier])
+def test_a_default_fit_without_kernels_says_so_once(make, no_kernels):
+    y = Y_ALL if make is MAMLRegressor else np.where(Y_ALL > 0, "up", "down")
+    reg = make(hidden_layer_sizes=(8,), max_iter=5, random_state=0)
+    with pytest.warns(EngineFallbackWarning, match="no C\\+\\+ compiler") as caught:
+        reg.fit(X_ALL, y, groups=GROUPS)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reg.fit(X_ALL, y, groups=GROUPS)
+
+
 def test_fits_and_copies_without_kernels(fitted, no_kernels, monkeypatch):
     data = pickle.dumps(fitted)
 

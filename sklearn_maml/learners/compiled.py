@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_maml.data.episodes import EpisodeBatch, Rows
+from sklearn_maml.engine.rungs.base import warn_once
 from sklearn_maml.learners.bodies import MLPBody
 from sklearn_maml.learners.gaussian import BEYOND, SPREAD, ClassHead, GaussianHead
 from sklearn_maml.learners.laplace import LaplaceHead
@@ -24,7 +25,14 @@ from sklearn_maml.learners.likelihoods import (
     TwoClasses,
 )
 from sklearn_maml.learners.start import NOISE_FLOOR
-from sklearn_maml.native import MAX_LAYERS, activation_code, instruction_sets
+from sklearn_maml.native import (
+    MAX_LAYERS,
+    NativeUnavailableError,
+    activation_code,
+    instruction_set,
+    instruction_sets,
+    said_without,
+)
 from sklearn_maml.native.head import HeadKernel, Layout
 from sklearn_maml.native.posterior import PosteriorKernel
 from sklearn_maml.threads import n_threads_asked
@@ -48,10 +56,15 @@ def head_kernel(
     """Kernel for a head; None for heads that torch has to train.
 
     These have modules of users for features, likelihoods of users, or parameters on an
-    accelerator.
+    accelerator. Where there are no kernels, one warning says so.
     """
     likelihood, layout = head.likelihood, _layout(head, n_ways)
     if layout is None:
+        return None
+    try:
+        instruction_set()
+    except NativeUnavailableError as error:
+        warn_once(said_without(error))
         return None
     two_classes = isinstance(likelihood, TwoClasses)
     kernel = _TwoClassKernel if two_classes else HeadKernel
@@ -63,7 +76,8 @@ def head_kernel(
 
 def posterior_kernel(head: GaussianHead, params: dict[str, Tensor]) -> PosteriorKernel | None:
     """Kernel for adapting and predicting with these parameters; None: torch has to."""
-    layout = None if isinstance(head, LaplaceHead) else _layout(head, head.n_outputs)
+    here = bool(instruction_sets()) and not isinstance(head, LaplaceHead)
+    layout = _layout(head, head.n_outputs) if here else None
     return None if layout is None else PosteriorKernel(layout, params)
 
 
@@ -80,7 +94,6 @@ def _layout(head: GaussianHead, n_ways: int) -> Layout | None:
         and (type(activation) is nn.Identity or activation_code(activation) is not None)
         and (head.same_classes or n_ways == head.n_outputs)
         and head.factor.device.type == "cpu"
-        and bool(instruction_sets())
     )
     if not covered:
         return None

@@ -74,6 +74,14 @@ def instruction_set() -> str:
     return asked
 
 
+def said_without(reason: NativeUnavailableError) -> str:
+    """Say what it means that there are no kernels."""
+    return (
+        "The compiled kernels for multilayer perceptrons cannot be used, so fits take several "
+        f"times as long, with the same results. Reason: {reason}."
+    )
+
+
 # -- networks ------------------------------------------------------------------------------------
 
 # positions in the source's `Activation`

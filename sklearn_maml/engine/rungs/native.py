@@ -14,7 +14,7 @@ from sklearn_maml.engine.rungs.base import CannotClimbError, Outlook, Rung, warn
 from sklearn_maml.engine.rungs.stacked import Stacked
 from sklearn_maml.engine.spec import AdaptedParams, MetaStep, Spec, Step
 from sklearn_maml.meta_gradients import FirstOrder, SecondOrder
-from sklearn_maml.native import Kernel, NativeUnavailableError
+from sklearn_maml.native import Kernel, NativeUnavailableError, said_without
 from sklearn_maml.targets.losses import (
     AbsoluteError,
     BinaryCrossEntropy,
@@ -149,10 +149,7 @@ class Native(Rung):
             norm = norm_of_steps(self.spec.rule)
             self._kernel = Kernel(self.layout, *known, integers, norm, dtype, self._n_threads)
         except NativeUnavailableError as error:
-            raise CannotClimbError(
-                "The compiled kernels for multilayer perceptrons cannot be used, so fits take "
-                f"several times as long, with the same results. Reason: {error}."
-            ) from error
+            raise CannotClimbError(said_without(error)) from error
         self.ready = True
 
     # -- calls -----------------------------------------------------------------------------------
