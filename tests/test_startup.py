@@ -44,7 +44,7 @@ sklearn_maml.MAMLRegressor(max_iter=5, hidden_layer_sizes=(4,), steps=1).fit(X, 
 assert brought() == ["skorch"], brought()
 assert garbage() is not None
 gc.collect()
-assert garbage() is None and gc.get_freeze_count() == 0
+assert garbage() is None and gc.get_freeze_count() < 1000
 gc.freeze()  # by somebody else
 gc.collect()
 assert gc.get_freeze_count() > 100_000
@@ -78,7 +78,7 @@ def test_what_is_garbage_when_a_process_ends_is_finalised(how, tmp_path):
 def test_a_collector_that_was_off_stays_off_and_frozen_objects_stay_frozen(monkeypatch):
     calls = []
     monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: 3)
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 5000)
     with collection_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
