@@ -186,6 +186,10 @@ def compare_baselines(
     "pretrained MLP + fine-tune", and "per-task TabPFN" if it is installed. With `n_ways`, those of
     single tasks.
 
+    As many rows of each class say nothing of how frequent the classes of a task are. Baselines are
+    trained to expect such support rows; a `MAMLClassifier` expects rows as they come, unless it is
+    given `n_shots`.
+
     References
     ----------
     .. [1] Laird, N. M. & Ware, J. H. (1982). Random-Effects Models for Longitudinal Data.
