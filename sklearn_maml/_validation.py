@@ -201,18 +201,6 @@ class PrefixedParamsMixin:
         alike = difflib.get_close_matches(head, free)  # whatever the option, which may be long
         return did_you_mean(name, [*known, *(f"{prefix}__{option}" for prefix in alike)])
 
-    def _rename_parameters(self) -> None:
-        """Move parameters that an earlier version has set to their names of now.
-
-        Defaults, which were set then, are left out.
-        """
-        own, renamed = vars(self), self._gathered("_renamed")
-        for name in own.keys() & renamed.keys():
-            value, new = own.pop(name), renamed[name]
-            prefix, _, option = new.partition("__")
-            if value != (self._gathered("_prefixes")[prefix] or {}).get(option):
-                own[new] = value
-
 
 def _check_holder(name: str, values: dict[str, Any]) -> None:
     """Refuse a parameter of a parameter that has none."""

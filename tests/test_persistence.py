@@ -572,46 +572,6 @@ def test_other_versions_are_refused(version, message, model, tmp_path, monkeypat
         sklearn_maml.load(tmp_path / "later")
 
 
-def with_old_names(path, old):
-    """Write a file as it was before some parameters had a prefix: all of them were there."""
-    tree, tensors = read_tree(path)
-    params = tree["content"]["params"]
-    for name in [name for name in params if name.startswith(("engine__", "loss__"))]:
-        del params[name]
-    params.update(old)
-    write_tree(path, tree, tensors)
-
-
-OLD_DEFAULTS = {
-    "checkpoint_steps": False,
-    "max_tasks_in_memory": None,
-    "precision": "full",
-    "batch_norm": "inductive",
-}
-
-
-@pytest.mark.parametrize(("old", "now"), [
-    ({}, {}),
-    ({"precision": "bf16", "max_tasks_in_memory": 2},
-     {"engine__precision": "bf16", "engine__max_tasks_in_memory": 2}),
-])  # fmt: skip
-def test_parameters_that_had_no_prefix_are_read(old, now, data, tmp_path):
-    X, y, groups = data
-    path = tmp_path / "model"
-    model = MAMLRegressor(**SMALL, **now).fit(X, y, groups=groups).adapt(X[:9], y[:9])
-    model.save(path)
-    with_old_names(path, {**OLD_DEFAULTS, **old})
-    loaded = sklearn_maml.load(path)
-    assert loaded.get_params() == model.get_params()
-    np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
-    pickled = {**vars(model), **OLD_DEFAULTS, **old}
-    for name in now.keys() - old.keys():
-        del pickled[name]
-    again = MAMLRegressor.__new__(MAMLRegressor)
-    again.__setstate__(pickled)
-    assert again.get_params() == model.get_params()
-
-
 class Tripwire:
     """Notices when it is imported from a file's name."""
 

@@ -60,7 +60,6 @@ class Stored(Planning, Adapting):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if PLAIN not in state:
             super().__setstate__(state)
-            self._rename_parameters()
             return
         if state[PLAIN] != FORMAT:
             raise FileFormatError(
@@ -104,7 +103,6 @@ class Stored(Planning, Adapting):
         """Make modules and net as `fit` does, and fill them; see `SaveMixin`."""
         from skorch.history import History
 
-        self._rename_parameters()
         if "learner" not in fitted:
             super().__restore_state__(fitted)
             return
