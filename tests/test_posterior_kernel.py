@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from test_head_kernel import make_head
+from test_head_kernel import HEADS as OF_LOSSES
+from test_head_kernel import NEWTON, make_batch, make_head
 from torch import nn
 
 from sklearn_maml import MAMLRegressor, native
@@ -137,8 +138,10 @@ def test_a_task_and_a_row_are_computed_by_themselves(n_rows):
             assert_array_equal(outputs, of_one[0])
 
 
-def test_results_do_not_depend_on_threads(monkeypatch):
+@pytest.mark.parametrize("large", [0, posterior.LARGE])
+def test_results_do_not_depend_on_threads(monkeypatch, large):
     monkeypatch.setattr(posterior, "PARALLEL_WORK", 0)
+    monkeypatch.setattr(posterior, "LARGE", large)  # numbers that numpy has memory for
     head = make_head(**HEADS["more columns"])
     kernel = exact.exact(head).kernel
     support, (rows, places) = support_of(head, 20, n_tasks=30), queries_of(head, 30)
@@ -243,3 +246,93 @@ def test_std_of_a_row_conditions_on_the_rows_of_its_task_alone(fitted, monkeypat
     monkeypatch.setattr(exact.CompiledNumbers, "condition", counting)
     own.predict(X[:1], groups=task[:1], return_std=True)
     assert seen == [10]
+
+
+@pytest.mark.parametrize("room", ["enough", "none"])
+def test_posteriors_that_were_asked_for_are_kept_while_there_is_room(fitted, monkeypatch, room):
+    model, X, y, task = fitted
+    expected = predictions(fitted)
+    monkeypatch.setattr(conditioned, "MOST_KEPT", 0)
+    monkeypatch.setattr(conditioned, "LEAST_TASKS_KEPT", 12)
+    if room == "none":
+        monkeypatch.setattr(conditioned, "MOST_KEPT_LATER", 0)
+    own = copy.deepcopy(model).adapt(X, y, groups=task)
+    n_asked = []
+    condition = exact.CompiledNumbers.condition
+
+    def counting(self, X, *args, **options):
+        n_asked[-1] += len(X)
+        return condition(self, X, *args, **options)
+
+    monkeypatch.setattr(exact.CompiledNumbers, "condition", counting)
+    for rows in (task < 11, task < 12, task < 12):  # the first ask for too few tasks to be kept
+        n_asked.append(0)
+        found = own.predict(X[rows], groups=task[rows], return_std=True)
+        for got, of_kept in zip(found, expected, strict=True):
+            assert_allclose(got, of_kept[rows], rtol=1e-12)
+    assert n_asked == [11, 12, 0 if room == "enough" else 12]
+    # what more rows of a task make of it is found anew
+    n_asked.append(0)
+    own.adapt(X[:3], y[:3] + 1, groups=task[:3], extend=True)
+    n_asked.append(0)
+    extended = own.predict(X, groups=task, return_std=True)
+    assert n_asked[-1] == (1 if room == "enough" else 12)
+    assert_allclose(extended[1][task > 0], expected[1][task > 0], rtol=1e-12)
+    assert not np.allclose(extended[1][task == 0], expected[1][task == 0], rtol=1e-6)
+
+
+# -- likelihoods that take Newton steps ----------------------------------------------------------
+
+
+def labelled(head, n_rows):
+    """Support rows with targets that the likelihood knows, as `support_of`."""
+    X, _, root = support_of(head, n_rows)
+    y = make_batch(head, n_rows, 1, n_tasks=4).support.y
+    return X, nn.functional.one_hot(y, 2).double() if head.likelihood.are_classes else y, root
+
+
+@pytest.mark.parametrize("n_rows", [0, 3, 11, 40])
+@pytest.mark.parametrize("kind", NEWTON)
+def test_modes_are_those_of_torch(kind, n_rows):
+    head = make_head(**{**HEADS["more columns"], **OF_LOSSES[kind]})
+    compiled = exact.exact(head)
+    assert isinstance(compiled, exact.CompiledNewton)
+    plain = head.functions(compiled.params)
+    with torch.no_grad():
+        found, expected = (run.condition(*labelled(head, n_rows)) for run in (compiled, plain))
+        queries = queries_of(head)[0][:12].view(4, 3, -1)
+        pairs = [(found.shift, expected.shift), (found.objective, expected.objective)]
+        pairs += zip(compiled.query(queries, found), plain.query(queries, expected), strict=True)
+        for got, of_torch in pairs:  # to parts of the largest: some targets are far off
+            assert_allclose(got, of_torch, rtol=1e-9, atol=1e-9 * max(1, of_torch.abs().max()))
+        assert_allclose(found.covariance(), expected.covariance(), rtol=0, atol=1e-9)
+        rows, places = queries_of(head)
+        outputs = [run.outputs(rows, found.shift, places) for run in (compiled, plain)]
+        assert_allclose(*outputs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_mode_of_more_rows_than_columns_is_left_to_torch():
+    head = make_head(**OF_LOSSES["counts"])
+    compiled = exact.exact(head)
+    support = labelled(head, head.n_columns + 1)
+    with torch.no_grad():
+        found, expected = (
+            run.condition(*support) for run in (compiled, head.functions(compiled.params))
+        )
+    assert_array_equal(found.shift, expected.shift)
+
+
+@pytest.mark.parametrize("kind", ["counts", "logit of the second of two classes"])
+def test_the_mode_of_a_task_depends_on_no_other_and_on_no_thread(kind, monkeypatch):
+    monkeypatch.setattr(posterior, "PARALLEL_WORK", 0)
+    head = make_head(**OF_LOSSES[kind])
+    kernel, (X, y, root) = exact.exact(head).kernel, labelled(head, 11)
+    y = head.likelihood.seen(y)
+    one, several = (kernel.condition_at_mode(X, y, root, n) for n in (1, 3))
+    for task in range(4):
+        real = root[task] > 0
+        own = [part[task : task + 1, real] for part in (X, y, root)]
+        alone = kernel.condition_at_mode(*own, 1)
+        assert_array_equal(alone["shift"][:, 0], one["shift"][:, task])
+    for name, values in one.items():
+        assert_array_equal(values, several[name])

@@ -10,6 +10,7 @@ from torch import nn
 from sklearn_maml import MAMLClassifier, load
 from sklearn_maml.learners import conditioned
 from sklearn_maml.learners.bodies import MLPBody
+from sklearn_maml.learners.exact import CompiledNewton
 from sklearn_maml.learners.laplace import LaplaceFunctions, LaplaceHead
 from sklearn_maml.learners.likelihoods import Classes, Labels, TwoClasses, find_likelihood
 from sklearn_maml.targets import BinaryCrossEntropy, CrossEntropy
@@ -107,7 +108,8 @@ def test_probabilities_take_the_posteriors_that_adapt_has_found(clf, monkeypatch
     anew = copy.deepcopy(clf)
     anew.adapt(X, np.array(["no", "yes"])[y], groups=task)
     expected = anew.predict_proba(X, groups=task)
-    monkeypatch.setattr(LaplaceFunctions, "condition", None)
+    for kind in (LaplaceFunctions, CompiledNewton):
+        monkeypatch.setattr(kind, "condition", None)
     np.testing.assert_allclose(own.predict_proba(X, groups=task), expected, rtol=1e-9)
     with pytest.raises(TypeError, match="not callable"):
         anew.predict_proba(X, groups=task)

@@ -265,7 +265,8 @@ class BaseMAML(Training, Stored, Scoring):
 
         A task takes as much room as its parameters and support rows. A Gaussian head keeps up to
         128 MiB of posteriors beside, of all tasks together: where they would take more, predictions
-        with ``return_std=True`` adapt anew to those of the tasks asked about that have none.
+        with ``return_std=True`` adapt anew to those of the tasks asked about that have none, and
+        keep up to 256 MiB of what they find, too.
 
         Parameters
         ----------

@@ -76,8 +76,7 @@ def head_kernel(
 
 def posterior_kernel(head: GaussianHead, params: dict[str, Tensor]) -> PosteriorKernel | None:
     """Kernel for adapting and predicting with these parameters; None: torch has to."""
-    here = bool(instruction_sets()) and not isinstance(head, LaplaceHead)
-    layout = _layout(head, head.n_outputs) if here else None
+    layout = _layout(head, head.n_outputs) if instruction_sets() else None
     return None if layout is None else PosteriorKernel(layout, params)
 
 

@@ -36,7 +36,9 @@ MARGIN = 0.1  # of the range of the targets: predictions end there
 ROWS_AT_A_TIME = 8192
 # of a task that gets more: conditioning on so many takes about ten times as long as on their sums
 ROWS_PER_COLUMN = 4
-MOST_KEPT = 2**27  # bytes of posteriors
+# bytes of posteriors that `adapt` keeps, and of further ones when they were asked for; of so many
+# tasks at least, since what takes few at a time is as fast without
+MOST_KEPT, MOST_KEPT_LATER, LEAST_TASKS_KEPT = 2**27, 2**28, 16
 HALF_OFFSET = 0.5  # rows after which half of the offset of classes is left
 
 
@@ -154,7 +156,8 @@ class Conditioned(Adapted):
     -----
     Posteriors take ``8 * n_members * n_columns * min(n_rows, n_columns)`` bytes a task, and without
     them `std` takes as long as conditioning on the rows of the tasks that it is asked about. They
-    are kept for as many tasks as `MOST_KEPT` bytes are enough for, those with few rows first.
+    are kept for as many tasks as `MOST_KEPT` bytes are enough for, those with few rows first, and
+    when they are asked for for more, up to `MOST_KEPT_LATER`.
     """
 
     def __init__(
@@ -441,27 +444,36 @@ class Conditioned(Adapted):
 
     def _moments(self, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return outputs (n_members, n_rows, n_outputs) of members, and variances of targets."""
-        run, most = self._functions(), most_rows(self.head)
-        asked, of_query = np.unique(codes, return_inverse=True)
-        of_query = of_query.reshape(-1)
-        order = np.argsort(of_query, kind="stable")
+        run = self._functions()
+        most = run.kernel_batches * most_rows(self.head)
+        asked, of_query, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+        order, first = np.argsort(of_query.reshape(-1), kind="stable"), np.cumsum(sizes) - sizes
         shape = (self.head.n_members, len(rows), self.head.n_outputs)
         means, variances = np.empty(shape), np.empty(shape)
         scale = self._scale()
         given = Given(run, self.rows, self.sums, asked)
         with torch.no_grad():
             for some, places, posterior in given.posteriors(self.kept):
-                place_of = np.full(len(asked), -1)
-                place_of[some] = places
-                at = place_of[of_query]
-                own = order[at[order] >= 0]
+                self._keep(given, some, posterior)
+                of_some = sizes[some]
+                # those of the first task, of the second, ...
+                begin = np.repeat(first[some] - np.cumsum(of_some) + of_some, of_some)
+                own, at = order[begin + np.arange(len(begin))], np.repeat(places, of_some)
                 for start in range(0, len(own), most):
-                    part = own[start : start + most]
-                    (X,) = tensors(self.head, rows[part])
+                    part = slice(start, start + most)
+                    (X,) = tensors(self.head, rows[own[part]])
                     found = run.query_rows(X, at[part], posterior, scale)
                     for values, whole in zip(found, (means, variances), strict=True):
-                        whole[:, part] = values.cpu().numpy()
+                        whole[:, own[part]] = values.cpu().numpy()
         return means, variances
+
+    def _keep(self, given: Given, some: np.ndarray, posterior: Any) -> None:
+        """Keep a posterior if it was found anew; what threads keep at once may be lost."""
+        kept, tasks = self.kept, given.asked[some]
+        if len(tasks) >= LEAST_TASKS_KEPT and (kept.part[tasks] < 0).all():
+            n_bytes = 8 * given.run.room(given.sizes[some])
+            if kept.later + n_bytes <= MOST_KEPT_LATER:
+                self.kept = kept.and_later(tasks, posterior, n_bytes)
 
     def module(self, task: int, how: Any = None) -> PlainHead:
         """See `Adapted`."""

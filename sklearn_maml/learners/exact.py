@@ -17,6 +17,7 @@ from sklearn_maml.learners.gaussian import (
     GaussianHead,
     HeadFunctions,
 )
+from sklearn_maml.learners.laplace import LaplaceFunctions, LaplaceHead, LaplacePosterior
 from sklearn_maml.learners.posteriors import Posterior, Scale
 from sklearn_maml.native.posterior import LANES, PosteriorKernel, packed, unpacked
 from sklearn_maml.threads import n_threads_asked
@@ -50,11 +51,11 @@ def exact(head: GaussianHead) -> HeadFunctions:
         _MADE[head] = content, params, kernel
     if kernel is None:
         return head.functions(params)
-    kind = CompiledClasses if isinstance(head, ClassHead) else CompiledNumbers
+    kind = next(made for of, made in KINDS.items() if isinstance(head, of))
     return kind(head, params, head.body, kernel)
 
 
-class CompiledNumbers(HeadFunctions):
+class Compiled(HeadFunctions):
     """Functions of a head by compiled kernels, for the sizes that these are for.
 
     Parameters
@@ -69,6 +70,18 @@ class CompiledNumbers(HeadFunctions):
     ) -> None:
         super().__init__(head, params, body)
         self.kernel = kernel
+
+    def outputs(self, X: Tensor, shift: Tensor, place: Tensor) -> Tensor:
+        """See `HeadFunctions`."""
+        if not self.kernel.takes(X):
+            return super().outputs(X, shift, place)
+        return self.kernel.query(X, place, shift, None, None, n_threads_asked())[0]
+
+
+class CompiledNumbers(Compiled):
+    """Those of a Gaussian head."""
+
+    kernel_batches = 4
 
     def condition(
         self, X: Tensor, y: Tensor, root: Tensor | None = None, *, doubt: bool = True
@@ -90,12 +103,6 @@ class CompiledNumbers(HeadFunctions):
         """See `HeadFunctions`."""
         return given.half if given.half is None else unpacked(given.half, self.head.n_columns)
 
-    def outputs(self, X: Tensor, shift: Tensor, place: Tensor) -> Tensor:
-        """See `HeadFunctions`."""
-        if not self.kernel.takes(X):
-            return super().outputs(X, shift, place)
-        return self.kernel.query(X, place, shift, None, None, n_threads_asked())[0]
-
     def query_rows(
         self, X: Tensor, places: np.ndarray, given: Posterior, scale: Scale | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -113,3 +120,26 @@ class CompiledNumbers(HeadFunctions):
 
 class CompiledClasses(CompiledNumbers, ClassFunctions):
     """Those of a head of classes."""
+
+
+class CompiledNewton(Compiled, LaplaceFunctions):
+    """Those of a head whose likelihood takes Newton steps."""
+
+    def condition(  # type: ignore[override]
+        self, X: Tensor, y: Tensor, root: Tensor | None = None, *, doubt: bool = True
+    ) -> LaplacePosterior:
+        """See `HeadFunctions`."""
+        few = X.shape[1] <= self.head.n_columns
+        if root is None or root.ndim > 2 or not (few and self.kernel.takes(X)):
+            return LaplaceFunctions.condition(self, X, y, root, doubt=doubt)
+        y = self.likelihood.seen(y).double()
+        return LaplacePosterior(
+            **self.kernel.condition_at_mode(X, y, root.double(), n_threads_asked())
+        )
+
+
+KINDS: dict[type[GaussianHead], type[Compiled]] = {
+    LaplaceHead: CompiledNewton,
+    ClassHead: CompiledClasses,
+    GaussianHead: CompiledNumbers,
+}

@@ -181,9 +181,13 @@ class HeadFunctions:
     ----------
     has_sums : bool
         Whether sums over the rows of a task say all that the rows do, see `Information`.
+    kernel_batches : int
+        How many times as many rows as fit into caches to take at a time: many, where kernels go
+        through them one after the other.
     """
 
     has_sums: ClassVar[bool] = True
+    kernel_batches: ClassVar[int] = 1
 
     def __init__(self, head: GaussianHead, params: Params, body: Any) -> None:
         self.head = head

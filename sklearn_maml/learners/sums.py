@@ -118,11 +118,14 @@ class Kept:
         Of some tasks each; None where all of these have another one by now.
     part, place : int ndarrays of shape (n_tasks,)
         Which of them is that of a task, and the place of the task in it; -1: none.
+    later : int
+        Bytes of those that were found when they were asked for.
     """
 
     posteriors: tuple[Any, ...]
     part: np.ndarray
     place: np.ndarray
+    later: int = 0
 
     @classmethod
     def of(cls, n_tasks: int, found: Sequence[tuple[np.ndarray, Any]] = ()) -> Kept:
@@ -135,6 +138,12 @@ class Kept:
     def __len__(self) -> int:
         return int((self.part >= 0).sum())
 
+    def and_later(self, tasks: np.ndarray, posterior: Any, n_bytes: int) -> Kept:
+        """Keep that of these tasks, too."""
+        part, place = self.part.copy(), self.place.copy()
+        part[tasks], place[tasks] = len(self.posteriors), np.arange(len(tasks))
+        return Kept((*self.posteriors, posterior), part, place, self.later + n_bytes)
+
     def without(self, tasks: np.ndarray, n_tasks: int) -> Kept:
         """Keep those of other tasks; there are `n_tasks` now."""
         part, place = np.full((2, n_tasks), -1)
@@ -142,7 +151,7 @@ class Kept:
         part[tasks] = -1
         left = set(part.tolist())
         posteriors = tuple(p if k in left else None for k, p in enumerate(self.posteriors))
-        return Kept(posteriors, part, place)
+        return Kept(posteriors, part, place, self.later)
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,8 @@ class Given:
         among = np.ones(len(self.asked), dtype=bool) if among is None else among
         for own, most_tasks in ((self.by_sums, TASKS_OF_SUMS), (~self.by_sums, TASKS_AT_A_TIME)):
             place = np.flatnonzero(own & among)
-            for part in alike(self.sizes[place], most_tasks, most_rows(self.head)):
+            most = self.run.kernel_batches * most_rows(self.head)
+            for part in alike(self.sizes[place], most_tasks, most):
                 yield place[part]
 
     def posteriors(self, kept: Kept) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:

@@ -547,6 +547,89 @@ struct Newton {
 enum { MOST_STEPS = 50, MOST_HALVINGS = 20 };
 const double NEAR = 1e-6, FAR = 3; // change of outputs at a mode; standard deviations
 
+// The mode of the posterior of one output, given k rows, and what there is at it.
+struct Mode {
+    Newton support;
+    Likelihood likelihood;
+    double amplitude;
+    const Row *rows;
+    const real *prior; // of the output: every `stride`-th number is that of a row
+    i64 stride;
+    double *y, *u, *at, *slope, *info, *step, *moved, *spare, *other; // u, the outputs, derivatives of rows there, ...
+
+    Mode(i64 k, i64 ld, double *G, double *U, double *W, double *vectors) { // N_VECTORS of ld numbers, which become 0
+        memset(vectors, 0, N_VECTORS * ld * sizeof(double));
+        double **const of[] = {&y, &u, &at, &slope, &info, &step, &moved, &spare, &other, &support.root, &support.t};
+        for (double **vector : of) *vector = vectors, vectors += ld;
+        support.k = k, support.ld = ld, support.G = G, support.U = U, support.W = W;
+    }
+    double output(i64 i) const { return amplitude * (prior[i * stride] + at[i]); }
+    // also the derivatives of rows
+    double objective() const {
+        double total = 0;
+        for (i64 i = 0; i < support.k; i++) {
+            const Local row = likelihood.at(output(i), y[i]);
+            slope[i] = amplitude * row.first, info[i] = amplitude * amplitude * row.second;
+            total += rows[i].weight * row.value + 0.5 * u[i] * at[i];
+        }
+        return total;
+    }
+    void take_roots(const double *information) const {
+        for (i64 i = 0; i < support.k; i++) support.root[i] = sqrt(rows[i].weight * fmax(information[i], DBL_MIN));
+    }
+    void towards(const double *information) const { // step and moved: all the way there
+        for (i64 i = 0; i < support.k; i++) step[i] = rows[i].weight * (information[i] * at[i] - slope[i]);
+        take_roots(information);
+        support.solve(step, spare, moved);
+        for (i64 i = 0; i < support.k; i++) step[i] -= u[i];
+        support.times_gram(step, moved);
+    }
+    void go(double part) const {
+        for (i64 i = 0; i < support.k; i++) u[i] += part * step[i], at[i] += part * moved[i];
+    }
+    // returns the objective; the system is that of the information at the mode, with its factor
+    double find() const {
+        const i64 k = support.k;
+        for (i64 i = 0; i < k; i++) { // from what the targets alone would suggest, but not from far away
+            double aim, variance;
+            likelihood.guess(y[i], aim, variance);
+            variance /= amplitude * amplitude;
+            const double far = FAR * sqrt(support.G[i * support.ld + i] + variance);
+            aim = fmin(fmax(aim / amplitude - prior[i * stride], -far), far);
+            info[i] = 1 / variance, u[i] = rows[i].weight * aim / variance;
+        }
+        take_roots(info);
+        support.solve(u, spare, step);
+        support.times_gram(u, at);
+        double value = objective();
+        for (i64 steps = 0, near = !k; steps < MOST_STEPS && !near; steps++) {
+            towards(info);
+            double farthest = 0;
+            for (i64 i = 0; i < k; i++) farthest = fmax(farthest, fabs(moved[i]));
+            near = farthest < NEAR;
+            for (i64 halvings = 0;; halvings++) {
+                go(1);
+                const double now = objective();
+                if (near || now <= value || halvings == MOST_HALVINGS) {
+                    value = now;
+                    break;
+                }
+                go(-1);
+                if (likelihood.kind == HEAVY_TAILS && !halvings) { // a step that is never too long
+                    objective();
+                    for (i64 i = 0; i < k; i++) other[i] = amplitude * amplitude * likelihood.bound(output(i), y[i]);
+                    towards(other);
+                    continue;
+                }
+                for (i64 i = 0; i < k; i++) step[i] /= 2, moved[i] /= 2;
+            }
+        }
+        take_roots(info);
+        support.factorise();
+        return value;
+    }
+};
+
 // likelihoods that take Newton steps to the mode of the posterior: as `numbers`. The derivative of
 // what query rows have to do with a mode is that of the equation of the mode.
 static void newton(const Job &job, i64 member, const real *theta, i64 first, i64 n, i64 k, Space &a, real *grad) {
@@ -555,12 +638,10 @@ static void newton(const Job &job, i64 member, const real *theta, i64 first, i64
     const i64 pn = pad(n), ld = pad_double(n), C = s.n_outputs;
     const real *S = a.S + first * s.columns, *prior = a.prior + first * s.outputs;
     const double g = grad ? job.task_weight[rows[0].task] : 0;
-    double *of[N_VECTORS];
-    for (i64 v = 0; v < N_VECTORS; v++) of[v] = a.vectors + v * ld;
-    memset(a.vectors, 0, N_VECTORS * ld * sizeof(double));
-    double *y = of[0], *u = of[1], *at = of[2], *slope = of[3], *info = of[4], *step = of[5], *moved = of[6];
-    double *spare = of[7], *by_u = of[8], *by_info = of[9];
-    const Newton support = {k, ld, a.D, a.U, a.W, of[10], of[11]};
+    Mode mode(k, ld, a.D, a.U, a.W, a.vectors);
+    const Newton &support = mode.support;
+    double *y = mode.y, *u = mode.u, *at = mode.at, *slope = mode.slope, *info = mode.info, *step = mode.step;
+    double *moved = mode.moved, *spare = mode.spare, *by_info = mode.other, *by_u = a.vectors + (N_VECTORS - 1) * ld;
     if (k) {
         transpose<true>(n, s.columns, S, s.columns, a.turned, pn);
         multiply(k, n, {s.columns, s.columns, 1, pn, {S, 0}, {a.turned, 0}, 0}, 0, 0, a.gram, pn);
@@ -568,6 +649,7 @@ static void newton(const Job &job, i64 member, const real *theta, i64 first, i64
     for (i64 i = 0; i < k; i++)
         for (i64 j = 0; j < ld; j++) a.D[i * ld + j] = j < k ? a.gram[i * pn + j] : 0;
     if (grad) memset(a.A, 0, n * pn * sizeof(real));
+    mode.rows = rows, mode.stride = s.outputs;
     for (i64 o = 0; o < C; o++) {
         const double amplitude = theta[s.amplitude + o], noise = theta[s.noise + o];
         const Likelihood likelihood = {s.likelihood, noise * amplitude * amplitude, job.unit[o], s.delta};
@@ -576,64 +658,8 @@ static void newton(const Job &job, i64 member, const real *theta, i64 first, i64
             const Set &set = place_of(job, rows[i], place);
             y[i] = set.y[place * C + o];
         }
-        // objective at u, whose outputs are at; also the derivatives of rows there
-        auto objective = [&](const double *u, const double *at) {
-            double total = 0;
-            for (i64 i = 0; i < k; i++) {
-                const Local row = likelihood.at(amplitude * (prior[i * s.outputs + o] + at[i]), y[i]);
-                slope[i] = amplitude * row.first, info[i] = amplitude * amplitude * row.second;
-                total += rows[i].weight * row.value + 0.5 * u[i] * at[i];
-            }
-            return total;
-        };
-        auto take_roots = [&](const double *information) {
-            for (i64 i = 0; i < k; i++) support.root[i] = sqrt(rows[i].weight * fmax(information[i], DBL_MIN));
-        };
-        for (i64 i = 0; i < k; i++) { // from what the targets alone would suggest, but not from far away
-            double output, variance;
-            likelihood.guess(y[i], output, variance);
-            variance /= amplitude * amplitude;
-            const double far = FAR * sqrt(a.D[i * ld + i] + variance);
-            const double aim = fmin(fmax(output / amplitude - prior[i * s.outputs + o], -far), far);
-            info[i] = 1 / variance, u[i] = rows[i].weight * aim / variance;
-        }
-        take_roots(info);
-        support.solve(u, spare, step);
-        support.times_gram(u, at);
-        double value = objective(u, at);
-        for (i64 steps = 0, near = !k; steps < MOST_STEPS && !near; steps++) {
-            auto towards = [&](const double *information) { // step and moved: all the way there
-                for (i64 i = 0; i < k; i++) step[i] = rows[i].weight * (information[i] * at[i] - slope[i]);
-                take_roots(information);
-                support.solve(step, spare, moved);
-                for (i64 i = 0; i < k; i++) step[i] -= u[i];
-                support.times_gram(step, moved);
-            };
-            towards(info);
-            double farthest = 0;
-            for (i64 i = 0; i < k; i++) farthest = fmax(farthest, fabs(moved[i]));
-            near = farthest < NEAR;
-            for (i64 halvings = 0;; halvings++) {
-                for (i64 i = 0; i < k; i++) u[i] += step[i], at[i] += moved[i];
-                const double now = objective(u, at);
-                if (near || now <= value || halvings == MOST_HALVINGS) {
-                    value = now;
-                    break;
-                }
-                for (i64 i = 0; i < k; i++) u[i] -= step[i], at[i] -= moved[i];
-                if (likelihood.kind == HEAVY_TAILS && !halvings) { // a step that is never too long
-                    objective(u, at);
-                    for (i64 i = 0; i < k; i++)
-                        by_info[i] = amplitude * amplitude *
-                                     likelihood.bound(amplitude * (prior[i * s.outputs + o] + at[i]), y[i]);
-                    towards(by_info);
-                    continue;
-                }
-                for (i64 i = 0; i < k; i++) step[i] /= 2, moved[i] /= 2;
-            }
-        }
-        take_roots(info);
-        support.factorise();
+        mode.likelihood = likelihood, mode.amplitude = amplitude, mode.prior = prior + o;
+        mode.find();
         double by_amplitude = 0, by_dispersion = 0;
         memset(by_u, 0, ld * sizeof(double)), memset(by_info, 0, ld * sizeof(double));
         for (i64 q = k; q < n; q++) {

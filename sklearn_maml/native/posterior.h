@@ -1,5 +1,6 @@
 // What the support rows of tasks make of the prior of a Gaussian head, and predictions of other rows:
-// the functions `condition`, `moments` and `outputs` of learners/gaussian.py, in double precision.
+// the functions `condition`, `moments` and `outputs` of learners/gaussian.py, in double precision, and
+// `condition` of learners/laplace.py.
 //
 // Of no more rows than columns, W = inv(L) for the system S S' + n = L L' of rows: the mean of the weights is
 // S' W' W r and their covariance 1 - H' H, with H = W S. Of more rows, for the system S' S + n of columns:
@@ -24,16 +25,17 @@ struct Conditioning {
     i64 n_half;                         // rows of H there is room for, 0 if none is asked for
     double *shift, *misfit, *moved, *n_moved, *log_det, *n_rows, *half; // see `Posterior`
     bool *of_rows;
+    double *columns, *roots, *inverse, *objective; // see `LaplacePosterior`
 };
 
 struct Systems {
-    real *turned, *gram, *r, *u, *v, *expected, *U, *W;
+    real *turned, *gram, *r, *u, *v, *expected, *U, *W, *vectors;
     void place(const Shape &s, i64 width, Arena &a) {
         const i64 pn = pad(width), most = pn > s.columns ? pn : s.columns, C = s.n_outputs;
         const i64 n = is_of_rows(s, width) ? pn : s.columns; // of a system
         turned = a.take(s.columns * pad(n_columns(s))), gram = a.take(n * n), U = a.take(n * n), W = a.take(n * n);
         r = a.take(C * pn), u = a.take(C * most), v = a.take(C * s.columns);
-        expected = a.take(s.outputs);
+        expected = a.take(s.outputs), vectors = s.likelihood ? a.take(N_VECTORS * pn) : 0;
     }
 };
 
@@ -180,6 +182,44 @@ static void condition(const Conditioning &q, i64 member, const real *theta, i64 
     if (!member) q.of_rows[task] = of_rows;
 }
 
+// one task, whose likelihood takes Newton steps, of no more rows than columns
+static void condition_at_mode(const Conditioning &q, i64 member, const real *theta, i64 task, const Row *rows, i64 n,
+                              const real *S, const real *prior, Systems &b) {
+    const Shape &s = q.job.shape;
+    const i64 C = s.n_outputs, K = s.columns, p = n_columns(s), pn = pad(n), N = q.job.sets[0].width;
+    const i64 at = member * q.job.n_tasks + task;
+    double *columns = q.columns + at * N * p, *roots = q.roots + at * N * C, *inverse = q.inverse + at * C * N * N;
+    if (N) { // else there is no memory
+        memset(columns, 0, N * p * sizeof(double)), memset(roots, 0, N * C * sizeof(double));
+        memset(inverse, 0, C * N * N * sizeof(double));
+    }
+    for (i64 i = 0; i < C * N; i++) inverse[i * N + i % N] = 1; // rows that do not count have nothing to do with others
+    for (i64 i = 0; i < n; i++) compact(s, 1, S + i * K, columns + rows[i].number * p);
+    transpose<true>(n, K, S, K, b.turned, pn);
+    multiply(n, n, {K, K, 1, pn, {S, 0}, {b.turned, 0}, 0}, 0, 0, b.gram, pn);
+    Mode mode(n, pn, b.gram, b.U, b.W, b.vectors);
+    mode.rows = rows, mode.stride = s.outputs;
+    for (i64 o = 0; o < C; o++, inverse += N * N) {
+        mode.amplitude = theta[s.amplitude + o], mode.prior = prior + o;
+        const double dispersion = theta[s.noise + o] * mode.amplitude * mode.amplitude;
+        mode.likelihood = {s.likelihood, dispersion, q.job.unit[o], s.delta};
+        for (i64 i = 0; i < n; i++) mode.y[i] = q.y[(task * N + rows[i].number) * C + o];
+        q.objective[at * C + o] = mode.find();
+        memcpy(b.u + o * pn, mode.u, pn * sizeof(double));
+        memset(b.U, 0, n * pn * sizeof(double));
+        subtract_squares(n, 0, pn, b.W, b.U);
+        for (i64 i = 0; i < n; i++) {
+            roots[rows[i].number * C + o] = mode.support.root[i];
+            for (i64 j = 0; j < n; j++) inverse[rows[i].number * N + rows[j].number] = -b.U[i * pn + j];
+        }
+    }
+    multiply(C, K, {n, pn, 1, K, {b.u, 0}, {S, 0}, 0}, 0, 0, b.v, K);
+    for (i64 c = 0; c < C; c++) {
+        compact(s, 1, b.v + c * K, b.v + c * K);
+        for (i64 i = 0; i < p; i++) q.shift[(at * p + i) * C + c] = b.v[c * K + i];
+    }
+}
+
 static bool condition_part(const void *given, i64 part, Arena &arena) {
     const Conditioning &q = *(const Conditioning *)given;
     const Job &job = q.job;
@@ -202,17 +242,18 @@ static bool condition_part(const void *given, i64 part, Arena &arena) {
             starts[t - from] = used;
             for (i64 i = 0; i < N; i++) {
                 const double root = q.root[t * N + i];
-                if (root > 0) a.rows[used++] = {t, i, 1, root};
+                if (root > 0) a.rows[used++] = job.shape.likelihood ? Row{t, i, root * root, 1} : Row{t, i, 1, root};
                 n_rows += root * root;
             }
-            if (!member) q.n_rows[t] = n_rows;
+            if (!member && q.n_rows) q.n_rows[t] = n_rows;
         }
         starts[to - from] = used;
         features(job, theta, used, a);
         for (i64 t = from; t < to; t++) {
             const i64 first = starts[t - from], n = starts[t - from + 1] - first;
-            condition(q, member, theta, t, a.rows + first, n, a.S + first * job.shape.columns,
-                      a.prior + first * job.shape.outputs, b);
+            const auto of_task = job.shape.likelihood ? condition_at_mode : condition;
+            of_task(q, member, theta, t, a.rows + first, n, a.S + first * job.shape.columns,
+                    a.prior + first * job.shape.outputs, b);
         }
     }
     return true;
@@ -307,7 +348,7 @@ static void begin(const i64 *given, Job &job, i64 n_items, i64 width, i64 per_pa
     using namespace posterior;
     describe((const i64 *)given[posterior::SIZES], (const double *)given[NUMBERS], job.shape);
     job.center = (const double *)given[CENTER], job.scale = (const double *)given[SCALE];
-    job.theta = (real *)given[PACKED];
+    job.theta = (real *)given[PACKED], job.unit = (const double *)given[UNIT];
     job.X_is_double = given[X_IS_DOUBLE];
     job.sets[0] = {(const void *)given[X], 0, 0, 0, 0, width};
     job.sets[1] = {0, 0, 0, 0, 0, 0};
@@ -337,6 +378,8 @@ bool HEAD(condition, LEVEL, REAL)(const int64_t *given) {
     q.moved = (double *)given[MOVED], q.n_moved = (double *)given[N_MOVED];
     q.log_det = (double *)given[LOG_DET], q.n_rows = (double *)given[N_ROWS];
     q.half = (double *)given[HALF], q.n_half = given[N_HALF], q.of_rows = (bool *)given[OF_ROWS];
+    q.columns = (double *)given[COLUMNS], q.roots = (double *)given[ROOTS];
+    q.inverse = (double *)given[INVERSE], q.objective = (double *)given[OBJECTIVE];
     return run_blocks(&q, q.job.shape.n_members * q.job.n_parts, condition_part, given[posterior::N_THREADS]);
 }
 

@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 
 # in the order of `posterior::Argument` of kernels.h
 ARGUMENTS = (
-    *("sizes", "numbers", "center", "scale", "theta", "packed", "n_packed", "n_tasks"),
+    *("sizes", "numbers", "center", "scale", "unit", "theta", "packed", "n_packed", "n_tasks"),
     *("n_threads", "X_is_double", "X", "width", "y", "root", "shift", "misfit", "moved"),
     *(
         "n_moved",
@@ -31,10 +31,12 @@ ARGUMENTS = (
         "mean",
         "variance",
     ),
+    *("columns", "roots", "inverse", "objective"),
 )
 DTYPES = (torch.float32, torch.float64)
 LANES = 8  # numbers of the widest vectors
 PANEL_ROWS = 32  # of posterior.h
+LARGE = 2**19  # numbers of which numpy asks for large pages
 
 
 class PosteriorKernel:
@@ -121,6 +123,49 @@ class PosteriorKernel:
         )
         return found
 
+    def condition_at_mode(
+        self, X: Tensor, y: Tensor, root: Tensor, n_threads: int
+    ) -> dict[str, Tensor]:
+        """Condition on support sets, of no more rows than columns, by Newton steps.
+
+        Parameters
+        ----------
+        X, y, root, n_threads
+            See `condition`.
+
+        Returns
+        -------
+        found : dict
+            The parts of `learners.laplace.LaplacePosterior`.
+        """
+        own = self.layout
+        (n_tasks, width), p, n_outputs = X.shape[:2], own.n_columns, own.n_outputs
+        shape = (own.n_members, n_tasks)
+        found = {
+            "shift": y.new_empty(*shape, p, n_outputs),
+            "S": y.new_empty(*shape, width, p),
+            "root": y.new_empty(*shape, width, n_outputs),
+            "inverse": y.new_empty(*shape, n_outputs, width, width),
+            "objective": y.new_empty(*shape, n_outputs),
+        }
+        work = own.n_members * n_tasks * width * (own.row_work + n_outputs * width * width)
+        self._call(
+            _kernels.head_condition,
+            n_tasks=n_tasks,
+            n_threads=n_threads if work > PARALLEL_WORK else 1,
+            X_is_double=X.dtype == torch.float64,
+            X=X.contiguous(),
+            width=width,
+            y=y.contiguous(),
+            root=root.contiguous(),
+            shift=found["shift"],
+            columns=found["S"],
+            roots=found["root"],
+            inverse=found["inverse"],
+            objective=found["objective"],
+        )
+        return found
+
     def query(
         self,
         X: Tensor,
@@ -174,9 +219,8 @@ class PosteriorKernel:
         return mean, variance
 
     def _call(self, function: Any, **given: Any) -> None:
-        center, scale, _ = self.layout.constants
         given |= {"sizes": self._sizes, "numbers": self._numbers, "packed": self._packed}
-        given |= {"center": center, "scale": scale}
+        given |= zip(("center", "scale", "unit"), self.layout.constants, strict=True)
         values = (given.get(name, 0) for name in ARGUMENTS)
         # what `given` has is held until the call is over
         arguments = [v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values]
@@ -185,10 +229,13 @@ class PosteriorKernel:
 
 def _aligned(*shape: int) -> Tensor:
     """Memory for numbers, from where vectors may be read."""
+    size = math.prod(shape)
+    if size < LARGE:
+        return torch.empty(shape, dtype=torch.float64)
     # numpy asks for large pages: a system hands out those in a fifth of the time, where it has any
-    room = np.empty(math.prod(shape) + LANES - 1)
+    room = np.empty(size + LANES - 1)
     first = -room.ctypes.data // room.itemsize % LANES
-    return torch.from_numpy(room[first : first + math.prod(shape)]).view(shape)
+    return torch.from_numpy(room[first : first + size]).view(shape)
 
 
 def packed(half: Tensor) -> Tensor:
