@@ -264,7 +264,7 @@ def test_mixed_model_of_fewer_rows_than_columns_is_the_same(weighted, informed, 
 
 def test_systems_that_rounding_leaves_indefinite_are_inverted_all_the_same():
     systems = np.stack([np.diag([2.0, 4.0]), np.diag([1.0, -1e-12])])
-    found = sklearn_maml.learners.start._inverses(systems)
+    found = sklearn_maml.learners.start._inverses(systems.copy())
     np.testing.assert_allclose(found, np.linalg.inv(systems))
 
 
