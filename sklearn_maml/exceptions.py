@@ -85,7 +85,10 @@ class OutlierWarning(UserWarning):
 
 
 class NonFiniteStepWarning(ConvergenceWarning):
-    """Issued once when a meta-step was skipped because its loss or gradient was not finite."""
+    """Issued once when a meta-step was skipped because its loss or gradient was not finite.
+
+    `adapt` issues it when inner steps diverged, which are shortened or left out then.
+    """
 
 
 class InterruptedFitWarning(ConvergenceWarning):

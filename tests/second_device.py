@@ -343,7 +343,8 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     lent = [lend(value) for value in args]
     lent_kwargs = {key: lend(value, key in out_names) for key, value in kwargs.items()}
-    if name in SIZED_BY_VALUES or (masked and name.startswith("index")):
+    by_mask = masked and name.startswith("index") and name != "index_select"  # by positions alone
+    if name in SIZED_BY_VALUES or by_mask:
         _count("synchronisations")
     with _drawing() if random else contextlib.nullcontext():
         result = op(*lent, **lent_kwargs)
