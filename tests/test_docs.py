@@ -97,10 +97,9 @@ OTHERS = [pytest.mark.integration, pytest.mark.filterwarnings("default")]
     ],
 )
 def test_the_code_of_a_page_runs(page):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib.pyplot")
     # a module of its own, so that classes of the page can be pickled and inspected
     run(PAGES[page], {"__name__": "__main__"})
-    plt.close("all")
 
 
 def test_a_page_whose_code_or_claim_is_wrong_is_noticed(tmp_path):

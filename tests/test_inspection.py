@@ -46,12 +46,6 @@ import matplotlib.pyplot as plt
 N_WAYS = 3
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture(scope="module")
 def sinusoids():
     """Rows of new tasks."""
